@@ -1,0 +1,46 @@
+# Two commands do everything: `make study` and `make test`. `make help` lists the rest.
+PYTHON ?= python3
+PROFILE ?= quick
+PAPER ?=
+JOBS ?= 2
+EXECUTOR ?= local
+
+BIN := .venv/bin
+# Jobs call `prunestudy` by its name, whether or not the environment is activated.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+papers := $(foreach paper,$(PAPER),--paper $(paper))
+
+.PHONY: help study test lab bench status lint clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@echo "variables: PROFILE=quick|cpu|cpu-long|paper  PAPER='name ...'  JOBS=2  EXECUTOR=local"
+
+study: .venv/ready  ## run what is missing of the study, then print the summary
+	@prunestudy study --profile $(PROFILE) $(papers) --jobs $(JOBS) --executor $(EXECUTOR)
+
+test: .venv/ready  ## run the tests
+	@$(BIN)/python -m pytest
+
+lab: .venv/ready  ## open JupyterLab on the notebooks
+	@$(BIN)/jupyter lab --notebook-dir=notebooks
+
+bench: .venv/ready  ## measure ratios side by side, write results/bench.md
+	@prunestudy bench
+
+status: .venv/ready  ## say what is done and what is missing
+	@prunestudy status --profile $(PROFILE) $(papers)
+
+lint: .venv/ready  ## check and format code and notebooks
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+clean:  ## remove the virtual environment; results stay
+	rm -rf .venv
+
+# Set up once, and again when the dependencies change.
+.venv/ready: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
+	@echo "setting up .venv (two minutes, once)"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@

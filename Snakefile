@@ -1,0 +1,71 @@
+# The study as a batch. `make study` calls this; by hand:
+#   snakemake --cores 2 --config profile=quick
+# What is done is decided by records (see prunestudy.study.batch); the outputs here are markers.
+from pathlib import Path
+
+from prunestudy.study.batch import Batch
+
+PROFILE = config.get("profile", "quick")
+PAPERS = tuple(config.get("papers", "").split())
+RESULTS, DATA = config.get("results", ""), config.get("data", "")
+STAGE = Path(config.get("stage", "results/stage"))
+
+study = Batch(PROFILE, PAPERS, RESULTS)
+options = f"--profile {PROFILE}" + "".join(
+    f" --{name} '{value}'" for name, value in (("results", RESULTS), ("data", DATA)) if value
+)
+papers = "".join(f" --paper {name}" for name in study.papers)
+
+
+def marker(name):
+    return str(STAGE / f"{name}.done")
+
+
+wildcard_constraints:
+    job="[^/]+",
+    paper="[a-z_]+",
+
+
+rule all:
+    input:
+        [marker(f"notebook.{paper}") for paper in study.open_notebooks()],
+        marker("tables"),
+    localrule: True
+
+
+rule train:
+    input:
+        lambda wildcards: [marker(f"train.{job}") for job in study.needs(wildcards.job)],
+    output:
+        temp(touch(marker("train.{job}"))),
+    shell:
+        "prunestudy job {wildcards.job} {options}"
+
+
+# Alone on the machine: it takes every core there is.
+rule latency:
+    input:
+        [marker(f"train.{job}") for job in sorted(study.open)],
+    output:
+        touch(marker("latency")),
+    threads: workflow.cores or 1
+    shell:
+        "prunestudy latency {options}{papers}"
+
+
+rule tables:
+    input:
+        marker("latency") if study.latency_is_open() else [],
+    output:
+        touch(marker("tables")),
+    shell:
+        "prunestudy table {options}"
+
+
+rule notebook:
+    input:
+        marker("tables"),
+    output:
+        touch(marker("notebook.{paper}")),
+    shell:
+        "prunestudy notebook {wildcards.paper} {options}"

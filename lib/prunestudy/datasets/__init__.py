@@ -1,0 +1,47 @@
+"""Where images come from, and how batches are made of them.
+
+A data set is one uint8 tensor in memory. `info` says what a set looks like (without reading it and
+without torch, so that planning a study stays light), `load` reads and verifies it, `split` takes
+validation images from the training images, `Batches` makes batches.
+
+    data = load("mnist")
+    train, validation = split(data.train, 5000)
+    for x, y in Batches(train, data.info, 128, shift=2, seed=1).epoch(0):
+        ...
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from prunestudy.datasets.catalogue import DatasetInfo, data_root, info, names
+
+if TYPE_CHECKING:
+    from prunestudy.datasets.batches import Batches
+    from prunestudy.datasets.sources import Dataset, ImageSet, load, split
+
+__all__ = [
+    "Batches",
+    "Dataset",
+    "DatasetInfo",
+    "ImageSet",
+    "data_root",
+    "info",
+    "load",
+    "names",
+    "split",
+]
+
+# These need torch, whose import takes two seconds: they come at their first use.
+_WITH_TORCH = {
+    "Batches": "batches",
+    "Dataset": "sources",
+    "ImageSet": "sources",
+    "load": "sources",
+    "split": "sources",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WITH_TORCH:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_WITH_TORCH[name]}"), name)

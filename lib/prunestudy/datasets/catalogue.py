@@ -1,0 +1,146 @@
+"""What is known of each data set before it is read: sizes, statistics, checksums."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import prunestudy
+from prunestudy.datasets import folders
+from prunestudy.errors import require
+
+FOLDER = "folder:"
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """The facts about one data set.
+
+    `mean` and `std` have one value per channel, of pixels scaled to 0..1, over all training images.
+    They are empty for an image folder that has not been loaded: `load(...).info` has them.
+    `checksums` maps the name of each unpacked file to its md5. `version` changes whenever the
+    images or our split of them do.
+    """
+
+    name: str
+    title: str
+    version: str
+    channels: int
+    height: int
+    width: int
+    num_classes: int
+    train_images: int
+    test_images: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    checksums: Mapping[str, str] = field(default_factory=dict, hash=False)
+
+
+# Every mean and std below was computed from the training images; tests compute them again.
+_KNOWN = {
+    "digits": DatasetInfo(
+        name="digits",
+        title="Digits",
+        version="1",
+        channels=1,
+        height=8,
+        width=8,
+        num_classes=10,
+        train_images=1437,
+        test_images=360,
+        mean=(0.3054,),
+        std=(0.3758,),
+    ),
+    "mnist": DatasetInfo(
+        name="mnist",
+        title="MNIST",
+        version="1",
+        channels=1,
+        height=28,
+        width=28,
+        num_classes=10,
+        train_images=60_000,
+        test_images=10_000,
+        mean=(0.1307,),
+        std=(0.3081,),
+        checksums={
+            "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
+            "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
+            "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
+            "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
+        },
+    ),
+    "fashion_mnist": DatasetInfo(
+        name="fashion_mnist",
+        title="Fashion-MNIST",
+        version="1",
+        channels=1,
+        height=28,
+        width=28,
+        num_classes=10,
+        train_images=60_000,
+        test_images=10_000,
+        mean=(0.2860,),
+        std=(0.3530,),
+        checksums={
+            "train-images-idx3-ubyte": "f4a8712d7a061bf5bd6d2ca38dc4d50a",
+            "train-labels-idx1-ubyte": "9018921c3c673c538a1fc5bad174d6f9",
+            "t10k-images-idx3-ubyte": "8181f5470baa50b63fa0f6fddb340f0a",
+            "t10k-labels-idx1-ubyte": "15d484375f8d13e6eb1aabb0c3f46965",
+        },
+    ),
+}
+
+
+def names() -> tuple[str, ...]:
+    """Names of the data sets that come with the project; `folder:PATH` is allowed besides."""
+    return tuple(_KNOWN)
+
+
+def data_root(root: str | Path | None = None) -> Path:
+    """Folder below which data sets lie: `root`, else `PRUNESTUDY_DATA`, else `data/` of the study.
+
+    Whether it exists is not asked here.
+    """
+    repository = Path(prunestudy.__file__).parents[2]
+    return Path(root or os.environ.get("PRUNESTUDY_DATA") or repository / "data").expanduser()
+
+
+def info(name: str, root: str | Path | None = None) -> DatasetInfo:
+    """Facts about the data set `name`: one of `names()`, or `folder:PATH`.
+
+    The known sets need no disk. PATH is absolute or below the data root, with images in
+    PATH/{train,test}/<class>/; the layout is listed and the first image's header read. A folder's
+    version is a digest of its file names and sizes, and its name has only the last part of PATH.
+
+    Raises `InputError` for an unknown name and for a folder that is not laid out so.
+    """
+    allowed = f"allowed are {', '.join(names())}, folder:PATH"
+    require(isinstance(name, str), "dataset", name, allowed)
+    if name.startswith(FOLDER):
+        return _folder_info(folder_layout(name, root))
+    require(name in _KNOWN, "dataset", name, allowed)
+    return _KNOWN[name]
+
+
+def folder_layout(name: str, root: str | Path | None) -> folders.Layout:
+    """List the image folder `folder:PATH`, an absolute path or one below the data root."""
+    path = name.removeprefix(FOLDER).strip()
+    require(path != "", "dataset", name, "folder: is followed by the path of an image folder")
+    return folders.scan(name, data_root(root) / Path(path).expanduser())
+
+
+def _folder_info(layout: folders.Layout) -> DatasetInfo:
+    return DatasetInfo(
+        name=FOLDER + layout.path.name,
+        title=layout.path.name,
+        version=layout.version,
+        channels=layout.channels,
+        height=layout.height,
+        width=layout.width,
+        num_classes=len(layout.classes),
+        train_images=len(layout.files["train"]),
+        test_images=len(layout.files["test"]),
+        mean=(),
+        std=(),
+    )

@@ -1,0 +1,34 @@
+"""What a net is worth and what it costs: quality, parameters, MACs, memory, latency."""
+
+from prunestudy.measure.cost import (
+    closed_form_macs,
+    layer_sparsity,
+    macs,
+    nonzero_macs,
+    nonzeros,
+    parameters,
+    prunable_weights,
+    sparsity,
+)
+from prunestudy.measure.latency import Ratio, interleave, latency, ratio, timings
+from prunestudy.measure.memory import peak_memory_mb
+from prunestudy.measure.quality import Quality, evaluate
+
+__all__ = [
+    "Quality",
+    "Ratio",
+    "closed_form_macs",
+    "evaluate",
+    "interleave",
+    "latency",
+    "layer_sparsity",
+    "macs",
+    "nonzero_macs",
+    "nonzeros",
+    "parameters",
+    "peak_memory_mb",
+    "prunable_weights",
+    "ratio",
+    "sparsity",
+    "timings",
+]

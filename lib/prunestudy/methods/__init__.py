@@ -1,0 +1,47 @@
+"""The methods, one file per paper, and the controls that they are compared with."""
+
+from typing import Any
+
+from pydantic import ValidationError
+
+from prunestudy.errors import InputError, require_one_of
+from prunestudy.methods.base import Method, Params, Phase, Progress
+from prunestudy.methods.l1 import L1
+from prunestudy.methods.magnitude import GradualMagnitude, Magnitude, Random
+from prunestudy.methods.sparse_gates import SparseGates
+
+_METHODS: dict[str, type[Method]] = {
+    cls.name: cls for cls in (Method, SparseGates, Magnitude, GradualMagnitude, Random, L1)
+}
+
+__all__ = ["Method", "Params", "Phase", "Progress", "build", "method_class", "names", "params_of"]
+
+
+def names() -> tuple[str, ...]:
+    """Names of all methods."""
+    return tuple(_METHODS)
+
+
+def method_class(name: str) -> type[Method]:
+    """Return the class of method `name`; raises `InputError` for an unknown one."""
+    require_one_of("method", name, _METHODS)
+    return _METHODS[name]
+
+
+def params_of(name: str, values: dict[str, Any]) -> Params:
+    """Return the checked settings of method `name`; raises `InputError` naming a bad one."""
+    try:
+        return method_class(name).Params(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        allowed = sorted(method_class(name).Params.model_fields)
+        raise InputError(
+            f"{name} parameter {where} = {first['input']!r}: {first['msg'].lower()}"
+            f" (parameters: {', '.join(allowed) or 'none'})"
+        ) from None
+
+
+def build(name: str, values: dict[str, Any], target: float | None = None) -> Method:
+    """Return method `name` with settings `values`, aiming at `target` (share removed)."""
+    return method_class(name)(params_of(name, values), target)

@@ -1,0 +1,118 @@
+"""What the training loop asks of a method."""
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from prunestudy.shrink import fold
+
+
+class Params(BaseModel):
+    """Settings of a method; strict, so that a misspelt or mistyped one is refused."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A named part of the training: `share` of all steps, learning rates times `lr_scale`.
+
+    `restart` begins the learning-rate schedule anew; otherwise it runs on from the phase before.
+    `schedule` replaces the recipe's.
+    """
+
+    name: str
+    share: float = 1.0
+    lr_scale: float = 1.0
+    restart: bool = False
+    schedule: str | None = None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where the training is: `step` of `steps` (from 0) within `phase`, and over all phases."""
+
+    phase: str
+    step: int
+    steps: int
+    total_step: int
+    total_steps: int
+
+
+class Method:
+    """A method is what it does at the loop's hooks; this base does nothing: dense training.
+
+    Order of the hooks: `attach` once; `start` at each phase; then per step `extra_loss`,
+    `after_backward`, the optimisers, `after_step`; `end` at the end of each phase; `finish` once.
+    """
+
+    name: ClassVar[str] = "dense"
+    title: ClassVar[str] = "dense"
+    revision: ClassVar[int] = 1
+    prunes: ClassVar[bool] = False
+    Params: ClassVar[type[Params]] = Params
+
+    def __init__(self, params: Params, target: float | None = None) -> None:
+        self.params = params
+        self.target = target
+
+    def phases(self) -> tuple[Phase, ...]:
+        """Parts of the training in order; their shares sum to 1."""
+        return (Phase("train"),)
+
+    def attach(self, model: nn.Module, generator: torch.Generator) -> None:
+        """Put gates or masks on `model`, in place; random draws come from `generator`."""
+
+    def start(self, model: nn.Module, phase: str) -> None:
+        """Prepare `model` for `phase`."""
+
+    def end(self, model: nn.Module, phase: str) -> None:
+        """Conclude `phase`."""
+
+    def parameter_groups(self, model: nn.Module, phase: str) -> list[nn.Parameter]:  # noqa: ARG002
+        """Parameters that the loop's SGD trains in `phase`."""
+        return [p for p in model.parameters() if p.requires_grad]
+
+    def own_optimizer(self, model: nn.Module, phase: str) -> torch.optim.Optimizer | None:
+        """Optimiser of the method's own variables in `phase`, if it has any."""
+
+    def extra_loss(self, model: nn.Module, progress: Progress) -> Tensor | None:
+        """Term added to the task loss, or None."""
+
+    def after_backward(self, model: nn.Module, progress: Progress) -> None:
+        """Change gradients before the optimisers step."""
+
+    def after_step(self, model: nn.Module, progress: Progress, lr: float) -> None:
+        """Change weights, gates or masks after a step made at learning rate `lr`."""
+
+    def finish(self, model: nn.Module) -> nn.Module:
+        """Return an ordinary module without gates, masks or hooks that equals `model` in eval."""
+        return fold(model)
+
+    def kept_share(self, model: nn.Module) -> float:  # noqa: ARG002
+        """Share of the prunable weights that eval mode uses."""
+        return 1.0
+
+    def views(self, model: nn.Module) -> dict[str, AbstractContextManager]:  # noqa: ARG002
+        """Other ways to look at `model` during validation, by name (a sampled net, say)."""
+        return {}
+
+    def row(self, model: nn.Module) -> dict[str, float]:  # noqa: ARG002
+        """More columns of the history, at the end of an epoch."""
+        return {}
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What figures need of the run (small: 1 MB in all)."""
+        return {}
+
+    def state(self) -> dict[str, Any]:
+        """Everything not in the model's state that a resumed run needs (tensors, plain values)."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take back what `state` returned."""

@@ -1,0 +1,193 @@
+"""One card per paper: citation, claims, published numbers with their marks, experiments.
+
+A card is a TOML file beside this one; every key is checked, an unknown one is refused.
+"""
+
+import json
+import tomllib
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from prunestudy.errors import InputError, require_one_of
+from prunestudy.train import Recipe
+
+Mark = Literal["P", "S", "N", "D", "O"]
+MARKS: dict[str, str] = {
+    "P": "read in the paper, its poster, its abstract or its authors' code",
+    "S": "quoted by another paper or project",
+    "N": "a near method's number, read there",
+    "D": "derived by algebra or checked numerically",
+    "O": "our reading",
+}
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Comparison(_Strict):
+    """A claim as a rule: the paired difference `method - against` of `metric` is >= `at_least`.
+
+    Over the runs of `model` on `dataset` at `target`; `metric` is a key of the records' metrics.
+    """
+
+    method: str
+    against: str
+    model: str
+    dataset: str
+    target: float
+    metric: str = "metric"
+    at_least: float = 0.0
+
+
+class Claim(_Strict):
+    """What the paper claims; tested by `tests`, or `not_testable` says why not."""
+
+    id: str
+    text: str
+    mark: Mark
+    place: str
+    tests: tuple[Comparison, ...] = ()
+    not_testable: str = ""
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Self:
+        if bool(self.tests) == bool(self.not_testable):
+            raise ValueError("a claim has either tests or a reason in not_testable")
+        return self
+
+
+class Published(_Strict):
+    """A published number: `dense` and `value` of `metric`, at the share `kept` of the weights.
+
+    `target` names our setting it stands beside (share removed), `source` where it was read.
+    """
+
+    text: str
+    method: str
+    model: str
+    dataset: str
+    metric: Literal["top1", "psnr", "miou"]
+    mark: Mark
+    source: str
+    value: float
+    dense: float | None = None
+    kept: float | None = None
+    nonzeros: int | None = None
+    target: float | None = None
+
+
+class Unknown(_Strict):
+    """What the paper does not say, how it is read here and where the reading is ablated."""
+
+    text: str
+    reading: str
+    ablation: str = ""
+
+
+class Entry(_Strict):
+    """A method in an experiment; `variant` labels other settings than its defaults.
+
+    `seeds` and `targets` replace the experiment's; `fresh` starts from random weights with the
+    epochs of the dense start added.
+    """
+
+    method: str
+    variant: str = ""
+    params: dict[str, Any] = {}
+    seeds: Annotated[int, Field(ge=1)] | None = None
+    targets: tuple[float, ...] | None = None
+    lr: Annotated[float, Field(gt=0)] | None = None
+    fresh: bool = False
+
+
+class Experiment(_Strict):
+    """Methods side by side on one net and data set, all from the same dense start.
+
+    `start` trains the dense parent (None: from random weights), `recipe` everything after it.
+    `purpose` "search" looks at the validation split only.
+    """
+
+    name: str
+    title: str
+    dataset: str
+    model: str
+    recipe: Recipe
+    start: Recipe | None = None
+    targets: tuple[float, ...]
+    seeds: Annotated[int, Field(ge=1)]
+    validation: Annotated[int, Field(ge=1)]
+    methods: tuple[Entry, ...]
+    purpose: Literal["results", "ablation", "search"] = "results"
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Self:
+        labels = [(entry.method, entry.variant) for entry in self.methods]
+        if len(set(labels)) < len(labels):
+            raise ValueError("two methods have the same name and variant")
+        return self
+
+
+class Profile(_Strict):
+    """How the study runs at one size; `job` says which runs share one job of the batch."""
+
+    time: str
+    precision: Literal["fp32", "bf16"] = "fp32"
+    threads: Annotated[int, Field(ge=1)] = 1
+    job: Literal["seed", "method"] = "method"
+    experiments: tuple[Experiment, ...]
+
+
+class Card(_Strict):
+    """A paper's card."""
+
+    id: str
+    notebook: str
+    title: str
+    authors: str
+    venue: str
+    year: int
+    arxiv: str
+    claims: tuple[Claim, ...]
+    published: tuple[Published, ...]
+    unknown: tuple[Unknown, ...]
+    profiles: dict[Literal["quick", "cpu", "cpu-long", "paper"], Profile]
+
+
+PROFILES = ("quick", "cpu", "cpu-long", "paper")
+
+
+def read_card(path: Path) -> Card:
+    """Read and check the card at `path`; raises `InputError` naming a key that is wrong."""
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"card = {path.name!r}: not valid TOML ({error})") from None
+    try:
+        # Through JSON, where a list may stand for a tuple and strictness still holds.
+        return Card.model_validate_json(json.dumps(values))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise InputError(f"card {path.name}: {where}: {first['msg'].lower()}") from None
+
+
+def names() -> tuple[str, ...]:
+    """Names of all papers that have a card, in the order of their notebooks."""
+    return tuple(card.id for card in cards())
+
+
+def cards() -> tuple[Card, ...]:
+    """All cards, in the order of their notebooks."""
+    folder = Path(str(files(__name__)))
+    return tuple(sorted(map(read_card, folder.glob("*.toml")), key=lambda card: card.notebook))
+
+
+def card(name: str) -> Card:
+    """Return the card of paper `name`; raises `InputError` for an unknown one."""
+    found = {each.id: each for each in cards()}
+    require_one_of("paper", name, found)
+    return found[name]

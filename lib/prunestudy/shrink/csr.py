@@ -1,0 +1,95 @@
+"""Linear layers that compute with the nonzero weights only, in compressed sparse rows (CSR)."""
+
+import functools
+import warnings
+
+import torch
+from torch import Tensor, nn
+
+from prunestudy.errors import require
+from prunestudy.shrink.fold import fold
+
+
+class CsrLinear(nn.Module):
+    """A linear layer whose weight (out, in) is kept as CSR: y = W x + b, for inference.
+
+    Maps (..., in_features) to (..., out_features). The arrays `rows`, `columns`, `values` and
+    `bias` are buffers: it has no parameters.
+    """
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        weight = linear.weight.detach()
+        bias = weight.new_zeros(self.out_features) if linear.bias is None else linear.bias.detach()
+        for name, array in zip(("rows", "columns", "values"), csr_arrays(weight), strict=True):
+            self.register_buffer(name, array)
+        self.register_buffer("bias", bias.clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Outputs (..., out_features) of inputs (..., in_features)."""
+        flat = x.reshape(-1, self.in_features)
+        weight = _csr_tensor(self.rows, self.columns, self.values, self.weight_shape)
+        if len(flat) == 1:  # matrix times vector is up to 2.5 times faster than one column
+            y = torch.addmv(self.bias, weight, flat[0])
+        else:
+            y = torch.addmm(self.bias[:, None], weight, flat.T).T
+        return y.reshape(*x.shape[:-1], self.out_features)
+
+    @property
+    def weight_shape(self) -> tuple[int, int]:
+        """(out_features, in_features)."""
+        return self.out_features, self.in_features
+
+    def extra_repr(self) -> str:
+        """What `print` shows of the layer."""
+        return f"{self.in_features}, {self.out_features}, nonzeros={len(self.values)}"
+
+
+def to_csr(model: nn.Module, min_sparsity: float = 0.0) -> nn.Module:
+    """A folded copy of `model` whose linear layers of at least `min_sparsity` are `CsrLinear`.
+
+    `min_sparsity` is the share of zero weights from which a layer is converted, in 0-1; other
+    layers stay as they are. Outputs differ by rounding only. Raises `InputError` outside 0-1.
+    """
+    require(0 <= min_sparsity <= 1, "min_sparsity", min_sparsity, "a share in 0-1")
+    plain = fold(model)
+    if type(plain) is nn.Linear:
+        return CsrLinear(plain) if _zero_share(plain) >= min_sparsity else plain
+    for name, layer in list(plain.named_modules()):
+        # Subclasses of nn.Linear may be read by their owners (attention reads the weight).
+        if type(layer) is nn.Linear and _zero_share(layer) >= min_sparsity:
+            plain.set_submodule(name, CsrLinear(layer))
+    return plain
+
+
+def csr_arrays(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The CSR arrays of `matrix` (out, in): row pointers (out + 1), column indices, values.
+
+    Both index arrays are int32, which MKL multiplies faster than torch's default int64.
+    """
+    rows, columns = matrix.nonzero(as_tuple=True)
+    pointers = torch.zeros(len(matrix) + 1, dtype=torch.int32, device=matrix.device)
+    pointers[1:] = torch.bincount(rows, minlength=len(matrix)).cumsum(0)
+    return pointers, columns.to(torch.int32), matrix[rows, columns]
+
+
+def _csr_tensor(rows: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
+    # Built anew at each forward (1 microsecond): torch can neither copy nor save modules that
+    # hold a CSR tensor.
+    _spend_beta_warning()
+    return torch.sparse_csr_tensor(rows, columns, values, shape, check_invariants=False)
+
+
+@functools.cache
+def _spend_beta_warning() -> None:
+    """Let torch give its one warning, that CSR tensors are in beta, where nobody hears it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
+        none = torch.zeros(0, dtype=torch.int32)
+        pointers = torch.zeros(2, dtype=torch.int32)
+        torch.sparse_csr_tensor(pointers, none, none.float(), (1, 1), check_invariants=False)
+
+
+def _zero_share(layer: nn.Linear) -> float:
+    return 1 - int(layer.weight.count_nonzero()) / layer.weight.numel()

@@ -1,0 +1,203 @@
+"""Nets with few nonzero weights, stored small: one safetensors file with CSR arrays.
+
+A convolution's weight is seen as a matrix (out, in * k * k), a linear layer's as it is. Each is
+kept as values (float32), column indices (int16 where they fit, else int32) and row pointers
+(int32), or dense where that takes no more bytes. Everything else is dense. The metadata hold the
+names to rebuild the net with and a sha256 over all of it. Nothing is ever unpickled.
+"""
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from prunestudy import models
+from prunestudy.errors import InputError, require
+from prunestudy.shrink.csr import CsrLinear, csr_arrays
+from prunestudy.shrink.fold import fold
+
+FORMAT = "prunestudy-sparse-1"
+PARTS = ("rows", "columns", "values")
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+PRUNABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED, nn.Linear)
+
+
+@dataclass(frozen=True)
+class Storage:
+    """What it takes to store a net.
+
+    `nonzeros`: parameters that are not zero, biases included.
+    `numbers_with_indices`: one index more for each, as the paper counts ("9.8M, 19.6M with
+    indices": twice the nonzeros; no row pointers).
+    `numbers_stored`: what the file really has: values, column indices and row pointers of the
+    CSR layers, and every number of the dense tensors, buffers included.
+    `bytes`: the size of the file that `save_sparse` writes.
+    """
+
+    nonzeros: int
+    numbers_with_indices: int
+    numbers_stored: int
+    bytes: int
+
+
+def save_sparse(
+    model: nn.Module, path: str | Path, factory: str, shape: tuple[int, int, int], num_classes: int
+) -> None:
+    """Write `model`, folded, to `path`; `factory`, `shape`, `num_classes` rebuild it (`build`).
+
+    The file appears whole or not at all. Raises `InputError` if the folder is missing, if the
+    factory's net has other tensors than `model`, or if a weight is not float32.
+    """
+    path = Path(path)
+    require(path.parent.is_dir(), "path", str(path), "a file in a folder that exists")
+    plain = fold(model)
+    _require_same_tensors(plain, factory, shape, num_classes)
+    data = _serialise(_pack(plain), factory, shape, num_classes)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_bytes(data)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def load_sparse(path: str | Path, factory: str | None = None) -> nn.Module:
+    """The net that `save_sparse` wrote: an ordinary module on the CPU, in eval mode.
+
+    Weights come back bit for bit, except that a negative zero comes back as zero. Raises
+    `InputError` if the file is missing, damaged, of another kind, or (when `factory` is given)
+    saved from another factory.
+    """
+    tensors, metadata = _read(Path(path))
+    name, *sizes, num_classes = _decode(metadata)
+    require(factory in (None, name), "factory", factory, f"{path} was saved from {name}")
+    with torch.random.fork_rng(devices=[]):  # a file read during training changes no draw
+        model = models.build(name, tuple(sizes), num_classes)
+    try:
+        model.load_state_dict(_unpack(tensors, model))
+    except (RuntimeError, KeyError):
+        raise InputError(f"path = {str(path)!r}: does not fit today's {name}") from None
+    return model.eval()
+
+
+def storage(
+    model: nn.Module, factory: str = "", shape: tuple[int, ...] = (), num_classes: int = 0
+) -> Storage:
+    """Count what storing `model` takes; see `Storage`.
+
+    With the arguments given to `save_sparse`, `bytes` is its file's size exactly; without them
+    (a net of no factory) the metadata are some bytes shorter. Raises `InputError` as it does.
+    """
+    plain = fold(model)
+    tensors = _pack(plain)
+    nonzeros = sum(int(p.count_nonzero()) for p in plain.parameters())
+    return Storage(
+        nonzeros=nonzeros,
+        numbers_with_indices=2 * nonzeros,
+        numbers_stored=sum(t.numel() for t in tensors.values()),
+        bytes=len(_serialise(tensors, factory, shape, num_classes)),
+    )
+
+
+def _pack(plain: nn.Module) -> dict[str, Tensor]:
+    """The tensors of the file, by name; a CSR layer's have `:rows`, `:columns`, `:values`."""
+    sparse = {f"{name}.weight".lstrip(".") for name, _ in _prunable(plain)}
+    tensors = {}
+    for name, tensor in plain.state_dict().items():
+        right = not tensor.is_floating_point() or tensor.dtype == torch.float32
+        require(right, name, str(tensor.dtype), "only float32 can be stored")
+        # The copy: safetensors refuses tensors that share memory.
+        dense = {name: tensor.cpu().clone(memory_format=torch.contiguous_format)}
+        csr = _csr(name, dense[name]) if name in sparse else dense
+        tensors |= csr if _bytes(csr) < _bytes(dense) else dense
+    return tensors
+
+
+def _csr(name: str, weight: Tensor) -> dict[str, Tensor]:
+    matrix = weight.flatten(1)
+    rows, columns, values = csr_arrays(matrix)
+    if matrix.shape[1] - 1 <= torch.iinfo(torch.int16).max:
+        columns = columns.to(torch.int16)
+    arrays = (rows, columns, values)
+    return {f"{name}:{part}": array for part, array in zip(PARTS, arrays, strict=True)}
+
+
+def _unpack(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The dense tensors of the file, for `model` to load."""
+    return {
+        name: _dense(tensors, name, like) if f"{name}:values" in tensors else tensors[name]
+        for name, like in model.state_dict().items()
+    }
+
+
+def _dense(tensors: dict[str, Tensor], name: str, like: Tensor) -> Tensor:
+    rows, columns, values = (tensors[f"{name}:{part}"] for part in PARTS)
+    matrix = torch.zeros_like(like).flatten(1)
+    if len(rows) != len(matrix) + 1 or (len(columns) and int(columns.max()) >= matrix.shape[1]):
+        raise KeyError(name)
+    row = torch.repeat_interleave(torch.arange(len(matrix)), rows.diff())
+    matrix[row, columns.long()] = values
+    return matrix.view_as(like)
+
+
+def _require_same_tensors(
+    plain: nn.Module, factory: str, shape: tuple[int, int, int], num_classes: int
+) -> None:
+    with torch.device("meta"):  # shapes only
+        expected = models.build(factory, shape, num_classes).state_dict()
+    found = plain.state_dict()
+    for name in expected | found:
+        sizes = [tuple(s[name].shape) if name in s else "absent" for s in (expected, found)]
+        require(sizes[0] == sizes[1], name, sizes[1], f"{factory} has {sizes[0]}")
+
+
+def _prunable(plain: nn.Module) -> list[tuple[str, nn.Module]]:
+    layers = list(plain.named_modules())
+    csr = any(isinstance(layer, CsrLinear) for _, layer in layers)
+    require(not csr, "model", type(plain).__name__, "store the net before to_csr")
+    return [(name, layer) for name, layer in layers if isinstance(layer, PRUNABLE)]
+
+
+def _bytes(tensors: dict[str, Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def _serialise(tensors: dict[str, Tensor], factory: str, shape: tuple, num_classes: int) -> bytes:
+    sizes = " ".join(str(n) for n in (*shape, num_classes))
+    metadata = {"format": FORMAT, "factory": factory, "sizes": sizes}
+    metadata["sha256"] = _digest(tensors, metadata)
+    return safetensors.torch.save(tensors, metadata)
+
+
+def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+    digest = hashlib.sha256(repr([metadata[k] for k in ("format", "factory", "sizes")]).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a file of ours, checked against its sha256."""
+    require(path.is_file(), "path", str(path), "a file that save_sparse wrote")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError):
+        raise InputError(f"path = {str(path)!r}: not a whole safetensors file") from None
+    ours = metadata.get("format") == FORMAT and {"factory", "sizes", "sha256"} <= set(metadata)
+    require(ours, "path", str(path), "a file that save_sparse wrote")
+    whole = metadata["sha256"] == _digest(tensors, metadata)
+    require(whole, "path", str(path), "its contents do not match their sha256")
+    return tensors, metadata
+
+
+def _decode(metadata: dict[str, str]) -> tuple[str, int, int, int, int]:
+    return metadata["factory"], *(int(size) for size in metadata["sizes"].split())

@@ -1,0 +1,1 @@
+"""From a card to runs, records, tables, figures and executed notebooks."""

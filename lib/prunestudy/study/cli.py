@@ -1,0 +1,248 @@
+"""The console command `prunestudy`; Snakemake and people use the same."""
+
+import argparse
+import json
+import os
+import sys
+from typing import Any
+
+from prunestudy.errors import InputError, require_one_of
+from prunestudy.papers import PROFILES
+from prunestudy.study.plan import Planned
+
+
+def main(words: list[str] | None = None) -> int:
+    """Run one command; bad input is one line on stderr and exit code 2."""
+    try:
+        arguments = _parser().parse_args(words)
+        arguments.run(arguments)
+    except InputError as error:
+        return _refuse(" ".join(str(error).split()))
+    except BrokenPipeError:
+        # The reader (head, less) has gone; Python would complain when it closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        return _refuse(f"file = {error.filename or '?'}: {error.strerror or error}")
+    return 0
+
+
+def _refuse(line: str) -> int:
+    print(f"prunestudy: {line}", file=sys.stderr)
+    return 2
+
+
+class _OneLine(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise InputError(message)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _OneLine(prog="prunestudy", description="A study of neural network pruning.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_OneLine)
+
+    def add(name: str, run: Any, text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        command.set_defaults(run=run)
+        command.add_argument("--results", default="", help="results folder (default: results/)")
+        return command
+
+    def add_planned(name: str, run: Any, text: str) -> argparse.ArgumentParser:
+        command = add(name, run, text)
+        command.add_argument("--profile", default="quick", help=f"one of {', '.join(PROFILES)}")
+        command.add_argument(
+            "--paper", action="append", default=[], help="a paper; repeat for several; default all"
+        )
+        return command
+
+    def with_data(command: argparse.ArgumentParser, device: bool = True) -> argparse.ArgumentParser:
+        command.add_argument("--data", default="", help="data root (PRUNESTUDY_DATA, data/)")
+        if device:
+            command.add_argument("--device", default="auto", help="auto, cpu or cuda")
+        return command
+
+    study = with_data(add_planned("study", _study, "run all that is missing, as a batch"), False)
+    study.add_argument("--jobs", type=int, default=2, help="jobs side by side (default 2)")
+    study.add_argument("--executor", default="local", help="a Snakemake executor (default local)")
+    add_planned("list", _list, "list the planned runs")
+    add_planned("status", _status, "say what is done and what is missing")
+    add_planned("table", _table, "write the tables from the records")
+    add_planned("readme", _readme, "write README's table from the records")
+    add_planned("latency", _latency, "time the finished nets, alone on the machine")
+    run = with_data(add_planned("run", _run, "train runs by name, if they are not there"))
+    run.add_argument("runs", nargs="+", metavar="RUN", help="a run's name or its beginning")
+    job = with_data(add_planned("job", _job, "train the runs of one job of the batch"))
+    job.add_argument("job")
+    note = with_data(add("notebook", _notebook, "execute a paper's notebook"), False)
+    note.add_argument("paper")
+    note.add_argument("--profile", default="quick")
+    show = add("show", _show, "print a run's settings, metrics, environment and history")
+    show.add_argument("run_name", metavar="RUN", help="a run's name or its beginning")
+    show.add_argument("--profile", default="quick")
+    own = with_data(add("train", _train, "train one run of your own, with settings of your own"))
+    own.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=_SET_HELP)
+    bench = add("bench", _bench, "measure ratios side by side and write results/bench.md")
+    bench.add_argument("--quick", action="store_true", help="few rounds: a look, not a result")
+    return parser
+
+
+_SET_HELP = (
+    "dataset, model, method, target, seed, validation, epochs, lr, batch_size, ... or a parameter"
+    " of the method as params.NAME"
+)
+
+
+def _planned(a: argparse.Namespace) -> list[Planned]:
+    from prunestudy.study.plan import plan
+
+    return plan(a.profile, tuple(a.paper))
+
+
+def _store(a: argparse.Namespace) -> Any:
+    from prunestudy.study.records import Store
+
+    return Store(a.profile, a.results or None)
+
+
+def _study(a: argparse.Namespace) -> None:
+    from prunestudy.study import batch
+
+    batch.run(a.profile, tuple(a.paper), a.jobs, a.results, a.data, a.executor)
+    _say_where(a)
+
+
+def _say_where(a: argparse.Namespace) -> None:
+    import pandas as pd
+
+    from prunestudy.study import tables
+
+    store = _store(a)
+    _, summary = tables.build(store, _planned(a))
+    columns = ["paper", "method", "model", "dataset", "target", "n", "metric", "difference"]
+    columns += ["difference_low", "difference_high", "verdict"]
+    with pd.option_context("display.width", 200, "display.max_rows", 500):
+        plain = summary[summary.variant == ""][columns]
+        print(plain.to_string(index=False, float_format=lambda v: f"{v:.4f}", na_rep=""))
+    folder = store.folder if a.results else os.path.relpath(store.folder)
+    for name in ("tables", "figures", "notebooks", "records"):
+        print(f"{name:10} {folder}/{name}")
+
+
+def _list(a: argparse.Namespace) -> None:
+    for item in _planned(a):
+        target = f"{item.settings.target.value:.3f}" if item.settings.target else "-"
+        words = (item.settings.run, item.paper, item.experiment, f"seed {item.settings.seed}")
+        print(*words, f"target {target}", item.variant, sep="\t")
+
+
+def _status(a: argparse.Namespace) -> None:
+    store = _store(a)
+    unique = {item.settings.run: item.settings for item in _planned(a)}
+    found = {name: store.read(settings) for name, settings in unique.items()}
+    missing = [name for name, record in found.items() if record is None]
+    states = [record["status"] for record in found.values() if record]
+    for state in sorted(set(states)):
+        print(f"{state:9} {states.count(state)}")
+    print(f"{'missing':9} {len(missing)}")
+    for name in missing:
+        print(f"  {name}" + ("  (begun)" if store.work(name).exists() else ""))
+
+
+def _table(a: argparse.Namespace) -> None:
+    from prunestudy.study import tables
+
+    tables.write(_store(a), _planned(a))
+
+
+def _readme(a: argparse.Namespace) -> None:
+    from prunestudy.study import tables
+    from prunestudy.study.records import repository
+
+    _, summary = tables.build(_store(a), _planned(a))
+    tables.fill_readme(repository() / "README.md", summary)
+
+
+def _latency(a: argparse.Namespace) -> None:
+    from prunestudy.study.session import measure_latency
+
+    measure_latency(_store(a), _planned(a))
+
+
+def _run(a: argparse.Namespace) -> None:
+    by_name = {item.settings.run: item.settings for item in _planned(a)}
+    wanted = [_match(name, list(by_name)) for name in a.runs]
+    _ensure(a, [by_name[name] for name in wanted])
+
+
+def _match(name: str, names: list[str]) -> str:
+    found = [each for each in names if each.startswith(name)]
+    if name in found or len(found) == 1:
+        return name if name in found else found[0]
+    why = f"{len(found)} runs begin so" if found else "no such run"
+    raise InputError(f"run = {name!r}: {why}; `prunestudy list` names them")
+
+
+def _job(a: argparse.Namespace) -> None:
+    from prunestudy.study.plan import jobs
+
+    found = jobs(a.profile, _planned(a))
+    require_one_of("job", a.job, found)
+    _ensure(a, [item.settings for item in found[a.job]])
+
+
+def _ensure(a: argparse.Namespace, wanted: list[Any]) -> None:
+    from prunestudy.study.runs import Runner
+
+    runner = Runner(_store(a), a.data or None, a.device, show=sys.stderr.isatty())
+    for settings in wanted:
+        record = runner.ensure(settings)
+        score = record["metrics"].get("metric")
+        print(settings.run, record["status"], "" if score is None else f"{score:.4f}", flush=True)
+
+
+def _notebook(a: argparse.Namespace) -> None:
+    from prunestudy.study import notebooks
+
+    target = notebooks.execute(a.paper, a.profile, a.results, a.data)
+    print(target if a.results else os.path.relpath(target))
+
+
+def _show(a: argparse.Namespace) -> None:
+    from prunestudy.study.records import canonical
+
+    require_one_of("profile", a.profile, (*PROFILES, "custom"))
+    store = _store(a)
+    names = sorted(p.parent.name for p in store.records.glob("*/record.json"))
+    name = _match(a.run_name, names)
+    print(canonical(store.load(name)))
+    for row in store.history(name):
+        print(*(f"{key}={value}" for key, value in row.items() if value != ""))
+
+
+def _train(a: argparse.Namespace) -> None:
+    from prunestudy.study.settings import own_settings
+
+    a.profile = "custom"
+    values = {}
+    for pair in a.set:
+        key, sign, text = pair.partition("=")
+        if not sign:
+            raise InputError(f"--set = {pair!r}: must be KEY=VALUE")
+        values[key] = _value(text)
+    _ensure(a, [own_settings(values, a.data)])
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def _bench(a: argparse.Namespace) -> None:
+    from prunestudy.study import bench
+
+    bench.run(a.results, quick=a.quick)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

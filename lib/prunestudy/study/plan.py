@@ -1,0 +1,146 @@
+"""From cards to the list of runs; needs no data on disk."""
+
+from dataclasses import dataclass
+
+from prunestudy import methods
+from prunestudy.errors import InputError, require, require_one_of
+from prunestudy.papers import PROFILES, Card, Entry, Experiment, Profile, card, cards
+from prunestudy.study.settings import RunSettings, resolve, sparsity_target
+from prunestudy.train import Recipe
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run as an experiment of a paper asks for it."""
+
+    paper: str
+    experiment: str
+    purpose: str
+    variant: str
+    settings: RunSettings
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """Smaller than the card says, for a first look or a test; 0 leaves what the card says."""
+
+    seeds: int = 0
+    epochs: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "epochs"):
+            value = getattr(self, name)
+            require(value >= 0, name, value, "0 (as the card says) or more")
+
+
+def plan(profile: str, papers: tuple[str, ...] = (), tiny: Tiny = Tiny()) -> list[Planned]:
+    """Return the runs of `papers` (none named: all) in `profile`, parents before children."""
+    require_one_of("profile", profile, PROFILES)
+    chosen = [card(name) for name in dict.fromkeys(papers)] or list(cards())
+    with_profile = [c for c in chosen if profile in c.profiles]
+    if not with_profile:
+        has = sorted({name for c in chosen for name in c.profiles})
+        raise InputError(f"profile = {profile!r}: the chosen papers have {', '.join(has)}")
+    return [run for each in with_profile for run in _of_card(each, profile, tiny)]
+
+
+def _of_card(paper: Card, profile: str, tiny: Tiny) -> list[Planned]:
+    size = paper.profiles[profile]
+    return [
+        Planned(paper.id, experiment.name, experiment.purpose, variant, settings)
+        for experiment in size.experiments
+        for variant, settings in _of_experiment(size, _smaller(experiment, tiny))
+    ]
+
+
+def _smaller(experiment: Experiment, tiny: Tiny) -> Experiment:
+    changes: dict = {}
+    if tiny.seeds:
+        changes["seeds"] = min(tiny.seeds, experiment.seeds)
+        few = [
+            e.model_copy(update={"seeds": min(tiny.seeds, experiment.seeds, e.seeds or tiny.seeds)})
+            for e in experiment.methods
+        ]
+        changes["methods"] = tuple(few)
+    if tiny.epochs:
+        changes["recipe"] = _shorter(experiment.recipe, tiny.epochs)
+        if experiment.start:
+            changes["start"] = _shorter(experiment.start, tiny.epochs)
+    return experiment.model_copy(update=changes)
+
+
+def _shorter(recipe: Recipe, epochs: int) -> Recipe:
+    return recipe.model_copy(update={"epochs": min(epochs, recipe.epochs)})
+
+
+def _of_experiment(size: Profile, experiment: Experiment) -> list[tuple[str, RunSettings]]:
+    runs: dict[tuple[str, str], tuple[str, RunSettings]] = {}
+    for entry in experiment.methods:
+        for seed in range(entry.seeds or experiment.seeds):
+            for variant, settings in _of_entry(size, experiment, entry, seed):
+                runs.setdefault((variant, settings.run), (variant, settings))
+    return list(runs.values())
+
+
+def _of_entry(
+    size: Profile, experiment: Experiment, entry: Entry, seed: int
+) -> list[tuple[str, RunSettings]]:
+    common = {
+        "dataset": experiment.dataset,
+        "model": experiment.model,
+        "seed": seed,
+        "precision": size.precision,
+        "threads": size.threads,
+        "validation": experiment.validation,
+        "evaluate": "validation" if experiment.purpose == "search" else "test",
+    }
+    parent = None
+    if experiment.start and not entry.fresh:
+        parent = resolve(method="dense", recipe=experiment.start, **common)
+    prunes = methods.method_class(entry.method).prunes
+    targets = (entry.targets or experiment.targets) if prunes else (None,)
+    made = [("start", parent)] if parent else []
+    for target in targets:
+        settings = resolve(
+            method=entry.method,
+            params=entry.params,
+            target=None if target is None else sparsity_target(target),
+            recipe=_recipe(experiment, entry),
+            parent=parent,
+            **common,
+        )
+        made.append((entry.variant, settings))
+    return made
+
+
+def _recipe(experiment: Experiment, entry: Entry) -> Recipe:
+    changes: dict = {"lr": entry.lr} if entry.lr else {}
+    if entry.fresh and experiment.start:
+        changes["epochs"] = experiment.recipe.epochs + experiment.start.epochs
+    return experiment.recipe.model_copy(update=changes)
+
+
+def jobs(profile: str, planned: list[Planned]) -> dict[str, list[Planned]]:
+    """Group runs into jobs of the batch, by paper, experiment, seed (and method), in order."""
+    groups: dict[str, list[Planned]] = {}
+    kinds = {name: card(name).profiles[profile].job for name in {run.paper for run in planned}}
+    for run in planned:
+        by_method = kinds[run.paper] == "method"
+        start = run.settings.parent is None and run.settings.method == "dense"
+        kind = "start" if start else run.settings.method
+        parts = [run.paper, run.experiment, f"s{run.settings.seed}"] + [kind] * by_method
+        groups.setdefault(".".join(parts), []).append(run)
+    return groups
+
+
+def needed_jobs(groups: dict[str, list[Planned]]) -> dict[str, set[str]]:
+    """For each job, the jobs that train parents of its runs."""
+    owner = {run.settings.run: name for name, runs in groups.items() for run in runs}
+    return {
+        name: {
+            owner[run.settings.parent.run]
+            for run in runs
+            if run.settings.parent and owner.get(run.settings.parent.run, name) != name
+        }
+        for name, runs in groups.items()
+    }

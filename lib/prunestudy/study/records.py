@@ -1,0 +1,228 @@
+"""Records: one folder per finished run, written whole, checked when read.
+
+results/<profile>/records/<run>/record.json          settings, metrics, versions, checksum
+                                history.csv          one row per epoch
+                                arrays.safetensors   what figures need, at most 1 MB
+                                weights.safetensors  the finished net, not tracked
+                                latency.json         measured later, alone on the machine
+results/<profile>/work/<run>/   checkpoint of an unfinished run, and locks
+"""
+
+import contextlib
+import csv
+import hashlib
+import io
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock
+from pydantic import ValidationError
+from safetensors.numpy import load_file, save
+
+import prunestudy
+from prunestudy.errors import InputError
+from prunestudy.study.settings import RunSettings
+
+FORMAT = 1
+MAX_ARRAY_BYTES = 1_000_000
+# What differs from one execution of the same run to the next.
+TIMES = "cost"
+
+
+def repository() -> Path:
+    """Folder of the checkout, where notebooks/, data/ and results/ are."""
+    return Path(prunestudy.__file__).resolve().parents[2]
+
+
+def canonical(values: Any) -> str:
+    """JSON text of `values` that is the same for equal values; NaN becomes null."""
+    return json.dumps(_finite(values), sort_keys=True, indent=1, allow_nan=False) + "\n"
+
+
+def _finite(values: Any) -> Any:
+    if isinstance(values, dict):
+        return {key: _finite(value) for key, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [_finite(value) for value in values]
+    return None if isinstance(values, float) and not math.isfinite(values) else values
+
+
+def checksum(record: dict[str, Any]) -> str:
+    """SHA-256 of a record without its own checksum."""
+    rest = {key: value for key, value in record.items() if key != "checksum"}
+    return hashlib.sha256(canonical(rest).encode()).hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class Store:
+    """The records of one profile."""
+
+    def __init__(self, profile: str, root: Path | str | None = None) -> None:
+        self.folder = Path(root or repository() / "results") / profile
+        self.records = self.folder / "records"
+
+    def path(self, run: str) -> Path:
+        """Folder of the finished run `run`."""
+        return self.records / run
+
+    def work(self, run: str) -> Path:
+        """Folder of the unfinished run `run`."""
+        return self.folder / "work" / run
+
+    def weights(self, run: str) -> Path:
+        """File of the finished net of `run`."""
+        return self.path(run) / "weights.safetensors"
+
+    def require_weights(self, run: str) -> None:
+        """Raise `InputError` unless the net on disk is the one of the run's record."""
+        found = _content(self.weights(run))
+        if found != self.load(run)["files"]["weights.safetensors"]:
+            raise InputError(f"weights = {run}: not those of its record; delete them")
+
+    @contextlib.contextmanager
+    def lock(self, run: str) -> Iterator[None]:
+        """Hold run `run`: two processes that ask for it train it once."""
+        locks = self.folder / "work" / "locks"
+        locks.mkdir(parents=True, exist_ok=True)
+        with FileLock(locks / f"{run}.lock"):
+            yield
+
+    def read(self, settings: RunSettings) -> dict[str, Any] | None:
+        """Return the record of `settings`, or None if that run is not done.
+
+        Raises `InputError` for a record that is corrupt, edited or of other settings.
+        """
+        record = self.load(settings.run)
+        if record is None:
+            return None
+        try:
+            found = RunSettings.model_validate_json(json.dumps(record["settings"]))
+        except (ValidationError, KeyError):
+            found = None
+        if found != settings:
+            raise InputError(_refusal(settings.run, "was made with other settings"))
+        return record
+
+    def load(self, run: str) -> dict[str, Any] | None:
+        """Return the record of the run named `run`, its checksum verified, or None."""
+        path = self.path(run) / "record.json"
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            raise InputError(_refusal(run, "is not valid JSON")) from None
+        if not isinstance(record, dict) or record.get("format") != FORMAT:
+            raise InputError(_refusal(run, f"is not of format {FORMAT}"))
+        if record.get("checksum") != checksum(record):
+            raise InputError(_refusal(run, "was edited or damaged (checksum)"))
+        return record
+
+    def history(self, run: str) -> list[dict[str, Any]]:
+        """Rows of the run's history, numbers as floats."""
+        with (self.path(run) / "history.csv").open(newline="", encoding="utf-8") as file:
+            return [{k: _number(v) for k, v in row.items()} for row in csv.DictReader(file)]
+
+    def arrays(self, run: str) -> dict[str, np.ndarray]:
+        """Arrays that the run left for figures."""
+        return load_file(self.path(run) / "arrays.safetensors")
+
+    def write(
+        self,
+        record: dict[str, Any],
+        history: list[dict[str, Any]],
+        arrays: dict[str, np.ndarray],
+        weights: Path,
+    ) -> dict[str, Any]:
+        """Write a finished run's folder under a temporary name, then rename it; return the record.
+
+        `weights` is the file of the finished net, moved in. A run that has a record already (its
+        weights were lost) must have come out the same; then only its weights are put back.
+        """
+        run = record["run"]
+        payload = save({key: np.ascontiguousarray(a) for key, a in arrays.items()})
+        if len(payload) > MAX_ARRAY_BYTES:
+            raise RuntimeError(f"arrays of {run}: {len(payload)} bytes, above {MAX_ARRAY_BYTES}")
+        text = _csv(history)
+        record["files"] = {
+            "history.csv": _sha256(text.encode()),
+            "arrays.safetensors": _sha256(payload),
+            "weights.safetensors": _content(weights),
+        }
+        record = json.loads(canonical(record))
+        record["checksum"] = checksum(record)
+        before = self.load(run)
+        if before is not None:
+            _same(before, record)
+            weights.replace(self.weights(run))
+            return before
+        temporary = self.work(run) / "finished"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        (temporary / "history.csv").write_text(text, encoding="utf-8")
+        (temporary / "arrays.safetensors").write_bytes(payload)
+        weights.replace(temporary / "weights.safetensors")
+        (temporary / "record.json").write_text(canonical(record), encoding="utf-8")
+        self.records.mkdir(parents=True, exist_ok=True)
+        # Left by a record that somebody deleted: without record.json the run is not done.
+        shutil.rmtree(self.path(run), ignore_errors=True)
+        temporary.rename(self.path(run))
+        return record
+
+
+def _same(before: dict[str, Any], after: dict[str, Any]) -> None:
+    for key in ("settings", "data", "metrics", "validation", "status", "files"):
+        if before[key] != after[key]:
+            raise InputError(
+                f"record = {before['run']}: trained again for its missing weights, it did not"
+                f" reproduce its {key}; delete its folder to accept the new one"
+            )
+
+
+def _refusal(run: str, why: str) -> str:
+    return f"record = {run}: {why}; delete its folder to train it again"
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _content(path: Path) -> str:
+    """SHA-256 of the tensors in `path`: the order of a safetensors file's metadata is random."""
+    digest = hashlib.sha256()
+    for name, array in sorted(load_file(path).items()):
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def _csv(rows: list[dict[str, Any]]) -> str:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    out = io.StringIO()
+    writer = csv.DictWriter(out, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text

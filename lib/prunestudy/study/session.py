@@ -1,0 +1,155 @@
+"""A paper at one size, as a notebook or a command sees it: plan, runs, tables, figures."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+from tqdm.auto import tqdm
+
+from prunestudy import datasets, measure, shrink
+from prunestudy.errors import InputError
+from prunestudy.papers import Card, card
+from prunestudy.study import tables
+from prunestudy.study.plan import Planned, Tiny, plan
+from prunestudy.study.records import Store, canonical, write_text
+from prunestudy.study.runs import Runner
+from prunestudy.study.settings import RunSettings
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# From this sparsity on, compressed rows are faster than a dense layer (see the bench).
+_CSR_FROM = 0.8
+
+
+@dataclass
+class Session:
+    """One paper in one profile.
+
+    `seeds` and `epochs` other than 0 make everything smaller than the card says; such runs go to
+    the folder "custom", so that they never mix with the study's own.
+    """
+
+    paper: str
+    profile: str = "quick"
+    seeds: int = 0
+    epochs: int = 0
+    results: str | Path = ""
+    data: str | Path = ""
+    device: str = "auto"
+    show: bool = True
+    planned: list[Planned] = field(init=False)
+
+    def __post_init__(self) -> None:
+        tiny = Tiny(self.seeds, self.epochs)
+        self.planned = plan(self.profile, (self.paper,), tiny)
+        self.store = Store("custom" if tiny != Tiny() else self.profile, self.results or None)
+        self.runner = Runner(self.store, self.data or None, self.device)
+
+    @property
+    def card(self) -> Card:
+        """The paper's card."""
+        return card(self.paper)
+
+    def run(self) -> None:
+        """Train what is missing, and say how much that was."""
+        missing = [p for p in self.planned if self.store.read(p.settings) is None]
+        bar = tqdm(missing, disable=not (self.show and missing), desc="runs", unit="run")
+        for item in bar:
+            bar.set_postfix_str(item.settings.run)
+            self.runner.ensure(item.settings)
+        print(f"{len(self.planned) - len(missing)} runs were there, {len(missing)} trained now.")
+
+    @cached_property
+    def runs(self) -> pd.DataFrame:
+        """One row per run that is done."""
+        return tables.runs_table(self.store, self.planned)
+
+    @cached_property
+    def summary(self) -> pd.DataFrame:
+        """One row per setting."""
+        return tables.summary_table(self.runs)
+
+    def verdicts(self) -> pd.DataFrame:
+        """One row per claim and comparison, judged by the rule."""
+        return tables.verdicts_table(self.store, self.planned, self.card)
+
+    def figure(self, name: str, drawn: "Figure") -> "Figure":
+        """Save `drawn` under the paper's name and return it."""
+        from prunestudy.study import figures  # late: a batch job draws nothing
+
+        figures.save(drawn, self.store, f"{self.paper}_{name}")
+        return drawn
+
+    def find(self, method: str, target: float | None, seed: int = 0, **where: Any) -> RunSettings:
+        """Return the settings of the planned run of `method` at `target`; `InputError` if none."""
+        for item in self.planned:
+            s = item.settings
+            at = s.target.value if s.target else None
+            same = all(getattr(s, key) == value for key, value in where.items())
+            if (s.method, at, s.seed, item.variant) == (method, target, seed, "") and same:
+                return s
+        raise InputError(f"run = {method} at {target}, seed {seed}: not planned in {self.profile}")
+
+
+def measure_latency(store: Store, planned: list[Planned], rounds: int = 30) -> int:
+    """Time the nets of seed 0 against their dense start, interleaved; return how many.
+
+    Weight-sparse linear layers compute from compressed rows. One thread. Nets whose weights are
+    not on disk are left out.
+    """
+    waiting = [item.settings for item in planned if is_untimed(store, item)]
+    for settings in tqdm(waiting, desc="latency", unit="net", disable=not waiting):
+        write_text(store.path(settings.run) / "latency.json", _latency(store, settings, rounds))
+    return len(waiting)
+
+
+def is_untimed(store: Store, item: Planned) -> bool:
+    """Whether the net of `item` is there and still to be timed (seed 0 of results only)."""
+    settings, run = item.settings, item.settings.run
+    wanted = settings.seed == 0 and settings.parent and item.purpose == "results"
+    if not wanted or (store.path(run) / "latency.json").exists():
+        return False
+    record = store.read(settings)
+    done = record is not None and record["status"] == "done"
+    return done and store.weights(run).exists() and store.weights(settings.parent.run).exists()
+
+
+def _latency(store: Store, settings: RunSettings, rounds: int) -> str:
+    small = shrink.load_sparse(store.weights(settings.run), settings.model)
+    dense = shrink.load_sparse(store.weights(settings.parent.run), settings.model)
+    nets = {"latency": shrink.to_csr(small, _CSR_FROM), "dense_latency": dense}
+    info = datasets.info(settings.dataset)
+    shape = (info.channels, info.height, info.width)
+    times = {}
+    for batch in (1, 128):
+        median = measure.latency(nets, shape, batch, rounds=rounds, threads=1)
+        times |= {f"{name}_b{batch}_ms": round(ms, 5) for name, ms in median.items()}
+    form = f"linear layers of at least {_CSR_FROM:.0%} zeros from compressed rows (CSR)"
+    return canonical({"ms": times, "threads": 1, "rounds": rounds, "form": form})
+
+
+def state_of(store: Store, planned: list[Planned]) -> str:
+    """Digest of the planned runs' records: it changes when any of them does."""
+    done = {p.settings.run: (store.load(p.settings.run) or {}).get("checksum") for p in planned}
+    return hashlib.sha256(json.dumps(done, sort_keys=True).encode()).hexdigest()
+
+
+def check_parameters(namespace: Mapping[str, Any], before: set[str], **types: type) -> None:
+    """Refuse parameters that the notebook does not have, and values of another type.
+
+    `before` are the names of `namespace` ahead of the `parameters` cell, `types` those that the
+    cell defines. Raises `InputError` with one line.
+    """
+    for name in sorted(set(namespace) - before - {"BEFORE"}):
+        if not name.startswith("_") and name not in types:
+            raise InputError(f"parameter {name}: unknown; allowed are {', '.join(types)}")
+    for name, wanted in types.items():
+        value = namespace[name]
+        if type(value) is not wanted:
+            raise InputError(f"parameter {name} = {value!r}: must be of type {wanted.__name__}")

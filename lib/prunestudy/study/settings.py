@@ -1,0 +1,171 @@
+"""What a run is: its resolved settings, and the name that is a hash of them."""
+
+import hashlib
+import json
+import re
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from prunestudy import datasets, methods, models
+from prunestudy.errors import InputError, require, require_one_of
+from prunestudy.train import Recipe
+
+
+class Target(BaseModel):
+    """How much to remove: `value` is the share removed of what `kind` counts."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
+
+    kind: Literal["sparsity", "macs", "parameters", "rank", "energy"]
+    value: Annotated[float, Field(gt=0, lt=1)]
+
+
+class RunSettings(BaseModel):
+    """Resolved settings of one run; equal settings are one run, whoever asks for it."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
+
+    dataset: str
+    dataset_version: str
+    model: str
+    method: str
+    revision: int
+    params: dict[str, Any] = {}
+    target: Target | None = None
+    recipe: Recipe
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
+    precision: Literal["fp32", "bf16"] = "fp32"
+    threads: Annotated[int, Field(ge=1)] = 1
+    validation: Annotated[int, Field(ge=1)] = 5000
+    evaluate: Literal["test", "validation"] = "test"
+    parent: "RunSettings | None" = None
+
+    @property
+    def run(self) -> str:
+        """Name of the run: method, model, data set and a hash of all that is not a default."""
+        values = self.model_dump(mode="json", exclude_defaults=True, exclude={"parent", "params"})
+        params = methods.params_of(self.method, self.params)
+        values["params"] = params.model_dump(mode="json", exclude_defaults=True)
+        values["parent"] = self.parent.run if self.parent else None
+        text = json.dumps(values, sort_keys=True, separators=(",", ":"))
+        digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+        return re.sub(
+            r"[^A-Za-z0-9_.-]", "_", f"{self.method}-{self.model}-{self.dataset}-{digest}"
+        )
+
+    @property
+    def epochs(self) -> int:
+        """Epochs of this run and of its parents together."""
+        return self.recipe.epochs + (self.parent.epochs if self.parent else 0)
+
+
+def resolve(
+    *,
+    dataset: str,
+    model: str,
+    method: str,
+    params: dict[str, Any] | None = None,
+    root: str = "",
+    **rest: Any,
+) -> RunSettings:
+    """Check every name and value and return the settings with all defaults filled in.
+
+    Needs no data on disk, but for an image folder, which is looked for below the data `root`.
+    Raises `InputError` with one line for the first thing that is wrong.
+    """
+    require_one_of("model", model, models.names())
+    kind = methods.method_class(method)
+    known = _facts(dataset, root)
+    target = rest.get("target")
+    require(bool(target) == kind.prunes, "target", target, f"{method} takes {_takes(kind.prunes)}")
+    try:
+        settings = RunSettings(
+            dataset=dataset,
+            dataset_version=known.version,
+            model=model,
+            method=method,
+            revision=kind.revision,
+            params=methods.params_of(method, params or {}).model_dump(mode="json"),
+            **rest,
+        )
+    except ValidationError as error:
+        raise InputError(first_error(error)) from None
+    if kind.prunes:
+        methods.build(method, settings.params, settings.target.value)
+    _fits(settings, known)
+    return settings
+
+
+def own_settings(values: dict[str, Any], root: str = "") -> RunSettings:
+    """Return the settings of a run outside the cards, from flat `values`.
+
+    Keys are those of a run (dataset, model, method, seed, validation, ...), of the recipe (epochs,
+    lr, ...), `target` (share of weights removed) and `params.NAME`. Raises `InputError`.
+    """
+    values = {"dataset": "digits", "model": "lenet300", "method": "dense", "seed": 0} | values
+    values = {"epochs": 20, "lr": 0.05, "validation": 200} | values
+    params = {k.removeprefix("params."): v for k, v in values.items() if k.startswith("params.")}
+    own = {k: v for k, v in values.items() if k in _OWN}
+    rest = {k: v for k, v in values.items() if k not in own and not k.startswith("params.")}
+    unknown = sorted(set(rest) - set(Recipe.model_fields) - {"target"})
+    allowed = sorted({*_OWN, *Recipe.model_fields, "target"})
+    require(not unknown, "setting", unknown and unknown[0], f"allowed are {', '.join(allowed)}")
+    target = rest.pop("target", None)
+    made = recipe(**rest)
+    if target is not None:
+        target = sparsity_target(target)
+    return resolve(params=params, recipe=made, target=target, root=root, **own)
+
+
+_OWN = ("dataset", "model", "method", "seed", "precision", "threads", "validation")
+
+
+def sparsity_target(value: Any) -> Target:
+    """Return the checked target of removing the share `value` of the weights."""
+    try:
+        return Target(kind="sparsity", value=value)
+    except ValidationError:
+        allowed = "the share of weights to remove, above 0 and below 1"
+        raise InputError(f"target = {value!r}: {allowed}") from None
+
+
+def first_error(error: ValidationError) -> str:
+    """One line for the first thing that pydantic found wrong."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    return f"{where} = {first['input']!r}: {first['msg'].lower()}"
+
+
+def recipe(**values: Any) -> Recipe:
+    """Return the checked recipe, or raise `InputError` naming the wrong value."""
+    lists = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
+    try:
+        return Recipe(**(values | lists))
+    except ValidationError as error:
+        raise InputError(first_error(error)) from None
+
+
+def _facts(dataset: str, root: str) -> datasets.DatasetInfo:
+    if not str(dataset).startswith("folder:"):
+        require_one_of("dataset", dataset, datasets.names())
+    return datasets.info(dataset, root or None)
+
+
+def _takes(prunes: bool) -> str:
+    return "the share of weights to remove, above 0 and below 1" if prunes else "no target"
+
+
+def _fits(settings: RunSettings, known: datasets.DatasetInfo) -> None:
+    # A net that cannot take these images says so here.
+    with torch.device("meta"):
+        models.build(settings.model, (known.channels, known.height, known.width), 1)
+    shift, side = settings.recipe.shift, min(known.height, known.width)
+    require(shift < side, "shift", shift, f"below {side}, the images' size in pixels")
+    total = known.train_images
+    held_out = settings.validation
+    require(held_out < total, "validation", held_out, f"below {total}, the training images")
+    left = total - held_out
+    size = settings.recipe.batch_size
+    require(size <= left, "batch_size", size, f"at most {left}, the training images left")

@@ -1,0 +1,313 @@
+"""The two tidy tables of a profile, made from records: runs.csv and summary.csv.
+
+Verdicts are a rule: *confirmed* if the 95% interval of the paired per-seed difference lies on the
+claimed side, *contradicted* if on the other, *undecided* otherwise.
+"""
+
+import html
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from prunestudy import datasets, methods
+from prunestudy.errors import InputError
+from prunestudy.papers import Card, Claim, Comparison, Published, card
+from prunestudy.study.plan import Planned
+from prunestudy.study.records import Store, write_text
+
+RUN_COLUMNS = (
+    "run parent paper method variant model dataset seed epochs precision threads target_kind "
+    "target sparsity parameters nonzeros macs nonzero_macs dense_parameters dense_macs "
+    "metric_name metric dense_metric macro_f1 latency_b1_ms latency_b128_ms "
+    "dense_latency_b1_ms dense_latency_b128_ms peak_memory_mb bytes train_seconds status"
+).split()
+KEYS = (
+    "paper method variant model dataset epochs precision threads target_kind target metric_name"
+).split()
+SUMMARY_COLUMNS = (
+    KEYS
+    + (
+        "n metric metric_sd dense_metric difference_n difference difference_sd difference_low "
+        "difference_high sparsity nonzeros published mark source verdict"
+    ).split()
+)
+
+
+def runs_table(store: Store, planned: list[Planned]) -> pd.DataFrame:
+    """One row per (paper, run) of the planned runs that are done; search runs left out."""
+    rows: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for item in planned:
+        record = store.read(item.settings) if item.purpose != "search" else None
+        if record is not None:
+            rows[item.paper, item.settings.run, item.variant] = _row(store, item, record)
+    table = pd.DataFrame(rows.values(), columns=RUN_COLUMNS)
+    # A run that two experiments share under two labels is one row, under the plainer label.
+    table = table.sort_values(["paper", "run", "variant"]).drop_duplicates(["paper", "run"])
+    return _with_dense(table).reset_index(drop=True)
+
+
+def _row(store: Store, item: Planned, record: dict[str, Any]) -> dict[str, Any]:
+    settings, metrics = item.settings, record["metrics"]
+    target = settings.target
+    return {
+        "run": settings.run,
+        "parent": record["parent"] or "",
+        "paper": item.paper,
+        "method": settings.method,
+        "variant": item.variant,
+        "model": settings.model,
+        "dataset": settings.dataset,
+        "seed": settings.seed,
+        "epochs": settings.epochs,
+        "precision": settings.precision,
+        "threads": settings.threads,
+        "target_kind": target.kind if target else "",
+        "target": target.value if target else math.nan,
+        **{name: metrics.get(name) for name in RUN_COLUMNS if name in metrics},
+        **_latency(store, settings.run),
+        "train_seconds": record["cost"]["train_seconds"],
+        "status": record["status"],
+    }
+
+
+def _latency(store: Store, run: str) -> dict[str, float]:
+    path = store.path(run) / "latency.json"
+    return json.loads(path.read_text(encoding="utf-8"))["ms"] if path.exists() else {}
+
+
+def _with_dense(table: pd.DataFrame) -> pd.DataFrame:
+    """Fill dense_metric: the dense net of same paper, model, data, seed and total epochs."""
+    keys = ["paper", "model", "dataset", "seed", "epochs"]
+    plain = (table["method"] == "dense") & table["variant"].isin(["", "start"])
+    dense = table[plain & (table["status"] == "done")].sort_values("variant")
+    metric = dense.drop_duplicates(keys).set_index(keys)["metric"]
+    where = pd.MultiIndex.from_frame(table[keys])
+    return table.assign(dense_metric=metric.reindex(where).to_numpy() if len(metric) else math.nan)
+
+
+def summary_table(runs: pd.DataFrame) -> pd.DataFrame:
+    """One row per setting: mean, sd and n over seeds, and the paired difference to dense."""
+    done = runs[runs["status"] == "done"]
+    rows = [_summary(group) for _, group in done.groupby(KEYS, dropna=False, sort=True)]
+    return pd.DataFrame(rows, columns=SUMMARY_COLUMNS)
+
+
+def _summary(group: pd.DataFrame) -> dict[str, Any]:
+    first = group.iloc[0]
+    row = {key: first[key] for key in KEYS}
+    difference = Interval.of(list((group["metric"] - group["dense_metric"]).dropna()))
+    published = _beside(card(first["paper"]), first)
+    return row | {
+        "n": len(group),
+        "metric": group["metric"].mean(),
+        "metric_sd": group["metric"].std(),
+        "dense_metric": group["dense_metric"].mean(),
+        "difference_n": difference.n,
+        "difference": difference.mean,
+        "difference_sd": difference.sd,
+        "difference_low": difference.low,
+        "difference_high": difference.high,
+        "sparsity": group["sparsity"].mean(),
+        "nonzeros": group["nonzeros"].mean(),
+        "published": published.value if published else math.nan,
+        "mark": published.mark if published else "",
+        "source": published.source if published else "",
+        "verdict": _verdict_to_dense(card(first["paper"]), first, difference),
+    }
+
+
+def _beside(paper: Card, row: pd.Series) -> Published | None:
+    """The published number that stands beside this setting, if there is one."""
+    keys = ("method", "model", "dataset", "target")
+    for number in paper.published:
+        if number.target is not None and all(getattr(number, k) == row[k] for k in keys):
+            return None if row["variant"] else number
+    return None
+
+
+def _verdict_to_dense(paper: Card, row: pd.Series, difference: "Interval") -> str:
+    if row["variant"]:
+        return ""
+    for claim in paper.claims:
+        for test in claim.tests:
+            keys = ("method", "model", "dataset", "target")
+            same = all(getattr(test, key) == row[key] for key in keys)
+            if same and test.against == "dense" and test.metric == "metric":
+                return difference.verdict(test.at_least)
+    return ""
+
+
+class Interval:
+    """Mean of paired differences with its 95% t-interval."""
+
+    def __init__(self, n: int, mean: float, sd: float, low: float, high: float) -> None:
+        self.n, self.mean, self.sd, self.low, self.high = n, mean, sd, low, high
+
+    @classmethod
+    def of(cls, values: list[float]) -> "Interval":
+        """Return the interval of `values`; without bounds for fewer than two."""
+        n = len(values)
+        if not n:
+            return cls(0, *[math.nan] * 4)
+        mean = math.fsum(values) / n
+        if n == 1:
+            return cls(1, mean, *[math.nan] * 3)
+        from scipy import stats  # late: it takes a second
+
+        sd = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1))
+        half = float(stats.t.ppf(0.975, n - 1)) * sd / math.sqrt(n)
+        return cls(n, mean, sd, mean - half, mean + half)
+
+    def verdict(self, at_least: float) -> str:
+        """Judge the claim that the difference is at least `at_least`."""
+        if self.n < 2:
+            return "undecided"
+        if self.low >= at_least:
+            return "confirmed"
+        return "contradicted" if self.high < at_least else "undecided"
+
+
+def paired(store: Store, planned: list[Planned], test: Comparison) -> Interval:
+    """Paired per-seed difference `test.method - test.against` of `test.metric`.
+
+    Pairs share model, data, seed, target (where the control has one) and total epochs.
+    """
+    ours = _values(store, planned, test, test.method)
+    theirs = _values(store, planned, test, test.against)
+    return Interval.of([ours[key] - theirs[key] for key in sorted(ours) if key in theirs])
+
+
+def _values(
+    store: Store, planned: list[Planned], test: Comparison, method: str
+) -> dict[tuple[int, int], float]:
+    found = {}
+    for item in planned:
+        s = item.settings
+        wanted = (method, test.model, test.dataset) == (s.method, s.model, s.dataset)
+        at_target = s.target is None or s.target.value == test.target
+        if wanted and at_target and item.purpose == "results" and not item.variant:
+            record = store.read(s)
+            value = record["metrics"].get(test.metric) if record else None
+            if value is not None:
+                found[s.seed, s.epochs] = value
+    return found
+
+
+def verdicts_table(store: Store, planned: list[Planned], paper: Card) -> pd.DataFrame:
+    """One row per claim and comparison: difference, interval, n and verdict."""
+    rows = [row for claim in paper.claims for row in _judge(store, planned, claim)]
+    return pd.DataFrame(rows)
+
+
+def _judge(store: Store, planned: list[Planned], claim: Claim) -> list[dict[str, Any]]:
+    base = {"claim": claim.id, "says": claim.text, "mark": claim.mark}
+    if claim.not_testable:
+        return [base | {"verdict": "not testable here", "why": claim.not_testable}]
+    rows = []
+    for test in claim.tests:
+        got = paired(store, planned, test)
+        rule = f"{test.method} - {test.against} of {test.metric} >= {test.at_least:g}"
+        where = f"{test.model}, {test.dataset}, {test.target:.0%} removed"
+        numbers = {"difference": got.mean, "low": got.low, "high": got.high, "n": got.n}
+        verdict = got.verdict(test.at_least) if got.n else "no runs in this profile"
+        rows.append(base | {"rule": rule, "where": where} | numbers | {"verdict": verdict})
+    return rows
+
+
+def build(store: Store, planned: list[Planned]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return the two tables, of runs and of settings, from the records."""
+    runs = runs_table(store, planned)
+    return runs, summary_table(runs)
+
+
+def write(store: Store, planned: list[Planned]) -> None:
+    """Write runs.csv and summary.csv from the records."""
+    for name, table in zip(("runs", "summary"), build(store, planned), strict=True):
+        write_text(store.folder / "tables" / f"{name}.csv", text_of(table))
+
+
+def text_of(table: pd.DataFrame) -> str:
+    """Return `table` as the text of its CSV file."""
+    return table.to_csv(index=False, float_format="%.10g", lineterminator="\n")
+
+
+def readable(summary: pd.DataFrame) -> pd.DataFrame:
+    """Return the summary for people: percent and percentage points, interval in brackets."""
+    rows = list(summary.itertuples(index=False))
+    columns = {
+        "net": [row.model for row in rows],
+        "data": [datasets_title(row.dataset) for row in rows],
+        "method": [
+            methods.method_class(row.method).title + (f", {row.variant}" if row.variant else "")
+            for row in rows
+        ],
+        "kept, %": [
+            "100" if pd.isna(row.target) else f"{100 * (1 - row.target):g}" for row in rows
+        ],
+        "n": [row.n for row in rows],
+        "accuracy, %": [_with_sd(row.metric, row.metric_sd) for row in rows],
+        "minus dense, points": [
+            _bracket(*(100 * v for v in (row.difference, row.difference_low, row.difference_high)))
+            for row in rows
+        ],
+        "published, %": [
+            "" if pd.isna(row.published) else f"{100 * row.published:.2f} [{row.mark}]"
+            for row in rows
+        ],
+        "no loss?": [row.verdict for row in rows],
+    }
+    return pd.DataFrame(columns)
+
+
+def _with_sd(mean: float, sd: float) -> str:
+    return f"{100 * mean:.2f}" + ("" if math.isnan(sd) else f" ± {100 * sd:.2f}")
+
+
+def datasets_title(name: str) -> str:
+    """Title of data set `name` for people; a folder's own name."""
+    return name.removeprefix("folder:") if ":" in name else datasets.info(name).title
+
+
+def _bracket(mean: float, low: float, high: float) -> str:
+    if math.isnan(mean):
+        return ""
+    return f"{mean:+.2f}" + ("" if math.isnan(low) else f" [{low:+.2f}, {high:+.2f}]")
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """Read a table written by `write_tables`; empty labels stay empty text."""
+    text = "run parent paper method variant model dataset precision target_kind metric_name".split()
+    text += ["status", "mark", "source", "verdict"]
+    try:
+        table = pd.read_csv(path, dtype=dict.fromkeys(text, str))
+    except FileNotFoundError:
+        raise InputError(f"table = {path.name}: not there; run the study first") from None
+    return table.fillna({name: "" for name in text if name in table})
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """Markdown table of `table`; markup in its cells appears as text."""
+
+    def cell(value: Any) -> str:
+        text = html.escape(str(value), quote=False).replace("\n", " ")
+        for sign in "\\|*_`[]~":
+            text = text.replace(sign, "\\" + sign)
+        return text
+
+    lines = [[cell(name) for name in table.columns], ["---"] * len(table.columns)]
+    lines += [[cell(value) for value in row] for row in table.itertuples(index=False)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def fill_readme(path: Path, summary: pd.DataFrame) -> None:
+    """Put the readable summary between the two `results` comments of the page at `path`."""
+    begin, end = "<!-- results: made by `prunestudy readme` -->\n", "<!-- end of results -->"
+    before, found, rest = path.read_text(encoding="utf-8").partition(begin)
+    _, closed, after = rest.partition(end)
+    if not (found and closed):
+        raise InputError(f"readme = {path.name}: has no pair of results comments")
+    plain = summary[summary["variant"] == ""]
+    write_text(path, f"{before}{begin}\n{markdown(readable(plain))}\n{end}{after}")

@@ -1,0 +1,232 @@
+"""The one training loop: phases, hooks, validation, checkpoints and exact resume.
+
+A run that is killed and started again goes on from its last checkpoint and ends with the same
+numbers: batches depend on (seed, epoch, step) only, every draw comes from one generator, and
+model, optimisers, method, generator and history are in the checkpoint.
+"""
+
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm.auto import tqdm
+
+from prunestudy.datasets import Batches
+from prunestudy.measure import evaluate
+from prunestudy.methods.base import Method, Progress
+from prunestudy.train.checkpoint import read_checkpoint, write_checkpoint
+from prunestudy.train.recipe import Recipe
+
+
+@dataclass
+class TrainResult:
+    """What a training leaves: the finished net, its history and whether it went well."""
+
+    model: nn.Module
+    history: list[dict[str, Any]]
+    arrays: dict[str, np.ndarray]
+    seconds: float
+    status: str
+
+
+@dataclass
+class _State:
+    """Where the loop is; with model, optimisers and method, all that a checkpoint holds."""
+
+    step: int = 0
+    phase: int = -1
+    seconds: float = 0.0
+    loss_sum: float = 0.0
+    loss_steps: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+def train(
+    model: nn.Module,
+    method: Method,
+    recipe: Recipe,
+    batches: Batches,
+    validation: Batches,
+    *,
+    seed: int,
+    device: torch.device | str = "cpu",
+    precision: str = "fp32",
+    checkpoint: Path | None = None,
+    checkpoint_seconds: float = 20.0,
+    run: str = "",
+    show: bool = False,
+) -> TrainResult:
+    """Train `model` with `method` and return the finished plain net.
+
+    `batches` gives the training images, `validation` those looked at after each epoch. With a
+    `checkpoint` path the state is saved every `checkpoint_seconds` and at each end of an epoch,
+    and an interrupted training of the same `run` goes on from there. `precision` is "fp32" or
+    "bf16" (autocast). A loss that is not finite ends the training with status "diverged".
+    Raises `InputError` for a checkpoint that cannot be used.
+    """
+    loop = _Loop(model, method, recipe, batches, validation, seed, torch.device(device), precision)
+    loop.attach()
+    saved = read_checkpoint(checkpoint, run) if checkpoint else None
+    if saved:
+        loop.load(saved)
+    status = loop.run(checkpoint, checkpoint_seconds, run, show)
+    return TrainResult(
+        method.finish(model), loop.at.history, method.arrays(), loop.at.seconds, status
+    )
+
+
+class _Loop:
+    def __init__(self, model, method, recipe, batches, validation, seed, device, precision):
+        self.model, self.method, self.recipe = model, method, recipe
+        self.batches, self.validation, self.device = batches, validation, device
+        self.precision = precision
+        self.generator = torch.Generator(device).manual_seed(seed)
+        self.total = recipe.epochs * batches.steps
+        self.phases = method.phases()
+        ends = np.cumsum([phase.share for phase in self.phases])
+        # A phase boundary lies on a step; the last one is the end, whatever the rounding.
+        self.ends = [round(self.total * float(end)) for end in ends[:-1]] + [self.total]
+        self.at = _State()
+        self.optimizers: list[torch.optim.Optimizer] = []
+
+    def attach(self) -> None:
+        self.method.attach(self.model, self.generator)
+        self.model.to(self.device, memory_format=torch.channels_last)
+
+    def run(self, checkpoint: Path | None, every: float, run: str, show: bool) -> str:
+        with tqdm(
+            total=self.total, initial=self.at.step, disable=not show, desc=run, leave=False
+        ) as bar:
+            while self.at.step < self.total:
+                epoch, first = divmod(self.at.step, self.batches.steps)
+                since = time.perf_counter()
+                self.model.train()
+                for x, y in self.batches.epoch(epoch, start=first):
+                    if not self._step(x, y):
+                        return "diverged"
+                    bar.update()
+                    now = time.perf_counter()
+                    if checkpoint and now - since > every:
+                        self.at.seconds += now - since
+                        self._save(checkpoint, run)
+                        since = time.perf_counter()
+                self.at.history.append(self._end_epoch(epoch))
+                bar.set_postfix({k: f"{self.at.history[-1][k]:.4f}" for k in _SHOWN})
+                self.at.seconds += time.perf_counter() - since
+                if checkpoint:
+                    self._save(checkpoint, run)
+        # The loss of the last step says nothing of the weights that it left.
+        sound = math.isfinite(self.at.history[-1]["validation_loss"])
+        return "done" if sound else "diverged"
+
+    def _step(self, x: torch.Tensor, y: torch.Tensor) -> bool:
+        self._enter_phase()
+        progress, lr = self._progress(), self._set_lr()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            loss = F.cross_entropy(self.model(x), y)
+        extra = self.method.extra_loss(self.model, progress)
+        value = loss.item() if extra is None else (loss + extra).item()
+        if not math.isfinite(value):
+            return False
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        (loss if extra is None else loss + extra).backward()
+        self.method.after_backward(self.model, progress)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.method.after_step(self.model, progress, lr)
+        self.at.loss_sum += value
+        self.at.loss_steps += 1
+        self.at.step += 1
+        if self.at.step == self.ends[self.at.phase]:
+            self.method.end(self.model, self.phases[self.at.phase].name)
+        return True
+
+    def _enter_phase(self) -> None:
+        phase = next(i for i, end in enumerate(self.ends) if self.at.step < end)
+        if phase != self.at.phase:
+            self.at.phase = phase
+            self.method.start(self.model, self.phases[phase].name)
+            self._make_optimizers()
+
+    def _make_optimizers(self) -> None:
+        name, recipe = self.phases[self.at.phase].name, self.recipe
+        sgd = torch.optim.SGD(
+            self.method.parameter_groups(self.model, name),
+            lr=recipe.lr,
+            momentum=recipe.momentum,
+            nesterov=recipe.nesterov,
+            weight_decay=recipe.weight_decay,
+        )
+        own = self.method.own_optimizer(self.model, name)
+        self.optimizers = [sgd] if own is None else [sgd, own]
+
+    def _set_lr(self) -> float:
+        phases, index = self.phases, self.at.phase
+        first = max((i for i in range(index + 1) if phases[i].restart), default=0)
+        last = next((i for i in range(index + 1, len(phases)) if phases[i].restart), len(phases))
+        begin, end = (self.ends[first - 1] if first else 0), self.ends[last - 1]
+        phase = phases[index]
+        lr = self.recipe.lr_at(self.at.step - begin, end - begin, phase.schedule) * phase.lr_scale
+        for group in self.optimizers[0].param_groups:
+            group["lr"] = lr
+        return lr
+
+    def _progress(self) -> Progress:
+        begin = self.ends[self.at.phase - 1] if self.at.phase else 0
+        return Progress(
+            self.phases[self.at.phase].name,
+            self.at.step - begin,
+            self.ends[self.at.phase] - begin,
+            self.at.step,
+            self.total,
+        )
+
+    def _end_epoch(self, epoch: int) -> dict[str, Any]:
+        quality = self._validate()
+        row = {
+            "epoch": epoch + 1,
+            "phase": self.phases[self.at.phase].name,
+            "train_loss": self.at.loss_sum / max(self.at.loss_steps, 1),
+            "validation_loss": quality.loss,
+            "validation_top1": quality.top1,
+            "kept": self.method.kept_share(self.model),
+            **self.method.row(self.model),
+        }
+        for name, view in self.method.views(self.model).items():
+            with view:
+                row[f"validation_top1_{name}"] = self._validate().top1
+        self.at.loss_sum, self.at.loss_steps = 0.0, 0
+        return row
+
+    def _validate(self):
+        return evaluate(self.model, self.validation.ordered(512), self.validation.info.num_classes)
+
+    def _save(self, path: Path, run: str) -> None:
+        state = {
+            "at": vars(self.at),
+            "model": self.model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "method": self.method.state(),
+            "generator": self.generator.get_state(),
+        }
+        write_checkpoint(path, run, state)
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.at = _State(**state["at"])
+        self.model.load_state_dict(state["model"])
+        self.method.load_state(state["method"])
+        if self.at.phase >= 0:
+            self._make_optimizers()
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.generator.set_state(state["generator"])
+
+
+_SHOWN = ("train_loss", "validation_top1", "kept")

@@ -1,0 +1,43 @@
+"""How the weights are trained: epochs, batches, SGD and its learning-rate schedule."""
+
+import math
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Recipe(BaseModel):
+    """SGD settings of a run; each phase of a method runs its own schedule from `lr` downwards.
+
+    `milestones` (of a step schedule) are shares of the phase, `shift` is in pixels.
+    """
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
+
+    epochs: Annotated[int, Field(ge=1)]
+    lr: Annotated[float, Field(gt=0)]
+    batch_size: Annotated[int, Field(ge=1)] = 128
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    nesterov: bool = False
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    schedule: Literal["constant", "cosine", "step", "poly"] = "cosine"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    milestones: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.5, 0.75)
+    gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
+    power: Annotated[float, Field(gt=0)] = 1.0
+    shift: Annotated[int, Field(ge=0)] = 0
+    flip: bool = False
+
+    def lr_at(self, step: int, steps: int, schedule: str | None = None) -> float:
+        """Learning rate of step `step` (from 0) of `steps`, by `schedule` or the recipe's own."""
+        if step < self.warmup_steps:
+            return self.lr * (step + 1) / self.warmup_steps
+        done = step / steps
+        match schedule or self.schedule:
+            case "cosine":
+                return self.lr * 0.5 * (1 + math.cos(math.pi * done))
+            case "step":
+                return self.lr * self.gamma ** sum(done >= m for m in self.milestones)
+            case "poly":
+                return self.lr * (1 - done) ** self.power
+        return self.lr

@@ -1,0 +1,175 @@
+"""What several test files share: one thread, small nets, a small card, quick runs."""
+
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from prunestudy import papers
+from prunestudy.datasets import Batches, DatasetInfo, ImageSet
+from prunestudy.study import runs
+from prunestudy.study.records import Store
+from prunestudy.study.runs import Runner
+from prunestudy.study.settings import own_settings
+
+CARD = """
+    id = "toy"
+    notebook = "99_toy"
+    title = "A toy"
+    authors = "Nobody"
+    venue = "Nowhere"
+    year = 2000
+    arxiv = "0000.00000"
+    published = []
+    unknown = []
+
+    [[claims]]
+    id = "better"
+    text = "Magnitude is better than chance."
+    mark = "O"
+    place = "here"
+
+    [[claims.tests]]
+    method = "magnitude"
+    against = "random"
+    model = "lenet300"
+    dataset = "digits"
+    target = 0.9
+
+    [profiles.quick]
+    time = "a second"
+    job = "seed"
+
+    [[profiles.quick.experiments]]
+    name = "digits"
+    title = "Digits"
+    dataset = "digits"
+    model = "lenet300"
+    start = { epochs = 1, lr = 0.05 }
+    recipe = { epochs = 1, lr = 0.05 }
+    targets = [0.9]
+    seeds = 1
+    validation = 200
+    methods = [{ method = "dense" }, { method = "magnitude" }, { method = "random" }]
+"""
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store("custom", tmp_path / "results")
+
+
+@pytest.fixture
+def runner(store):
+    return Runner(store, device="cpu")
+
+
+@pytest.fixture
+def card_file(tmp_path, monkeypatch):
+    """Write a card's text into a folder that takes the place of the project's own cards."""
+    folder = tmp_path / "cards"
+    folder.mkdir()
+    monkeypatch.setattr(papers, "files", lambda _: folder)
+
+    def write(text=CARD, name="toy"):
+        path = folder / f"{name}.toml"
+        path.write_text(textwrap.dedent(text), encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture
+def toy_card(card_file):
+    """The card of a toy paper (dense start, dense, magnitude, random on digits) and no other."""
+    return card_file()
+
+
+@pytest.fixture
+def no_data(tmp_path, monkeypatch):
+    """An empty data root, and no download."""
+    root = tmp_path / "empty"
+    root.mkdir()
+    monkeypatch.setenv("PRUNESTUDY_DATA", str(root))
+
+    def refuse(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr("torchvision.datasets.MNIST", refuse)
+    monkeypatch.setattr("torchvision.datasets.FashionMNIST", refuse)
+    runs._data.cache_clear()
+    return root
+
+
+def small_run(method="dense", target=None, **values):
+    """Settings of a run of one epoch on digits, a fraction of a second; `p_NAME` is params.NAME."""
+    flat = {"epochs": 1, "batch_size": 64, "method": method}
+    flat |= {k.replace("p_", "params.", 1) if k.startswith("p_") else k: values[k] for k in values}
+    return own_settings(flat | ({} if target is None else {"target": target}))
+
+
+def child_run(method="magnitude", target=0.9, parent=None, **values):
+    """The same with a dense parent."""
+    made = small_run(method, target if method != "dense" else None, **values)
+    return made.model_copy(update={"parent": parent or small_run(seed=made.seed)})
+
+
+def tree(folder):
+    """Every path below `folder` with its bytes and time of change: a snapshot to compare."""
+    folder = Path(folder)
+    return {
+        str(p.relative_to(folder)): (p.read_bytes(), p.stat().st_mtime_ns) if p.is_file() else None
+        for p in sorted(folder.rglob("*"))
+    }
+
+
+def one_line(caught):
+    """The text of a caught error, which must be one line."""
+    text = str(caught.value)
+    assert text
+    assert "\n" not in text
+    return text
+
+
+class BatchNormNet(nn.Module):
+    """Convolution, batch norm, convolution, linear: 1x8x8 to 10 classes."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 4, 3, bias=False)
+        self.norm1 = nn.BatchNorm2d(4)
+        self.conv2 = nn.Conv2d(4, 6, 3, groups=2)
+        self.norm2 = nn.BatchNorm2d(6)
+        self.fc = nn.Linear(6 * 4 * 4, 10)
+
+    def forward(self, x):
+        x = self.norm1(self.conv1(x)).relu()
+        return self.fc(self.norm2(self.conv2(x)).relu().flatten(1))
+
+
+def randomise(net, seed=0):
+    """Random weights, and random batch-norm statistics and affine parameters."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in net.state_dict().items():
+            if not tensor.is_floating_point():
+                continue
+            noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+            tensor.copy_(noise.abs() + 0.5 if name.endswith("running_var") else noise)
+    return net
+
+
+def toy_batches(count=64, batch_size=16, side=8, seed=0, **values):
+    """Batches of random grey images of 10 classes; 4 steps an epoch unless told otherwise."""
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (count, side, side, 1), generator=generator, dtype=torch.uint8)
+    info = DatasetInfo("toy", "Toy", "1", 1, side, side, 10, count, count, (0.5,), (0.29,))
+    images = ImageSet(pixels, torch.randint(0, 10, (count,), generator=generator))
+    return Batches(images, info, batch_size, seed=seed, **values)

@@ -1,0 +1,552 @@
+import dataclasses
+import hashlib
+import json
+from collections import Counter
+
+import pytest
+from conftest import CARD, child_run, one_line, small_run
+from pydantic import Field
+
+from prunestudy import datasets, methods, models, papers
+from prunestudy.errors import InputError
+from prunestudy.methods.base import Params
+from prunestudy.study import settings as settings_module
+from prunestudy.study.plan import Planned, Tiny, jobs, needed_jobs, plan
+from prunestudy.study.settings import RunSettings, Target, own_settings, resolve
+from prunestudy.study.tables import RUN_COLUMNS
+from prunestudy.train import Recipe
+
+PROFILES = [(c.id, p) for c in papers.cards() for p in c.profiles]
+
+# --- cards
+
+
+def test_the_toy_card(toy_card):
+    card = papers.card("toy")
+    assert (papers.names(), card) == (("toy",), papers.read_card(toy_card))
+    experiment = card.profiles["quick"].experiments[0]
+    assert experiment.recipe == Recipe(epochs=1, lr=0.05)
+    assert [entry.method for entry in experiment.methods] == ["dense", "magnitude", "random"]
+    assert (experiment.purpose, experiment.targets) == ("results", (0.9,))
+    assert card.claims[0].tests[0].at_least == 0
+    with pytest.raises(InputError) as caught:
+        papers.card("nope")
+    assert one_line(caught) == "paper = 'nope': allowed are toy"
+
+
+def test_cards_come_in_the_order_of_their_notebooks(card_file):
+    for name, notebook in (("a", "02_x"), ("b", "00_y"), ("c", "01_z")):
+        card_file(CARD.replace("99_toy", notebook).replace('"toy"', f'"{name}"'), name)
+    assert papers.names() == ("b", "c", "a")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "where", "what"),
+    [
+        ('id = "toy"', 'id = "toy"\n    tittle = "x"', "tittle", "extra inputs"),
+        ('mark = "O"', 'mark = "O"\n    marc = "O"', "claims.0.marc", "extra inputs"),
+        ('against = "random"', 'agaisnt = "random"', "claims.0.tests.0.against", "field required"),
+        ('job = "seed"', 'jobs = "seed"', "profiles.quick.jobs", "extra inputs"),
+        (
+            "validation = 200",
+            "validation = 200\n    valid = 3",
+            "profiles.quick.experiments.0.valid",
+            "extra inputs",
+        ),
+        (
+            "recipe = { epochs = 1,",
+            "recipe = { epoch = 1, epochs = 1,",
+            "profiles.quick.experiments.0.recipe.epoch",
+            "extra inputs",
+        ),
+        (
+            '{ method = "dense" }',
+            '{ method = "dense", param = {} }',
+            "profiles.quick.experiments.0.methods.0.param",
+            "extra inputs",
+        ),
+        ("[profiles.quick]", "[profiles.fast]", "profiles.fast.[key]", "input should be 'quick'"),
+        ('mark = "O"', 'mark = "X"', "claims.0.mark", "input should be 'p', 's'"),
+        ("year = 2000", 'year = "2000"', "year", "valid integer"),
+        ("seeds = 1", "seeds = 0", "profiles.quick.experiments.0.seeds", "greater than or equal"),
+        ("seeds = 1", "seeds = 1.0", "profiles.quick.experiments.0.seeds", "valid integer"),
+        ("lr = 0.05 }", "lr = -0.05 }", "profiles.quick.experiments.0.start.lr", "greater than 0"),
+        ("lr = 0.05 }", "lr = inf }", "profiles.quick.experiments.0.start.lr", ""),
+        ("targets = [0.9]", 'targets = ["a"]', "profiles.quick.experiments.0.targets.0", "number"),
+        ('job = "seed"', 'job = "seed"\n    precision = "fp16"', "profiles.quick.precision", ""),
+        ('job = "seed"', 'job = "seed"\n    threads = 0', "profiles.quick.threads", ""),
+        ('title = "A toy"', "", "title", "field required"),
+    ],
+)
+def test_a_wrong_card_is_refused_in_one_line(card_file, old, new, where, what):
+    assert old in CARD
+    path = card_file(CARD.replace(old, new, 1))
+    with pytest.raises(InputError) as caught:
+        papers.read_card(path)
+    assert one_line(caught).startswith(f"card toy.toml: {where}: ")
+    assert what in one_line(caught)
+
+
+@pytest.mark.parametrize("kind", ["both", "neither"])
+def test_a_claim_has_either_tests_or_a_reason(card_file, kind):
+    if kind == "both":
+        text = CARD.replace('place = "here"', 'place = "here"\n    not_testable = "x"')
+    else:
+        start, end = CARD.index("    [[claims.tests]]"), CARD.index("    [profiles.quick]")
+        text = CARD[:start] + CARD[end:]
+    with pytest.raises(InputError) as caught:
+        papers.read_card(card_file(text))
+    assert one_line(caught).startswith("card toy.toml: claims.0: ")
+    assert "a claim has either tests or a reason in not_testable" in one_line(caught)
+
+
+def test_a_claim_that_cannot_be_tested(card_file):
+    start, end = CARD.index("    [[claims.tests]]"), CARD.index("    [profiles.quick]")
+    card = papers.read_card(card_file(CARD[:start] + 'not_testable = "why"\n' + CARD[end:]))
+    assert (card.claims[0].tests, card.claims[0].not_testable) == ((), "why")
+
+
+def test_a_card_that_is_no_toml_is_refused_in_one_line(card_file):
+    with pytest.raises(InputError) as caught:
+        papers.read_card(card_file("id = [\n"))
+    assert one_line(caught).startswith("card = 'toy.toml': not valid TOML (")
+
+
+@pytest.mark.parametrize("card", papers.cards(), ids=papers.names())
+def test_what_the_cards_name_is_there(card):
+    """A misspelt name in a claim would only ever say that there are no runs."""
+    metrics = {*RUN_COLUMNS, "kept_scale", "metric"}
+    for test in (test for claim in card.claims for test in claim.tests):
+        assert {test.method, test.against} <= set(methods.names())
+        assert test.model in models.names()
+        assert test.dataset in datasets.names()
+        assert test.metric in metrics
+        assert test.method != test.against
+        assert 0 < test.target < 1
+    assert len({claim.id for claim in card.claims}) == len(card.claims)
+    for number in card.published:
+        assert number.kept is None or 0 < number.kept < 1
+        assert number.mark in papers.MARKS
+        assert number.source
+    for unknown in card.unknown:
+        assert unknown.reading
+
+
+@pytest.mark.parametrize(("paper", "profile"), PROFILES)
+def test_every_setting_of_an_experiment_has_a_label_of_its_own(paper, profile):
+    """Two settings under one label would be averaged as seeds of one."""
+    labels = Counter(
+        (p.experiment, p.variant, p.settings.method, p.settings.target, p.settings.seed)
+        for p in plan(profile, (paper,))
+    )
+    assert {label for label, count in labels.items() if count > 1} == set()
+
+
+# --- plans
+
+
+@pytest.mark.parametrize(("paper", "profile"), PROFILES)
+def test_plans_need_no_data_and_list_parents_first(paper, profile, no_data, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("planning must not read data")
+
+    monkeypatch.setattr("prunestudy.datasets.sources.load", refuse)
+    planned = plan(profile, (paper,))
+    seen = set()
+    for item in planned:
+        parent = item.settings.parent
+        assert parent is None or parent.run in seen
+        seen.add(item.settings.run)
+    assert list(no_data.iterdir()) == []
+    size = papers.card(paper).profiles[profile]
+    assert {p.settings.precision for p in planned} == {size.precision}
+    assert {p.settings.threads for p in planned} == {size.threads}
+
+
+@pytest.mark.parametrize(("paper", "profile"), PROFILES)
+def test_counts_and_epochs_follow_from_the_card(paper, profile):
+    planned = plan(profile, (paper,))
+    for experiment in papers.card(paper).profiles[profile].experiments:
+        mine = [p for p in planned if p.experiment == experiment.name]
+        started = [e for e in experiment.methods if not e.fresh] if experiment.start else []
+        count = max((e.seeds or experiment.seeds for e in started), default=0)
+        for entry in experiment.methods:
+            prunes = methods.method_class(entry.method).prunes
+            targets = len(entry.targets or experiment.targets) if prunes else 1
+            count += targets * (entry.seeds or experiment.seeds)
+        assert len(mine) == count
+        # controls beside each method, at the same total epochs
+        epochs = experiment.recipe.epochs + (experiment.start.epochs if experiment.start else 0)
+        assert {p.settings.epochs for p in mine if p.variant != "start"} == {epochs}
+        where = "validation" if experiment.purpose == "search" else "test"
+        assert {p.settings.evaluate for p in mine} == {where}
+        assert {p.settings.validation for p in mine} == {experiment.validation}
+
+
+def test_the_toy_plan(toy_card):
+    planned = plan("quick")
+    assert [(p.variant, p.settings.method) for p in planned] == [
+        ("start", "dense"),
+        ("", "dense"),
+        ("", "magnitude"),
+        ("", "random"),
+    ]
+    start, dense, magnitude, _ = (p.settings for p in planned)
+    assert (start.parent, dense.parent, magnitude.parent) == (None, start, start)
+    assert magnitude.target == Target(kind="sparsity", value=0.9)
+    assert (start.epochs, dense.epochs, magnitude.epochs) == (1, 2, 2)
+    assert {(p.paper, p.experiment, p.purpose) for p in planned} == {("toy", "digits", "results")}
+
+
+def test_entries_may_differ_from_their_experiment(card_file):
+    entries = """methods = [
+        { method = "dense", fresh = true, variant = "fresh", lr = 0.2 },
+        { method = "magnitude", seeds = 2, targets = [0.5, 0.8] },
+        { method = "gradual_magnitude", variant = "period", params = { period = 4 }, seeds = 1 },
+    ]"""
+    text = CARD[: CARD.index("methods = [{")] + entries
+    card_file(text.replace("seeds = 1", "seeds = 3", 1))
+    planned = plan("quick")
+    labels = Counter((p.variant, p.settings.method) for p in planned)
+    assert labels == {
+        ("fresh", "dense"): 3,
+        ("start", "dense"): 2,
+        ("", "magnitude"): 4,
+        ("period", "gradual_magnitude"): 1,
+    }
+    fresh = planned[0].settings
+    assert (fresh.parent, fresh.epochs, fresh.recipe.lr) == (None, 2, 0.2)
+    last = planned[-1].settings
+    assert last.params["period"] == 4
+    assert last.recipe.lr == 0.05
+
+
+def test_two_experiments_share_a_run(card_file):
+    half = CARD[CARD.index("    [[profiles.quick.experiments]]") :]
+    card_file(CARD + half.replace('name = "digits"', 'name = "again"'))
+    planned = plan("quick")
+    assert len(planned) == 8
+    assert len({p.settings.run for p in planned}) == 4
+
+
+@pytest.mark.parametrize(
+    ("profile", "chosen", "message"),
+    [
+        ("fast", (), "profile = 'fast': allowed are cpu, cpu-long, paper, quick"),
+        ("cpu", (), "profile = 'cpu': the chosen papers have quick"),
+        ("quick", ("toy", "nope"), "paper = 'nope': allowed are toy"),
+        ("", (), "profile = '': allowed are cpu, cpu-long, paper, quick"),
+    ],
+)
+def test_unknown_profiles_and_papers_are_refused(toy_card, profile, chosen, message):
+    with pytest.raises(InputError) as caught:
+        plan(profile, chosen)
+    assert one_line(caught) == message
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('{ method = "random" }', '{ method = "rnd" }', "method = 'rnd': allowed are dense"),
+        ('model = "lenet300"', 'model = "lenet"', "model = 'lenet': allowed are lenet300"),
+        ('dataset = "digits"', 'dataset = "digit"', "dataset = 'digit': allowed are digits"),
+        ("validation = 200", "validation = 1437", "validation = 1437: below 1437"),
+        (
+            '{ method = "random" }',
+            '{ method = "l1", params = { rmap = 0.5 } }',
+            "l1 parameter rmap = 0.5: extra inputs",
+        ),
+        ("targets = [0.9]", "targets = [0.0]", "target = "),
+        ("targets = [0.9]", "targets = [1.5]", "target.*= 1.5"),
+    ],
+)
+def test_what_a_card_cannot_know_is_refused_at_planning(card_file, old, new, message):
+    head, profile = CARD.split("    [profiles.quick]")
+    card_file(head + "    [profiles.quick]" + profile.replace(old, new))
+    with pytest.raises(InputError, match=f"^{message}") as caught:
+        plan("quick")
+    assert one_line(caught)
+
+
+def test_tiny_is_smaller_than_the_card(card_file):
+    text = CARD.replace("epochs = 1", "epochs = 7").replace("seeds = 1", "seeds = 3")
+    card_file(text.replace('{ method = "dense" }', '{ method = "dense", seeds = 5 }'))
+    assert len(plan("quick", (), Tiny())) == 2 * 5 + 2 * 3
+    for tiny, seeds, epochs in ((Tiny(1, 2), 1, 2), (Tiny(2, 0), 2, 7), (Tiny(9, 3), 3, 3)):
+        planned = plan("quick", (), tiny)
+        assert {p.settings.seed for p in planned} == set(range(seeds))
+        assert {p.settings.recipe.epochs for p in planned} == {epochs}
+    assert plan("quick", (), Tiny(0, 7)) == plan("quick")
+
+
+def test_tiny_never_has_more_seeds_than_the_card(card_file):
+    text = CARD.replace("seeds = 1", "seeds = 3")
+    card_file(text.replace('{ method = "random" }', '{ method = "random", seeds = 1 }'))
+    planned = plan("quick", (), Tiny(seeds=2))
+    assert [p.settings.seed for p in planned if p.settings.method == "random"] == [0]
+
+
+@pytest.mark.parametrize("key", ["seeds", "epochs"])
+def test_tiny_refuses_negative_numbers(key):
+    with pytest.raises(InputError) as caught:
+        Tiny(**{key: -1})
+    assert one_line(caught) == f"{key} = -1: 0 (as the card says) or more"
+
+
+# --- jobs
+
+
+def test_jobs_by_seed(card_file):
+    card_file(CARD.replace("seeds = 1", "seeds = 2"))
+    found = jobs("quick", plan("quick"))
+    assert list(found) == ["toy.digits.s0", "toy.digits.s1"]
+    kinds = [[p.settings.method for p in group] for group in found.values()]
+    assert kinds == [["dense", "dense", "magnitude", "random"]] * 2
+    assert needed_jobs(found) == {"toy.digits.s0": set(), "toy.digits.s1": set()}
+
+
+def test_jobs_by_method(card_file):
+    card_file(CARD.replace('"seed"', '"method"').replace("seeds = 1", "seeds = 2"))
+    found = jobs("quick", plan("quick"))
+    order = "s0.start s0.dense s1.start s1.dense s0.magnitude s1.magnitude s0.random s1.random"
+    assert list(found) == [f"toy.digits.{name}" for name in order.split()]
+    assert [len(group) for group in found.values()] == [1] * 8
+    for seed in (0, 1):
+        needs = needed_jobs(found)
+        start = f"toy.digits.s{seed}.start"
+        assert needs[start] == set()
+        for kind in ("dense", "magnitude", "random"):
+            assert needs[f"toy.digits.s{seed}.{kind}"] == {start}
+
+
+@pytest.mark.parametrize(("paper", "profile"), PROFILES)
+def test_jobs_hold_every_run_once_and_need_no_circle(paper, profile):
+    planned = plan(profile, (paper,))
+    found = jobs(profile, planned)
+    assert [p for group in found.values() for p in group] != []
+    assert Counter(id(p) for group in found.values() for p in group) == Counter(map(id, planned))
+    needs, done = needed_jobs(found), set()
+    while len(done) < len(found):
+        ready = {name for name in found if name not in done and needs[name] <= done}
+        assert ready
+        done |= ready
+
+
+def test_a_run_of_two_experiments_and_its_parents_job(card_file):
+    """The shared start belongs to one job; the others wait for it."""
+    half = CARD[CARD.index("    [[profiles.quick.experiments]]") :]
+    card_file(CARD + half.replace('name = "digits"', 'name = "again"'))
+    found = jobs("quick", plan("quick"))
+    assert list(found) == ["toy.digits.s0", "toy.again.s0"]
+    needs = needed_jobs(found)
+    assert sorted(map(sorted, needs.values())) in ([[], []], [[], ["toy.again.s0"]])
+
+
+# --- names of runs
+
+
+PARENT = own_settings({"epochs": 2})
+
+
+def example(**changes):
+    values = {
+        "dataset": "digits",
+        "model": "lenet300",
+        "method": "gradual_magnitude",
+        "params": {"period": 7},
+        "target": Target(kind="sparsity", value=0.9),
+        "recipe": Recipe(epochs=3, lr=0.05, weight_decay=1e-4),
+        "seed": 1,
+        "validation": 200,
+        "parent": PARENT,
+    }
+    return resolve(**(values | changes))
+
+
+def test_the_name_is_a_hash_of_all_that_is_not_a_default():
+    values = {
+        "dataset": "digits",
+        "dataset_version": "1",
+        "method": "gradual_magnitude",
+        "model": "lenet300",
+        "params": {"period": 7},
+        "parent": PARENT.run,
+        "recipe": {"epochs": 3, "lr": 0.05, "weight_decay": 1e-4},
+        "revision": methods.method_class("gradual_magnitude").revision,
+        "seed": 1,
+        "target": {"kind": "sparsity", "value": 0.9},
+        "validation": 200,
+    }
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"))
+    digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+    assert example().run == f"gradual_magnitude-lenet300-digits-{digest}"
+
+
+def test_a_pinned_name():
+    """If this fails, every record made so far is lost: do not just paste the new name here."""
+    settings = own_settings({"epochs": 2, "seed": 3})
+    assert settings.run == "dense-lenet300-digits-dc86f2062406"
+
+
+def test_settings_that_are_given_as_their_defaults_change_nothing():
+    plain = example()
+    assert example(precision="fp32", threads=1, evaluate="test").run == plain.run
+    assert example(params={"period": 7, "ramp": plain.params["ramp"]}).run == plain.run
+    longer = Recipe(epochs=3, lr=0.05, weight_decay=1e-4, momentum=0.9, flip=False, power=1)
+    assert example(recipe=longer).run == plain.run
+    assert own_settings({"lr": 1}).run == own_settings({"lr": 1.0}).run
+
+
+def test_names_outlive_a_new_setting_with_a_default(monkeypatch):
+    before = example()
+
+    class More(methods.method_class("gradual_magnitude").Params):
+        blend: float = 0.5
+
+    class MoreRecipe(Recipe):
+        decay_bias: bool = True
+
+    class MoreSettings(RunSettings):
+        recipe: MoreRecipe
+        layout: str = "channels_last"
+        tags: tuple[str, ...] = Field(default=())
+
+    monkeypatch.setattr(methods.method_class("gradual_magnitude"), "Params", More)
+    assert issubclass(More, Params)
+    values = before.model_dump(mode="json")
+    after = MoreSettings.model_validate_json(json.dumps(values))
+    assert after.run == before.run
+    values["layout"] = "contiguous"
+    assert MoreSettings.model_validate_json(json.dumps(values)).run != before.run
+
+
+CHANGES = {
+    "model": {"model": "lenet5", "dataset": "mnist"},
+    "dataset": {"dataset": "mnist"},
+    "method": {"method": "magnitude", "params": {}},
+    "params": {"params": {"period": 8}},
+    "target": {"target": Target(kind="sparsity", value=0.95)},
+    "target kind": {"target": Target(kind="macs", value=0.9)},
+    "epochs": {"recipe": Recipe(epochs=4, lr=0.05, weight_decay=1e-4)},
+    "lr": {"recipe": Recipe(epochs=3, lr=0.06, weight_decay=1e-4)},
+    "batch size": {"recipe": Recipe(epochs=3, lr=0.05, weight_decay=1e-4, batch_size=64)},
+    "seed": {"seed": 2},
+    "precision": {"precision": "bf16"},
+    "threads": {"threads": 2},
+    "validation": {"validation": 201},
+    "evaluate": {"evaluate": "validation"},
+    "no parent": {"parent": None},
+    "parent": {"parent": own_settings({"epochs": 2, "seed": 1})},
+    "grandparent": {"parent": PARENT.model_copy(update={"parent": own_settings({"epochs": 1})})},
+}
+
+
+def test_whatever_changes_changes_the_name():
+    names = {"": example().run} | {key: example(**CHANGES[key]).run for key in CHANGES}
+    assert len(set(names.values())) == len(CHANGES) + 1
+
+
+def test_the_methods_revision_and_the_datas_version_are_in_the_name(monkeypatch):
+    before = example()
+    monkeypatch.setattr(methods.method_class("gradual_magnitude"), "revision", 99)
+    revised = example()
+    newer = dataclasses.replace(datasets.info("digits"), version="2")
+    monkeypatch.setattr(settings_module, "_facts", lambda name, root: newer)
+    assert len({before.run, revised.run, example().run}) == 3
+
+
+def test_every_planned_name_is_a_folder_name():
+    for _, profile in PROFILES:
+        for item in plan(profile):
+            assert item.settings.run.replace("-", "").replace("_", "").isalnum()
+            assert len(item.settings.run) < 100
+    odd = own_settings({}).model_copy(update={"dataset": "folder:/some where/ä?*"})
+    assert odd.run.startswith("dense-lenet300-folder__some_where____-")
+
+
+def test_planned_settings_survive_their_json():
+    for _, profile in PROFILES:
+        for item in plan(profile):
+            text = json.dumps(item.settings.model_dump(mode="json"))
+            assert RunSettings.model_validate_json(text) == item.settings
+
+
+# --- settings from flat values
+
+
+def test_own_settings():
+    made = small_run("gradual_magnitude", 0.8, p_period=3, seed=5, weight_decay=0.1)
+    assert made.recipe == Recipe(epochs=1, lr=0.05, batch_size=64, weight_decay=0.1)
+    assert (made.dataset, made.model, made.seed, made.validation) == ("digits", "lenet300", 5, 200)
+    assert made.target == Target(kind="sparsity", value=0.8)
+    assert made.params["period"] == 3
+    assert child_run().epochs == 2
+
+
+BAD = [
+    ({"colour": "red"}, "setting = 'colour': allowed are batch_size"),
+    ({"model": "vgg"}, "model = 'vgg': allowed are lenet300"),
+    ({"model": 5}, "model = 5: allowed are lenet300"),
+    ({"method": "lasso"}, "method = 'lasso': allowed are dense"),
+    ({"dataset": "cifar"}, "dataset = 'cifar': allowed are digits"),
+    ({"dataset": 5}, "dataset = 5: allowed are digits"),
+    ({"lr": -1.0}, "lr = -1.0: "),
+    ({"lr": "abc"}, "lr = 'abc': "),
+    ({"epochs": 0}, "epochs = 0: "),
+    ({"epochs": 1.5}, "epochs = 1.5: "),
+    ({"epochs": True}, "epochs = True: "),
+    ({"seed": -1}, "seed = -1: "),
+    ({"seed": 2**32}, f"seed = {2**32}: "),
+    ({"threads": 0}, "threads = 0: "),
+    ({"precision": "fp16"}, "precision = 'fp16': "),
+    ({"validation": 0}, "validation = 0: "),
+    ({"validation": 1437}, "validation = 1437: below 1437, the training images"),
+    ({"batch_size": 1238}, "batch_size = 1238: at most 1237, the training images left"),
+    ({"shift": 8}, "shift = 8: "),
+    ({"model": "lenet5"}, "shape = \\(1, 8, 8\\): lenet5 needs images of at least 16x16"),
+    ({"target": 0.5}, "target = .*: dense takes no target"),
+    ({"method": "magnitude"}, "target = None: magnitude takes the share"),
+    ({"method": "l1", "target": 0.5, "params.ramp": 2.0}, "l1 parameter ramp = 2.0: "),
+    ({"params.ramp": 0.5}, "dense parameter ramp = 0.5: "),
+    *(
+        ({"method": "magnitude", "target": t}, f"target = {t!r}: the share of weights to remove")
+        for t in (0, 1, -0.1, 1.5, "a", float("nan"), True)
+    ),
+]
+
+
+@pytest.mark.parametrize(("values", "message"), BAD)
+def test_bad_settings_are_refused_in_one_line_before_anything_starts(values, message):
+    with pytest.raises(InputError, match=f"^{message}") as caught:
+        own_settings(values)
+    assert one_line(caught)
+
+
+def test_batches_that_just_fit_are_allowed():
+    assert own_settings({"batch_size": 1237}).recipe.batch_size == 1237
+    assert own_settings({"validation": 1436, "batch_size": 1}).validation == 1436
+
+
+def test_planned_runs_compare_by_value(toy_card):
+    assert plan("quick") == plan("quick")
+    assert isinstance(plan("quick")[0], Planned)
+
+
+def test_two_entries_of_one_label_are_refused(card_file):
+    path = card_file(
+        CARD.replace('{ method = "dense" }', '{ method = "dense" }, { method = "dense" }')
+    )
+    with pytest.raises(InputError, match="two methods have the same name and variant"):
+        papers.read_card(path)
+
+
+def test_a_paper_named_twice_is_planned_once(toy_card):
+    assert plan("quick", ("toy", "toy")) == plan("quick", ("toy",))
+
+
+def test_tiny_never_has_more_epochs_than_the_card(toy_card):
+    assert plan("quick", (), Tiny(epochs=500)) == plan("quick")
+
+
+def test_milestones_can_be_a_list():
+    assert own_settings({"milestones": [0.5], "schedule": "step"}).recipe.milestones == (0.5,)

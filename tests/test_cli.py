@@ -1,0 +1,349 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CARD, small_run, tree
+
+from prunestudy.study import batch, cli, notebooks, runs
+from prunestudy.study.plan import plan
+from prunestudy.study.records import Store
+
+
+@pytest.fixture
+def results(tmp_path, toy_card, monkeypatch):
+    """A results folder, with the toy card in place of the study's own."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "results"
+
+
+@pytest.fixture
+def call(results, capsys):
+    """Run a command on that folder; returns exit code, stdout and stderr."""
+
+    def run(*words, where=results):
+        code = cli.main([*words, "--results", str(where)])
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return run
+
+
+@pytest.fixture
+def refused(call, tmp_path, monkeypatch):
+    """Run a command that must be refused without a trace; returns what it said."""
+
+    def no(*args, **kwargs):
+        raise AssertionError("nothing may start")
+
+    def run(*words, **options):
+        for place, name in ((runs, "train"), (batch.subprocess, "run"), (notebooks, "_papermill")):
+            monkeypatch.setattr(place, name, no)
+        before = tree(tmp_path)
+        code, out, err = call(*words, **options)
+        assert (code, out) == (2, "")
+        assert err.count("\n") == 1
+        assert err.startswith("prunestudy: ")
+        assert tree(tmp_path) == before
+        return err.removeprefix("prunestudy: ").removesuffix("\n")
+
+    return run
+
+
+def names_of(*labels):
+    """Names of the toy plan's runs: start, dense, magnitude, random."""
+    planned = [p.settings.run for p in plan("quick")]
+    order = dict(zip(("start", "dense", "magnitude", "random"), planned, strict=True))
+    return [order[label] for label in labels]
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nope"], "argument COMMAND: invalid choice: 'nope'"),
+        (["list", "--nope"], "unrecognized arguments: --nope"),
+        (["list", "--prof", "quick"], "unrecognized arguments: --prof quick"),
+        (["list", "--profile"], "argument --profile: expected one argument"),
+        (["list", "--profile", "fast"], "profile = 'fast': allowed are cpu, cpu-long, paper, q"),
+        (["status", "--profile", "fast"], "profile = 'fast': allowed are"),
+        (["table", "--profile", "cpu"], "profile = 'cpu': the chosen papers have quick"),
+        (["latency", "--paper", "nope"], "paper = 'nope': allowed are toy"),
+        (["list", "--paper", "toy", "--paper", "nope"], "paper = 'nope': allowed are toy"),
+        (["run"], "the following arguments are required: RUN"),
+        (["run", "nope"], "run = 'nope': no such run; `prunestudy list` names them"),
+        (["run", "dense"], "run = 'dense': 2 runs begin so; `prunestudy list` names them"),
+        (["run", ""], "run = '': 4 runs begin so"),
+        (["run", "magnitude", "nope"], "run = 'nope': no such run"),
+        (["run", "magnitude", "--device", "tpu"], "device = 'tpu': allowed are auto, cpu, cuda"),
+        (["run", "magnitude", "--device", "cuda"], "device = 'cuda': no CUDA device here"),
+        (["run", "magnitude", "--profile", "fast"], "profile = 'fast': allowed are"),
+        (["job", "nope"], "job = 'nope': allowed are toy.digits.s0"),
+        (["job", "toy.digits.s0", "--device", "gpu"], "device = 'gpu': allowed are"),
+        (["job"], "the following arguments are required: job"),
+        (["show", "nope"], "run = 'nope': no such run"),
+        (["notebook", "nope"], "paper = 'nope': allowed are toy"),
+        (["study", "--jobs", "0"], "jobs = 0: at least 1"),
+        (["study", "--jobs", "-3"], "jobs = -3: at least 1"),
+        (["study", "--jobs", "two"], "argument --jobs: invalid int value: 'two'"),
+        (["study", "--profile", "fast"], "profile = 'fast': allowed are"),
+        (["study", "--paper", "nope"], "paper = 'nope': allowed are toy"),
+        (["bench", "--fast"], "unrecognized arguments: --fast"),
+    ],
+)
+def test_bad_commands(refused, words, message, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert refused(*words).startswith(message)
+
+
+def test_a_command_is_needed(capsys):
+    assert cli.main([]) == 2
+    assert capsys.readouterr().err == (
+        "prunestudy: the following arguments are required: COMMAND\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        pytest.param(["show", "dense", "--profile", "fast"], "profile = 'fast': allowed are"),
+        pytest.param(["notebook", "toy", "--profile", "fast"], "profile = 'fast': allowed are"),
+        pytest.param(["study", "--executor", "nope"], "executor = 'nope': "),
+    ],
+)
+def test_bad_commands_that_are_found_late(refused, words, message):
+    assert refused(*words).startswith(message)
+
+
+SETTINGS = [
+    (["colour=red"], "setting = 'colour': allowed are batch_size, dataset, epochs"),
+    (["lr"], "--set = 'lr': must be KEY=VALUE"),
+    (["model=vgg99"], "model = 'vgg99': allowed are lenet300, lenet5"),
+    (["model=lenet5"], "shape = (1, 8, 8): lenet5 needs images of at least 16x16"),
+    (["method=lasso"], "method = 'lasso': allowed are dense"),
+    (["dataset=cifar"], "dataset = 'cifar': allowed are digits"),
+    (["dataset=7"], "dataset = 7: allowed are digits"),
+    (["dataset=folder:/nowhere"], "dataset = 'folder:/nowhere': "),
+    (["dataset=folder:"], "dataset = 'folder:': "),
+    (["lr=-0.1"], "lr = -0.1: input should be greater than 0"),
+    (["lr=0"], "lr = 0: input should be greater than 0"),
+    (["lr=fast"], "lr = 'fast': input should be a valid number"),
+    (["lr=NaN"], "lr = nan: input should be a finite number"),
+    (["lr=Infinity"], "lr = inf: input should be a finite number"),
+    (["epochs=0"], "epochs = 0: input should be greater than or equal to 1"),
+    (["epochs=1.5"], "epochs = 1.5: input should be a valid integer"),
+    (["epochs=true"], "epochs = True: input should be a valid integer"),
+    (["epochs="], "epochs = '': input should be a valid integer"),
+    (["seed=-1"], "seed = -1: "),
+    (["threads=0"], "threads = 0: "),
+    (["precision=fp8"], "precision = 'fp8': input should be 'fp32' or 'bf16'"),
+    (["shift=8"], "shift = 8: below 8"),
+    (["schedule=linear"], "schedule = 'linear': "),
+    (["validation=1437"], "validation = 1437: below 1437, the training images"),
+    (["batch_size=1238"], "batch_size = 1238: at most 1237, the training images left"),
+    (["batch_size=0"], "batch_size = 0: "),
+    (["target=0.5"], "target = "),
+    (["method=magnitude"], "target = None: magnitude takes the share of weights to remove"),
+    *(
+        (["method=magnitude", f"target={text}"], f"target = {value}: the share of weights")
+        for text, value in (
+            *(("0", "0"), ("1", "1"), ("-0.1", "-0.1"), ("1.5", "1.5"), ("half", "'half'")),
+            *(("NaN", "nan"), ("[0.5]", "[0.5]"), ("true", "True")),
+        )
+    ),
+    (["method=l1", "target=0.5", "params.rmap=0.5"], "l1 parameter rmap = 0.5: "),
+    (["method=l1", "target=0.5", "params.ramp=2"], "l1 parameter ramp = 2: "),
+    (["method=l1", "target=0.5", "params.ramp=x"], "l1 parameter ramp = 'x': "),
+    (["params.ramp=0.5"], "dense parameter ramp = 0.5: "),
+    (["evaluate=validation"], "setting = 'evaluate': "),
+]
+
+
+@pytest.mark.parametrize(
+    ("pairs", "message"), SETTINGS, ids=[",".join(pairs) for pairs, _ in SETTINGS]
+)
+def test_bad_settings(refused, pairs, message):
+    words = [word for pair in pairs for word in ("--set", pair)]
+    assert refused("train", *words).startswith(message)
+
+
+def test_nothing_changes_in_a_folder_with_results(call, refused, results):
+    assert call("run", "magnitude")[0] == 0
+    refused("run", "nope")
+    refused("train", "--set", "lr=-1")
+    refused("job", "nope")
+    assert len(list((results / "quick" / "records").iterdir())) == 2
+
+
+@pytest.mark.parametrize("place", ["--data", "environment", "nowhere"])
+def test_missing_data(refused, no_data, place, results):
+    root = {"--data": ["--data", str(no_data)], "nowhere": ["--data", str(no_data / "x")]}
+    said = refused("train", "--set", "dataset=mnist", "--set", "epochs=1", *root.get(place, []))
+    assert said.startswith("data = ")
+    assert "mnist" in said
+    assert not results.exists()
+
+
+def test_missing_data_of_a_planned_run(refused, no_data, card_file, results):
+    head, profile = CARD.split("    [profiles.quick]")
+    card_file(
+        head + "    [profiles.quick]" + profile.replace('"digits"\n    model', '"mnist"\n    model')
+    )
+    assert "mnist" in plan("quick")[0].settings.dataset
+    for words in (["run", "magnitude"], ["job", "toy.digits.s0"], ["study"]):
+        assert refused(*words).startswith("data = ")
+    assert not results.exists()
+
+
+def test_edited_records_stop_every_command(call, refused, results):
+    assert call("run", *names_of("start"))[0] == 0
+    path = results / "quick" / "records" / names_of("start")[0] / "record.json"
+    path.write_text(path.read_text().replace('"seed": 0', '"seed": 1'))
+    words = [["status"], ["table"], ["run", "magnitude"], ["job", "toy.digits.s0"], ["study"]]
+    for each in [*words, ["show", names_of("start")[0]]]:
+        assert refused(*each).startswith(f"record = {names_of('start')[0]}: was edited or damaged")
+
+
+@pytest.mark.parametrize(
+    "words", [["status"], ["table"], ["run", "magnitude"], ["job", "toy.digits.s0"]]
+)
+def test_a_file_in_the_place_of_the_results(refused, tmp_path, words):
+    place = tmp_path / "file"
+    place.write_text("mine")
+    said = refused(*words, where=place)
+    assert said.startswith("file = ")
+    assert str(place) in said
+
+
+def test_a_disk_without_space(call, results, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device", "the/file")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    code, out, err = call("run", "magnitude")
+    assert (code, out) == (2, "")
+    assert err == "prunestudy: file = the/file: No space left on device\n"
+    assert not (results / "quick" / "records").exists()
+
+
+def test_exit_code_and_line_of_the_real_command(tmp_path):
+    command = [sys.executable, "-W", "error", "-m", "prunestudy.study.cli"]
+    words = ["train", "--set", "epochs=0", "--results", str(tmp_path / "r")]
+    done = subprocess.run([*command, *words], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == ("prunestudy: epochs = 0: input should be greater than or equal to 1\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- what works
+
+
+def test_help_names_every_command(capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--help"])
+    assert caught.value.code == 0
+    out = capsys.readouterr().out
+    for name in "study list status table latency run job notebook show train bench".split():
+        assert f"\n    {name} " in out
+
+
+def test_list(call, results):
+    code, out, err = call("list")
+    assert (code, err) == (0, "")
+    rows = [line.split("\t") for line in out.splitlines()]
+    assert [row[0] for row in rows] == names_of("start", "dense", "magnitude", "random")
+    assert rows[0][1:] == ["toy", "digits", "seed 0", "target -", "start"]
+    assert rows[2][1:] == ["toy", "digits", "seed 0", "target 0.900", ""]
+    assert not results.exists()
+
+
+def test_run_status_show_table(call, results):
+    start, dense, magnitude, random = names_of("start", "dense", "magnitude", "random")
+    code, out, _ = call("status")
+    assert code == 0
+    assert out.splitlines() == [
+        "missing   4",
+        *(f"  {name}" for name in (start, dense, magnitude, random)),
+    ]
+    assert not results.exists()
+    code, out, _ = call("run", magnitude[:-3], "--device", "cpu")
+    store = Store("quick", results)
+    metric = store.load(magnitude)["metrics"]["metric"]
+    assert (code, out) == (0, f"{magnitude} done {metric:.4f}\n")
+    # its parent was trained on the way
+    store.work(random).mkdir()
+    assert call("status")[1].splitlines() == [
+        "done      2",
+        "missing   2",
+        f"  {dense}",
+        f"  {random}  (begun)",
+    ]
+    code, out, _ = call("show", "magnitude")
+    text, _, history = out.partition("\n}\n")
+    assert json.loads(text + "}") == store.load(magnitude)
+    (row,) = store.history(magnitude)
+    assert history.strip() == " ".join(f"{k}={v}" for k, v in row.items())
+    assert call("table") == (0, "", "")
+    lines = (results / "quick" / "tables" / "runs.csv").read_text().splitlines()
+    assert len(lines) == 3
+    assert (results / "quick" / "tables" / "summary.csv").exists()
+
+
+def test_a_run_that_is_there_is_not_trained_again(call, results):
+    first = call("run", "magnitude")
+    before = tree(results)
+    assert call("run", "magnitude") == first
+    assert tree(results) == before
+
+
+def test_job_and_latency(call, results):
+    code, out, _ = call("job", "toy.digits.s0")
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()] == [p.settings.run for p in plan("quick")]
+    before = {k: v for k, v in tree(results).items() if k.endswith(("json", "safetensors"))}
+    assert call("latency")[0] == 0
+    after = {k: v for k, v in tree(results).items() if k.endswith(("json", "safetensors"))}
+    new = sorted(set(after) - set(before))
+    expected = names_of("dense", "magnitude", "random")
+    assert new == sorted(f"quick/records/{name}/latency.json" for name in expected)
+    assert {k: after[k] for k in before} == before
+    ms = json.loads((results / new[0]).read_text())["ms"]
+    assert sorted(ms) == [
+        "dense_latency_b128_ms",
+        "dense_latency_b1_ms",
+        "latency_b128_ms",
+        "latency_b1_ms",
+    ]
+    assert min(ms.values()) > 0
+    assert call("latency")[0] == 0
+    again = {k: v for k, v in tree(results).items() if k.endswith(("json", "safetensors"))}
+    assert again == after
+
+
+def test_train_a_run_of_ones_own(call, results):
+    words = "epochs=1 method=sparse_gates target=0.9 params.harden=0.5 batch_size=64 seed=4"
+    pairs = [word for pair in words.split() for word in ("--set", pair)]
+    code, out, err = call("train", *pairs)
+    settings = small_run("sparse_gates", 0.9, p_harden=0.5, seed=4)
+    record = Store("custom", results).read(settings)
+    assert (code, err) == (0, "")
+    assert out == f"{settings.run} done {record['metrics']['metric']:.4f}\n"
+    assert record["metrics"]["sparsity"] == 0.9
+    assert call("show", "sparse", "--profile", "custom")[0] == 0
+
+
+def test_train_says_when_a_run_diverged(call):
+    code, out, _ = call("train", "--set", "epochs=2", "--set", "lr=1e20")
+    assert code == 0
+    assert out.split()[1:] == ["diverged"]
+
+
+def test_numbers_and_text_of_settings():
+    values = ["0.5", "3", "true", "null", "relu", "[1, 2]", '"3"', "1e-3", ""]
+    assert [cli._value(text) for text in values] == [
+        *(0.5, 3, True, None, "relu", [1, 2], "3", 1e-3, "")
+    ]

@@ -1,0 +1,643 @@
+import gzip
+import hashlib
+import itertools
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import prunestudy
+from prunestudy import datasets
+from prunestudy.datasets import Batches, DatasetInfo, ImageSet, catalogue, sources
+from prunestudy.errors import InputError
+
+IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
+TEST_IMAGES, TEST_LABELS = "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"
+
+
+def image_set(n, height=2, width=3, channels=1):
+    count = n * height * width * channels
+    images = (torch.arange(count) % 255 + 1).to(torch.uint8).view(n, height, width, channels)
+    return ImageSet(images, torch.arange(n))
+
+
+def plain(images, mean=None, std=None):
+    """Info with which normalising gives the pixels back (0..255), unless told otherwise."""
+    height, width, channels = images.images.shape[1:]
+    mean, std = mean or (0.0,) * channels, std or (1 / 255,) * channels
+    n = len(images)
+    return DatasetInfo("tiny", "Tiny", "1", channels, height, width, 2, n, n, mean, std)
+
+
+def pixels(x):
+    return x.permute(0, 2, 3, 1).round().to(torch.uint8)
+
+
+def one_line(caught):
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+# --- what is known of a set
+
+
+def test_known_sets_need_neither_disk_nor_torch():
+    code = (
+        "import sys; from prunestudy import datasets; "
+        "print(datasets.names(), datasets.info('mnist', '/nowhere').train_images, "
+        "'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "('digits', 'mnist', 'fashion_mnist') 60000 False\n"
+
+
+def test_unknown_names_are_refused():
+    for name in ("mnits", "", None):
+        with pytest.raises(InputError) as caught:
+            datasets.info(name)
+        assert one_line(caught) == (
+            f"dataset = {name!r}: allowed are digits, mnist, fashion_mnist, folder:PATH"
+        )
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = datasets.nothing
+
+
+def test_data_root(monkeypatch):
+    monkeypatch.setenv("PRUNESTUDY_DATA", "/from/env")
+    assert datasets.data_root("/given") == Path("/given")
+    assert datasets.data_root() == Path("/from/env")
+    monkeypatch.delenv("PRUNESTUDY_DATA")
+    assert datasets.data_root() == Path(prunestudy.__file__).parents[2] / "data"
+
+
+# --- image sets and splits
+
+
+def test_subset_and_to():
+    images = image_set(4)
+    some = images.subset([3, 1])
+    assert len(some) == 2
+    assert some.labels.tolist() == [3, 1]
+    assert torch.equal(some.images, images.images[[3, 1]])
+    assert images.subset(slice(1, 3)).labels.tolist() == [1, 2]
+    assert images.to("meta").images.device.type == "meta"
+
+
+def test_split_is_fixed_and_complete():
+    images = image_set(20)
+    train, validation = datasets.split(images, 5)
+    assert (len(train), len(validation)) == (15, 5)
+    assert sorted(train.labels.tolist() + validation.labels.tolist()) == list(range(20))
+    torch.manual_seed(99)
+    again = datasets.split(images, 5)
+    assert torch.equal(again[0].labels, train.labels)
+    smaller = datasets.split(images, 3)[1]
+    assert smaller.labels.tolist() == validation.labels.tolist()[-3:]
+
+
+@pytest.mark.parametrize("validation", [0, -1, 20, 21, 2.0, True, "5"])
+def test_split_refuses(validation):
+    with pytest.raises(InputError) as caught:
+        datasets.split(image_set(20), validation)
+    assert one_line(caught) == (f"validation = {validation!r}: a number of images from 1 to 19")
+
+
+# --- digits
+
+
+def test_digits():
+    data = datasets.load("digits")
+    assert data.info is datasets.info("digits")
+    assert data.train.images.shape == (1437, 8, 8, 1)
+    assert data.test.images.shape == (360, 8, 8, 1)
+    assert data.train.images.dtype == torch.uint8
+    assert data.train.labels.dtype == torch.int64
+    assert data.test.labels.bincount().tolist() == [36, 36, 36, 36, 37, 36, 36, 36, 35, 36]
+    assert set(data.train.images.unique().tolist()) == {round(v * 255 / 16) for v in range(17)}
+    assert data.fingerprint.startswith("82a84588fa0e")
+    mean, std = sources.channel_statistics(data.train.images)
+    assert (round(mean[0], 4), round(std[0], 4)) == (data.info.mean[0], data.info.std[0])
+
+
+def test_digits_parts_do_not_overlap():
+    from sklearn.datasets import load_digits
+
+    data = datasets.load("digits")
+    whole = sorted(
+        np.rint(image * 255 / 16).astype(np.uint8).tobytes() for image in load_digits().images
+    )
+    parts = torch.cat([data.train.images, data.test.images]).numpy()
+    assert sorted(image.tobytes() for image in parts) == whole
+
+
+# --- idx files
+
+
+def idx(array):
+    array = np.asarray(array, dtype=np.uint8)
+    return (
+        bytes([0, 0, 8, array.ndim])
+        + np.array(array.shape, dtype=">i4").tobytes()
+        + array.tobytes()
+    )
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """MNIST and Fashion-MNIST shrunk to three and two images; the files' bytes are returned."""
+    files = {
+        IMAGES: idx(np.arange(12).reshape(3, 2, 2)),
+        LABELS: idx([2, 0, 1]),
+        TEST_IMAGES: idx(np.arange(100, 108).reshape(2, 2, 2)),
+        TEST_LABELS: idx([1, 1]),
+    }
+    sums = {name: hashlib.md5(data).hexdigest() for name, data in files.items()}
+    for name in ("mnist", "fashion_mnist"):
+        small = replace(datasets.info(name), height=2, width=2, checksums=sums)
+        monkeypatch.setitem(catalogue._KNOWN, name, small)
+    monkeypatch.setattr(sources, "_SYSTEM_FOLDERS", {})
+    return files
+
+
+def put(folder, files, packed=()):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, data in files.items():
+        if name in packed:
+            (folder / f"{name}.gz").write_bytes(gzip.compress(data))
+        else:
+            (folder / name).write_bytes(data)
+    return folder
+
+
+def check_tiny(data):
+    assert data.train.images.tolist() == np.arange(12).reshape(3, 2, 2, 1).tolist()
+    assert data.train.labels.tolist() == [2, 0, 1]
+    assert data.test.images.flatten().tolist() == list(range(100, 108))
+    assert data.test.labels.tolist() == [1, 1]
+    assert data.train.labels.dtype == torch.int64
+
+
+@pytest.mark.parametrize("packed", [(), (LABELS,), (IMAGES, LABELS, TEST_IMAGES, TEST_LABELS)])
+def test_idx_files_plain_and_packed(tmp_path, tiny, packed):
+    put(tmp_path / "MNIST/raw", tiny, packed)
+    put(tmp_path / "FashionMNIST/raw", tiny, packed)
+    check_tiny(datasets.load("mnist", tmp_path))
+    check_tiny(datasets.load("fashion_mnist", tmp_path))
+
+
+def test_fashion_mnist_from_the_system_folder(tmp_path, tiny, monkeypatch):
+    folder = put(tmp_path / "debian", tiny, tiny)
+    monkeypatch.setattr(sources, "_SYSTEM_FOLDERS", {"fashion_mnist": folder})
+    check_tiny(datasets.load("fashion_mnist", tmp_path / "no-such-root"))
+
+
+def test_fingerprint_tells_sets_apart(tmp_path, tiny, monkeypatch):
+    put(tmp_path / "MNIST/raw", tiny)
+    first = datasets.load("mnist", tmp_path).fingerprint
+    assert len(first) == 64
+    assert datasets.load("mnist", tmp_path).fingerprint == first
+    other = idx([1, 0])
+    put(tmp_path / "MNIST/raw", {TEST_LABELS: other})
+    sums = {**datasets.info("mnist").checksums, TEST_LABELS: hashlib.md5(other).hexdigest()}
+    monkeypatch.setitem(catalogue._KNOWN, "mnist", replace(datasets.info("mnist"), checksums=sums))
+    assert datasets.load("mnist", tmp_path).fingerprint != first
+
+
+def test_truncated_and_corrupted_files_are_named(tmp_path, tiny):
+    expected = hashlib.md5(tiny[IMAGES]).hexdigest()
+    for bad in (tiny[IMAGES][:-1], tiny[IMAGES][:-1] + b"x", b""):
+        folder = put(tmp_path / "MNIST/raw", {**tiny, IMAGES: bad})
+        with pytest.raises(InputError) as caught:
+            datasets.load("mnist", tmp_path)
+        assert one_line(caught) == (
+            f"data = {str(folder / IMAGES)!r}: has md5 {hashlib.md5(bad).hexdigest()}, "
+            f"{expected} expected; delete it to download it again"
+        )
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda b: b[:-9], lambda b: b"no gzip", lambda b: b[:12] + b"\xff" * 20]
+)
+def test_broken_gz_files_are_named(tmp_path, tiny, damage):
+    folder = put(tmp_path / "MNIST/raw", tiny, packed=(IMAGES,))
+    file = folder / f"{IMAGES}.gz"
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(InputError, match="cannot be read") as caught:
+        datasets.load("mnist", tmp_path)
+    assert one_line(caught).startswith(f"data = {str(file)!r}: ")
+    assert hashlib.md5(tiny[IMAGES]).hexdigest() in str(caught.value)
+
+
+# --- downloads
+
+
+def tree(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def no_network(url, download_root, filename, md5):
+    Path(download_root, filename).write_bytes(b"half")
+    raise URLError("Name or service\nnot known")
+
+
+def test_missing_without_network(tmp_path, tiny, monkeypatch):
+    monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", no_network)
+    with pytest.raises(InputError, match="Name or service not known") as caught:
+        datasets.load("mnist", tmp_path)
+    assert one_line(caught).startswith(
+        f"data = {str(tmp_path)!r}: mnist is not there and could not be downloaded ("
+    )
+    assert tree(tmp_path) == []
+
+
+@pytest.mark.parametrize("error", [RuntimeError(), ConnectionResetError("reset"), EOFError("end")])
+def test_any_failed_download_leaves_nothing(tmp_path, tiny, monkeypatch, error):
+    def fail(self):
+        put(Path(self.raw_folder), {IMAGES: b"half"})
+        raise error
+
+    monkeypatch.setattr("torchvision.datasets.FashionMNIST.download", fail)
+    with pytest.raises(InputError, match="could not be downloaded") as caught:
+        datasets.load("fashion_mnist", tmp_path)
+    assert (str(error) or "RuntimeError") in one_line(caught)
+    assert tree(tmp_path) == []
+
+
+def test_download_moves_verified_files_only(tmp_path, tiny, monkeypatch):
+    served = dict(tiny)
+    monkeypatch.setattr(
+        "torchvision.datasets.MNIST.download",
+        lambda self: put(Path(self.raw_folder), served),
+    )
+    served[TEST_LABELS] = idx([0, 0])
+    with pytest.raises(InputError, match=r"could not be downloaded .*has md5"):
+        datasets.load("mnist", tmp_path)
+    assert tree(tmp_path) == []
+    served[TEST_LABELS] = tiny[TEST_LABELS]
+    put(tmp_path / "MNIST/raw", {IMAGES: b"one of four files is no data set"})
+    check_tiny(datasets.load("mnist", tmp_path))
+    assert tree(tmp_path) == sorted(["MNIST", "MNIST/raw", *(f"MNIST/raw/{name}" for name in tiny)])
+    check_tiny(datasets.load("mnist", tmp_path, download=False))
+
+
+def test_download_not_wanted(tmp_path, tiny):
+    with pytest.raises(InputError) as caught:
+        datasets.load("mnist", tmp_path, download=False)
+    assert one_line(caught) == (
+        f"data = {str(tmp_path)!r}: mnist is not there (no files in {tmp_path}/MNIST/raw)"
+    )
+
+
+def test_missing_and_read_only_roots(tmp_path, tiny, monkeypatch):
+    with pytest.raises(InputError, match="no such folder") as caught:
+        datasets.load("mnist", tmp_path / "absent")
+    assert one_line(caught).startswith(f"data = {str(tmp_path / 'absent')!r}: ")
+    assert not (tmp_path / "absent").exists()
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(tempfile, "mkdtemp", refuse)
+    with pytest.raises(InputError, match="Permission denied") as caught:
+        datasets.load("mnist", tmp_path)
+    one_line(caught)
+
+
+# --- image folders
+
+
+def save(path, value, size=(3, 2), mode="RGB"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, value).save(path)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    root = tmp_path / "pets"
+    save(root / "train/cat/b.png", (2, 4, 6))
+    save(root / "train/cat/a.PNG", (0, 0, 0))
+    save(root / "train/dog/a.bmp", (255, 255, 255))
+    save(root / "test/cat/a.png", (1, 1, 1))
+    save(root / "test/dog/a.png", 7, mode="L")
+    (root / "train/.hidden").write_text("ignored")
+    return root
+
+
+def test_folder(folder, tmp_path):
+    data = datasets.load("folder:pets", tmp_path)
+    assert data.train.images.shape == (3, 2, 3, 3)
+    assert data.train.images[:, 1, 2].tolist() == [[0, 0, 0], [2, 4, 6], [255, 255, 255]]
+    assert data.train.labels.tolist() == [0, 0, 1]
+    assert data.test.images[:, 0, 0].tolist() == [[1, 1, 1], [7, 7, 7]]
+    assert data.test.labels.tolist() == [0, 1]
+    assert data.info.mean == pytest.approx([257 / 765, 259 / 765, 261 / 765])
+    assert data.info.std[0] == pytest.approx(np.std([0, 2 / 255, 1]))
+    known = datasets.info("folder:pets", tmp_path)
+    assert known == replace(data.info, mean=(), std=())
+    assert (known.name, known.title, known.num_classes) == ("folder:pets", "pets", 2)
+    assert (known.channels, known.height, known.width) == (3, 2, 3)
+    assert (known.train_images, known.test_images) == (3, 2)
+    assert datasets.info(f"folder:{folder}", "/nowhere") == known
+
+
+def test_folder_version_follows_its_files(folder, tmp_path):
+    before = datasets.info("folder:pets", tmp_path).version
+    save(folder / "train/cat/c.png", (9, 9, 9))
+    assert datasets.info("folder:pets", tmp_path).version != before
+
+
+def test_grey_folder(tmp_path):
+    for split, name in itertools.product(("train", "test"), ("x", "y")):
+        save(tmp_path / f"g/{split}/{name}/1.jpg", 51, mode="L")
+    data = datasets.load("folder:g", tmp_path)
+    assert data.train.images.shape == (2, 2, 3, 1)
+    assert data.info.channels == 1
+    assert data.info.mean == pytest.approx((0.2,))
+    assert data.info.std == (1.0,)  # constant images: nothing to divide by
+    save(tmp_path / "g/train/y/2.png", (1, 2, 3))
+    with pytest.raises(InputError) as caught:
+        datasets.load("folder:g", tmp_path)
+    assert one_line(caught) == (
+        "dataset = 'folder:g': train/y/2.png is in colour, grey expected as in the first image"
+    )
+
+
+def refused(tmp_path, name="folder:pets"):
+    with pytest.raises(InputError) as caught:
+        datasets.load(name, tmp_path)
+    return one_line(caught)
+
+
+def test_folder_of_another_size(folder, tmp_path):
+    save(folder / "test/dog/z.png", (0, 0, 0), size=(4, 2))
+    assert refused(tmp_path) == (
+        "dataset = 'folder:pets': test/dog/z.png is 2x4 pixels, 2x3 (height x width) expected, "
+        "the size of the first image"
+    )
+
+
+def test_folder_with_broken_images(folder, tmp_path):
+    (folder / "train/cat/c.jpg").write_bytes(b"no image")
+    whole = (folder / "train/cat/b.png").read_bytes()
+    (folder / "test/dog/a.png").write_bytes(whole[:-25])
+    Image.new("I;16", (3, 2)).save(folder / "test/dog/b.png")
+    assert refused(tmp_path) == (
+        "dataset = 'folder:pets': 3 images cannot be read: train/cat/c.jpg, test/dog/a.png, "
+        "test/dog/b.png"
+    )
+
+
+def test_folder_with_many_broken_images(folder, tmp_path):
+    for number in range(12):
+        (folder / f"train/dog/b{number:02}.png").write_bytes(b"")
+    assert refused(tmp_path).endswith("train/dog/b08.png, train/dog/b09.png and 2 more")
+
+
+def test_folder_with_a_broken_first_image(folder, tmp_path):
+    (folder / "train/cat/a.PNG").write_bytes(b"")
+    with pytest.raises(InputError, match=r"1 image cannot be read: .*a\.PNG"):
+        datasets.info("folder:pets", tmp_path)
+
+
+def test_folder_with_missing_and_empty_classes(folder, tmp_path):
+    save(folder / "train/eel/a.png", (0, 0, 0))
+    save(folder / "test/fox/a.png", (0, 0, 0))
+    (folder / "train/gnu").mkdir()
+    assert refused(tmp_path) == (
+        "dataset = 'folder:pets': no images in test/eel, train/fox, train/gnu, test/gnu; "
+        "every class has images in train and in test"
+    )
+
+
+def test_folder_with_other_files(folder, tmp_path):
+    (folder / "train/cat/photo.tif").write_bytes(b"")
+    (folder / "test/stray.png").write_bytes(b"")
+    (folder / "train/dog/deeper").mkdir()
+    assert refused(tmp_path) == (
+        "dataset = 'folder:pets': not .png, .jpg, .jpeg, .bmp in a class's folder: "
+        "train/cat/photo.tif, train/dog/deeper"
+    )
+    (folder / "train/cat/photo.tif").unlink()
+    (folder / "train/dog/deeper").rmdir()
+    assert refused(tmp_path).endswith("in a class's folder: test/stray.png")
+
+
+def test_folders_that_are_none(folder, tmp_path):
+    assert refused(tmp_path, "folder:absent") == (
+        f"dataset = 'folder:absent': there is no folder {tmp_path}/absent/train"
+    )
+    assert refused(tmp_path, "folder: ") == (
+        "dataset = 'folder: ': folder: is followed by the path of an image folder"
+    )
+    (tmp_path / "empty/train").mkdir(parents=True)
+    (tmp_path / "empty/test").mkdir()
+    assert refused(tmp_path, "folder:empty").endswith("has no sub-folders, one per class")
+
+
+# --- batches
+
+
+def test_epoch_is_a_permutation_of_full_batches():
+    images = image_set(10)
+    batches = Batches(images, plain(images), 3, seed=4)
+    assert (len(batches), batches.steps) == (10, 3)
+    seen = []
+    for x, y in batches.epoch(0):
+        assert x.shape == (3, 1, 2, 3)
+        assert x.dtype == torch.float32
+        assert torch.equal(pixels(x), images.images[y])
+        seen += y.tolist()
+    assert len(set(seen)) == 9
+    assert seen != sorted(seen)
+
+
+def test_normalisation_and_memory_format():
+    images = ImageSet(
+        torch.tensor([0, 51, 255, 102, 204, 153]).to(torch.uint8).view(1, 1, 2, 3),
+        torch.tensor([1]),
+    )
+    info = plain(images, (0.5, 0.25, 0.0), (0.5, 0.25, 2.0))
+    x, y = next(Batches(images, info, 1).ordered())
+    assert x.shape == (1, 3, 1, 2)
+    assert x[0].flatten().tolist() == pytest.approx([-1, -0.2, -0.2, 2.2, 0.5, 0.3], abs=1e-6)
+    assert y.tolist() == [1]
+    wide = image_set(4, 5, 6, 3)
+    for x, _ in Batches(wide, plain(wide), 2, shift=1, flip=True).epoch(0):
+        assert x.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_shift_and_flip_by_hand():
+    # one row above and below, one column on each side: 4x5 pixels an image
+    images = ImageSet(
+        torch.tensor([1, 2, 3, 4, 5, 6, 11, 12, 13, 14, 15, 16]).to(torch.uint8).view(2, 2, 3, 1),
+        torch.tensor([0, 1]),
+    )
+    batches = Batches(images, plain(images), 2, shift=1, flip=True)
+    # image 0 from row 0, column 2: down one, left one; image 1 from row 2, column 0, mirrored
+    first = torch.tensor([2, 20 + 2 * 5 + 0 + 2])
+    x = pixels(batches._gather(first, torch.tensor([1, -1])))[..., 0]
+    assert x.tolist() == [[[0, 0, 0], [2, 3, 0]], [[15, 14, 0], [0, 0, 0]]]
+
+
+def reference(images, image, top, left, flip, shift):
+    h, w, c = images.shape[1:]
+    padded = np.zeros((h + 2 * shift, w + 2 * shift, c), dtype=np.uint8)
+    padded[shift : shift + h, shift : shift + w] = images[image]
+    crop = padded[top : top + h, left : left + w]
+    return crop[:, ::-1] if flip else crop
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_every_batch_is_a_shifted_and_flipped_image(channels):
+    shift, images = 2, image_set(40, 4, 5, channels)
+    source, counts, flips = images.images.numpy(), np.zeros((5, 5), dtype=int), 0
+    batches = Batches(images, plain(images), 8, shift=shift, flip=True, seed=3)
+    for epoch in range(10):
+        for x, y in batches.epoch(epoch):
+            for got, image in zip(pixels(x).numpy(), y.tolist(), strict=True):
+                found = [
+                    (top, left, flip)
+                    for top, left, flip in itertools.product(range(5), range(5), (False, True))
+                    if np.array_equal(got, reference(source, image, top, left, flip, shift))
+                ]
+                assert len(found) == 1
+                counts[found[0][:2]] += 1
+                flips += found[0][2]
+    # 400 draws: 80 of each shift with sd 8, 200 flips with sd 10; 4 sd allowed
+    assert np.all(np.abs(counts.sum(0) - 80) < 32)
+    assert np.all(np.abs(counts.sum(1) - 80) < 32)
+    assert abs(flips - 200) < 40
+
+
+def test_flip_alone():
+    images = image_set(6)
+    mirrored = set()
+    for x, y in Batches(images, plain(images), 1, flip=True, seed=1).epoch(0):
+        straight = torch.equal(pixels(x), images.images[y])
+        assert straight or torch.equal(pixels(x), images.images[y].flip(2))
+        mirrored.add(not straight)
+    assert mirrored == {True, False}
+
+
+def same(left, right):
+    left, right = list(left), list(right)
+    return len(left) == len(right) and all(
+        torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+        for a, b in zip(left, right, strict=True)
+    )
+
+
+def test_resumed_epoch_is_the_tail_of_the_full_one():
+    images = image_set(23)
+    settings = {"shift": 1, "flip": True, "seed": 5}
+    full = list(Batches(images, plain(images), 4, **settings).epoch(7))
+    torch.manual_seed(1)  # the global generator plays no part
+    resumed = Batches(images, plain(images), 4, **settings)
+    list(resumed.epoch(2))  # nor do epochs before
+    for start in range(6):
+        assert same(resumed.epoch(7, start), full[start:])
+
+
+def test_seeds_and_epochs_differ():
+    images = image_set(50)
+
+    def labels(seed, epoch):
+        return torch.cat([y for _, y in Batches(images, plain(images), 10, seed=seed).epoch(epoch)])
+
+    drawn = [labels(seed, epoch) for seed in (0, 1) for epoch in (0, 1)]
+    for left, right in itertools.combinations(drawn, 2):
+        assert not torch.equal(left, right)
+
+
+@pytest.mark.parametrize(("size", "lengths"), [(None, [4, 4, 2]), (3, [3, 3, 3, 1]), (99, [10])])
+def test_ordered(size, lengths):
+    images = image_set(10, channels=3)
+    found = list(Batches(images, plain(images), 4, shift=1, flip=True).ordered(size))
+    assert [len(y) for _, y in found] == lengths
+    assert torch.equal(torch.cat([pixels(x) for x, _ in found]), images.images)
+    assert torch.cat([y for _, y in found]).tolist() == list(range(10))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch_size": 0}, "batch_size = 0: a whole number from 1 to 5"),
+        ({"batch_size": 6}, "batch_size = 6: a whole number from 1 to 5"),
+        ({"batch_size": 2.0}, "batch_size = 2.0: a whole number from 1 to 5"),
+        ({"shift": -1}, "shift = -1: a whole number from 0 to 1"),
+        ({"shift": 2}, "shift = 2: a whole number from 0 to 1"),
+    ],
+)
+def test_batches_refuse(settings, message):
+    images = image_set(5)
+    with pytest.raises(InputError) as caught:
+        Batches(images, plain(images), **{"batch_size": 2, **settings})
+    assert one_line(caught) == message
+
+
+def test_batches_refuse_what_does_not_fit():
+    images = image_set(5)
+    with pytest.raises(InputError, match=r"images = \(2, 3, 1\): tiny has .* \(2, 2, 1\)"):
+        Batches(images, replace(plain(images), width=2), 2)
+    with pytest.raises(InputError, match=r"info.mean = \(\): one value per channel"):
+        Batches(images, replace(plain(images), mean=(), std=()), 2)
+    batches = Batches(images, plain(images), 2)
+    for call, message in (
+        (lambda: batches.epoch(-1), "epoch = -1: a whole number from 0"),
+        (lambda: batches.epoch(0, start=3), "start = 3: a whole number from 0 to 2"),
+        (lambda: batches.ordered(0), "batch_size = 0: a whole number from 1"),
+    ):
+        with pytest.raises(InputError) as caught:
+            call()
+        assert one_line(caught) == message
+
+
+@pytest.mark.cuda
+def test_batches_do_not_depend_on_the_device():
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    images = image_set(20, 6, 6, 3)
+    here, there = (
+        Batches(images, plain(images), 4, shift=2, flip=True, device=device).epoch(1)
+        for device in ("cpu", "cuda")
+    )
+    for (x, y), (x_there, y_there) in zip(here, there, strict=True):
+        assert x_there.is_cuda
+        assert torch.equal(y, y_there.cpu())
+        assert torch.equal(pixels(x), pixels(x_there.cpu()))
+
+
+# --- the real files
+
+
+@pytest.mark.mnist
+def test_mnist():
+    root = Path(os.environ.get("PRUNESTUDY_DATA") or "unset")
+    if not (root / "MNIST/raw").is_dir():
+        pytest.skip("no MNIST/raw below PRUNESTUDY_DATA")
+    check_real("mnist", root, [5, 0, 4], [7, 2, 1])
+
+
+def test_fashion_mnist():
+    if not sources._SYSTEM_FOLDERS["fashion_mnist"].is_dir():
+        pytest.skip("Debian's dataset-fashion-mnist is not installed")
+    check_real("fashion_mnist", "/nowhere", [9, 0, 0], [9, 2, 1])
+
+
+def check_real(name, root, train_labels, test_labels):
+    data = datasets.load(name, root, download=False)
+    assert data.train.images.shape == (60_000, 28, 28, 1)
+    assert data.test.images.shape == (10_000, 28, 28, 1)
+    assert data.train.labels[:3].tolist() == train_labels
+    assert data.test.labels[:3].tolist() == test_labels
+    mean, std = sources.channel_statistics(data.train.images)
+    assert (round(mean[0], 4), round(std[0], 4)) == (data.info.mean[0], data.info.std[0])

@@ -1,0 +1,113 @@
+"""The checkout itself: one source of dependencies, notebooks without outputs, a README in step."""
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from prunestudy.errors import InputError
+from prunestudy.papers import cards
+from prunestudy.study import tables
+from prunestudy.study.exercises import exercise
+from prunestudy.study.plan import plan
+from prunestudy.study.records import Store, repository
+
+ROOT = repository()
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+def test_environment_names_only_python_pip_and_the_project():
+    lines = (ROOT / "environment.yml").read_text().split("dependencies:")[1].splitlines()
+    names = [line.strip().lstrip("- ") for line in lines if line.strip()]
+    assert [re.split(r"[<>=:]", name)[0] for name in names] == ["python", "pip", "pip", "e ."]
+
+
+def test_torch_and_torchvision_are_bounded_as_a_pair():
+    needs = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    assert "torch>=2.14,<2.15" in needs
+    assert "torchvision>=0.29,<0.30" in needs
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebooks_are_stored_without_outputs_and_say_more_than_they_compute(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert all(not cell.outputs and cell.execution_count is None for cell in code)
+    assert len(notebook.cells) - len(code) > len(code)
+    lengths = sorted(len(cell.source.splitlines()) for cell in code)
+    assert lengths[len(lengths) // 2] < 10
+    assert sum("parameters" in cell.metadata.get("tags", []) for cell in code) == 1
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_exercises_take_their_solution_and_refuse_a_wrong_answer(path):
+    cells = nbformat.read(path, as_version=4).cells
+    tagged = {"exercise": [], "solution": []}
+    for cell in cells:
+        for tag in cell.metadata.get("tags", []):
+            tagged.get(tag, []).append(cell.source)
+    assert len(tagged["exercise"]) == len(tagged["solution"]) >= 4
+    for question, text in zip(tagged["exercise"], tagged["solution"], strict=True):
+        solution = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+        blank, check = question.split("\n\n\n", 1)
+        name = re.match(r"def (\w+)\(", blank)[1]
+        room = {"exercise": exercise}
+        exec("import torch", room)
+        exec(f"{blank}\n{check}", room)  # not answered: no error
+        exec(f"{solution}\n{check}", room)
+        with pytest.raises(AssertionError):
+            exec(
+                f"{name} = type('Wrong', (), {{'__call__': lambda *a: 7.0, "
+                f"'__name__': 'wrong'}})()\n{check}",
+                room,
+            )
+
+
+def test_every_card_has_its_notebook():
+    for each in cards():
+        assert (ROOT / "notebooks" / f"{each.notebook}.ipynb").exists()
+
+
+def test_readme_table_is_made_from_the_summary(tmp_path):
+    page = tmp_path / "README.md"
+    page.write_text((ROOT / "README.md").read_text())
+    summary = tables.summary_table(tables.runs_table(Store("quick", tmp_path), plan("quick")))
+    assert summary.empty
+    tables.fill_readme(page, summary)
+    before, _, rest = page.read_text().partition("<!-- results")
+    assert (ROOT / "README.md").read_text().startswith(before)
+    assert "| LeNet" not in rest.partition("<!-- end of results -->")[0]
+    with pytest.raises(InputError, match="no pair of results comments"):
+        page.write_text("nothing")
+        tables.fill_readme(page, summary)
+
+
+def test_tracked_results_hold_no_path_or_name_of_a_machine():
+    files = subprocess.run(
+        ["git", "-C", str(ROOT), "ls-files", "results"], capture_output=True, text=True, check=False
+    ).stdout.split()
+    for name in files:
+        path = ROOT / name
+        if path.suffix in (".json", ".csv", ".md", ".ipynb", ".svg"):
+            text = path.read_text(encoding="utf-8")
+            assert not re.search(r"(/home/|/root/|/Users/|/tmp/|[A-Z]:\\\\Users)", text), name
+
+
+def test_make_help_lists_the_targets():
+    said = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    for target in ("study", "test", "lab", "bench"):
+        assert re.search(rf"^{target}\s+\w", said.stdout, re.MULTILINE)
+
+
+def test_killed_job_ends_with_the_records_of_an_undisturbed_one(tmp_path):
+    script = Path(__file__).with_name("kill_study.py")
+    words = [sys.executable, str(script), "--kills", "2", "--longest", "9", "--folder"]
+    words += [str(tmp_path), "--job", "sparse_gates.digits.s0"]
+    said = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert said.returncode == 0, said.stdout + said.stderr
+    assert "0 differ" in said.stdout

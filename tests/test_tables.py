@@ -1,0 +1,520 @@
+import json
+import math
+from html.parser import HTMLParser
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import CARD, one_line
+
+from prunestudy import papers
+from prunestudy.errors import InputError
+from prunestudy.study import tables
+from prunestudy.study.plan import Planned, plan
+from prunestudy.study.records import FORMAT, canonical, checksum, write_text
+from prunestudy.study.tables import Interval
+
+DESIGN = """run, parent, paper, method, variant, model, dataset, seed, epochs, precision, threads,
+target_kind, target, sparsity, parameters, nonzeros, macs, nonzero_macs, dense_parameters,
+dense_macs, metric_name, metric, dense_metric, macro_f1, latency_b1_ms, latency_b128_ms,
+dense_latency_b1_ms, dense_latency_b128_ms, peak_memory_mb, bytes, train_seconds, status"""
+T2, T4 = 4.302652729911275, 2.7764451051977987  # the 97.5% points of t with 2 and 4 degrees
+
+# dense, magnitude and random of three seeds
+METRICS = {
+    ("start", "dense"): (0.80, 0.81, 0.82),
+    ("", "dense"): (0.90, 0.91, 0.92),
+    ("", "magnitude"): (0.88, 0.90, 0.92),
+    ("", "random"): (0.50, 0.60, 0.50),
+}
+
+
+def record_of(settings, metric, **metrics):
+    """A finished run's record, as the Runner writes them, with some made-up metrics."""
+    target = settings.target.value if settings.target else 0.0
+    record = {
+        "format": FORMAT,
+        "run": settings.run,
+        "parent": settings.parent.run if settings.parent else None,
+        "status": "done" if metric is not None else "diverged",
+        "settings": settings.model_dump(mode="json"),
+        "metrics": {"dense_parameters": 50_610, "dense_macs": 50_200},
+        "cost": {"train_seconds": 1.5, "seconds": 2.5, "process_peak_mb": 300.0},
+    }
+    if metric is not None:
+        record["metrics"] |= {
+            "metric_name": "top1",
+            "metric": metric,
+            "macro_f1": metric - 0.01,
+            "loss": 0.1,
+            "images": 360,
+            "sparsity": target,
+            "parameters": 50_610,
+            "nonzeros": round(50_200 * (1 - target)) + 410,
+            "macs": 50_200,
+            "nonzero_macs": round(50_200 * (1 - target)),
+            "peak_memory_mb": 0.5,
+            "bytes": 1000,
+        } | metrics
+    return record
+
+
+def put(store, settings, metric, **metrics):
+    record = json.loads(canonical(record_of(settings, metric, **metrics)))
+    record["checksum"] = checksum(record)
+    write_text(store.path(settings.run) / "record.json", canonical(record))
+
+
+@pytest.fixture
+def planned(card_file):
+    card_file(CARD.replace("seeds = 1", "seeds = 3"))
+    return plan("quick")
+
+
+@pytest.fixture
+def filled(store, planned):
+    """The plan with a record of each run."""
+    for item in planned:
+        settings = item.settings
+        put(store, settings, METRICS[item.variant, settings.method][settings.seed])
+    return planned
+
+
+# --- runs
+
+
+def test_columns_are_those_of_the_design(store, filled):
+    assert ", ".join(tables.RUN_COLUMNS) == " ".join(DESIGN.split())
+    runs, summary = tables.build(store, filled)
+    assert list(runs.columns) == tables.RUN_COLUMNS
+    assert list(summary.columns) == tables.SUMMARY_COLUMNS
+    keys = set(tables.KEYS)
+    assert "seed" not in keys
+    assert {"paper", "method", "variant", "model", "dataset", "epochs", "target"} <= keys
+
+
+def test_one_row_per_paper_and_run(store, filled):
+    runs = tables.runs_table(store, filled)
+    assert len(runs) == 12
+    assert not runs.duplicated(["paper", "run"]).any()
+    item = next(p for p in filled if p.settings.method == "magnitude" and p.settings.seed == 2)
+    (row,) = runs[runs.run == item.settings.run].to_dict("records")
+    assert {key: row[key] for key in tables.RUN_COLUMNS if "latency" not in key} == {
+        "run": item.settings.run,
+        "parent": item.settings.parent.run,
+        "paper": "toy",
+        "method": "magnitude",
+        "variant": "",
+        "model": "lenet300",
+        "dataset": "digits",
+        "seed": 2,
+        "epochs": 2,
+        "precision": "fp32",
+        "threads": 1,
+        "target_kind": "sparsity",
+        "target": 0.9,
+        "sparsity": 0.9,
+        "parameters": 50_610,
+        "nonzeros": 5430,
+        "macs": 50_200,
+        "nonzero_macs": 5020,
+        "dense_parameters": 50_610,
+        "dense_macs": 50_200,
+        "metric_name": "top1",
+        "metric": 0.92,
+        "dense_metric": 0.92,
+        "macro_f1": 0.92 - 0.01,
+        "peak_memory_mb": 0.5,
+        "bytes": 1000,
+        "train_seconds": 1.5,
+        "status": "done",
+    }
+    assert runs.filter(like="latency").isna().all().all()
+    start = runs[runs.variant == "start"].iloc[0]
+    assert (start.parent, start.target_kind, start.epochs) == ("", "", 1)
+    assert math.isnan(start.target)
+
+
+def test_dense_metric_is_of_the_same_seed_and_total_epochs(store, filled):
+    runs = tables.runs_table(store, filled)
+    for row in runs.itertuples():
+        label = ("start", "dense") if row.variant == "start" else ("", "dense")
+        assert row.dense_metric == METRICS[label][row.seed]
+
+
+def test_without_a_dense_run_there_is_no_dense_metric(store, filled):
+    found = [p for p in filled if p.settings.method != "dense"]
+    assert tables.runs_table(store, found).dense_metric.isna().all()
+    # nor for a seed whose dense run is missing or diverged
+    lost = next(p for p in filled if (p.variant, p.settings.seed) == ("", 1))
+    put(store, lost.settings, None)
+    runs = tables.runs_table(store, filled).set_index(["method", "variant", "seed"])
+    assert math.isnan(runs.loc[("magnitude", "", 1), "dense_metric"])
+    assert runs.loc[("magnitude", "", 2), "dense_metric"] == 0.92
+
+
+def test_a_dense_variant_is_not_what_is_compared_with(store, card_file):
+    """A fresh dense net has the same total epochs, but is not the paper's dense net."""
+    text = CARD.replace("seeds = 1", "seeds = 4")
+    entry = '{ method = "dense", variant = "fresh", fresh = true }, { method = "dense" }'
+    card_file(text.replace('{ method = "dense" }', entry))
+    planned = plan("quick")
+    for item in planned:
+        put(store, item.settings, {"fresh": 0.1, "start": 0.2, "": 0.9}[item.variant])
+    runs = tables.runs_table(store, planned)
+    assert set(runs[runs.method == "magnitude"].dense_metric) == {0.9}
+
+
+def test_latencies_come_from_their_own_file(store, filled):
+    item = filled[-1]
+    names = ["latency_b1_ms", "latency_b128_ms", "dense_latency_b1_ms", "dense_latency_b128_ms"]
+    ms = dict(zip(names, (0.1, 0.2, 0.3, 0.4), strict=True))
+    write_text(store.path(item.settings.run) / "latency.json", canonical({"ms": ms}))
+    runs = tables.runs_table(store, filled).set_index("run")
+    assert runs.loc[item.settings.run, names].tolist() == [0.1, 0.2, 0.3, 0.4]
+    assert runs[names].notna().all(axis=1).sum() == 1
+
+
+def test_runs_of_a_search_are_left_out(store, filled):
+    other = [Planned(p.paper, p.experiment, "search", p.variant, p.settings) for p in filled]
+    assert len(tables.runs_table(store, other)) == 0
+    assert tables.paired(store, other, papers.card("toy").claims[0].tests[0]).n == 0
+
+
+def test_a_run_under_two_labels_is_one_row_under_the_plainer(store, filled):
+    again = [Planned(p.paper, "again", p.purpose, "other", p.settings) for p in filled]
+    first = tables.runs_table(store, filled)
+    second = tables.runs_table(store, again + filled)
+    pd.testing.assert_frame_equal(first[first.variant == ""], second[second.variant == ""])
+    assert len(second) == len(first)
+
+
+def test_a_diverged_run_is_in_runs_and_not_in_the_summary(store, filled):
+    item = next(p for p in filled if p.settings.method == "random" and p.settings.seed == 0)
+    put(store, item.settings, None)
+    runs, summary = tables.build(store, filled)
+    row = runs.set_index("run").loc[item.settings.run]
+    assert row.status == "diverged"
+    assert math.isnan(row.metric)
+    found = summary.set_index("method").loc["random"]
+    assert (found.n, found.metric) == (2, pytest.approx(0.55))
+
+
+def test_tables_without_a_record(store, planned):
+    runs, summary = tables.build(store, planned)
+    assert (len(runs), len(summary)) == (0, 0)
+    assert list(runs.columns) == tables.RUN_COLUMNS
+    tables.write(store, planned)
+    assert (store.folder / "tables/runs.csv").read_text() == ",".join(tables.RUN_COLUMNS) + "\n"
+
+
+def test_an_edited_record_stops_the_tables(store, filled):
+    path = store.path(filled[-1].settings.run) / "record.json"
+    path.write_text(path.read_text().replace("0.5", "0.6"))
+    with pytest.raises(InputError, match="was edited or damaged") as caught:
+        tables.write(store, filled)
+    assert one_line(caught)
+    assert not (store.folder / "tables").exists()
+
+
+# --- summary
+
+
+def test_summary_by_hand(store, filled):
+    summary = tables.build(store, filled)[1]
+    assert len(summary) == 4
+    assert len(summary[summary.variant == "start"]) == 1
+    plain = summary[summary.variant == ""].set_index("method")
+    random = plain.loc["random"]
+    # differences to dense: -0.40, -0.31, -0.42
+    mean = -1.13 / 3
+    sd = math.sqrt(((-0.4 - mean) ** 2 + (-0.31 - mean) ** 2 + (-0.42 - mean) ** 2) / 2)
+    assert random.n == random.difference_n == 3
+    assert random.metric == pytest.approx(1.6 / 3)
+    assert random.metric_sd == pytest.approx(0.1 / math.sqrt(3))
+    assert random.dense_metric == pytest.approx(0.91)
+    assert random.difference == pytest.approx(mean)
+    assert random.difference_sd == pytest.approx(sd)
+    assert random.difference_low == pytest.approx(mean - T2 * sd / math.sqrt(3))
+    assert random.difference_high == pytest.approx(mean + T2 * sd / math.sqrt(3))
+    assert (random.sparsity, random.nonzeros) == (pytest.approx(0.9), 5430)
+    magnitude = plain.loc["magnitude"]
+    # -0.02, -0.01, 0.00
+    assert magnitude.difference == pytest.approx(-0.01)
+    half = T2 * 0.01 / math.sqrt(3)
+    assert magnitude.difference_low == pytest.approx(-0.01 - half)
+    assert magnitude.difference_high == pytest.approx(-0.01 + half)
+    assert plain.loc["dense"].difference == 0
+    assert (plain.verdict == "").all()
+
+
+def test_the_difference_is_paired_by_seed_and_counts_pairs_only(store, filled):
+    lost = next(
+        p for p in filled if (p.variant, p.settings.method, p.settings.seed) == ("", "dense", 1)
+    )
+    summary = tables.build(store, [p for p in filled if p is not lost])[1]
+    row = summary[summary.method == "random"].iloc[0]
+    assert (row.n, row.difference_n) == (3, 2)
+    assert row.difference == pytest.approx((-0.40 - 0.42) / 2)
+
+
+@pytest.mark.parametrize("kept", [0, 1])
+def test_one_seed_has_no_interval(store, filled, kept):
+    summary = tables.build(store, [p for p in filled if p.settings.seed == kept])[1]
+    row = summary[summary.method == "random"].iloc[0]
+    assert (row.n, row.difference_n) == (1, 1)
+    assert row.difference == pytest.approx([-0.40, -0.31][kept])
+    numbers = row[["metric_sd", "difference_sd", "difference_low", "difference_high"]]
+    assert numbers.isna().all()
+
+
+def test_published_numbers_stand_beside_our_setting_only(store, card_file):
+    number = """
+    [[published]]
+    text = "x"
+    method = "magnitude"
+    model = "lenet300"
+    dataset = "digits"
+    metric = "top1"
+    mark = "S"
+    source = "somewhere"
+    value = 0.95
+    target = 0.9
+
+    [profiles.quick]
+    """
+    text = CARD.replace("    published = []\n", "").replace("    [profiles.quick]\n", number)
+    variant = '{ method = "magnitude", variant = "lr", lr = 0.1 }, { method = "magnitude" }'
+    text = text.replace('{ method = "magnitude" }', variant).replace("[0.9]", "[0.9, 0.8]")
+    card_file(text)
+    planned = plan("quick")
+    for item in planned:
+        put(store, item.settings, 0.5)
+    summary = tables.build(store, planned)[1]
+    beside = summary[summary.published.notna()]
+    assert beside[
+        ["method", "variant", "target", "published", "mark", "source"]
+    ].values.tolist() == [["magnitude", "", 0.9, 0.95, "S", "somewhere"]]
+    assert set(summary[summary.published.isna()].mark) == {""}
+
+
+# --- intervals and verdicts
+
+
+def test_intervals_by_hand():
+    five = Interval.of([0.1, 0.2, 0.3, 0.4, 0.5])
+    half = T4 * math.sqrt(0.1 / 4) / math.sqrt(5)
+    assert (five.n, five.mean) == (5, pytest.approx(0.3))
+    assert five.sd == pytest.approx(math.sqrt(0.025))
+    assert (five.low, five.high) == (pytest.approx(0.3 - half), pytest.approx(0.3 + half))
+    two = Interval.of([1.0, 3.0])
+    assert two.high == pytest.approx(2 + 12.706204736174694)  # t(1) is 12.7, and sd / sqrt 2 is 1
+    same = Interval.of([0.25] * 3)
+    assert (same.sd, same.low, same.high) == (0, 0.25, 0.25)
+    for few in ([], [0.5]):
+        interval = Interval.of(few)
+        assert interval.n == len(few)
+        assert all(map(math.isnan, (interval.sd, interval.low, interval.high)))
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "at_least", "verdict"),
+    [
+        (0.01, 0.03, 0.0, "confirmed"),
+        (0.0, 0.03, 0.0, "confirmed"),
+        (-0.005, 0.001, -0.01, "confirmed"),
+        (-0.03, -0.01, 0.0, "contradicted"),
+        (-0.03, 0.0, 0.0, "undecided"),
+        (-0.01, 0.01, 0.0, "undecided"),
+        (-0.02, 0.01, -0.01, "undecided"),
+        (-0.03, -0.02, -0.01, "contradicted"),
+    ],
+)
+def test_verdicts_are_a_rule(low, high, at_least, verdict):
+    assert Interval(3, (low + high) / 2, 0.1, low, high).verdict(at_least) == verdict
+
+
+def test_fewer_than_two_pairs_decide_nothing():
+    assert Interval.of([5.0]).verdict(0.0) == "undecided"
+    assert Interval.of([]).verdict(0.0) == "undecided"
+
+
+def test_verdicts_of_a_card(store, filled):
+    (row,) = tables.verdicts_table(store, filled, papers.card("toy")).to_dict("records")
+    # magnitude - random: 0.38, 0.30, 0.42
+    mean = 1.1 / 3
+    sd = math.sqrt(((0.38 - mean) ** 2 + (0.30 - mean) ** 2 + (0.42 - mean) ** 2) / 2)
+    assert row == {
+        "claim": "better",
+        "says": "Magnitude is better than chance.",
+        "mark": "O",
+        "rule": "magnitude - random of metric >= 0",
+        "where": "lenet300, digits, 90% removed",
+        "difference": pytest.approx(mean),
+        "low": pytest.approx(mean - T2 * sd / math.sqrt(3)),
+        "high": pytest.approx(mean + T2 * sd / math.sqrt(3)),
+        "n": 3,
+        "verdict": "confirmed",
+    }
+
+
+def test_a_contradicted_claim_an_undecided_one_and_one_without_runs(store, card_file):
+    claims = CARD.replace('method = "magnitude"\n', 'method = "random"\n', 1)
+    claims = claims.replace('against = "random"', 'against = "magnitude"')
+    more = """
+    [[claims.tests]]
+    method = "magnitude"
+    against = "dense"
+    model = "lenet300"
+    dataset = "digits"
+    target = 0.9
+    at_least = -0.01
+
+    [[claims.tests]]
+    method = "magnitude"
+    against = "dense"
+    model = "lenet300"
+    dataset = "digits"
+    target = 0.5
+
+    [[claims]]
+    id = "never"
+    text = "t"
+    mark = "P"
+    place = "p"
+    not_testable = "because"
+
+    [profiles.quick]
+    """
+    claims = claims.replace("    [profiles.quick]\n", more)
+    card_file(claims.replace("seeds = 1", "seeds = 3"))
+    planned = plan("quick")
+    for item in planned:
+        settings = item.settings
+        put(store, settings, METRICS[item.variant, settings.method][settings.seed])
+    table = tables.verdicts_table(store, planned, papers.card("toy"))
+    assert table.verdict.tolist() == [
+        "contradicted",
+        "undecided",
+        "no runs in this profile",
+        "not testable here",
+    ]
+    assert table.why.tolist()[-1] == "because"
+    summary = tables.build(store, planned)[1].set_index(["method", "variant"])
+    # -0.02, -0.01, 0.00 against -0.01, to dense
+    assert summary.loc[("magnitude", ""), "verdict"] == "undecided"
+    assert summary.loc[("random", ""), "verdict"] == ""
+
+
+def test_claims_on_other_metrics(store, card_file):
+    card_file(CARD.replace("    target = 0.9\n", '    target = 0.9\n    metric = "kept_scale"\n'))
+    planned = plan("quick")
+    for item in planned:
+        values = {"magnitude": {"kept_scale": 1.25}, "random": {"kept_scale": 0.5}}
+        put(store, item.settings, 0.5, **values.get(item.settings.method, {}))
+    (row,) = tables.verdicts_table(store, planned, papers.card("toy")).to_dict("records")
+    assert (row["difference"], row["n"], row["verdict"]) == (0.75, 1, "undecided")
+
+
+# --- files
+
+
+def test_files_are_the_same_byte_for_byte(store, filled):
+    tables.write(store, filled)
+    files = [store.folder / "tables" / name for name in ("runs.csv", "summary.csv")]
+    first = [path.read_bytes() for path in files]
+    for path in files:
+        path.unlink()
+    tables.write(store, list(reversed(filled)))
+    assert [path.read_bytes() for path in files] == first
+    assert all(b"\r" not in data and data.endswith(b"\n") for data in first)
+    assert sorted(p.name for p in (store.folder / "tables").iterdir()) == [
+        "runs.csv",
+        "summary.csv",
+    ]
+
+
+def test_tables_are_read_back(store, filled):
+    tables.write(store, filled)
+    for name, made in zip(("runs", "summary"), tables.build(store, filled), strict=True):
+        read = tables.read_table(store.folder / "tables" / f"{name}.csv")
+        assert list(read.columns) == list(made.columns)
+        for column in read:
+            if made[column].map(type).eq(str).all():
+                assert read[column].tolist() == made[column].tolist(), column
+            else:
+                a, b = (pd.to_numeric(t[column]).to_numpy(float) for t in (read, made))
+                np.testing.assert_allclose(a, b, rtol=1e-9, err_msg=column)
+
+
+def test_a_table_that_is_not_there(store):
+    with pytest.raises(InputError) as caught:
+        tables.read_table(store.folder / "tables" / "runs.csv")
+    assert one_line(caught) == "table = runs.csv: not there; run the study first"
+
+
+# --- for people
+
+
+class Tags(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.tags = []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+
+
+def test_markdown_by_hand():
+    table = pd.DataFrame({"a": ["x", "<b>|*_`[]~\\"], "n_1": [1, 2.5]})
+    assert tables.markdown(table) == (
+        "| a | n\\_1 |\n| --- | --- |\n| x | 1.0 |\n| &lt;b&gt;\\|\\*\\_\\`\\[\\]\\~\\\\ | 2.5 |\n"
+    )
+
+
+EVIL = "<b>bold</b> | [link](javascript:x) <script>alert(1)</script> `code` & *stars*\\nline"
+
+
+def test_markup_in_a_card_is_text(store, card_file):
+    text = CARD.replace('text = "Magnitude is better than chance."', f'text = "{EVIL}"')
+    card = papers.read_card(card_file(text))
+    assert "<script>" in card.claims[0].text
+    table = tables.verdicts_table(store, plan("quick"), card)
+    drawn = tables.markdown(table)
+    parser = Tags()
+    parser.feed(drawn)
+    assert parser.tags == []
+    assert len(drawn.splitlines()) == 3
+    cells = drawn.splitlines()[2].replace("\\|", "").count("|") - 1
+    assert cells == len(table.columns)
+    assert "&lt;b&gt;bold&lt;/b&gt; \\|" in drawn
+    assert "\\[link\\]" in drawn
+    assert "&amp; \\*stars\\* line" in drawn
+
+
+def test_markdown_of_nothing():
+    assert tables.markdown(pd.DataFrame(columns=["a", "b"])) == "| a | b |\n| --- | --- |\n"
+
+
+def test_readable_by_hand(store, filled):
+    table = tables.readable(tables.build(store, filled)[1])
+    row = table[table.method == "random"].iloc[0]
+    assert row["net"] == "lenet300"
+    assert row["data"] == "Digits"
+    assert row["kept, %"] == "10"
+    assert row["n"] == 3
+    assert row["accuracy, %"] == "53.33 ± 5.77"
+    mean, sd = -1.13 / 3, math.sqrt(0.0034333333333333334)
+    half = T2 * sd / math.sqrt(3)
+    low, high = (100 * (mean - half), 100 * (mean + half))
+    assert row["minus dense, points"] == f"{100 * mean:+.2f} [{low:+.2f}, {high:+.2f}]"
+    assert row["published, %"] == ""
+    dense = table[table.method == "dense"].iloc[0]
+    assert (dense["kept, %"], dense["accuracy, %"]) == ("100", "91.00 ± 1.00")
+
+
+def test_readable_of_nothing_is_an_empty_table_with_its_columns(store, filled):
+    summary = tables.build(store, filled)[1]
+    table = tables.readable(summary[summary.variant == "no such"])
+    assert table.empty
+    assert list(table.columns) == list(tables.readable(summary).columns)

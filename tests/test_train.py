@@ -1,0 +1,522 @@
+import hashlib
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from conftest import BatchNormNet, one_line, randomise, toy_batches
+from torch import nn
+
+from prunestudy import methods
+from prunestudy.datasets import Batches, DatasetInfo, ImageSet
+from prunestudy.errors import InputError
+from prunestudy.methods import Method, Params, Phase
+from prunestudy.study.settings import recipe as checked_recipe
+from prunestudy.train import Recipe, loop, read_checkpoint, train, write_checkpoint
+
+EPOCHS = 4  # of 4 steps
+
+
+def dense():
+    return methods.build("dense", {})
+
+
+def fit(method=None, recipe=None, batches=None, net=None, seed=3, **options):
+    """A small training on noise, always the same."""
+    batches = batches or toy_batches()
+    net = net or randomise(BatchNormNet())
+    recipe = recipe or Recipe(epochs=EPOCHS, lr=0.01, weight_decay=1e-3)
+    return train(net, method or dense(), recipe, batches, toy_batches(seed=9), seed=seed, **options)
+
+
+class Recorder(Method):
+    """Writes down what the loop asks of it."""
+
+    parts: tuple = (Phase("train"),)
+
+    def __init__(self):
+        super().__init__(Params())
+        self.said = []
+
+    def phases(self):
+        return self.parts
+
+    def attach(self, model, generator):
+        self.said.append(("attach",))
+
+    def start(self, model, phase):
+        self.said.append(("start", phase))
+
+    def end(self, model, phase):
+        self.said.append(("end", phase))
+
+    def after_step(self, model, progress, lr):
+        self.said.append((progress, lr))
+
+    def finish(self, model):
+        self.said.append(("finish",))
+        return super().finish(model)
+
+    @property
+    def rates(self):
+        return [words[1] for words in self.said if not isinstance(words[0], str)]
+
+
+# --- the recipe
+
+
+@pytest.mark.parametrize(
+    ("values", "steps", "expected"),
+    [
+        ({"schedule": "constant"}, 4, [0.4] * 4),
+        ({"schedule": "cosine"}, 4, [0.4, 0.2 + 0.1 * math.sqrt(2), 0.2, 0.2 - 0.1 * math.sqrt(2)]),
+        ({"schedule": "step"}, 8, [0.4] * 4 + [0.04] * 2 + [0.004] * 2),
+        ({"schedule": "step", "milestones": (0.25,), "gamma": 0.5}, 4, [0.4] + [0.2] * 3),
+        ({"schedule": "poly"}, 4, [0.4, 0.3, 0.2, 0.1]),
+        ({"schedule": "poly", "power": 2.0}, 4, [0.4, 0.225, 0.1, 0.025]),
+        ({"schedule": "poly", "warmup_steps": 2}, 4, [0.2, 0.4, 0.2, 0.1]),
+        ({"schedule": "constant", "warmup_steps": 4}, 6, [0.1, 0.2, 0.3, 0.4, 0.4, 0.4]),
+    ],
+)
+def test_schedules(values, steps, expected):
+    recipe = Recipe(epochs=1, lr=0.4, **values)
+    assert [recipe.lr_at(s, steps) for s in range(steps)] == pytest.approx(expected, abs=1e-15)
+
+
+def test_a_phase_may_have_a_schedule_of_its_own():
+    recipe = Recipe(epochs=1, lr=0.4, schedule="cosine")
+    assert recipe.lr_at(2, 4, "constant") == 0.4
+    assert recipe.lr_at(3, 4, "poly") == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("epochs", 0),
+        ("epochs", 1.0),
+        ("epochs", "3"),
+        ("epochs", True),
+        ("lr", 0.0),
+        ("lr", -0.1),
+        ("lr", math.inf),
+        ("lr", "fast"),
+        ("batch_size", 0),
+        ("momentum", 1.0),
+        ("momentum", -0.1),
+        ("nesterov", 1),
+        ("weight_decay", -1e-4),
+        ("schedule", "linear"),
+        ("warmup_steps", -1),
+        ("gamma", 0.0),
+        ("gamma", 1.1),
+        ("power", 0.0),
+        ("shift", -1),
+        ("flip", "yes"),
+        ("learning_rate", 0.1),
+    ],
+)
+def test_bad_recipes_are_refused_in_one_line(key, value):
+    with pytest.raises(InputError) as caught:
+        checked_recipe(**({"epochs": 1, "lr": 0.1} | {key: value}))
+    assert one_line(caught).startswith(f"{key} = {value!r}: ")
+
+
+@pytest.mark.parametrize("milestones", [(0.0,), (0.5, 1.0), (-0.5,)])
+def test_bad_milestones_are_refused_in_one_line(milestones):
+    with pytest.raises(InputError) as caught:
+        checked_recipe(epochs=1, lr=0.1, milestones=milestones)
+    assert one_line(caught).startswith("milestones.")
+
+
+# --- one step
+
+
+def one_pixel():
+    """One image of one pixel, of value 255 or, normalised, 2; class 1 of 2."""
+    info = DatasetInfo("one", "One", "1", 1, 1, 1, 2, 1, 1, (0.0,), (0.5,))
+    image = ImageSet(torch.full((1, 1, 1, 1), 255, dtype=torch.uint8), torch.tensor([1]))
+    return Batches(image, info, 1)
+
+
+def test_steps_of_sgd_by_hand():
+    """Weight decay, momentum and the schedule as in torch.optim.SGD's own formula."""
+    net = nn.Sequential(nn.Flatten(), nn.Linear(1, 2, bias=False))
+    net[1].weight.data.copy_(torch.tensor([[0.5], [-0.25]]))
+    recipe = Recipe(epochs=3, lr=0.1, momentum=0.9, weight_decay=0.01, schedule="poly")
+    batches = one_pixel()
+    made = train(net, dense(), recipe, batches, batches, seed=0)
+    w, velocity, losses, right = [0.5, -0.25], [0.0, 0.0], [], []
+    for lr in (0.1, 0.1 * 2 / 3, 0.1 / 3):
+        p = 1 / (1 + math.exp(2 * (w[0] - w[1])))  # softmax of class 1 on the logits 2 w
+        losses.append(-math.log(p))
+        gradient = [2 * (1 - p) + 0.01 * w[0], -2 * (1 - p) + 0.01 * w[1]]
+        velocity = [0.9 * v + g for v, g in zip(velocity, gradient, strict=True)]
+        w = [each - lr * v for each, v in zip(w, velocity, strict=True)]
+        right.append(float(w[1] > w[0]))
+    assert made.model[1].weight.flatten().tolist() == pytest.approx(w, abs=1e-6)
+    assert [row["train_loss"] for row in made.history] == pytest.approx(losses, abs=1e-6)
+    assert [row["validation_loss"] for row in made.history][:2] == pytest.approx(losses[1:])
+    assert [row["epoch"] for row in made.history] == [1, 2, 3]
+    assert (made.status, made.arrays) == ("done", {})
+    assert [row["validation_top1"] for row in made.history] == right
+    assert right == [0, 0, 1]
+
+
+def test_extra_loss_is_trained_and_counted():
+    class Pull(Method):
+        def extra_loss(self, model, progress):
+            return 3.0 * model[1].weight.sum()
+
+    net = nn.Sequential(nn.Flatten(), nn.Linear(1, 2, bias=False))
+    net[1].weight.data.zero_()
+    batches = one_pixel()
+    recipe = Recipe(epochs=1, lr=0.1, momentum=0.0)
+    made = train(net, Pull(Params()), recipe, batches, batches, seed=0)
+    # softmax 1/2: gradient +-2/2, and 3
+    assert made.model[1].weight.flatten().tolist() == pytest.approx([-0.4, -0.2])
+    assert made.history[0]["train_loss"] == pytest.approx(math.log(2))
+
+
+# --- phases
+
+
+def test_order_of_the_hooks_and_progress():
+    method = Recorder()
+    method.parts = (Phase("a", 0.25), Phase("b", 0.75, restart=True))
+    fit(method, Recipe(epochs=2, lr=0.01))
+    words = [w if isinstance(w[0], str) else w[0].phase for w in method.said]
+    a, b = [["a"] * 2, ["b"] * 6]
+    assert words == [
+        *[("attach",), ("start", "a"), *a, ("end", "a")],
+        *[("start", "b"), *b, ("end", "b"), ("finish",)],
+    ]
+    progress = [w[0] for w in method.said if not isinstance(w[0], str)]
+    assert [(p.step, p.steps, p.total_step, p.total_steps) for p in progress] == [
+        *[(0, 2, 0, 8), (1, 2, 1, 8)],
+        *[(step, 6, step + 2, 8) for step in range(6)],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("parts", "expected"),
+    [
+        ((Phase("a"),), [8, 7, 6, 5, 4, 3, 2, 1]),
+        # one schedule over both, a scale in the second
+        ((Phase("a", 0.5), Phase("b", 0.5, lr_scale=0.5)), [8, 7, 6, 5, 2, 1.5, 1, 0.5]),
+        # each phase anew
+        ((Phase("a", 0.5), Phase("b", 0.5, restart=True)), [8, 6, 4, 2] * 2),
+        # a constant phase, then one that begins anew
+        (
+            (Phase("a", 0.25, 0.5, schedule="constant"), Phase("b", 0.75, restart=True)),
+            [4, 4, *(8 * (1 - s / 6) for s in range(6))],
+        ),
+        # b runs on from a, c restarts
+        (
+            (Phase("a", 0.25), Phase("b", 0.25), Phase("c", 0.5, restart=True)),
+            [8, 6, 4, 2, 8, 6, 4, 2],
+        ),
+    ],
+)
+def test_learning_rates_of_phases(parts, expected):
+    method = Recorder()
+    method.parts = parts
+    fit(method, Recipe(epochs=2, lr=0.008, schedule="poly"))
+    assert [1000 * lr for lr in method.rates] == pytest.approx(expected)
+
+
+def test_a_phase_begins_without_the_momentum_of_the_one_before():
+    class Two(Recorder):
+        parts = (Phase("a", 0.5), Phase("b", 0.5))
+
+    seen = []
+    two = Two()
+    two.after_backward = lambda model, progress: seen.append(model[1].weight.grad.clone())
+    net = nn.Sequential(nn.Flatten(), nn.Linear(1, 2, bias=False))
+    net[1].weight.data.zero_()
+    weights = [net[1].weight.detach().clone()]
+    batches = one_pixel()
+    after_step = two.after_step
+    two.after_step = lambda model, progress, lr: (
+        after_step(model, progress, lr),
+        weights.append(model[1].weight.detach().clone()),
+    )
+    recipe = Recipe(epochs=4, lr=0.1, schedule="constant")
+    train(net, two, recipe, batches, batches, seed=0)
+    steps = [(a - b) / 0.1 for a, b in pairwise(weights)]
+    torch.testing.assert_close(steps[1], 0.9 * seen[0] + seen[1])
+    torch.testing.assert_close(steps[2], seen[2])
+
+
+def test_history_names_the_phase_and_has_the_methods_columns():
+    params = {"harden": 0.5}
+    made = fit(methods.build("sparse_gates", params, 0.8))
+    assert [row["phase"] for row in made.history] == ["gates", "gates", "fine_tune", "fine_tune"]
+    base = ["epoch", "phase", "train_loss", "validation_loss", "validation_top1", "kept"]
+    own = ["undecided", "expected_kept", "lambda2"]
+    assert list(made.history[0]) == base + own + ["validation_top1_sampled"]
+    # the gates are decided after the second epoch: no sampled net any more
+    assert list(made.history[1]) == base + own
+    assert made.arrays["gate_histograms"].shape == (4, 40)
+    assert made.arrays["gate_histograms"].sum(1).tolist() == [1104.0] * 4
+
+
+# --- the same again
+
+
+def same(a, b):
+    assert a.status == b.status
+    assert a.history == b.history
+    assert a.arrays.keys() == b.arrays.keys()
+    for name in a.arrays:
+        assert a.arrays[name].tobytes() == b.arrays[name].tobytes()
+    one, two = a.model.state_dict(), b.model.state_dict()
+    assert list(one) == list(two)
+    for name in one:
+        assert torch.equal(one[name], two[name]), name
+
+
+def differ(a, b):
+    return a.history != b.history
+
+
+class KilledError(Exception):
+    pass
+
+
+class Fragile:
+    """Batches that break off in the middle of an epoch, before the step of that number."""
+
+    def __init__(self, step, **values):
+        self.inner, self.left = toy_batches(**values), step
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+    def epoch(self, epoch, start=0):
+        for batch in self.inner.epoch(epoch, start):
+            if self.left == 0:
+                raise KilledError
+            self.left -= 1
+            yield batch
+
+
+VARIANTS = {
+    "dense": {},
+    "magnitude": {},
+    "random": {},
+    "gradual_magnitude": {"harden": 0.6, "period": 3},
+    "l1": {"harden": 0.6},
+    "sparse_gates": {"harden": 0.6, "draw": "bernoulli_then_deterministic"},
+    "sparse_gates sgd": {"harden": 0.6, "gate_optimizer": "sgd", "gate_lr": 1.0},
+}
+
+
+def made_of(variant):
+    name = variant.split()[0]
+    target = 0.8 if methods.method_class(name).prunes else None
+    return methods.build(name, VARIANTS[variant], target)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_same_seed_is_the_same_run_and_another_is_not(variant):
+    batches = {"shift": 1, "flip": True}
+    first = fit(made_of(variant), batches=toy_batches(**batches))
+    same(first, fit(made_of(variant), batches=toy_batches(**batches)))
+    assert differ(first, fit(made_of(variant), batches=toy_batches(seed=1, **batches)))
+    if variant in ("random", "sparse_gates"):
+        assert differ(first, fit(made_of(variant), batches=toy_batches(**batches), seed=4))
+
+
+@pytest.mark.parametrize("step", [1, 4, 6, 9, 10, 11, 15])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_an_interrupted_run_ends_like_an_undisturbed_one(variant, step, tmp_path):
+    """16 steps; where there are phases the first ends after 10."""
+    straight = fit(made_of(variant), batches=toy_batches(shift=1, flip=True))
+    path = tmp_path / "checkpoint.pt"
+    options = {"checkpoint": path, "checkpoint_seconds": 0.0, "run": "r"}
+    with pytest.raises(KilledError):
+        fit(made_of(variant), batches=Fragile(step, shift=1, flip=True), **options)
+    assert read_checkpoint(path, "r")["at"]["step"] == step
+    # what the new process starts with does not matter: other weights, other random states
+    torch.manual_seed(step)
+    net = randomise(BatchNormNet(), seed=99)
+    resumed = Fragile(10**9, shift=1, flip=True)
+    same(straight, fit(made_of(variant), batches=resumed, net=net, **options))
+    assert resumed.left == 10**9 - (16 - step)
+
+
+def test_a_run_interrupted_at_every_step(tmp_path):
+    options = {"checkpoint": tmp_path / "c", "checkpoint_seconds": 0.0, "run": "r"}
+    for _ in range(15):
+        with pytest.raises(KilledError):
+            fit(made_of("sparse_gates"), batches=Fragile(1), **options)
+    made = fit(made_of("sparse_gates"), batches=Fragile(1), **options)
+    same(made, fit(made_of("sparse_gates")))
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path):
+    options = {"checkpoint": tmp_path / "c", "run": "r"}
+    first = fit(made_of("l1"), **options)
+    again = fit(made_of("l1"), batches=Fragile(0), **options)
+    same(first, again)
+    assert again.seconds == first.seconds
+
+
+def test_checkpoints_fall_on_the_ends_of_epochs_when_steps_are_quick(tmp_path):
+    options = {"checkpoint": tmp_path / "c", "checkpoint_seconds": 1e6, "run": "r"}
+    with pytest.raises(KilledError):
+        fit(batches=Fragile(7), **options)
+    assert read_checkpoint(tmp_path / "c", "r")["at"]["step"] == 4
+    same(fit(**options), fit())
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
+def test_global_random_states_are_left_alone():
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    fit(made_of("sparse_gates"), net=randomise_alone())
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def randomise_alone():
+    with torch.random.fork_rng(devices=[]):
+        return randomise(BatchNormNet())
+
+
+# --- checkpoints
+
+
+STATE = {"at": {"step": 3}, "model": {"w": torch.arange(3.0)}, "text": "a"}
+
+
+def test_checkpoint_round_trip(tmp_path):
+    path = tmp_path / "c"
+    assert read_checkpoint(path, "r") is None
+    write_checkpoint(path, "r", {"at": {"step": 1}})
+    write_checkpoint(path, "r", STATE)
+    found = read_checkpoint(path, "r")
+    assert torch.equal(found["model"].pop("w"), torch.arange(3.0))
+    assert found == {"at": {"step": 3}, "model": {}, "text": "a"}
+    assert [p.name for p in tmp_path.iterdir()] == ["c"]
+
+
+def flipped(data):
+    middle = len(data) // 2
+    return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+
+
+def other_version(data):
+    return data.replace(b"checkpoint 1\n", b"checkpoint 0\n", 1)
+
+
+@pytest.mark.parametrize(
+    ("damage", "run", "why"),
+    [
+        (flipped, "r", "corrupt (checksum)"),
+        (lambda data: data[:-1], "r", "corrupt (checksum)"),
+        (lambda data: data[: len(data) // 3], "r", "corrupt (checksum)"),
+        (lambda data: data[:30], "r", "corrupt (checksum)"),
+        (lambda data: data + b"\0", "r", "corrupt (checksum)"),
+        (lambda data: data[:5], "r", "not of this version"),
+        (lambda data: b"", "r", "not of this version"),
+        (other_version, "r", "not of this version"),
+        (lambda data: data, "s", "of another run"),
+    ],
+)
+def test_bad_checkpoints_are_refused_in_one_line(damage, run, why, tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    write_checkpoint(path, "r", STATE)
+    path.write_bytes(damage(path.read_bytes()))
+    before = path.read_bytes()
+    with pytest.raises(InputError) as caught:
+        fit(checkpoint=path, run=run, batches=Fragile(0))
+    way_out = "delete it to start this run again"
+    assert one_line(caught) == f"checkpoint = 'checkpoint.pt' of {run}: {why}; {way_out}"
+    assert path.read_bytes() == before
+
+
+def test_a_checkpoint_never_runs_code(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (exec, (f"open({str(tmp_path / 'ran')!r}, 'w')",))
+
+    import io
+
+    buffer = io.BytesIO()
+    torch.save({"run": "r", "x": Evil()}, buffer)
+    payload = buffer.getvalue()
+    digest = hashlib.sha256(payload).hexdigest().encode()
+    (tmp_path / "c").write_bytes(b"prunestudy checkpoint 1\n" + digest + b"\n" + payload)
+    with pytest.raises(Exception, match="Weights only load failed"):
+        read_checkpoint(tmp_path / "c", "r")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_earlier_one(tmp_path, monkeypatch):
+    path = tmp_path / "c"
+    write_checkpoint(path, "r", STATE)
+    before = path.read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.write_bytes", full)
+        with pytest.raises(OSError, match="No space left"):
+            write_checkpoint(path, "r", {"at": {}})
+    assert path.read_bytes() == before
+
+
+# --- what may go wrong, and precision
+
+
+def test_a_loss_that_is_not_finite_ends_the_run():
+    made = fit(recipe=Recipe(epochs=3, lr=1e20))
+    assert (made.status, made.history) == ("diverged", [])
+
+    class Later(Method):
+        def extra_loss(self, model, progress):
+            return torch.tensor(math.nan if progress.total_step == 6 else 0.0)
+
+    made = fit(Later(Params()))
+    assert (made.status, len(made.history)) == ("diverged", 1)
+    # the step was not made: the net is that of the sixth step
+    assert all(torch.isfinite(v).all() for v in made.model.state_dict().values())
+
+
+def test_a_net_that_breaks_in_the_last_step_is_diverged():
+    batches = toy_batches(batch_size=64)
+    made = fit(recipe=Recipe(epochs=1, lr=1e38, weight_decay=1.0), batches=batches)
+    assert not math.isfinite(made.history[-1]["validation_loss"])
+    assert made.status == "diverged"
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_diverged_run_still_gives_a_plain_net(variant):
+    made = fit(made_of(variant), recipe=Recipe(epochs=3, lr=1e20))
+    assert made.status == "diverged"
+    assert made.model.state_dict().keys() == BatchNormNet().state_dict().keys()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_bf16(variant):
+    here = fit(made_of(variant))
+    there = fit(made_of(variant), precision="bf16")
+    assert there.status == "done"
+    assert differ(here, there)
+    assert all(v.dtype != torch.bfloat16 for v in there.model.state_dict().values())
+    assert there.history[-1]["kept"] == pytest.approx(here.history[-1]["kept"])
+    assert there.history[0]["train_loss"] == pytest.approx(here.history[0]["train_loss"], rel=0.1)
+
+
+def test_the_seconds_of_a_resumed_run_add_up(tmp_path, monkeypatch):
+    """A clock that ticks once a reading: what counts is what the loop adds, not how long it is."""
+    ticks = iter(range(10**6))
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: next(ticks))
+    options = {"checkpoint": tmp_path / "c", "checkpoint_seconds": 0.0, "run": "r"}
+    with pytest.raises(KilledError):
+        fit(batches=Fragile(6), **options)
+    saved = read_checkpoint(tmp_path / "c", "r")["at"]["seconds"]
+    assert saved >= 6
+    made = fit(**options)
+    assert made.seconds >= saved + 10
