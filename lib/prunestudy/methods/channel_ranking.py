@@ -9,7 +9,6 @@ ranking holds for the whole net; channels go from the lowest on until the target
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -25,40 +24,54 @@ from prunestudy.shrink.groups import PRODUCES
 Scores = Callable[[Channels, nn.Module], Tensor]
 
 
-@dataclass(frozen=True)
-class Cut:
-    """What a cut left: the channels of the net as it was, and those that are open (N,)."""
+class Removal:
+    """Channels removed once, from a net that goes on training; a resumed run gets the same shape.
 
-    channels: Channels
-    open_: Tensor
-
-    @property
-    def removed(self) -> float:
-        """Share (0-1) of the cost that is gone."""
-        return self.channels.removed(self.open_)
-
-    def measures(self, target: float) -> dict[str, Any]:
-        """For the record."""
-        met = float(self.removed >= target - 1e-9)
-        kept = self.channels.kept(self.open_)
-        return {"target_met": met, "removed": self.removed, "channels": kept}
-
-
-def cut_at_once(
-    model: nn.Module, shape: tuple[int, ...], kind: str, target: float, scores: Scores
-) -> Cut:
-    """Remove channels of lowest score from `model`, in place, until `target` of `kind` is gone.
-
-    Channels of infinite score are never removed.
+    `kind` and `target` as in `Channels`; `open_` (N,) says what is left, once `apply` was called.
     """
-    channels = Channels(model, shape, kind)
-    score = scores(channels, model)
-    order = score.argsort(stable=True)[: int(score.isfinite().sum())]
-    everything = torch.ones(channels.size, dtype=torch.bool)
-    open_ = channels.close(order, everything, target)
-    small = channels.smaller(model, open_).train(model.training)
-    become(model, small.to(memory_format=torch.channels_last))
-    return Cut(channels, open_)
+
+    def __init__(self, kind: str, target: float) -> None:
+        self.kind, self.target = kind, target
+        self.channels: Channels | None = None
+        self.open_: Tensor | None = None
+
+    def apply(self, model: nn.Module, shape: tuple[int, ...], scores: Scores) -> None:
+        """Remove channels of lowest score from `model`, in place, until the target is met.
+
+        Channels of infinite score stay. Does nothing the second time.
+        """
+        if self.open_ is not None:
+            return
+        channels = Channels(model, shape, self.kind)
+        score = scores(channels, model)
+        order = score.argsort(stable=True)[: int(score.isfinite().sum())]
+        everything = torch.ones(channels.size, dtype=torch.bool)
+        self._leave(model, channels, channels.close(order, everything, self.target))
+
+    def kept_share(self) -> float:
+        """Share of the MACs or parameters that is left."""
+        return 1.0 if self.open_ is None else 1 - self.channels.removed(self.open_)
+
+    def measures(self) -> dict[str, Any]:
+        """For the record: whether the target was met, and the channels kept of each group."""
+        removed = 1 - self.kept_share()
+        met = float(removed >= self.target - 1e-9)
+        kept = self.channels.kept(self.open_)
+        return {"target_met": met, "removed": removed, "channels": kept}
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs."""
+        return {"open": self.open_}
+
+    def reshape(self, model: nn.Module, shape: tuple[int, ...], state: dict[str, Any]) -> None:
+        """Give `model` the shape it had at `state`, in place."""
+        if state["open"] is not None:
+            self._leave(model, Channels(model, shape, self.kind), state["open"])
+
+    def _leave(self, model: nn.Module, channels: Channels, open_: Tensor) -> None:
+        self.channels, self.open_ = channels, open_
+        small = channels.smaller(model, open_).train(model.training)
+        become(model, small.to(memory_format=torch.channels_last))
 
 
 def importance(channels: Channels, model: nn.Module, measure: Any) -> Tensor:
@@ -85,22 +98,42 @@ class GroupL2(Method):
     target_kinds: ClassVar[tuple[str, ...]] = ("macs", "parameters")
     measure: ClassVar[Any] = GroupMagnitudeImportance(p=2)
 
-    def prepare(self, model: nn.Module, context: Context) -> None:
-        """Cut at once."""
-        kind, shape = self.target_kind, context.shape
-        self.cut = cut_at_once(model, shape, kind, self.target, self.scores)
+    def __init__(self, *settings: Any) -> None:
+        super().__init__(*settings)
+        self.removal = Removal(self.target_kind, self.target)
+
+    def prepare(self, model: nn.Module, context: Context) -> None:  # noqa: ARG002
+        """Keep the images' shape."""
+        self.shape = context.shape
+
+    def start(self, model: nn.Module, phase: str) -> None:  # noqa: ARG002
+        """Remove channels at once."""
+        self.removal.apply(model, self.shape, self.scores)
 
     def scores(self, channels: Channels, model: nn.Module) -> Tensor:
         """What the ranking is by (N,): lowest goes first."""
         return importance(channels, model, self.measure)
 
+    def finish(self, model: nn.Module) -> nn.Module:
+        """Remove channels, if no step was made; an ordinary smaller net."""
+        self.removal.apply(model, self.shape, self.scores)
+        return super().finish(model)
+
     def kept_share(self, model: nn.Module) -> float:  # noqa: ARG002
         """Share of the MACs or parameters that is left."""
-        return 1 - self.cut.removed
+        return self.removal.kept_share()
 
     def measures(self, model: nn.Module) -> dict[str, Any]:  # noqa: ARG002
         """Whether the target was met, and the channels kept of each group."""
-        return self.cut.measures(self.target)
+        return self.removal.measures()
+
+    def state(self) -> dict[str, Any]:
+        """Which channels are left."""
+        return self.removal.state()
+
+    def reshape(self, model: nn.Module, state: dict[str, Any]) -> None:
+        """Remove what was removed."""
+        self.removal.reshape(model, self.shape, state)
 
 
 class L1Filter(GroupL2):

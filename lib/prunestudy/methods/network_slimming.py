@@ -6,16 +6,16 @@ Channels that several batch norms scale (residual streams) are ranked by the mea
 without a batch norm stay. Needs a net with batch norm.
 """
 
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from prunestudy.errors import require
-from prunestudy.methods.base import Context, Method, Params, Phase, Progress
-from prunestudy.methods.channel_ranking import Cut, cut_at_once
-from prunestudy.methods.channels import Channels, become
+from prunestudy.methods.base import Params, Phase, Progress
+from prunestudy.methods.channel_ranking import GroupL2
+from prunestudy.methods.channels import Channels
 from prunestudy.shrink.groups import FOLLOWS
 
 _NORM = nn.modules.batchnorm._BatchNorm
@@ -28,17 +28,12 @@ class NetworkSlimmingParams(Params):
     cut: Annotated[float, Field(gt=0, lt=1)] = 0.5
 
 
-class NetworkSlimming(Method):
+class NetworkSlimming(GroupL2):
     """L1 on batch-norm scales, a cut by their size, fine-tuning."""
 
     name: ClassVar[str] = "network_slimming"
     title: ClassVar[str] = "network slimming"
-    target_kinds: ClassVar[tuple[str, ...]] = ("macs", "parameters")
     Params: ClassVar[type[Params]] = NetworkSlimmingParams
-
-    def __init__(self, *settings: Any) -> None:
-        super().__init__(*settings)
-        self.removal: Cut | None = None
 
     def phases(self) -> tuple[Phase, ...]:
         """Scales are pressed down, then the smaller net is fine-tuned."""
@@ -47,14 +42,17 @@ class NetworkSlimming(Method):
 
     def check(self, model: nn.Module) -> None:
         """Refuse a net without batch norm."""
-        norms = any(isinstance(m, _NORM) and m.affine for m in model.modules())
-        name = type(model).__name__
-        require(norms, "model", name, "network_slimming needs a net with batch norm")
+        name, why = type(model).__name__, "network_slimming needs a net with batch norm"
+        require(bool(_scales(model)), "model", name, why)
 
-    def prepare(self, model: nn.Module, context: Context) -> None:
-        """Keep the images' shape for the cut."""
+    def attach(self, model: nn.Module, generator: torch.Generator) -> None:  # noqa: ARG002
+        """Refuse a net without batch norm."""
         self.check(model)
-        self.shape = context.shape
+
+    def start(self, model: nn.Module, phase: str) -> None:
+        """Cut after the first phase."""
+        if phase == "fine_tune":
+            super().start(model, phase)
 
     def after_backward(self, model: nn.Module, progress: Progress) -> None:
         """Add lambda sign(gamma)."""
@@ -62,42 +60,13 @@ class NetworkSlimming(Method):
             for scale in _scales(model):
                 scale.grad.add_(scale.detach().sign(), alpha=self.params.strength)
 
-    def end(self, model: nn.Module, phase: str) -> None:
-        """Cut at the end of the first phase."""
-        if phase == "slim":
-            self._cut(model)
-
-    def finish(self, model: nn.Module) -> nn.Module:
-        """Cut, if no step did; an ordinary smaller net."""
-        if self.removal is None:
-            self._cut(model)
-        return super().finish(model)
-
-    def kept_share(self, model: nn.Module) -> float:  # noqa: ARG002
-        """Share of the MACs or parameters that is left."""
-        return 1 - self.removal.removed if self.removal else 1.0
+    def scores(self, channels: Channels, model: nn.Module) -> Tensor:
+        """Mean |gamma| of the batch norms of each channel (N,); infinite without any."""
+        return scale_sizes(channels, model)
 
     def row(self, model: nn.Module) -> dict[str, float]:
         """Mean size of the scales."""
         return {"scale": float(torch.cat([s.detach().abs() for s in _scales(model)]).mean())}
-
-    def measures(self, model: nn.Module) -> dict[str, Any]:  # noqa: ARG002
-        """Whether the target was met, and the channels kept of each group."""
-        return self.removal.measures(self.target)
-
-    def state(self) -> dict[str, Any]:
-        """Which channels are left, once cut."""
-        return {"open": self.removal.open_ if self.removal else None}
-
-    def reshape(self, model: nn.Module, state: dict[str, Any]) -> None:
-        """Cut `model` to the shape it had."""
-        if state["open"] is not None:
-            channels = Channels(model, self.shape, self.target_kind)
-            self.removal = Cut(channels, state["open"])
-            become(model, channels.smaller(model, state["open"]))
-
-    def _cut(self, model: nn.Module) -> None:
-        self.removal = cut_at_once(model, self.shape, self.target_kind, self.target, scale_sizes)
 
 
 def scale_sizes(channels: Channels, model: nn.Module) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from prunestudy.methods.base import Context
-from prunestudy.methods.channel_ranking import Cut, cut_at_once
+from prunestudy.methods.channel_ranking import Removal
 from prunestudy.methods.channels import Channels
 from prunestudy.methods.magnitude import Magnitude
 from prunestudy.methods.masks import dense_weights
@@ -21,28 +21,24 @@ class Random(Magnitude):
 
     def __init__(self, *settings: Any) -> None:
         super().__init__(*settings)
-        self.removal: Cut | None = None
-
-    @property
-    def masks_weights(self) -> bool:
-        """Whether single weights go, not channels."""
-        return self.target_kind == "sparsity"
+        channels = self.target_kind != "sparsity"
+        self.removal = Removal(self.target_kind, self.target) if channels else None
 
     def attach(self, model: nn.Module, generator: torch.Generator) -> None:
         """Put masks on the weights, where weights are to go."""
         self.generator = generator
-        if self.masks_weights:
+        if not self.removal:
             super().attach(model, generator)
 
-    def prepare(self, model: nn.Module, context: Context) -> None:
-        """Remove channels, where channels are to go."""
-        if not self.masks_weights:
-            kind = self.target_kind
-            self.removal = cut_at_once(model, context.shape, kind, self.target, self.noise)
+    def prepare(self, model: nn.Module, context: Context) -> None:  # noqa: ARG002
+        """Keep the images' shape."""
+        self.shape = context.shape
 
     def start(self, model: nn.Module, phase: str) -> None:
-        """Mask weights, where weights are to go."""
-        if self.masks_weights:
+        """Remove at once."""
+        if self.removal:
+            self.removal.apply(model, self.shape, self.noise)
+        else:
             super().start(model, phase)
 
     def scores(self, model: nn.Module) -> list[Tensor]:
@@ -53,14 +49,29 @@ class Random(Magnitude):
         ]
 
     def noise(self, channels: Channels, model: nn.Module) -> Tensor:  # noqa: ARG002
-        """Uniform noise, one number per channel."""
+        """Uniform noise, one number per channel, on the CPU."""
         device = self.generator.device
         return torch.rand(channels.size, generator=self.generator, device=device).cpu()
 
+    def finish(self, model: nn.Module) -> nn.Module:
+        """Remove channels, if no step was made; an ordinary net."""
+        if self.removal:
+            self.removal.apply(model, self.shape, self.noise)
+        return super().finish(model)
+
     def kept_share(self, model: nn.Module) -> float:
         """Share of the weights, MACs or parameters that is left."""
-        return 1 - self.removal.removed if self.removal else super().kept_share(model)
+        return self.removal.kept_share() if self.removal else super().kept_share(model)
 
-    def measures(self, model: nn.Module) -> dict[str, Any]:  # noqa: ARG002
+    def measures(self, model: nn.Module) -> dict[str, Any]:
         """For channels: whether the target was met, and what is kept of each group."""
-        return self.removal.measures(self.target) if self.removal else {}
+        return self.removal.measures() if self.removal else super().measures(model)
+
+    def state(self) -> dict[str, Any]:
+        """For channels: which are left."""
+        return self.removal.state() if self.removal else super().state()
+
+    def reshape(self, model: nn.Module, state: dict[str, Any]) -> None:
+        """Remove the channels that were removed."""
+        if self.removal:
+            self.removal.reshape(model, self.shape, state)
