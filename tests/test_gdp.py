@@ -238,9 +238,7 @@ def test_paces():
     assert prepared(net, {"pace": "by_share"}).pace.tolist() == [1] * 8
 
 
-@pytest.mark.parametrize(
-    ("step", "eps"), [(0, 0.1 * 1e-3**0.02), (24, 0.1 * 1e-3**0.5), (60, 1e-4)]
-)
+@pytest.mark.parametrize(("step", "eps"), [(0, 0.1 * 1e-3**0.02), (24, 0.1**2.5), (60, 1e-4)])
 def test_eps_falls_geometrically_to_its_floor(step, eps):
     model, method = steered(1e-9)
     assert float(method.gates.eps) == 0.1
