@@ -155,7 +155,7 @@ def test_depthwise_kernels_are_not_gated_and_flattened_channels_share_a_gate():
 
 def test_only_the_named_groups_are_gated():
     net = net_of("lenet5")
-    method = prepared(net, {"groups": ("conv2",)}, side=16)
+    method = prepared(net, {"groups": "conv2"}, side=16)
     gated = [n for n, m in net.named_modules() if parametrize.is_parametrized(m, "weight")]
     assert (gated, method.channels.size) == (["fc1"], 50)
 
@@ -479,7 +479,7 @@ def test_bad_targets_are_refused_in_one_line(name, kind, target):
 
 def test_a_group_that_does_not_exist_is_refused_before_training():
     with pytest.raises(InputError) as caught:
-        fit("gdp", net_of("mlp"), params={"groups": ("layers.1",)})
+        fit("gdp", net_of("mlp"), params={"groups": "layers.0 layers.1"})
     assert one_line(caught) == "group = 'layers.1': allowed are layers.0, layers.2, layers.4"
 
 

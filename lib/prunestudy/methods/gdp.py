@@ -1,4 +1,4 @@
-r"""GDP: Stabilized Neural Network Pruning via Gates with Differentiable Polarization.
+r"""GDP: Gates with Differentiable Polarization.
 
 Guo, Yuan, Tan, Wang, Yang, Liu; ICCV 2021, arXiv 2109.02220. A gate before each regular
 convolution and linear layer switches the channels that it reads:
@@ -83,7 +83,7 @@ class GDPParams(Params):
     `gate_lr`: the learning rate of t (no momentum, no weight decay); `eps_start`, `eps_end`: eps
     falls geometrically between them over `eps_share`; `ramp`: share in which the cost is to fall
     to the target; `pace`: how the gates' learning rates differ, see above; `groups`: names of the
-    dependency groups to gate, all if empty.
+    dependency groups to gate, with spaces between, all if empty.
     """
 
     gate_lr: Annotated[float, Field(gt=0)] = 0.05
@@ -92,7 +92,7 @@ class GDPParams(Params):
     eps_share: Annotated[float, Field(gt=0, le=1)] = 0.5
     ramp: Annotated[float, Field(gt=0, le=1)] = 0.3
     pace: Literal["equal", "by_share"] = "equal"
-    groups: tuple[str, ...] = ()
+    groups: str = ""
 
     @model_validator(mode="after")
     def _falls(self) -> Self:
@@ -126,7 +126,7 @@ class GDP(Method):
         """Find the dependency groups and scale every kernel that reads gated channels."""
         p = self.params
         self.context = context
-        self.channels = Channels(model, context.shape, self.target_kind, p.groups)
+        self.channels = Channels(model, context.shape, self.target_kind, p.groups.split())
         self.reach = self.channels.most_removable()
         like = next(model.parameters())
         self.gates = Gates(self.channels.size, p.eps_start, like)

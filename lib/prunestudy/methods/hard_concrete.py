@@ -2,17 +2,18 @@ r"""Hard concrete gates on channels: the stochastic control (Louizos, Welling, K
 
 A gate is drawn anew at every step from a stretched and clipped concrete distribution:
 
-    s = sigmoid((log u - log(1 - u) + log alpha) / beta),     u ~ Uniform(0, 1)        (eq. 10)
-    z = min(1, max(0, s (zeta - gamma) + gamma))                                       (eq. 11)
-    P(z > 0) = sigmoid(log alpha - beta log(-gamma / zeta))                            (eq. 12)
+    s = sigmoid((log u - log(1 - u) + log alpha) / beta),     u ~ Uniform(0, 1)
+    z = min(1, max(0, s (zeta - gamma) + gamma))
+    P(z > 0) = sigmoid(log alpha - beta log(-gamma / zeta))
 
-At test time z = clip(sigmoid(log alpha) (zeta - gamma) + gamma). The penalty is lambda times the
-expected cost: gates of different layers are independent, so it is `Channels.cost` at P(z > 0).
-beta = 2/3, gamma = -0.1, zeta = 1.1 and the start at P about 0.99 are those of the paper's code.
+with beta = 2/3, gamma = -0.1, zeta = 1.1. At test time z = clip(sigmoid(log alpha) (zeta - gamma)
++ gamma). The penalty is lambda times the expected cost: gates of different layers are independent,
+so it is `Channels.cost` at P(z > 0).
 
-Ours: lambda is steered to the target as for the other methods; after `harden` of the steps the
-gates of largest log alpha are kept, at exactly the target, and what is left is fine-tuned. Gates
-sit on the same dependency groups, in the same place, as those of GDP.
+Ours: gates start at sigmoid(log alpha) = 0.9; lambda is steered to the target as for the other
+methods; after `harden` of the steps the gates of largest log alpha are kept, at exactly the
+target, and what is left is fine-tuned. Gates sit on the same dependency groups, in the same place,
+as those of GDP.
 """
 
 import math

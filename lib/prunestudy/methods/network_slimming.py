@@ -22,7 +22,7 @@ _NORM = nn.modules.batchnorm._BatchNorm
 
 
 class NetworkSlimmingParams(Params):
-    """`strength`: lambda, 1e-4 as in the paper's code; `cut`: share of the steps before the cut."""
+    """`strength`: lambda, what presses on the scales; `cut`: share of the steps before the cut."""
 
     strength: Annotated[float, Field(gt=0)] = 1e-4
     cut: Annotated[float, Field(gt=0, lt=1)] = 0.5
