@@ -5,6 +5,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from prunestudy.errors import InputError
 from prunestudy.papers import Card
@@ -91,11 +92,12 @@ def channels_kept(store: Store, planned: list[Planned], target: float, **where: 
     groups = table.group.nunique()
     figure, axes = plt.subplots(figsize=(max(6.0, 0.75 * groups + 2.5), 3.6))
     palette = {title_of(name): COLOURS[name] for name in table.name.unique()}
-    sns.barplot(
-        table, x="group", y="channels", hue="method", palette=palette, ax=axes, errorbar="sd"
-    )
+    look = {"palette": palette, "saturation": 1, "errorbar": "sd", "ax": axes}
+    sns.barplot(table, x="group", y="channels", hue="method", **look)
     axes.set(ylabel="channels kept", xlabel="", yscale="log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("")
     axes.set_title(f"{where['model']}, {tables.removed(target, kind)} removed: channels kept")
     if groups > 4:
         axes.tick_params(axis="x", rotation=60, labelsize=8)
@@ -145,7 +147,7 @@ def loss_and_removals(store: Store, runs: dict[str, str]) -> Figure:
     above.set(ylabel="training loss (mean of 10)", yscale="log")
     above.legend(fontsize=8)
     closed = store.arrays(runs["gdp"])["closed"]
-    below.hist(closed[:, 0], bins=60, color=COLOURS["gdp"])
+    below.hist(closed[:, 0], bins=60, color=COLOURS["gdp"], histtype="stepfilled")
     below.set(xlabel="step", ylabel="channels closed")
     return figure
 
