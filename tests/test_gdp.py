@@ -402,6 +402,16 @@ def test_history_and_arrays():
     assert arrays["loss"][:4].mean() == pytest.approx(made.history[0]["train_loss"], rel=1e-5)
 
 
+@pytest.mark.parametrize("name", ["gdp", "hard_concrete", "group_l2", "network_slimming"])
+def test_a_run_that_diverges_at_once_still_ends(name):
+    net = net_of("batch_norm")
+    net.fc.weight.data.fill_(torch.inf)
+    made = fit(name, net)
+    assert made.status == "diverged"
+    assert made.history == []
+    assert set(made.arrays) <= {"loss"}
+
+
 def test_arrays_of_a_wide_net_stay_below_a_megabyte():
     net = models.build("vgg16_cifar", (1, 8, 8), 10)
     method = prepared(net)

@@ -201,6 +201,8 @@ class GDP(Method):
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Paths of all gates and of the cost, who closed when, and the training loss."""
+        if not self.paths:
+            return {}
         steps, paths, soft, hard = zip(*self.paths, strict=True)
         return {
             "gate_steps": np.array(steps, np.int32),

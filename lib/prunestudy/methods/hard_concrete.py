@@ -185,7 +185,8 @@ class HardConcrete(Method):
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Gates at test time by epoch, and the training loss."""
-        return {"gate_paths": torch.stack(self.paths).numpy(), "loss": self.curve.array()}
+        paths = {"gate_paths": torch.stack(self.paths).numpy()} if self.paths else {}
+        return paths | {"loss": self.curve.array()}
 
     def state(self) -> dict[str, Any]:
         """lambda, records; log alpha, noise and mask are the model's."""
