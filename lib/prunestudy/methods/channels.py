@@ -38,7 +38,9 @@ class Channels:
         self, model: nn.Module, shape: tuple[int, ...], kind: str, only: Sequence[str] = ()
     ) -> None:
         self.traced, self.shape = trace(model, shape), shape
-        self.groups = groups_of(self.traced)
+        # A layer norm's statistics are of all its channels: none of them can go without a trace.
+        found = groups_of(self.traced)
+        self.groups = [g for g in found if all(m.kind != "LayerNorm" for m in g.members)]
         if only:
             self.groups = [shrink.find(self.groups, name) for name in only]
         require(bool(self.groups), "model", type(model).__name__, "has no channels that could go")
