@@ -5,7 +5,7 @@ from prunestudy.shrink.fold import fold
 from prunestudy.shrink.groups import Group, Member, find, groups
 from prunestudy.shrink.narrow import Narrow, axis_of, narrow
 from prunestudy.shrink.remove import Constant, Nothing, remove
-from prunestudy.shrink.sparse import Storage, load_sparse, save_sparse, storage
+from prunestudy.shrink.sparse import Storage, load_net, save_net, storage
 from prunestudy.shrink.view import describe, draw
 
 __all__ = [
@@ -22,10 +22,10 @@ __all__ = [
     "find",
     "fold",
     "groups",
-    "load_sparse",
+    "load_net",
     "narrow",
     "remove",
-    "save_sparse",
+    "save_net",
     "storage",
     "to_csr",
 ]

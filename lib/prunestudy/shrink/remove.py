@@ -42,15 +42,15 @@ class Nothing(nn.Module):
 
 
 class Constant(nn.Module):
-    """In place of a layer all of whose inputs were removed: its bias (channels,), or zero.
+    """In place of a layer all of whose inputs were removed: a bias (channels,), or zero.
 
     Maps (batch, any, *places) to (batch, channels, *places of the layer's output).
     """
 
-    def __init__(self, channels: int, bias: Tensor | None, geometry: Geometry) -> None:
+    def __init__(self, channels: int, geometry: Geometry, bias: bool = True) -> None:
         super().__init__()
         self.channels, self.geometry = channels, geometry
-        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+        self.bias = nn.Parameter(torch.zeros(channels)) if bias else None
 
     def reset_parameters(self) -> None:
         """Set the bias to zero."""
@@ -117,7 +117,9 @@ def _replace(small: nn.Module, name: str, plain: nn.Module) -> None:
         return
     where = geometry_of(plain)
     bias = getattr(layer, "bias", None)
-    new = Constant(says, bias, where) if says else Nothing(where)
+    new = Constant(says, where, bias is not None) if says else Nothing(where)
+    if says and bias is not None:
+        new.bias = bias
     parent, _, child = name.rpartition(".")
     setattr(small.get_submodule(parent), child, new.train(layer.training))
 
