@@ -164,7 +164,17 @@ def _layers_of(
     for name in expected | found:
         sizes = [tuple(s[name].shape) if name in s else "absent" for s in (expected, found)]
         require(sizes[0] == sizes[1], name, sizes[1], f"{factory} has {sizes[0]}")
+    if layers:
+        _require_runs(fresh, shape)
     return layers
+
+
+def _require_runs(meta: nn.Module, shape: tuple[int, int, int]) -> None:
+    try:
+        meta.eval()(torch.zeros(1, *shape, device="meta"))
+    except RuntimeError as error:
+        why = next(iter(str(error).splitlines()), "")
+        raise InputError(f"model = {type(meta).__name__!r}: its layers do not fit: {why}") from None
 
 
 def _prunable(plain: nn.Module) -> list[tuple[str, nn.Module]]:
