@@ -390,6 +390,8 @@ def test_history_and_arrays():
     assert list(made.history[0]) == [*columns, "lambda", "eps", "channels", "soft_cost"]
     assert made.history[-1]["eps"] == pytest.approx(1e-4)
     arrays, method = made.arrays, made.method
+    g = method.gates().detach()
+    assert arrays["final_gates"].tolist() == pytest.approx(g.tolist(), abs=1e-3)
     assert arrays["gate_steps"].tolist() == list(range(20))
     assert arrays["gate_groups"].tolist() == [0] * 2 + [1] * 3
     assert arrays["cost_path"][1, -1] == pytest.approx(made.history[-1]["kept"])
@@ -409,7 +411,7 @@ def test_a_run_that_diverges_at_once_still_ends(name):
     made = fit(name, net)
     assert made.status == "diverged"
     assert made.history == []
-    assert set(made.arrays) <= {"loss"}
+    assert set(made.arrays) <= {"loss", "final_gates"}
 
 
 def test_arrays_of_a_wide_net_stay_below_a_megabyte():
@@ -567,4 +569,6 @@ def test_hard_concrete_keeps_the_largest_gates_at_the_target():
     assert log_alpha[mask].min() >= log_alpha[~mask].max()
     assert set(method.found) == {"polarised", "unchanged", "removal_gap"}
     assert made.arrays["gate_paths"].shape == (4, 5)
+    before = made.arrays["final_gates"].astype(float)
+    assert method.found["polarised"] == ((before == 0) | (before > 0.5)).mean()
     assert np.isfinite(made.arrays["loss"]).all()

@@ -172,11 +172,19 @@ def test_a_smaller_net_comes_back_bit_for_bit(tmp_path):
     assert [type(m) for m in again.modules()] == [type(m) for m in net.modules()]
     size = (tmp_path / "net").stat().st_size
     assert shrink.storage(net, "resnet20", (1, 8, 8), 10).bytes == size
-    # and may be made smaller again
-    less = shrink.remove(again, (1, 8, 8), {"conv1": [0, 1]})
-    shrink.save_net(less, tmp_path / "less", "resnet20", (1, 8, 8), 10)
-    assert (tmp_path / "less").stat().st_size < size
-    assert shrink.load_net(tmp_path / "less").conv1.out_channels == 2
+
+
+def test_a_smaller_net_may_be_made_smaller_again_unless_a_branch_is_gone(tmp_path):
+    net = shrink.remove(resnet(torch.float32), (1, 8, 8), {"stage1.1.conv1": [3, 4]})
+    net = shrink.remove(net, (1, 8, 8), {"conv1": [0, 1], "stage1.1.conv1": [1]})
+    shrink.save_net(net, tmp_path / "net", "resnet20", (1, 8, 8), 10)
+    block = shrink.load_net(tmp_path / "net").stage1[1]
+    assert (block.conv1.in_channels, block.conv1.out_channels) == (2, 1)
+    for again in (shrink.remove, lambda *settings: Channels(settings[0], (1, 8, 8), "macs")):
+        with pytest.raises(InputError) as caught:
+            again(smaller(), (1, 8, 8), {"conv1": [0]})
+        why = "a branch was removed here, no more can be"
+        assert one_line(caught) == f"module = 'stage1.1.conv1': {why}"
 
 
 def test_a_net_of_the_factorys_shape_names_no_layers(tmp_path):

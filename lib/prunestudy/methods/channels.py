@@ -23,6 +23,7 @@ from prunestudy.errors import require
 from prunestudy.measure.forward import evaluating
 from prunestudy.methods.base import Context
 from prunestudy.shrink.groups import CONSUMES, PRODUCES, groups_of, signal_remains, silent_layers
+from prunestudy.shrink.remove import require_whole
 from prunestudy.shrink.trace import LAYERS, TRANSPOSED, channels_of, is_follower, trace
 
 
@@ -37,6 +38,7 @@ class Channels:
     def __init__(
         self, model: nn.Module, shape: tuple[int, ...], kind: str, only: Sequence[str] = ()
     ) -> None:
+        require_whole(model)
         self.traced, self.shape = trace(model, shape), shape
         # A layer norm's statistics are of all its channels: none of them can go without a trace.
         found = groups_of(self.traced)

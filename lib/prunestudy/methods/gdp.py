@@ -207,6 +207,7 @@ class GDP(Method):
         return {
             "gate_steps": np.array(steps, np.int32),
             "gate_paths": torch.stack(paths).numpy(),
+            "final_gates": self.gates().detach().cpu().to(torch.float16).numpy(),
             "gate_groups": self.channels.group_of.numpy().astype(np.int16),
             "cost_path": np.array([soft, hard], np.float32),
             "closed": np.array(self.deaths, np.int32).reshape(-1, 2),

@@ -89,6 +89,7 @@ class HardConcrete(Method):
         self.steering, self.curve = Steering(1 - self.target, params.ramp), LossCurve()
         self.found: dict[str, float] = {}
         self.paths: list[Tensor] = []
+        self.before: Tensor | None = None
 
     def phases(self) -> tuple[Phase, ...]:
         """Gates and weights together, then the kept channels alone."""
@@ -184,14 +185,19 @@ class HardConcrete(Method):
         }
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Gates at test time by epoch, and the training loss."""
-        paths = {"gate_paths": torch.stack(self.paths).numpy()} if self.paths else {}
-        return paths | {"loss": self.curve.array()}
+        """Gates at test time by epoch and before they were decided, and the training loss."""
+        found = {"loss": self.curve.array()}
+        if self.paths:
+            found["gate_paths"] = torch.stack(self.paths).numpy()
+        if self.before is not None:
+            found["final_gates"] = self.before.numpy()
+        return found
 
     def state(self) -> dict[str, Any]:
         """lambda, records; log alpha, noise and mask are the model's."""
-        own = {"found": self.found, "paths": self.paths, "hard": self.gates.hard}
-        return own | {"steering": self.steering.state(), "curve": self.curve.state()}
+        own = {name: getattr(self, name) for name in ("found", "paths", "before")}
+        more = {"steering": self.steering.state(), "curve": self.curve.state()}
+        return own | more | {"hard": self.gates.hard}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take back what `state` returned."""
@@ -218,6 +224,7 @@ class HardConcrete(Method):
     def _harden(self, model: nn.Module) -> None:
         """Keep the gates of largest log alpha, at the target; note what that changes."""
         before, z = fold(model), self.gates.at_test().detach()
+        self.before = z.cpu().to(torch.float16)
         self.found["polarised"] = float(((z == 0) | (z > 0.5)).double().mean())
         order = self.gates.log_alpha.detach().cpu().argsort(stable=True)
         everything = torch.ones(self.channels.size, dtype=torch.bool)

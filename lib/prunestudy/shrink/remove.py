@@ -78,8 +78,9 @@ def remove(
     `shape` is that of an input, without the batch; groups that `keep` does not name keep all. In
     eval mode the copy computes what `model` does with the other channels' slices at zero in the
     layers that consume them. Raises `InputError` for a group or channel that does not exist, for
-    a net that cannot be traced, and where no signal would reach the output.
+    a net that cannot be traced or has lost a branch, and where no signal would be left.
     """
+    require_whole(model)
     traced = trace(model, shape)
     found = groups_of(traced)
     for name, channels in keep.items():
@@ -93,6 +94,13 @@ def remove(
         for name in traced.layers:
             _replace(small, name, plain.get_submodule(name))
     return small
+
+
+def require_whole(model: nn.Module) -> None:
+    """Raise `InputError` for a net with a branch that was removed: its constant cannot be cut."""
+    for name, module in model.named_modules():
+        gone = isinstance(module, Constant | Nothing)
+        require(not gone, "module", name, "a branch was removed here, no more can be")
 
 
 def geometry_of(layer: nn.Module) -> Geometry:

@@ -51,16 +51,13 @@ def gate_paths(store: Store, run: str, most: int = 4) -> Figure:
 def final_gates(store: Store, runs: dict[str, str]) -> Figure:
     """Histogram of the gates before removal, one panel per method (name -> run).
 
-    GDP's at the end, the drawn gates' (at test time) in the last epoch before they are decided.
+    GDP's at the end, the drawn gates' (at test time) before they are decided.
     """
     style()
     figure, axes = plt.subplots(1, len(runs), figsize=(4 * len(runs), 3), sharey=True)
     edges = np.linspace(0, 1, 41)
     for panel, (method, run) in zip(np.atleast_1d(axes), runs.items(), strict=True):
-        paths, rows = store.arrays(run)["gate_paths"].astype(float), store.history(run)
-        deciding = [i for i, row in enumerate(rows) if row["phase"] == "gates"]
-        # The epoch at whose end the gates are decided shows them as they were.
-        last = paths[-1] if method == "gdp" else paths[max(deciding[-1] - 1, 0)]
+        last = store.arrays(run)["final_gates"].astype(float)
         panel.hist(last, edges, color=COLOURS[method])
         between = ((last > 0) & (last <= 0.5)).mean()
         panel.set(title=f"{title_of(method)}: {between:.0%} in (0, 0.5]", xlabel="gate")
