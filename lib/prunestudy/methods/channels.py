@@ -188,9 +188,9 @@ class Scaled(nn.Module):
     cost of the weights, and absorbing a gate later is keeping the product.
     """
 
-    def __init__(self, gates: nn.Module, numbers: Tensor, layer: nn.Module) -> None:
+    def __init__(self, gates: nn.Module, numbers: Tensor, size: int, layer: nn.Module) -> None:
         super().__init__()
-        self.gates = gates
+        self.gates, self.partly = gates, bool((numbers == size).any())
         axis = 0 if isinstance(layer, TRANSPOSED) else 1
         # The groups of a grouped convolution go together: the first stands for all.
         self.register_buffer("numbers", numbers[: layer.weight.shape[axis]], persistent=False)
@@ -199,8 +199,9 @@ class Scaled(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         """The scaled kernel (same shape)."""
         g = self.gates()
-        every = torch.cat([g, g.new_ones(1)])
-        return weight * every.index_select(0, self.numbers).view(self.form)
+        if self.partly:
+            g = torch.cat([g, g.new_ones(1)])
+        return weight * g.index_select(0, self.numbers).view(self.form)
 
 
 def scale_consumers(model: nn.Module, channels: Channels, gates: nn.Module) -> None:
@@ -209,7 +210,8 @@ def scale_consumers(model: nn.Module, channels: Channels, gates: nn.Module) -> N
     for name in sorted(readers, key=list(channels.traced.layers).index):
         layer = model.get_submodule(name)
         numbers = channels.numbers(name, "in").to(layer.weight.device)
-        parametrize.register_parametrization(layer, "weight", Scaled(gates, numbers, layer))
+        made = Scaled(gates, numbers, channels.size, layer)
+        parametrize.register_parametrization(layer, "weight", made)
 
 
 def become(model: nn.Module, small: nn.Module) -> None:
