@@ -114,7 +114,7 @@ def accuracy_against_latency(runs: pd.DataFrame, model: str, dataset: str, batch
     timed = rows[rows[f"latency_b{batch}_ms"].notna() & rows.target.notna()]
     if timed.empty:
         raise InputError(f"figure = latency of {model} on {dataset}: no net was timed")
-    figure, axes = plt.subplots(figsize=(6.4, 4))
+    figure, axes = plt.subplots(figsize=(7.4, 4))
     factor, unit = tables.UNITS[timed.metric_name.iloc[0]]
     for method, points in timed.groupby("method"):
         gain = points[f"dense_latency_b{batch}_ms"] / points[f"latency_b{batch}_ms"]
@@ -126,7 +126,7 @@ def accuracy_against_latency(runs: pd.DataFrame, model: str, dataset: str, batch
     name = "accuracy, %" if unit == "%" else f"metric,{unit}"
     axes.set(xlabel=f"measured speed-up at batch {batch}, times", ylabel=f"test {name}")
     axes.set_title(f"{model} on {tables.datasets_title(dataset)}: mean over seeds; dashed: dense")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
@@ -160,7 +160,8 @@ def reference_rows(card: Card, model: str, dataset: str) -> Figure:
         cut, change = 100 * (1 - row.kept), 100 * (row.value - row.dense)
         axes.plot(cut, change, "*", ms=10, color="black")
         name = row.text.split(": ")[1].split(",")[0]
-        axes.annotate(name, (cut, change), (5, 4), textcoords="offset points", fontsize=7)
+        beside = (5, 4 if change > 0 else -9)
+        axes.annotate(name, (cut, change), beside, textcoords="offset points", fontsize=7)
     axes.axhline(0, color="black", ls="--", lw=1)
     axes.margins(x=0.25, y=0.2)
     axes.set(xlabel="FLOPs cut, %", ylabel="accuracy minus its dense, points")
