@@ -116,6 +116,7 @@ def test_a_card_that_is_no_toml_is_refused_in_one_line(card_file):
 def test_what_the_cards_name_is_there(card):
     """A misspelt name in a claim would only ever say that there are no runs."""
     metrics = {*RUN_COLUMNS, "kept_scale", "metric"}
+    metrics |= {"polarised", "unchanged", "roughness"}
     for test in (test for claim in card.claims for test in claim.tests):
         assert {test.method, test.against} <= set(methods.names())
         assert test.model in models.names()
@@ -136,7 +137,7 @@ def test_what_the_cards_name_is_there(card):
 def test_every_setting_of_an_experiment_has_a_label_of_its_own(paper, profile):
     """Two settings under one label would be averaged as seeds of one."""
     labels = Counter(
-        (p.experiment, p.variant, p.settings.method, p.settings.target, p.settings.seed)
+        (p.experiment, p.variant, p.settings.method, p.settings.aim, p.settings.seed)
         for p in plan(profile, (paper,))
     )
     assert {label for label, count in labels.items() if count > 1} == set()

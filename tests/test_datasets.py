@@ -2,6 +2,7 @@ import gzip
 import hashlib
 import itertools
 import os
+import pickle
 import subprocess
 import sys
 import tempfile
@@ -16,10 +17,11 @@ from PIL import Image
 
 import prunestudy
 from prunestudy import datasets
-from prunestudy.datasets import Batches, DatasetInfo, ImageSet, catalogue, sources
+from prunestudy.datasets import Batches, DatasetInfo, ImageSet, catalogue, cifar, sources
 from prunestudy.errors import InputError
 
 IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
+ALL = "digits, mnist, fashion_mnist, cifar10, cifar10_jpeg, cifar100"
 TEST_IMAGES, TEST_LABELS = "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"
 
 
@@ -57,16 +59,14 @@ def test_known_sets_need_neither_disk_nor_torch():
         "'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "('digits', 'mnist', 'fashion_mnist') 60000 False\n"
+    assert done.stdout == f"{tuple(ALL.split(', '))} 60000 False\n"
 
 
 def test_unknown_names_are_refused():
     for name in ("mnits", "", None):
         with pytest.raises(InputError) as caught:
             datasets.info(name)
-        assert one_line(caught) == (
-            f"dataset = {name!r}: allowed are digits, mnist, fashion_mnist, folder:PATH"
-        )
+        assert one_line(caught) == (f"dataset = {name!r}: allowed are {ALL}, folder:PATH")
     with pytest.raises(AttributeError, match="nothing"):
         _ = datasets.nothing
 
@@ -616,6 +616,97 @@ def test_batches_do_not_depend_on_the_device():
         assert torch.equal(pixels(x), pixels(x_there.cpu()))
 
 
+# --- CIFAR
+
+
+def batch_of(labels, key="labels", first=0):
+    """A file of the Python version: pixel p of channel c of image n is first + 3 n + c."""
+    rows = [np.repeat(np.arange(3) + first + 3 * n, 32 * 32) for n in range(len(labels))]
+    return pickle.dumps({"data": np.array(rows, dtype=np.uint8), key: labels}, protocol=2)
+
+
+@pytest.fixture
+def tiny_cifar(monkeypatch):
+    parts = {
+        "cifar10": {"data_batch_1": batch_of([3, 1]), "data_batch_2": batch_of([7], first=50)},
+        "cifar100": {"train": batch_of([99, 0, 5], "fine_labels")},
+    }
+    parts["cifar10"]["test_batch"] = batch_of([9], first=100)
+    parts["cifar100"]["test"] = batch_of([42], "fine_labels", first=100)
+    for name, files in parts.items():
+        sums = {file: hashlib.md5(data).hexdigest() for file, data in files.items()}
+        monkeypatch.setitem(catalogue._KNOWN, name, replace(datasets.info(name), checksums=sums))
+    return parts
+
+
+@pytest.mark.parametrize(
+    ("name", "folder", "train", "test", "last"),
+    [
+        ("cifar10", "cifar-10-batches-py", [3, 1, 7], [9], [50, 51, 52]),
+        ("cifar100", "cifar-100-python", [99, 0, 5], [42], [6, 7, 8]),
+    ],
+)
+def test_cifar(tmp_path, tiny_cifar, name, folder, train, test, last):
+    put(tmp_path / folder, tiny_cifar[name])
+    data = datasets.load(name, tmp_path, download=False)
+    assert data.train.labels.tolist() == train
+    assert data.test.labels.tolist() == test
+    assert data.train.images.shape == (3, 32, 32, 3)
+    assert (data.train.images[2] == torch.tensor(last)).all()
+    assert (data.test.images[0] == torch.tensor([100, 101, 102])).all()
+
+
+def test_a_changed_cifar_file_is_named(tmp_path, tiny_cifar):
+    folder = put(tmp_path / "cifar-10-batches-py", tiny_cifar["cifar10"])
+    (folder / "data_batch_2").write_bytes(batch_of([7], first=51))
+    with pytest.raises(InputError) as caught:
+        datasets.load("cifar10", tmp_path, download=False)
+    assert "data_batch_2" in one_line(caught)
+    assert "expected; delete it" in one_line(caught)
+
+
+def test_a_cifar_file_builds_nothing_but_arrays():
+    class Evil:
+        def __reduce__(self):
+            return (os.mkdir, ("evil",))
+
+    with pytest.raises(pickle.UnpicklingError, match=r"mkdir is no array"):
+        cifar.parse({"train": pickle.dumps({"data": Evil()})})
+
+
+@pytest.fixture
+def tiny_copy(tmp_path, monkeypatch):
+    """A JPEG copy of CIFAR-10 with one image a class and part."""
+    for part in ("train", "test"):
+        for number, name in enumerate(("airplane", "bird")):
+            place = tmp_path / "cifar10-jpeg" / part / name
+            place.mkdir(parents=True)
+            Image.new("RGB", (32, 32), (60 * number, 9, 9)).save(place / "0000.jpg")
+    version = datasets.info(f"folder:{tmp_path}/cifar10-jpeg").version
+    known = replace(datasets.info("cifar10_jpeg"), version=version)
+    monkeypatch.setitem(catalogue._KNOWN, "cifar10_jpeg", known)
+    return tmp_path
+
+
+def test_the_jpeg_copy(tiny_copy):
+    data = datasets.load("cifar10_jpeg", tiny_copy)
+    assert (data.info.name, data.info.title) == ("cifar10_jpeg", "CIFAR-10 (JPEG copy)")
+    assert data.train.labels.tolist() == data.test.labels.tolist() == [0, 1]
+    assert data.train.images.shape == (2, 32, 32, 3)
+
+
+def test_a_jpeg_copy_with_other_files_is_refused(tiny_copy, tmp_path):
+    (tiny_copy / "cifar10-jpeg/test/bird/0000.jpg").rename(
+        tiny_copy / "cifar10-jpeg/test/bird/0001.jpg"
+    )
+    with pytest.raises(InputError) as caught:
+        datasets.load("cifar10_jpeg", tiny_copy)
+    assert "some are missing, changed or added" in one_line(caught)
+    with pytest.raises(InputError) as caught:
+        datasets.load("cifar10_jpeg", tmp_path / "nowhere")
+    assert "cifar10_jpeg needs cifar10-jpeg in it" in one_line(caught)
+
+
 # --- the real files
 
 
@@ -641,3 +732,13 @@ def check_real(name, root, train_labels, test_labels):
     assert data.test.labels[:3].tolist() == test_labels
     mean, std = sources.channel_statistics(data.train.images)
     assert (round(mean[0], 4), round(std[0], 4)) == (data.info.mean[0], data.info.std[0])
+
+
+@pytest.mark.mnist
+def test_the_real_jpeg_copy_has_the_known_files():
+    root = Path(os.environ.get("PRUNESTUDY_DATA") or "unset")
+    if not (root / "cifar10-jpeg").is_dir():
+        pytest.skip("no cifar10-jpeg below PRUNESTUDY_DATA")
+    found, known = datasets.info("folder:cifar10-jpeg", root), datasets.info("cifar10_jpeg")
+    same = ("version", "channels", "height", "width", "num_classes", "train_images", "test_images")
+    assert [getattr(found, key) for key in same] == [getattr(known, key) for key in same]

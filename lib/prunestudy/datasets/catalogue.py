@@ -10,6 +10,8 @@ from prunestudy.datasets import folders
 from prunestudy.errors import require
 
 FOLDER = "folder:"
+# Known sets that are image folders, by their folder below the data root.
+IMAGE_FOLDERS = {"cifar10_jpeg": "cifar10-jpeg"}
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,58 @@ _KNOWN = {
             "train-labels-idx1-ubyte": "9018921c3c673c538a1fc5bad174d6f9",
             "t10k-images-idx3-ubyte": "8181f5470baa50b63fa0f6fddb340f0a",
             "t10k-labels-idx1-ubyte": "15d484375f8d13e6eb1aabb0c3f46965",
+        },
+    ),
+    "cifar10": DatasetInfo(
+        name="cifar10",
+        title="CIFAR-10",
+        version="1",
+        channels=3,
+        height=32,
+        width=32,
+        num_classes=10,
+        train_images=50_000,
+        test_images=10_000,
+        mean=(0.4914, 0.4822, 0.4465),
+        std=(0.2470, 0.2435, 0.2616),
+        # as torchvision has them
+        checksums={
+            "data_batch_1": "c99cafc152244af753f735de768cd75f",
+            "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+            "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+            "data_batch_4": "634d18415352ddfa80567beed471001a",
+            "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+            "test_batch": "40351d587109b95175f43aff81a1287e",
+        },
+    ),
+    "cifar10_jpeg": DatasetInfo(
+        name="cifar10_jpeg",
+        title="CIFAR-10 (JPEG copy)",
+        version="d5fe09c730f6",
+        channels=3,
+        height=32,
+        width=32,
+        num_classes=10,
+        train_images=50_000,
+        test_images=10_000,
+        mean=(0.4913, 0.4821, 0.4465),
+        std=(0.2452, 0.2428, 0.2606),
+    ),
+    "cifar100": DatasetInfo(
+        name="cifar100",
+        title="CIFAR-100",
+        version="1",
+        channels=3,
+        height=32,
+        width=32,
+        num_classes=100,
+        train_images=50_000,
+        test_images=10_000,
+        mean=(0.5071, 0.4865, 0.4409),
+        std=(0.2673, 0.2564, 0.2762),
+        checksums={
+            "train": "16019d7e3df5f24257cddd939b257f8d",
+            "test": "f0ef6b0ae62326f3e7ffdfab6717acfc",
         },
     ),
 }

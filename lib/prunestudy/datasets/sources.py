@@ -1,4 +1,4 @@
-"""Reading data sets: scikit-learn's digits, MNIST and Fashion-MNIST, image folders.
+"""Reading data sets: scikit-learn's digits, MNIST, Fashion-MNIST, CIFAR, image folders.
 
 Every byte of a downloaded set is verified by md5 at each loading.
 """
@@ -15,12 +15,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prunestudy.datasets import folders
-from prunestudy.datasets.catalogue import FOLDER, DatasetInfo, data_root, folder_layout, info
+from prunestudy.datasets import cifar, folders
+from prunestudy.datasets.catalogue import (
+    FOLDER,
+    IMAGE_FOLDERS,
+    DatasetInfo,
+    data_root,
+    folder_layout,
+    info,
+)
 from prunestudy.errors import InputError, require
 
-# Name of torchvision's class and of its folder below the data root.
-_TORCHVISION = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST"}
+# Name of torchvision's class, and its folder below the data root.
+_TORCHVISION = {
+    "mnist": ("MNIST", "MNIST/raw"),
+    "fashion_mnist": ("FashionMNIST", "FashionMNIST/raw"),
+    "cifar10": ("CIFAR10", "cifar-10-batches-py"),
+    "cifar100": ("CIFAR100", "cifar-100-python"),
+}
 # Where Debian's package dataset-fashion-mnist puts the files.
 _SYSTEM_FOLDERS = {"fashion_mnist": Path("/usr/share/datasets/fashion-mnist")}
 _DIGITS_SEED = 0
@@ -70,6 +82,9 @@ def load(name: str, root: str | Path | None = None, download: bool = True) -> Da
     - `mnist`, `fashion_mnist`: the four idx files, plain or .gz, in `<root>/MNIST/raw`,
       `<root>/FashionMNIST/raw` or Debian's folder; fetched by torchvision if they are in none of
       these and `download`.
+    - `cifar10`, `cifar100`: the files of the Python version, in `<root>/cifar-10-batches-py` and
+      `<root>/cifar-100-python`; fetched likewise.
+    - `cifar10_jpeg`: a copy of CIFAR-10 as JPEG files, an image folder `<root>/cifar10-jpeg`.
     - `folder:PATH`: see `info`; its `mean` and `std` are computed here.
 
     Raises `InputError` for an unknown name, missing files that cannot be downloaded, a wrong md5
@@ -83,8 +98,12 @@ def load(name: str, root: str | Path | None = None, download: bool = True) -> Da
         train, test = (ImageSet(*map(torch.from_numpy, arrays[part])) for part in folders.SPLITS)
         mean, std = channel_statistics(train.images)
         details = replace(details, mean=mean, std=std)
+    elif name in IMAGE_FOLDERS:
+        train, test = _known_folder(details, root)
     else:
-        train, test = _read_idx_files(details, data_root(root), download)
+        files = _read_files(details, data_root(root), download)
+        arrays = cifar.parse(files) if name.startswith("cifar") else _parse_idx_files(files)
+        train, test = (ImageSet(*map(torch.from_numpy, arrays[part])) for part in folders.SPLITS)
     return Dataset(details, train, test, _fingerprint(train, test))
 
 
@@ -147,9 +166,21 @@ def _digits() -> tuple[ImageSet, ImageSet]:
     return whole.subset(np.flatnonzero(~test)), whole.subset(np.flatnonzero(test))
 
 
-def _read_idx_files(details: DatasetInfo, root: Path, download: bool) -> tuple[ImageSet, ImageSet]:
-    """Train and test images of MNIST or Fashion-MNIST, downloaded first where needed."""
-    raw = root / _TORCHVISION[details.name] / "raw"
+def _known_folder(details: DatasetInfo, root: str | Path | None) -> tuple[ImageSet, ImageSet]:
+    """Train and test images of a folder whose files' names and sizes are known."""
+    place = data_root(root) / IMAGE_FOLDERS[details.name]
+    require(place.is_dir(), "data", str(place.parent), f"{details.name} needs {place.name} in it")
+    layout = folder_layout(f"{FOLDER}{place}", root)
+    allowed = f"files of version {details.version} expected; some are missing, changed or added"
+    require(layout.version == details.version, "data", str(place), allowed)
+    arrays = folders.read(layout)
+    train, test = (ImageSet(*map(torch.from_numpy, arrays[part])) for part in folders.SPLITS)
+    return train, test
+
+
+def _read_files(details: DatasetInfo, root: Path, download: bool) -> dict[str, bytes]:
+    """The verified files of a set of torchvision's, by name, downloaded first where needed."""
+    raw = root / _TORCHVISION[details.name][1]
     places = [raw, *([_SYSTEM_FOLDERS[details.name]] if details.name in _SYSTEM_FOLDERS else [])]
     folder = next((place for place in places if _has_all(place, details)), None)
     if folder is None:
@@ -157,15 +188,19 @@ def _read_idx_files(details: DatasetInfo, root: Path, download: bool) -> tuple[I
         require(download, "data", str(root), absent)
         _download(details, root)
         folder = raw
-    arrays = {file: _parse_idx(_verified(folder, file, details)) for file in details.checksums}
-    train, test = (
-        ImageSet(
-            arrays[f"{part}-images-idx3-ubyte"].unsqueeze(3),
-            arrays[f"{part}-labels-idx1-ubyte"].long(),
+    return {file: _verified(folder, file, details) for file in details.checksums}
+
+
+def _parse_idx_files(files: dict[str, bytes]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Images (N, H, W, 1) uint8 and labels (N,) int64 of both parts."""
+    arrays = {file: _parse_idx(data) for file, data in files.items()}
+    return {
+        part: (
+            arrays[f"{prefix}-images-idx3-ubyte"][..., None],
+            arrays[f"{prefix}-labels-idx1-ubyte"].astype(np.int64),
         )
-        for part in ("train", "t10k")
-    )
-    return train, test
+        for part, prefix in zip(folders.SPLITS, ("train", "t10k"), strict=True)
+    }
 
 
 def _has_all(folder: Path, details: DatasetInfo) -> bool:
@@ -199,12 +234,12 @@ def _verified(folder: Path, file: str, details: DatasetInfo) -> bytes:
     return data
 
 
-def _parse_idx(data: bytes) -> Tensor:
+def _parse_idx(data: bytes) -> np.ndarray:
     """The uint8 array of an idx file: 0, 0, type, dimensions; big-endian sizes; the values."""
     dimensions = data[3]
     shape = np.frombuffer(data, dtype=">i4", count=dimensions, offset=4)
     values = np.frombuffer(data, dtype=np.uint8, offset=4 + 4 * dimensions)
-    return torch.from_numpy(values.reshape(shape).copy())  # a copy: bytes are not writable
+    return values.reshape(shape).copy()  # a copy: bytes are not writable
 
 
 def _download(details: DatasetInfo, root: Path) -> None:
@@ -212,13 +247,13 @@ def _download(details: DatasetInfo, root: Path) -> None:
     require(
         root.is_dir(), "data", str(root), f"{details.name} needs it, and there is no such folder"
     )
-    name = _TORCHVISION[details.name]
+    name, place = _TORCHVISION[details.name]
     try:
         with tempfile.TemporaryDirectory(prefix=".download-", dir=root) as temporary:
             import torchvision.datasets
 
             getattr(torchvision.datasets, name)(temporary, download=True)
-            fetched, raw = Path(temporary, name, "raw"), root / name / "raw"
+            fetched, raw = Path(temporary, place), root / place
             for file in details.checksums:
                 _verified(fetched, file, details)
             raw.mkdir(parents=True, exist_ok=True)

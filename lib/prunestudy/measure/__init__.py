@@ -7,6 +7,7 @@ from prunestudy.measure.cost import (
     nonzero_macs,
     nonzeros,
     parameters,
+    positions,
     prunable_weights,
     sparsity,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "nonzeros",
     "parameters",
     "peak_memory_mb",
+    "positions",
     "prunable_weights",
     "ratio",
     "sparsity",

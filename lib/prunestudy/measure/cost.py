@@ -102,19 +102,30 @@ def nonzero_macs(model: nn.Module, shape: tuple[int, ...]) -> int:
     return _layer_macs(model, shape, lambda weight: int(weight.count_nonzero()))
 
 
-def _layer_macs(model: nn.Module, shape: tuple[int, ...], count: Callable[[Tensor], int]) -> int:
-    plain = _copy(model)
-    total = 0
+def positions(model: nn.Module, shape: tuple[int, ...]) -> dict[str, int]:
+    """How often each weight of a convolution or linear layer is used for one input of `shape`.
 
-    def add(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        nonlocal total
-        total += _positions(layer, inputs[0], output) * count(layer.weight)
+    By the layer's name; layers that do not run are left out. MACs of a layer are its positions
+    times the elements of its weight.
+    """
+    plain, found = _copy(model), {}
 
-    for _, layer in _layers(plain):
-        layer.register_forward_hook(add)
+    def counter(name: str) -> Callable[..., None]:
+        def add(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            found[name] = found.get(name, 0) + _positions(layer, inputs[0], output)
+
+        return add
+
+    for name, layer in _layers(plain):
+        layer.register_forward_hook(counter(name))
     with torch.inference_mode():
         plain(zeros(plain, shape, 1))
-    return total
+    return found
+
+
+def _layer_macs(model: nn.Module, shape: tuple[int, ...], count: Callable[[Tensor], int]) -> int:
+    used, weights = positions(model, shape), dict(prunable_weights(model))
+    return sum(n * count(weights[f"{name}.weight".lstrip(".")]) for name, n in used.items())
 
 
 def _positions(layer: nn.Module, x: Tensor, y: Tensor) -> int:

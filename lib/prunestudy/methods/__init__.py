@@ -6,12 +6,22 @@ from pydantic import ValidationError
 
 from prunestudy.errors import InputError, require_one_of
 from prunestudy.methods.base import TARGETS, Context, Method, Params, Phase, Progress
+from prunestudy.methods.channel_ranking import GroupL2, L1Filter
+from prunestudy.methods.gdp import GDP
+from prunestudy.methods.hard_concrete import HardConcrete
 from prunestudy.methods.l1 import L1
-from prunestudy.methods.magnitude import GradualMagnitude, Magnitude, Random
+from prunestudy.methods.magnitude import GradualMagnitude, Magnitude
+from prunestudy.methods.network_slimming import NetworkSlimming
+from prunestudy.methods.random import Random
+from prunestudy.methods.scratch import Scratch
 from prunestudy.methods.sparse_gates import SparseGates
 
 _METHODS: dict[str, type[Method]] = {
-    cls.name: cls for cls in (Method, SparseGates, Magnitude, GradualMagnitude, Random, L1)
+    cls.name: cls
+    for cls in (
+        *(Method, SparseGates, Magnitude, GradualMagnitude, Random, L1),
+        *(GDP, L1Filter, GroupL2, NetworkSlimming, HardConcrete, Scratch),
+    )
 }
 
 __all__ = [

@@ -1,10 +1,9 @@
-"""Magnitude pruning and a random mask: the controls that every weight-level method must beat.
+"""Magnitude pruning: the controls that every weight-level method must beat.
 
 - `magnitude`: the smallest |w| of the trained parent are cut at once, then fine-tuned
   (Han et al. 2015, one round).
 - `gradual_magnitude`: the cut share grows cubically, the mask is recomputed on the way and cut
   weights get no gradient (Zhu and Gupta 2017).
-- `random`: a mask that knows nothing, then the same fine-tuning.
 
 All rank over the whole net at once and keep exactly the target share.
 """
@@ -63,20 +62,6 @@ class Magnitude(Method):
         return sum(m.mask.sum().item() for m in self.masks) / sum(
             m.mask.numel() for m in self.masks
         )
-
-
-class Random(Magnitude):
-    """A random mask of the target share from the start, then fine-tuning."""
-
-    name: ClassVar[str] = "random"
-    title: ClassVar[str] = "random"
-
-    def scores(self, model: nn.Module) -> list[Tensor]:
-        """Uniform noise."""
-        return [
-            torch.rand(w.shape, generator=self.generator, device=w.device)
-            for w in dense_weights(model)
-        ]
 
 
 class GradualParams(Params):

@@ -58,6 +58,10 @@ class ResNet(nn.Module):
             width = outputs
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(width, num_classes)
+        self.initialise()
+
+    def initialise(self) -> None:
+        """Draw the convolutions' weights as He et al. do, from torch's own generator."""
         for layer in self.modules():
             if isinstance(layer, nn.Conv2d):
                 nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")

@@ -24,13 +24,19 @@ class VGG16(nn.Module):
         for stage in _STAGES:
             for outputs in stage:
                 conv = nn.Conv2d(width, outputs, 3, padding=1, bias=False)
-                nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
                 layers += [conv, nn.BatchNorm2d(outputs), nn.ReLU()]
                 width = outputs
             layers.append(nn.MaxPool2d(2, ceil_mode=True))
         self.features = nn.Sequential(*layers)
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(width, num_classes)
+        self.initialise()
+
+    def initialise(self) -> None:
+        """Draw the convolutions' weights as He et al. (2015) do, from torch's own generator."""
+        for layer in self.modules():
+            if isinstance(layer, nn.Conv2d):
+                nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (batch, num_classes) of images (batch, channels, height, width)."""

@@ -3,21 +3,29 @@
 from prunestudy.shrink.csr import CsrLinear, to_csr
 from prunestudy.shrink.fold import fold
 from prunestudy.shrink.groups import Group, Member, find, groups
-from prunestudy.shrink.sparse import Storage, load_sparse, save_sparse, storage
+from prunestudy.shrink.narrow import Narrow, axis_of, narrow
+from prunestudy.shrink.remove import Constant, Nothing, remove
+from prunestudy.shrink.sparse import Storage, load_net, save_net, storage
 from prunestudy.shrink.view import describe, draw
 
 __all__ = [
+    "Constant",
     "CsrLinear",
     "Group",
     "Member",
+    "Narrow",
+    "Nothing",
     "Storage",
+    "axis_of",
     "describe",
     "draw",
     "find",
     "fold",
     "groups",
-    "load_sparse",
-    "save_sparse",
+    "load_net",
+    "narrow",
+    "remove",
+    "save_net",
     "storage",
     "to_csr",
 ]

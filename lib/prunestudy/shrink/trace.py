@@ -89,7 +89,9 @@ def trace(model: nn.Module, shape: tuple[int, ...]) -> Trace:
     """
     right = isinstance(shape, list | tuple) and all(type(n) is int and n > 0 for n in shape)
     require(right and 0 < len(shape) <= 4, "shape", shape, "1 to 4 positive integers, no batch")
-    probe = _Probe(fold(model).requires_grad_(True), shape)
+    # In channels_last some operations go by other names.
+    plain = fold(model).to(memory_format=torch.contiguous_format)
+    probe = _Probe(plain.requires_grad_(True), shape)
     watch = _Watch(probe.net)
     graph, outputs = _build(probe, shape, watch)
     _refuse_lost(probe.net, graph, watch)

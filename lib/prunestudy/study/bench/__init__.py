@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from prunestudy.measure import Ratio
-from prunestudy.methods import Method, Progress
+from prunestudy.methods import Context, Method, Progress
 from prunestudy.study import tables
 from prunestudy.study.records import repository, write_text
 
@@ -51,11 +51,20 @@ def all_rows() -> list[Callable[[bool], Row]]:
 
 
 def training_step(
-    net: nn.Module, method: Method, x: torch.Tensor, y: torch.Tensor
+    net: nn.Module,
+    method: Method,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    context: Context | None = None,
 ) -> Callable[[], None]:
-    """One step of the loop in the first phase of `method`, on the batch `x`, `y`, as a call."""
+    """One step of the loop in the first phase of `method`, on the batch `x`, `y`, as a call.
+
+    With `context` for methods that look at the net's inputs first.
+    """
     net = net.to(memory_format=torch.channels_last)
     method.attach(net, torch.Generator().manual_seed(0))
+    if context:
+        method.prepare(net, context)
     phase = method.phases()[0].name
     method.start(net, phase)
     sgd = torch.optim.SGD(method.parameter_groups(net, phase), lr=1e-4, momentum=0.9)

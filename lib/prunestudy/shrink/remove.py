@@ -1,0 +1,154 @@
+"""Removing channels and emptied branches for good: a smaller net of ordinary modules.
+
+Where a group loses all its channels, a layer that has nothing left to say becomes `Nothing`, one
+that has nothing left to hear becomes `Constant`: what it still emits is its bias, and a batch norm
+behind it makes of that its own constant, beta + gamma (b - mean) / sqrt(var + eps). What stays of
+a residual branch is that constant, and no multiplication.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from prunestudy.errors import require
+from prunestudy.shrink.fold import fold
+from prunestudy.shrink.groups import Group, find, groups_of, signal_remains
+from prunestudy.shrink.narrow import narrow
+from prunestudy.shrink.trace import TRANSPOSED, Trace, channels_of, trace
+
+Geometry = Mapping[str, Sequence[int]] | str | None
+_NUMBERS = ("kernel_size", "stride", "padding", "dilation", "output_padding")
+
+
+class Nothing(nn.Module):
+    """In place of a layer all of whose outputs were removed: no channel, at the layer's size.
+
+    Maps (batch, any, *places) to (batch, 0, *places of the layer's output). `geometry` as in
+    `geometry_of`; None for a layer that keeps the places (batch norm), "linear" for a linear one.
+    """
+
+    def __init__(self, geometry: Geometry) -> None:
+        super().__init__()
+        self.geometry = geometry
+
+    def forward(self, x: Tensor) -> Tensor:
+        """An empty tensor; see the class."""
+        return x.new_zeros(_output_shape(x, self.geometry, 0))
+
+    def extra_repr(self) -> str:
+        """What `print` shows of it."""
+        return f"{self.geometry}"
+
+
+class Constant(nn.Module):
+    """In place of a layer all of whose inputs were removed: a bias (channels,), or zero.
+
+    Maps (batch, any, *places) to (batch, channels, *places of the layer's output).
+    """
+
+    def __init__(self, channels: int, geometry: Geometry, bias: bool = True) -> None:
+        super().__init__()
+        self.channels, self.geometry = channels, geometry
+        self.bias = nn.Parameter(torch.zeros(channels)) if bias else None
+
+    def reset_parameters(self) -> None:
+        """Set the bias to zero."""
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The constant at every place; see the class."""
+        shape = _output_shape(x, self.geometry, self.channels)
+        if self.bias is None:
+            return x.new_zeros(1).expand(shape)
+        places = 0 if self.geometry == "linear" else len(shape) - 2
+        return self.bias.view(-1, *[1] * places).expand(shape)
+
+    def extra_repr(self) -> str:
+        """What `print` shows of it."""
+        return f"{self.channels}, bias={self.bias is not None}, {self.geometry}"
+
+
+def remove(
+    model: nn.Module, shape: tuple[int, ...], keep: Mapping[str, Sequence[int]]
+) -> nn.Module:
+    """A copy of `model`, folded, with only the channels `keep[name]` of each dependency group.
+
+    `shape` is that of an input, without the batch; groups that `keep` does not name keep all. In
+    eval mode the copy computes what `model` does with the other channels' slices at zero in the
+    layers that consume them. Raises `InputError` for a group or channel that does not exist, for
+    a net that cannot be traced, and where no signal would reach the output.
+    """
+    traced = trace(model, shape)
+    found = groups_of(traced)
+    for name, channels in keep.items():
+        _require_channels(find(found, name), channels)
+    kept = [sorted(set(keep.get(group.name, range(group.channels)))) for group in found]
+    emptied = [group for group, k in zip(found, kept, strict=True) if not k]
+    _require_signal(traced, emptied)
+    small = narrow(model, found, [torch.tensor(k, dtype=torch.long) for k in kept])
+    if emptied:
+        plain = fold(model)
+        for name in traced.layers:
+            _replace(small, name, plain.get_submodule(name))
+    return small
+
+
+def geometry_of(layer: nn.Module) -> Geometry:
+    """How the places of the output of `layer` follow from those of its input, as plain values."""
+    if isinstance(layer, nn.Linear):
+        return "linear"
+    if not hasattr(layer, "kernel_size"):
+        return None
+    values = {name: getattr(layer, name) for name in _NUMBERS}
+    if isinstance(values["padding"], str):
+        if values["padding"] == "same":
+            return None
+        values["padding"] = (0,) * len(layer.kernel_size)
+    numbers = {name: list(value) for name, value in values.items()}
+    return numbers | {"transposed": [int(isinstance(layer, TRANSPOSED))]}
+
+
+def _replace(small: nn.Module, name: str, plain: nn.Module) -> None:
+    layer = small.get_submodule(name)
+    says, hears = channels_of(layer, "out"), channels_of(layer, "in")
+    if says and hears:
+        return
+    where = geometry_of(plain)
+    bias = getattr(layer, "bias", None)
+    new = Constant(says, where, bias is not None) if says else Nothing(where)
+    if says and bias is not None:
+        new.bias = bias
+    parent, _, child = name.rpartition(".")
+    setattr(small.get_submodule(parent), child, new.train(layer.training))
+
+
+def _output_shape(x: Tensor, geometry: Geometry, channels: int) -> list[int]:
+    if geometry == "linear":
+        return [*x.shape[:-1], channels]
+    places = list(x.shape[2:])
+    if geometry is not None:
+        rows = zip(*(geometry[name] for name in _NUMBERS), strict=True)
+        back = geometry["transposed"][0]
+        places = [_after(n, *row, back) for n, row in zip(places, rows, strict=True)]
+    return [len(x), channels, *places]
+
+
+def _after(n: int, k: int, stride: int, pad: int, dilation: int, more: int, transposed: int) -> int:
+    """Places behind a convolution on `n` places."""
+    reach = dilation * (k - 1)
+    if transposed:
+        return (n - 1) * stride - 2 * pad + reach + more + 1
+    return (n + 2 * pad - reach - 1) // stride + 1
+
+
+def _require_channels(group: Group, channels: Sequence[int]) -> None:
+    inside = all(type(i) is int and 0 <= i < group.channels for i in channels)
+    allowed = f"channels of 0..{group.channels - 1}"
+    require(inside, f"keep[{group.name!r}]", list(channels), allowed)
+
+
+def _require_signal(traced: Trace, emptied: list[Group]) -> None:
+    names = ", ".join(group.name for group in emptied)
+    require(signal_remains(traced, emptied), "keep", names, "without these no signal is left")

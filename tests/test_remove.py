@@ -1,0 +1,239 @@
+"""Channels and branches removed for good, and nets of another shape stored and read."""
+
+import json
+
+import pytest
+import torch
+import torchvision
+from conftest import one_line, randomise
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import nn
+
+from prunestudy import measure, models, shrink
+from prunestudy.errors import InputError
+from prunestudy.methods.channels import Channels
+from prunestudy.shrink import Constant, Nothing
+from prunestudy.shrink.layers import make, spec_of
+from prunestudy.shrink.remove import geometry_of
+from prunestudy.shrink.sparse import _digest
+
+NETS = {
+    "mobilenet_v2": lambda: torchvision.models.mobilenet_v2(num_classes=10),
+    "resnet50": lambda: torchvision.models.resnet50(num_classes=10),
+    "googlenet": lambda: torchvision.models.googlenet(
+        num_classes=10, aux_logits=False, init_weights=False
+    ),
+}
+BLOCKS = {
+    "identity": {"stage1.1.conv1": []},
+    "strided, with a convolution as shortcut": {"stage2.0.conv1": []},
+    "two": {"stage1.2.conv1": [], "stage3.1.conv1": [], "stage3.2.conv1": [3, 5]},
+}
+
+
+def resnet(dtype=torch.float64):
+    return randomise(models.build("resnet20", (1, 8, 8), 10).to(dtype)).eval()
+
+
+def images(shape, dtype=torch.float64):
+    return torch.randn(3, *shape, generator=torch.Generator().manual_seed(0), dtype=dtype)
+
+
+def muted(net, shape, keep):
+    """`net` with the slices of all other channels at zero where they are read."""
+    for group in shrink.groups(net, shape):
+        gone = set(range(group.channels)) - set(keep.get(group.name, range(group.channels)))
+        for m in group.having("consumes"):
+            layer = net.get_submodule(m.layer)
+            places = [place for channel in gone for place in m.indices[channel]]
+            inside = [place for place in places if place < layer.weight.shape[1]]
+            layer.weight.data[:, inside] = 0
+    return net
+
+
+@pytest.mark.parametrize("blocks", BLOCKS)
+def test_an_emptied_block_leaves_its_constant_and_costs_nothing(blocks):
+    net, keep = resnet(), BLOCKS[blocks]
+    small = shrink.remove(net, (1, 8, 8), keep)
+    x = images((1, 8, 8))
+    with torch.no_grad():
+        expected, found = muted(net, (1, 8, 8), keep)(x), small(x)
+    assert (found - expected).abs().max() / expected.abs().max() < 1e-9
+    name = next(iter(keep)).removesuffix(".conv1")
+    block = small.get_submodule(name)
+    kinds = [type(m) for m in (block.conv1, block.bn1, block.conv2, block.bn2)]
+    assert kinds == [Nothing, Nothing, Constant, nn.BatchNorm2d]
+    inner = [m for m in block.modules() if isinstance(m, nn.Conv2d)]
+    assert inner == [block.shortcut] * isinstance(block.shortcut, nn.Conv2d)
+
+
+def test_the_constant_by_hand():
+    net = resnet()
+    block = shrink.remove(net, (1, 8, 8), {"stage1.1.conv1": []}).stage1[1]
+    norm = net.stage1[1].bn2
+    x = images((16, 8, 8)).abs()
+    constant = norm.bias - norm.weight * norm.running_mean / (norm.running_var + norm.eps).sqrt()
+    with torch.no_grad():
+        expected = (x + constant[:, None, None]).relu()
+        torch.testing.assert_close(block(x), expected)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_half_of_the_channels_of_well_known_nets(name):
+    torch.manual_seed(0)
+    net, shape = randomise(NETS[name]()).double().eval(), (3, 64, 64)
+    for norm in (m for m in net.modules() if isinstance(m, nn.BatchNorm2d)):
+        norm.weight.data.abs_().add_(0.5)  # else deep nets overflow or die out
+        norm.running_var.fill_(1.0)
+    scale_down(net, shape)
+    groups = shrink.groups(net, shape)
+    generator = torch.Generator().manual_seed(1)
+    keep = {
+        g.name: [0, *(torch.rand(g.channels - 1, generator=generator) < 0.5).nonzero()[:, 0] + 1]
+        for g in groups
+    }
+    keep = {group: [int(i) for i in channels] for group, channels in keep.items()}
+    keep[next(g.name for g in groups if g.skippable)] = []
+    small = shrink.remove(net, shape, keep)
+    x = images(shape)
+    with torch.no_grad():
+        expected, found = muted(net, shape, keep)(x), small(x)
+    assert expected.abs().max() > 1e-3
+    assert (found - expected).abs().max() / expected.abs().max() < 1e-9
+    open_ = torch.tensor([i in keep[g.name] for g in groups for i in range(g.channels)])
+    assert float(Channels(net, shape, "macs").cost(open_)) == measure.macs(small, shape)
+    assert float(Channels(net, shape, "parameters").cost(open_)) == measure.parameters(small)
+
+
+def scale_down(net, shape):
+    """Make each kernel's output about as large as its input."""
+    for layer in (m for m in net.modules() if isinstance(m, nn.Conv2d | nn.Linear)):
+        layer.weight.data /= layer.weight[0].numel() ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("layer", "x"),
+    [
+        (nn.Conv2d(2, 3, 3, stride=2, padding=1, dilation=2), (2, 2, 11, 9)),
+        (nn.Conv2d(2, 3, 3, padding="same"), (2, 2, 5, 6)),
+        (nn.Conv2d(2, 3, 3, padding="valid"), (2, 2, 5, 6)),
+        (nn.Conv1d(2, 3, 4, stride=3), (2, 2, 11)),
+        (nn.ConvTranspose2d(2, 3, 3, 2, padding=1, output_padding=1), (2, 2, 4, 5)),
+        (nn.Linear(2, 3), (2, 7, 2)),
+        (nn.BatchNorm2d(3), (2, 3, 4, 5)),
+    ],
+)
+def test_places_behind_a_layer_that_is_gone(layer, x):
+    like = layer(torch.zeros(x))
+    where = geometry_of(layer)
+    empty = torch.zeros((*x[:-1], 0) if isinstance(layer, nn.Linear) else (x[0], 0, *x[2:]))
+    linear = isinstance(layer, nn.Linear)
+    nothing = (*like.shape[:-1], 0) if linear else (like.shape[0], 0, *like.shape[2:])
+    assert Nothing(where)(empty).shape == nothing
+    constant = Constant(3, where)
+    constant.bias.data = torch.tensor([1.0, 2.0, 3.0])
+    found = constant(empty)
+    assert found.shape == like.shape
+    channel = found if linear else found.movedim(1, -1)
+    assert (channel == torch.tensor([1.0, 2.0, 3.0])).all()
+    assert Constant(3, where, bias=False)(empty).count_nonzero() == 0
+
+
+@pytest.mark.parametrize(
+    ("keep", "message"),
+    [
+        ({"conv9": [0]}, "group = 'conv9': allowed are conv1, conv2, fc1"),
+        ({"conv1": [20]}, "keep['conv1'] = [20]: channels of 0..19"),
+        ({"conv1": []}, "keep = 'conv1': without these no signal is left"),
+    ],
+)
+def test_what_cannot_be_removed_is_refused_in_one_line(keep, message):
+    with pytest.raises(InputError) as caught:
+        shrink.remove(models.build("lenet5", (1, 16, 16), 10), (1, 16, 16), keep)
+    assert one_line(caught) == message
+
+
+# --- stored and read
+
+
+def smaller():
+    keep = {"stage1.1.conv1": [], "stage2.0.conv2": [1, 2, 30], "stage3.2.conv1": [5]}
+    return shrink.remove(resnet(torch.float32), (1, 8, 8), keep)
+
+
+def test_a_smaller_net_comes_back_bit_for_bit(tmp_path):
+    net = smaller()
+    shrink.save_net(net, tmp_path / "net", "resnet20", (1, 8, 8), 10)
+    again = shrink.load_net(tmp_path / "net", "resnet20")
+    x = images((1, 8, 8), torch.float32)
+    with torch.no_grad():
+        assert torch.equal(again(x), net(x))
+    assert [type(m) for m in again.modules()] == [type(m) for m in net.modules()]
+    size = (tmp_path / "net").stat().st_size
+    assert shrink.storage(net, "resnet20", (1, 8, 8), 10).bytes == size
+    # and may be made smaller again
+    less = shrink.remove(again, (1, 8, 8), {"conv1": [0, 1]})
+    shrink.save_net(less, tmp_path / "less", "resnet20", (1, 8, 8), 10)
+    assert (tmp_path / "less").stat().st_size < size
+    assert shrink.load_net(tmp_path / "less").conv1.out_channels == 2
+
+
+def test_a_net_of_the_factorys_shape_names_no_layers(tmp_path):
+    shrink.save_net(resnet(torch.float32), tmp_path / "net", "resnet20", (1, 8, 8), 10)
+    with safe_open(tmp_path / "net", framework="pt") as file:
+        assert set(file.metadata()) == {"format", "factory", "sizes", "sha256"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layers: layers["stage1.1.conv2"].update(kind="Popen"),
+        lambda layers: layers["stage2.1.conv1"].update(out_channels="many"),
+        lambda layers: layers.update({"stage9.conv": layers["stage1.1.conv1"]}),
+        lambda layers: layers["stage2.1.conv1"].pop("in_channels"),
+        lambda layers: layers["stage2.1.conv1"].update(in_channels=7),
+    ],
+)
+def test_a_file_that_asks_for_something_else_is_refused(change, tmp_path):
+    shrink.save_net(smaller(), tmp_path / "net", "resnet20", (1, 8, 8), 10)
+    with safe_open(tmp_path / "net", framework="pt") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    layers = json.loads(metadata["layers"])
+    change(layers)
+    metadata["layers"] = json.dumps(layers)
+    metadata["sha256"] = _digest(tensors, metadata)
+    (tmp_path / "net").write_bytes(save(tensors, metadata))
+    with pytest.raises(InputError) as caught:
+        shrink.load_net(tmp_path / "net")
+    assert one_line(caught).endswith("does not fit today's resnet20")
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(4, 6, (3, 5), stride=2, padding=1, groups=2, bias=False),
+        nn.ConvTranspose2d(4, 6, 3, output_padding=1, stride=2),
+        nn.Linear(3, 2),
+        nn.BatchNorm2d(3, eps=1e-3, affine=False),
+        nn.Sequential(nn.Conv2d(3, 2, (3, 1), padding=(1, 0), bias=False), nn.Conv2d(2, 4, (1, 3))),
+        Constant(3, None),
+        Nothing("linear"),
+    ],
+)
+def test_layers_as_text_and_back(layer):
+    spec = json.loads(json.dumps(spec_of(layer)))
+    made = make(spec)
+    assert repr(made) == repr(layer)
+    assert spec_of(made) == spec_of(layer)
+    made.load_state_dict(layer.state_dict())
+
+
+def test_a_layer_that_cannot_be_stored_is_refused(tmp_path):
+    net = smaller()
+    net.stage1[0].bn1 = nn.GroupNorm(2, 16)
+    with pytest.raises(InputError) as caught:
+        shrink.save_net(net, tmp_path / "net", "resnet20", (1, 8, 8), 10)
+    assert one_line(caught) == "module = 'stage1.0.bn1': a layer that can be stored"
+    assert not list(tmp_path.iterdir())
