@@ -188,7 +188,7 @@ class Dpf(Method):
         parts = zip(("explore", "exploit"), movement.sum(1), strict=False)
         found = {
             "scope_weights": int(sizes.sum()),
-            "scope_sparsity": 1 - overall,
+            "scope_sparsity": float(1 - overall),
             "returns": sum(sum(u.returned) for u in self.trail.updates) / int(sizes.sum()),
             "surviving": _share(surviving.sum(), every.sum()),
             **{f"surviving_{part}": _share(kept, total) for part, (total, kept) in parts},
