@@ -135,13 +135,13 @@ class Dpf(Method):
     @torch.no_grad()
     def update(self, model: nn.Module, sparsity: float) -> None:
         """Keep the largest |w| of the stored dense weights; write the change into the trail."""
-        weights = dense_weights(model)
+        sizes = [w.abs() for w in dense_weights(model)]
         before = [m.mask.clone() for m in self.masks]
-        keep = kept_count(sum(w.numel() for w in weights), sparsity)
-        set_masks(self.masks, top_masks([w.abs() for w in weights], keep))
+        keep = kept_count(sum(size.numel() for size in sizes), sparsity)
+        set_masks(self.masks, top_masks(sizes, keep))
         self._cut = sparsity
         after = [m.mask for m in self.masks]
-        self.trail.record(self._step, self._loss, weights, before, after)
+        self.trail.record(self._step, self._loss, sizes, before, after)
 
     def end(self, model: nn.Module, phase: str) -> None:
         """Reach the target, if the last update did not."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from prunestudy.errors import InputError, require
-from prunestudy.measure import prunable_weights
+from prunestudy.shrink.sparse import PRUNABLE
 
 Scope = Literal["auto", "convolutions", "all"]
 
@@ -53,19 +53,12 @@ def masked(weight: Tensor, mask: Tensor) -> Tensor:
     return _Masked.apply(weight, mask)
 
 
-def require_sparsity(target: float | None) -> float:
-    """Return `target`, the share of the weights to remove, or raise `InputError`."""
-    ok = isinstance(target, float) and 0 < target < 1
-    require(ok, "target", target, "the share of weights to remove, above 0 and below 1")
-    return target
-
-
 def prunable_layers(model: nn.Module) -> list[nn.Module]:
     """Return the convolutions and linear layers of `model`, in order; at least one."""
-    names = [name.rpartition(".")[0] for name, _ in prunable_weights(model)]
-    if not names:
+    layers = [layer for layer in model.modules() if isinstance(layer, PRUNABLE)]
+    if not layers:
         raise InputError(f"model = {type(model).__name__}: has no convolution or linear layer")
-    return [model.get_submodule(name) for name in names]
+    return layers
 
 
 def layers_in(model: nn.Module, scope: Scope) -> list[nn.Module]:
@@ -104,9 +97,9 @@ def dense_weights(model: nn.Module) -> list[Tensor]:
 
 def layer_names(model: nn.Module) -> list[str]:
     """Names (`conv1.weight`) of the weights under the parametrisations, in order."""
-    names = [name for name, _ in prunable_weights(model)]
-    layers = {name: model.get_submodule(name.rpartition(".")[0]) for name in names}
-    return [n for n, layer in layers.items() if parametrize.is_parametrized(layer, "weight")]
+    names = {layer: name for name, layer in model.named_modules()}
+    pruned = [m for m in prunable_layers(model) if parametrize.is_parametrized(m, "weight")]
+    return [f"{names[layer]}.weight".lstrip(".") for layer in pruned]
 
 
 def kept_count(total: int, target: float) -> int:

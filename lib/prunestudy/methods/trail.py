@@ -45,20 +45,19 @@ class Trail:
         self._times = [torch.zeros_like(w, dtype=torch.uint8) for w in self._last]
         self._parts: list[tuple[list[float], list[float]]] = []
 
-    @torch.no_grad()
     def record(
         self,
         step: int,
         loss: float,
-        weights: list[Tensor],
+        sizes: list[Tensor],
         before: list[Tensor],
         after: list[Tensor],
     ) -> None:
-        """Write down that the mask of `weights` (dense) changed from `before` to `after`."""
+        """Write down that the mask of weights with |w| = `sizes` went from `before` to `after`."""
         number = len(self.updates) + 1
+        kept = self.updates[-1].kept if self.updates else self.sizes
         cut, returned, lowest = [], [], []
-        for layer, (weight, was, now) in enumerate(zip(weights, before, after, strict=True)):
-            size = weight.abs()
+        for layer, (size, was, now) in enumerate(zip(sizes, before, after, strict=True)):
             lowest.append(torch.where(now == 1, size, torch.inf).min())
             changed = (was != now).nonzero(as_tuple=True)
             gone = now[changed] == 0
@@ -69,9 +68,9 @@ class Trail:
             self._times[layer][where] += (self._times[layer][where] < 255).to(torch.uint8)
             cut.append(len(where[0]))
             returned.append(len(gone) - len(where[0]))
-        kept = [int(mask.count_nonzero()) for mask in after]
+        kept = tuple(k - c + r for k, c, r in zip(kept, cut, returned, strict=True))
         threshold = torch.stack(lowest).min().item()
-        self.updates.append(Update(step, threshold, loss, tuple(kept), tuple(cut), tuple(returned)))
+        self.updates.append(Update(step, threshold, loss, kept, tuple(cut), tuple(returned)))
 
     @torch.no_grad()
     def move(self, weights: list[Tensor]) -> None:
