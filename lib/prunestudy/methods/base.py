@@ -119,6 +119,9 @@ class Method:
         """Parts of the training in order; their shares sum to 1."""
         return (Phase("train"),)
 
+    def check(self, model: nn.Module) -> None:
+        """Refuse a `model` that the method cannot work on; looks at shapes only (meta device)."""
+
     def attach(self, model: nn.Module, generator: torch.Generator) -> None:
         """Put gates or masks on `model`, in place; random draws come from `generator`."""
 
@@ -169,6 +172,10 @@ class Method:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """What figures need of the run (small: 1 MB in all)."""
+        return {}
+
+    def per_weight(self) -> dict[str, np.ndarray]:
+        """What is known of single weights; kept beside the weights, of any size, not tracked."""
         return {}
 
     def state(self) -> dict[str, Any]:

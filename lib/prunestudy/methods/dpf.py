@@ -217,7 +217,7 @@ class Dpf(Method):
 
     def per_weight(self) -> dict[str, np.ndarray]:
         """When and at what magnitude each weight was cut; see `Trail.per_weight`."""
-        return self.trail.per_weight()
+        return self.trail.per_weight([m.mask for m in self.masks])
 
     def state(self) -> dict[str, Any]:
         """The trail, and how far the schedule is."""

@@ -127,10 +127,10 @@ class Trail:
             "trail_layers": np.frombuffer("\n".join(self.names).encode(), dtype=np.uint8),
         }
 
-    def per_weight(self) -> dict[str, np.ndarray]:
+    def per_weight(self, masks: list[Tensor]) -> dict[str, np.ndarray]:
         """One value per weight and layer: `NAME:when` (number of the last update that cut it, 0 for
-        never), `NAME:magnitude` (|w| then), `NAME:times` (how often it was cut, at most 255);
-        and `step`, `threshold` of every update.
+        never), `NAME:magnitude` (|w| then), `NAME:times` (how often it was cut, at most 255),
+        `NAME:kept` (in the final `masks`); and `step`, `threshold` of every update.
         """
         found = {
             "step": np.array([u.step for u in self.updates], dtype=np.int32),
@@ -140,6 +140,7 @@ class Trail:
             for kind in ("when", "magnitude", "times"):
                 tensor = getattr(self, f"_{kind}")[layer]
                 found[f"{name}:{kind}"] = tensor.cpu().contiguous().numpy()
+            found[f"{name}:kept"] = (masks[layer] == 1).cpu().contiguous().numpy()
         return found
 
     def state(self) -> dict[str, Any]:

@@ -42,6 +42,15 @@ class RunSettings(BaseModel):
     evaluate: Literal["test", "validation"] = "test"
     parent: "RunSettings | None" = None
 
+    def filled(self) -> "RunSettings":
+        """The same with today's defaults for parameters that did not exist when it was written.
+
+        Raises `InputError` for parameters that are not valid any more.
+        """
+        params = methods.params_of(self.method, self.params).model_dump(mode="json")
+        parent = self.parent.filled() if self.parent else None
+        return self.model_copy(update={"params": params, "parent": parent})
+
     @property
     def run(self) -> str:
         """Name of the run: method, model, data set and a hash of all that is not a default."""
@@ -103,8 +112,6 @@ def resolve(
         )
     except ValidationError as error:
         raise InputError(first_error(error)) from None
-    if target:
-        methods.build(method, settings.params, target.value, target.kind)
     _fits(settings, known)
     return settings
 
@@ -180,7 +187,10 @@ def _takes(kind: type[methods.Method]) -> str:
 def _fits(settings: RunSettings, known: datasets.DatasetInfo) -> None:
     # A net that cannot take these images says so here.
     with torch.device("meta"):
-        models.build(settings.model, (known.channels, known.height, known.width), 1)
+        shape = (known.channels, known.height, known.width)
+        net = models.build(settings.model, shape, known.num_classes)
+    target = (settings.target.value, settings.target.kind) if settings.target else ()
+    methods.build(settings.method, settings.params, *target).check(net)
     shift, side = settings.recipe.shift, min(known.height, known.width)
     require(shift < side, "shift", shift, f"below {side}, the images' size in pixels")
     total = known.train_images
