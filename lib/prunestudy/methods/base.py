@@ -120,7 +120,7 @@ class Method:
         return (Phase("train"),)
 
     def check(self, model: nn.Module) -> None:
-        """Refuse a `model` that the method cannot work on; looks at shapes only (meta device)."""
+        """Raise `InputError` for a net that the method cannot take; `model` is only looked at."""
 
     def attach(self, model: nn.Module, generator: torch.Generator) -> None:
         """Put gates or masks on `model`, in place; random draws come from `generator`."""

@@ -112,7 +112,8 @@ def resolve(
         )
     except ValidationError as error:
         raise InputError(first_error(error)) from None
-    _fits(settings, known)
+    wanted = (target.value, target.kind) if target else ()
+    _fits(settings, known, methods.build(method, settings.params, *wanted))
     return settings
 
 
@@ -184,13 +185,10 @@ def _takes(kind: type[methods.Method]) -> str:
     return f"the share of {what} to remove, above 0 and below 1" if what else "no target"
 
 
-def _fits(settings: RunSettings, known: datasets.DatasetInfo) -> None:
-    # A net that cannot take these images says so here.
+def _fits(settings: RunSettings, known: datasets.DatasetInfo, method: methods.Method) -> None:
+    # A net that cannot take these images says so here, and a method that cannot take the net.
     with torch.device("meta"):
-        shape = (known.channels, known.height, known.width)
-        net = models.build(settings.model, shape, known.num_classes)
-    target = (settings.target.value, settings.target.kind) if settings.target else ()
-    methods.build(settings.method, settings.params, *target).check(net)
+        method.check(models.build(settings.model, (known.channels, known.height, known.width), 1))
     shift, side = settings.recipe.shift, min(known.height, known.width)
     require(shift < side, "shift", shift, f"below {side}, the images' size in pixels")
     total = known.train_images
