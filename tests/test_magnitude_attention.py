@@ -2,6 +2,7 @@ import copy
 import math
 from itertools import pairwise
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -15,6 +16,8 @@ from prunestudy.methods.masks import cubic_sparsity, dense_weights, kept_count, 
 from prunestudy.methods.trail import Trail
 from prunestudy.study import cli, settings
 from prunestudy.study.audit import weight_line
+from prunestudy.study.bench import magnitude_attention as bench
+from prunestudy.study.figures import magnitude_attention as drawings
 from prunestudy.study.records import canonical, checksum
 from prunestudy.train import Recipe, train
 
@@ -693,7 +696,7 @@ def test_show_tells_of_weights_that_came_back(done, store):
     said = weight_line(store, run, "fc1", "0,0")
     assert said.startswith(f"fc1.weight[0, 0]: kept; last cut at mask update 2 of {steps} (step 8)")
     assert said.endswith("and came back; cut 3 times in all")
-    assert weight_line(store, run, "fc1", "1").endswith("cut 4 times, the ones before it came back")
+    assert weight_line(store, run, "fc1", "1").endswith("; cut 4 times, and back each time before")
 
 
 @pytest.mark.parametrize(
@@ -711,6 +714,42 @@ def test_a_weight_that_is_not_there_is_refused_in_one_line(done, store, layer, i
     with pytest.raises(InputError) as caught:
         weight_line(store, done[0].run, layer, index)
     assert one_line(caught).startswith(said)
+
+
+def test_figures_of_a_run(done, store):
+    run = done[0].run
+    arrays = store.arrays(run)
+    assert drawings.layers_of(arrays) == ["fc1", "fc2", "fc3"]
+    top, bottom = drawings.flow(store, run).axes
+    bars = np.array([bar.get_height() for bar in top.patches]) * arrays["trail_size"].sum() / 100
+    returned, cut = np.split(bars.round().astype(int), 2)
+    assert returned.tolist() == arrays["trail_returned"].sum(1).tolist()
+    assert (-cut).tolist() == arrays["trail_cut"].sum(1).tolist()
+    assert bottom.lines[0].get_ydata()[-1] == pytest.approx(10, abs=0.01)
+    (axes,) = drawings.layers_over_time(store, run).axes
+    assert [line.get_label() for line in axes.lines] == ["fc1", "fc2", "fc3", "whole net"]
+    assert [line.get_ydata()[0] for line in axes.lines] == [100] * 4
+    start, *_, end = drawings.attention_histograms(store, run).axes
+    assert (start.get_title(), end.get_title()) == ("at the start", "after epoch 3")
+    (panel,) = drawings.updates_by_layer(store, {"MAP": run}).axes
+    heights = [bar.get_height() for bar in panel.patches]
+    assert sum(heights[:3]) == pytest.approx(100, rel=1e-5)
+    share = store.load(run)["metrics"]["surviving"]
+    assert sum(heights[3:]) == pytest.approx(100 * share, rel=1e-5)
+    plt.close("all")
+
+
+def test_bench_rows_call_what_they_say():
+    """Ours makes a mask at each call; torch's leaves the net as it was, for the next call."""
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3))
+    before = copy.deepcopy(net.state_dict())
+    bench._torch_masks(net)()
+    assert {k: v.tolist() for k, v in net.state_dict().items()} == {
+        k: v.tolist() for k, v in before.items()
+    }
+    bench._our_masks(net)()
+    kept = sum(int(layer.weight.count_nonzero()) for layer in net)
+    assert kept == kept_count(4 * 9 + 16 * 9, 0.9)
 
 
 def test_a_run_without_such_a_file_is_refused_in_one_line(runner, store):

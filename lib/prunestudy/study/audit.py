@@ -38,7 +38,7 @@ def _fate(cuts: dict[str, np.ndarray], name: str, place: tuple[int, ...]) -> str
     size = cuts[f"{name}:magnitude"][place]
     when = f"at mask update {number} of {len(steps)} (step {steps[number - 1]})"
     why = f"|w| = {size:.4g}, the smallest kept was {threshold:.4g}"
-    before = "" if times == 1 else f"; cut {times} times, the ones before it came back"
+    before = "" if times == 1 else f"; cut {times} times, and back each time before"
     if cuts[f"{name}:kept"][place]:
         return f"kept; last cut {when}, {why}, and came back; cut {times} times in all"
     return f"cut for good {when}: {why}{before}"

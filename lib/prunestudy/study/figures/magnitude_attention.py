@@ -21,22 +21,23 @@ def flow(store: Store, run: str) -> Figure:
     style()
     found = store.arrays(run)
     step, total = found["trail_step"], found["trail_size"].sum()
+    method = store.load(run)["settings"]["method"]
     width = 0.8 * np.diff(step, prepend=0)
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(7.2, 5), sharex=True, height_ratios=(3, 2))
     left, back = (100 * found[f"trail_{kind}"].sum(1) / total for kind in ("cut", "returned"))
     top.bar(step, back, width, color=COLOURS["magnitude"], label="come back")
-    top.bar(step, -left, width, color=_OURS, label="leave")
+    top.bar(step, -left, width, color=COLOURS[method], label="leave")
     top.axhline(0, color="black", lw=0.8)
     # A linear middle, so that the few that return can be seen beside the many that leave.
-    top.set_yscale("symlog", linthresh=max(0.01, float(np.median(back))))
-    top.set_ylim(-2 * max(left.max(initial=0), 0.02), 3 * max(back.max(initial=0), 0.02))
+    top.set_yscale("symlog", linthresh=0.1)
+    top.set_ylim(-2 * max(left.max(initial=0), 0.1), 3 * max(back.max(initial=0), 0.1))
     top.yaxis.set_major_formatter(lambda value, _: f"{abs(value):g}")
     top.set(ylabel="% of the weights")
     top.legend(fontsize=8, loc="lower right", ncols=2)
-    top.set_title(
-        f"connections at each mask update, {title_of(store.load(run)['settings']['method'])}"
+    top.set_title(f"connections at each mask update, {title_of(method)}")
+    bottom.plot(
+        step, 100 * found["trail_kept"].sum(1) / total, color=COLOURS[method], label="kept, %"
     )
-    bottom.plot(step, 100 * found["trail_kept"].sum(1) / total, color=_OURS, label="kept, %")
     bottom.plot(step, found["trail_loss"], color=COLOURS["dense"], lw=1, label="training loss")
     bottom.set(xlabel="training step", yscale="log")
     bottom.yaxis.set_major_formatter("{x:g}")
