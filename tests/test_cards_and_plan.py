@@ -116,12 +116,13 @@ def test_a_card_that_is_no_toml_is_refused_in_one_line(card_file):
 def test_what_the_cards_name_is_there(card):
     """A misspelt name in a claim would only ever say that there are no runs."""
     metrics = {*RUN_COLUMNS, "kept_scale", "metric"}
+    metrics |= {"surviving", "layer_focus"}
     for test in (test for claim in card.claims for test in claim.tests):
         assert {test.method, test.against} <= set(methods.names())
         assert test.model in models.names()
         assert test.dataset in datasets.names()
         assert test.metric in metrics
-        assert test.method != test.against
+        assert (test.method, test.variant) != (test.against, test.against_variant)
         assert test.target is None or 0 < test.target < 1
     assert len({claim.id for claim in card.claims}) == len(card.claims)
     for number in card.published:

@@ -2,6 +2,7 @@
 
 from prunestudy.measure.cost import (
     closed_form_macs,
+    layer_macs,
     layer_sparsity,
     macs,
     nonzero_macs,
@@ -25,6 +26,7 @@ __all__ = [
     "evaluate",
     "interleave",
     "latency",
+    "layer_macs",
     "layer_sparsity",
     "macs",
     "nonzero_macs",

@@ -94,27 +94,34 @@ def closed_form_macs(model: nn.Module, shape: tuple[int, ...]) -> int:
 
     Sees convolution and linear modules only. For a transposed convolution it is input positions.
     """
-    return _layer_macs(model, shape, Tensor.numel)
+    return sum(_layer_macs(model, shape, Tensor.numel).values())
 
 
 def nonzero_macs(model: nn.Module, shape: tuple[int, ...]) -> int:
     """MACs of one input of `shape` that a net needs which skips every zero weight."""
-    return _layer_macs(model, shape, lambda weight: int(weight.count_nonzero()))
+    return sum(_layer_macs(model, shape, lambda weight: int(weight.count_nonzero())).values())
 
 
-def _layer_macs(model: nn.Module, shape: tuple[int, ...], count: Callable[[Tensor], int]) -> int:
+def layer_macs(model: nn.Module, shape: tuple[int, ...]) -> dict[str, int]:
+    """The same as `closed_form_macs`, layer by layer, by the name of the weight."""
+    return _layer_macs(model, shape, Tensor.numel)
+
+
+def _layer_macs(
+    model: nn.Module, shape: tuple[int, ...], count: Callable[[Tensor], int]
+) -> dict[str, int]:
     plain = _copy(model)
-    total = 0
+    names = {layer: f"{name}.weight".lstrip(".") for name, layer in _layers(plain)}
+    found = dict.fromkeys(names.values(), 0)
 
     def add(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        nonlocal total
-        total += _positions(layer, inputs[0], output) * count(layer.weight)
+        found[names[layer]] += _positions(layer, inputs[0], output) * count(layer.weight)
 
-    for _, layer in _layers(plain):
+    for layer in names:
         layer.register_forward_hook(add)
     with torch.inference_mode():
         plain(zeros(plain, shape, 1))
-    return total
+    return found
 
 
 def _positions(layer: nn.Module, x: Tensor, y: Tensor) -> int:

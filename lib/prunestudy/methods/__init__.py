@@ -6,12 +6,19 @@ from pydantic import ValidationError
 
 from prunestudy.errors import InputError, require_one_of
 from prunestudy.methods.base import TARGETS, Context, Method, Params, Phase, Progress
+from prunestudy.methods.dpf import Dpf
 from prunestudy.methods.l1 import L1
 from prunestudy.methods.magnitude import GradualMagnitude, Magnitude, Random
+from prunestudy.methods.magnitude_attention import MagnitudeAttention
+from prunestudy.methods.snip import Snip
 from prunestudy.methods.sparse_gates import SparseGates
 
 _METHODS: dict[str, type[Method]] = {
-    cls.name: cls for cls in (Method, SparseGates, Magnitude, GradualMagnitude, Random, L1)
+    cls.name: cls
+    for cls in (
+        *(Method, SparseGates, Magnitude, GradualMagnitude, Random, L1),
+        *(MagnitudeAttention, Dpf, Snip),
+    )
 }
 
 __all__ = [

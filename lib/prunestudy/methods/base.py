@@ -1,5 +1,6 @@
 """What the training loop asks of a method."""
 
+import math
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -50,13 +51,17 @@ class Phase:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where the training is: `step` of `steps` (from 0) within `phase`, and over all phases."""
+    """Where the training is: `step` of `steps` (from 0) within `phase`, and over all phases.
+
+    `loss` is that of the step, known from its backward pass on.
+    """
 
     phase: str
     step: int
     steps: int
     total_step: int
     total_steps: int
+    loss: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -114,6 +119,9 @@ class Method:
         """Parts of the training in order; their shares sum to 1."""
         return (Phase("train"),)
 
+    def check(self, model: nn.Module) -> None:
+        """Raise `InputError` for a net that the method cannot take; `model` is only looked at."""
+
     def attach(self, model: nn.Module, generator: torch.Generator) -> None:
         """Put gates or masks on `model`, in place; random draws come from `generator`."""
 
@@ -164,6 +172,10 @@ class Method:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """What figures need of the run (small: 1 MB in all)."""
+        return {}
+
+    def per_weight(self) -> dict[str, np.ndarray]:
+        """What is known of single weights; kept beside the weights, of any size, not tracked."""
         return {}
 
     def state(self) -> dict[str, Any]:

@@ -42,6 +42,15 @@ class RunSettings(BaseModel):
     evaluate: Literal["test", "validation"] = "test"
     parent: "RunSettings | None" = None
 
+    def filled(self) -> "RunSettings":
+        """The same with today's defaults for parameters that did not exist when it was written.
+
+        Raises `InputError` for parameters that are not valid any more.
+        """
+        params = methods.params_of(self.method, self.params).model_dump(mode="json")
+        parent = self.parent.filled() if self.parent else None
+        return self.model_copy(update={"params": params, "parent": parent})
+
     @property
     def run(self) -> str:
         """Name of the run: method, model, data set and a hash of all that is not a default."""
@@ -103,9 +112,8 @@ def resolve(
         )
     except ValidationError as error:
         raise InputError(first_error(error)) from None
-    if target:
-        methods.build(method, settings.params, target.value, target.kind)
-    _fits(settings, known)
+    wanted = (target.value, target.kind) if target else ()
+    _fits(settings, known, methods.build(method, settings.params, *wanted))
     return settings
 
 
@@ -177,10 +185,10 @@ def _takes(kind: type[methods.Method]) -> str:
     return f"the share of {what} to remove, above 0 and below 1" if what else "no target"
 
 
-def _fits(settings: RunSettings, known: datasets.DatasetInfo) -> None:
-    # A net that cannot take these images says so here.
+def _fits(settings: RunSettings, known: datasets.DatasetInfo, method: methods.Method) -> None:
+    # A net that cannot take these images says so here, and a method that cannot take the net.
     with torch.device("meta"):
-        models.build(settings.model, (known.channels, known.height, known.width), 1)
+        method.check(models.build(settings.model, (known.channels, known.height, known.width), 1))
     shift, side = settings.recipe.shift, min(known.height, known.width)
     require(shift < side, "shift", shift, f"below {side}, the images' size in pixels")
     total = known.train_images

@@ -7,7 +7,7 @@ model, optimisers, method, generator and history are in the checkpoint.
 
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +138,7 @@ class _Loop:
         value = loss.item() if extra is None else (loss + extra).item()
         if not math.isfinite(value):
             return False
+        progress = replace(progress, loss=value)
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         (loss if extra is None else loss + extra).backward()
