@@ -284,7 +284,7 @@ def test_unknown_profiles_and_papers_are_refused(toy_card, profile, chosen, mess
     [
         ('{ method = "random" }', '{ method = "rnd" }', "method = 'rnd': allowed are dense"),
         ('model = "lenet300"', 'model = "lenet"', "model = 'lenet': allowed are lenet300"),
-        ('dataset = "digits"', 'dataset = "digit"', "dataset = 'digit': allowed are digits"),
+        ('dataset = "digits"', 'dataset = "digit"', "dataset = 'digit': allowed are cifar10"),
         ("validation = 200", "validation = 1437", "validation = 1437: below 1437"),
         (
             '{ method = "random" }',
@@ -532,8 +532,8 @@ BAD = [
     ({"model": "vgg"}, "model = 'vgg': allowed are lenet300"),
     ({"model": 5}, "model = 5: allowed are lenet300"),
     ({"method": "lasso"}, "method = 'lasso': allowed are dense"),
-    ({"dataset": "cifar"}, "dataset = 'cifar': allowed are digits"),
-    ({"dataset": 5}, "dataset = 5: allowed are digits"),
+    ({"dataset": "cifar"}, "dataset = 'cifar': allowed are cifar10"),
+    ({"dataset": 5}, "dataset = 5: allowed are cifar10"),
     ({"lr": -1.0}, "lr = -1.0: "),
     ({"lr": "abc"}, "lr = 'abc': "),
     ({"epochs": 0}, "epochs = 0: "),
