@@ -300,6 +300,12 @@ def test_random_serves_weights_and_channels():
     assert shapes["macs"] != full != shapes["parameters"]
 
 
+def test_a_scope_is_of_weights():
+    with pytest.raises(InputError) as caught:
+        methods.build("random", {"scope": "convolutions"}, 0.5, "macs")
+    assert one_line(caught) == "scope = 'convolutions': all, where channels are removed"
+
+
 def test_become_keeps_the_object():
     net, small = nn.Sequential(nn.Linear(3, 3)), nn.Sequential(nn.Linear(3, 1))
     inner = small[0]
@@ -390,7 +396,9 @@ def test_an_unreachable_target_is_said_so_in_the_record(name):
 # --- from scratch
 
 
-@pytest.mark.parametrize("name", ["lenet5", "lenet300", "mlp", "resnet20", "vgg16_cifar"])
+@pytest.mark.parametrize(
+    "name", ["lenet5", "lenet300", "mlp", "resnet20", "wrn28_2", "vgg16_cifar"]
+)
 def test_reinitialised_is_freshly_built(name):
     torch.manual_seed(5)
     fresh = models.build(name, (1, 16, 16), 10)

@@ -134,6 +134,9 @@ def test_counts_by_hand():
     assert measure.parameters(net) == (36 + 4) + 8 + 48 + (15 + 5) + 10
     assert measure.macs(net, (2, 6, 6)) == 9 * 36 + 9 * 48 + 15 + 10
     assert measure.closed_form_macs(net, (2, 6, 6)) == 9 * 36 + 9 * 48 + 15 + 10
+    by_layer = measure.layer_macs(net, (2, 6, 6))
+    assert sum(by_layer.values()) == 9 * 36 + 9 * 48 + 15 + 10
+    assert list(by_layer) == [name for name, _ in measure.prunable_weights(net)]
     with torch.no_grad():
         net[0].weight[0] = 0  # 9 of 36
         net[3].weight[:, 0] = 0  # 16 of 48
@@ -156,6 +159,7 @@ def test_macs_of_shared_and_functional_layers():
             return F.linear(self.fc(self.fc(x)), torch.ones(2, 3), torch.ones(2))
 
     assert measure.closed_form_macs(Twice(), (3,)) == 9 + 9
+    assert measure.layer_macs(Twice(), (3,)) == {"fc.weight": 18}
     assert measure.macs(Twice(), (3,)) == 9 + 9 + 6
     assert measure.macs(nn.Linear(3, 2), (7, 3)) == 7 * 6
     assert measure.closed_form_macs(nn.Linear(3, 2), (7, 3)) == 7 * 6

@@ -65,10 +65,11 @@ def row(tensor):
 
 def test_the_methods_are_those_of_the_design():
     names = ("dense", "sparse_gates", "magnitude", "gradual_magnitude", "random", "l1")
-    assert methods.names()[:6] == names
-    assert [methods.method_class(name).name for name in names] == list(names)
+    names += ("magnitude_attention", "dpf", "snip")
+    assert set(names) <= set(methods.names())
+    assert [methods.method_class(name).name for name in methods.names()] == list(methods.names())
     kinds = [methods.method_class(name).target_kinds for name in names]
-    assert [kind[:1] for kind in kinds] == [()] + [("sparsity",)] * 5
+    assert [kind[:1] for kind in kinds] == [()] + [("sparsity",)] * 8
     with pytest.raises(InputError, match=r"^method = .lasso.: allowed are dense, "):
         methods.method_class("lasso")
 
@@ -405,6 +406,24 @@ def test_top_masks_keeps_exactly_that_many_with_ties(keep):
     assert torch.cat([m.flatten() for m in masks]).tolist() == expected
 
 
+def test_top_masks_rank_what_is_no_number_first():
+    inf = math.inf
+    scores = [torch.tensor([1.0, math.nan, inf, -inf]), torch.tensor([math.nan, 2.0])]
+    masks = [torch.cat(top_masks(scores, keep)).tolist() for keep in (1, 3, 4, 5)]
+    assert masks[:2] == [[0, 1, 0, 0, 0, 0], [0, 1, 1, 0, 1, 0]]
+    assert masks[2:] == [[0, 1, 1, 0, 1, 1], [1, 1, 1, 0, 1, 1]]
+
+
+@pytest.mark.parametrize("levels", [3, 50, 10**6])
+def test_top_masks_are_those_of_a_stable_sort(levels):
+    generator = torch.Generator().manual_seed(levels)
+    values = torch.randint(levels, (999,), generator=generator).float()
+    for keep in (1, 10, 500, 998, 999):
+        expected = torch.zeros(999)
+        expected[values.argsort(descending=True, stable=True)[:keep]] = 1
+        assert torch.equal(torch.cat(top_masks([values[:99], values[99:]], keep)), expected)
+
+
 def test_top_masks_of_equal_scores_in_every_memory_layout():
     scores = torch.zeros(2, 3, 4, 4).to(memory_format=torch.channels_last)
     (mask,) = top_masks([scores], 17)
@@ -548,9 +567,24 @@ def test_sparsity_is_exact_when_a_phase_is_too_short_for_a_step(name):
     assert sum(int(w.count_nonzero()) for w in weights) == kept_count(total, 0.9)
 
 
-def played(name, model, target=0.8):
+class Images:
+    """What `prepare` may look at: one batch of noise in the net's own precision."""
+
+    shape, steps, task = (1, 8, 8), 1, measure.Task()
+
+    def __init__(self, side, dtype):
+        self.shape, self.dtype = (1, side, side), dtype
+        self.train = self
+
+    def epoch(self, epoch):
+        for x, y in toy_batches(side=self.shape[1]).epoch(epoch):
+            yield x.to(self.dtype), y
+
+
+def played(name, model, target=0.8, side=8):
     """`model` with the method's masks or gates decided, as at the end of a training."""
     method = attached(name, model, target=target if name in PRUNING else None)
+    method.prepare(model, Images(side, next(model.parameters()).dtype))
     for phase in method.phases():
         method.start(model, phase.name)
         if name == "sparse_gates" and phase.name == "gates":
@@ -566,7 +600,7 @@ def played(name, model, target=0.8):
 def test_the_finished_net_is_the_gated_net(name, net, dtype, tolerance):
     model = randomise(net_of(net).to(dtype))
     dense = copy.deepcopy(model).eval()
-    method = played(name, model)
+    method = played(name, model, side=NETS[net][1])
     plain = method.finish(model)
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(7, 1, *[NETS[net][1]] * 2, generator=generator, dtype=dtype)
@@ -615,7 +649,7 @@ def test_states_are_taken_back(name):
     again.load_state(copy.deepcopy(method.state()))
     assert again.kept_share(other) == method.kept_share(model)
     for key, value in method.arrays().items():
-        assert again.arrays()[key].tolist() == value.tolist()
+        assert again.arrays()[key].tobytes() == value.tobytes()
     x = torch.ones(2, 1, 8, 8)
     assert torch.equal(other.eval()(x), model.eval()(x))
     assert torch.equal(again.finish(other)(x), method.finish(model)(x))

@@ -71,6 +71,16 @@ def resnet_size(blocks, channels, classes):
     return size + layer_sizes([64, classes])
 
 
+def wide_size(blocks, factor, channels, classes):
+    """conv1, blocks of two 3x3 convolutions with a batch norm ahead of each, three projections."""
+    size, inputs = 9 * channels * 16, 16
+    for width in (16 * factor, 32 * factor, 64 * factor):
+        size += 9 * width * (inputs + (2 * blocks - 1) * width)
+        size += 2 * (inputs + (2 * blocks - 1) * width) + inputs * width
+        inputs = width
+    return size + 2 * inputs + layer_sizes([inputs, classes])
+
+
 def vgg_size(channels, classes):
     widths = [channels, *[64] * 2, *[128] * 2, *[256] * 3, *[512] * 6]
     return sum(9 * a * b + 2 * b for a, b in itertools.pairwise(widths)) + (512 + 1) * classes
@@ -84,6 +94,7 @@ def vgg_size(channels, classes):
         ("resnet32", partial(resnet_size, 5)),
         ("resnet56", partial(resnet_size, 9)),
         ("vgg16_cifar", vgg_size),
+        ("wrn28_2", partial(wide_size, 4, 2)),
     ],
 )
 def test_parameters_in_closed_form(name, size):
@@ -115,6 +126,24 @@ def test_a_block_halves_the_image_and_adds_its_shortcut():
     x = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(0))
     assert block(x).shape == (1, 32, 4, 4)
     assert torch.equal(block(x), block.shortcut(x).relu())
+
+
+def test_a_wide_block_normalises_ahead_of_both_branches():
+    net = models.build("wrn28_2", (3, 32, 32), 10)
+    convolutions = [m for m in net.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert (len(convolutions), sum(p.numel() for p in net.parameters())) == (28, 1_467_610)
+    first, second = net.stage2[:2].eval()
+    for block in (first, second):
+        torch.nn.init.zeros_(block.conv2.weight)
+    x = torch.randn(1, 32, 8, 8, generator=torch.Generator().manual_seed(0))
+    y = first(x)
+    assert torch.equal(y, first.shortcut(first.bn1(x).relu()))
+    assert y.shape == (1, 64, 4, 4)
+    assert torch.equal(second(y), y)
+    with pytest.raises(InputError, match=r"depth = 20: 6 n \+ 4"):
+        models.WideResNet(20, 2)
+    with pytest.raises(InputError, match="width = 0: at least 1"):
+        models.WideResNet(28, 0)
 
 
 def test_depth_of_a_resnet():

@@ -76,6 +76,7 @@ class Recorder(Method):
         ({"schedule": "poly", "power": 2.0}, 4, [0.4, 0.225, 0.1, 0.025]),
         ({"schedule": "poly", "warmup_steps": 2}, 4, [0.2, 0.4, 0.2, 0.1]),
         ({"schedule": "constant", "warmup_steps": 4}, 6, [0.1, 0.2, 0.3, 0.4, 0.4, 0.4]),
+        ({"schedule": "constant", "warmup_steps": 2, "warmup_from": 0.5}, 3, [0.3, 0.4, 0.4]),
     ],
 )
 def test_schedules(values, steps, expected):
@@ -107,6 +108,8 @@ def test_a_phase_may_have_a_schedule_of_its_own():
         ("weight_decay", -1e-4),
         ("schedule", "linear"),
         ("warmup_steps", -1),
+        ("warmup_from", -0.1),
+        ("warmup_from", 1.1),
         ("gamma", 0.0),
         ("gamma", 1.1),
         ("power", 0.0),
@@ -306,6 +309,8 @@ VARIANTS = {
     "random": {},
     "gradual_magnitude": {"harden": 0.6, "period": 3},
     "l1": {"harden": 0.6},
+    "magnitude_attention": {"period": 3, "ramp": 0.6},
+    "dpf": {"period": 3},
     "sparse_gates": {"harden": 0.6, "draw": "bernoulli_then_deterministic"},
     "sparse_gates sgd": {"harden": 0.6, "gate_optimizer": "sgd", "gate_lr": 1.0},
 }

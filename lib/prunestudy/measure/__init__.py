@@ -2,12 +2,12 @@
 
 from prunestudy.measure.cost import (
     closed_form_macs,
+    layer_macs,
     layer_sparsity,
     macs,
     nonzero_macs,
     nonzeros,
     parameters,
-    positions,
     prunable_weights,
     sparsity,
 )
@@ -26,13 +26,13 @@ __all__ = [
     "evaluate",
     "interleave",
     "latency",
+    "layer_macs",
     "layer_sparsity",
     "macs",
     "nonzero_macs",
     "nonzeros",
     "parameters",
     "peak_memory_mb",
-    "positions",
     "prunable_weights",
     "ratio",
     "sparsity",

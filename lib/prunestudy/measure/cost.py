@@ -94,38 +94,34 @@ def closed_form_macs(model: nn.Module, shape: tuple[int, ...]) -> int:
 
     Sees convolution and linear modules only. For a transposed convolution it is input positions.
     """
-    return _layer_macs(model, shape, Tensor.numel)
+    return sum(_layer_macs(model, shape, Tensor.numel).values())
 
 
 def nonzero_macs(model: nn.Module, shape: tuple[int, ...]) -> int:
     """MACs of one input of `shape` that a net needs which skips every zero weight."""
-    return _layer_macs(model, shape, lambda weight: int(weight.count_nonzero()))
+    return sum(_layer_macs(model, shape, lambda weight: int(weight.count_nonzero())).values())
 
 
-def positions(model: nn.Module, shape: tuple[int, ...]) -> dict[str, int]:
-    """How often each weight of a convolution or linear layer is used for one input of `shape`.
+def layer_macs(model: nn.Module, shape: tuple[int, ...]) -> dict[str, int]:
+    """The same as `closed_form_macs`, layer by layer, by the name of the weight."""
+    return _layer_macs(model, shape, Tensor.numel)
 
-    By the layer's name; layers that do not run are left out. MACs of a layer are its positions
-    times the elements of its weight.
-    """
-    plain, found = _copy(model), {}
 
-    def counter(name: str) -> Callable[..., None]:
-        def add(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            found[name] = found.get(name, 0) + _positions(layer, inputs[0], output)
+def _layer_macs(
+    model: nn.Module, shape: tuple[int, ...], count: Callable[[Tensor], int]
+) -> dict[str, int]:
+    plain = _copy(model)
+    names = {layer: f"{name}.weight".lstrip(".") for name, layer in _layers(plain)}
+    found = dict.fromkeys(names.values(), 0)
 
-        return add
+    def add(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        found[names[layer]] += _positions(layer, inputs[0], output) * count(layer.weight)
 
-    for name, layer in _layers(plain):
-        layer.register_forward_hook(counter(name))
+    for layer in names:
+        layer.register_forward_hook(add)
     with torch.inference_mode():
         plain(zeros(plain, shape, 1))
     return found
-
-
-def _layer_macs(model: nn.Module, shape: tuple[int, ...], count: Callable[[Tensor], int]) -> int:
-    used, weights = positions(model, shape), dict(prunable_weights(model))
-    return sum(n * count(weights[f"{name}.weight".lstrip(".")]) for name, n in used.items())
 
 
 def _positions(layer: nn.Module, x: Tensor, y: Tensor) -> int:

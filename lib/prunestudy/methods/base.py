@@ -174,6 +174,10 @@ class Method:
         """What figures need of the run (small: 1 MB in all)."""
         return {}
 
+    def per_weight(self) -> dict[str, np.ndarray]:
+        """What is known of single weights; kept beside the weights, of any size, not tracked."""
+        return {}
+
     def state(self) -> dict[str, Any]:
         """Everything not in the model's state that a resumed run needs (tensors, plain values)."""
         return {}

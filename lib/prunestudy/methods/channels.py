@@ -10,6 +10,7 @@ gates of neighbouring layers (GDP; papers' claim 6). On zeros and ones it is wha
 costs.
 """
 
+import math
 from collections.abc import Sequence
 from itertools import accumulate
 
@@ -53,8 +54,7 @@ class Channels:
             [torch.full((group.channels,), i) for i, group in enumerate(self.groups)]
         )
         self._numbers = self._places()
-        uses = measure.positions(model, shape) if kind == "macs" else {}
-        self._count(kind, uses)
+        self._count(kind, measure.layer_macs(model, shape))
         self.dense = float(self.cost(torch.ones(self.size)))
 
     def numbers(self, layer: str, axis: str) -> Tensor | None:
@@ -151,17 +151,26 @@ class Channels:
                 numbers[here] = m.channel_of[here] + part.start
         return found
 
-    def _count(self, kind: str, uses: dict[str, int]) -> None:
+    def _count(self, kind: str, macs: dict[str, int]) -> None:
         layers = self.traced.layers
+        sizes = {
+            name: macs[f"{name}.weight"] if kind == "macs" else layer.weight.numel()
+            for name, layer in layers.items()
+            if isinstance(layer, LAYERS)
+        }
         kernels = [n for n, m in layers.items() if isinstance(m, LAYERS) and not is_follower(m)]
         self._in, self._fixed_in = self._axis(kernels, "in")
         self._out, self._fixed_out = self._axis(kernels, "out")
         self._factor = torch.tensor(
-            [uses.get(n, 1) * _each(layers[n]) for n in kernels], dtype=torch.float64
+            [
+                sizes[n] / math.prod(channels_of(layers[n], s) for s in ("in", "out"))
+                for n in kernels
+            ],
+            dtype=torch.float64,
         )
         self._single, self._constant = torch.zeros(self.size + 1, dtype=torch.float64), 0.0
         for name, layer in layers.items():
-            each = _per_channel(layer, kind, uses.get(name, 1))
+            each = _alone(layer, kind, sizes.get(name, 0)) / channels_of(layer, "out")
             numbers = self.numbers(name, "out")
             if numbers is None:
                 numbers = torch.full((channels_of(layer, "out"),), self.size)
@@ -246,16 +255,9 @@ def _useless(group: shrink.Group, silent: set[str]) -> bool:
     )
 
 
-def _each(layer: nn.Module) -> float:
-    """Weights of `layer` for a pair of an input and an output channel: k^2 / groups."""
-    return layer.weight.numel() / (channels_of(layer, "in") * channels_of(layer, "out"))
-
-
-def _per_channel(layer: nn.Module, kind: str, uses: int) -> float:
-    """What an output channel costs whatever goes in: biases, batch norm, depth-wise kernels."""
-    alone = is_follower(layer)
+def _alone(layer: nn.Module, kind: str, size: int) -> float:
+    """What the outputs cost whatever goes in: depth-wise kernels; batch norm and biases."""
     if kind == "macs":
-        depthwise = alone and isinstance(layer, LAYERS)
-        return uses * layer.weight.numel() / channels_of(layer, "out") if depthwise else 0.0
-    own = [p for name, p in layer.named_parameters() if alone or name != "weight"]
-    return sum(p.numel() for p in own) / channels_of(layer, "out")
+        return size if is_follower(layer) else 0
+    own = [p for name, p in layer.named_parameters() if is_follower(layer) or name != "weight"]
+    return sum(p.numel() for p in own)

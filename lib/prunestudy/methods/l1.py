@@ -12,12 +12,12 @@ from pydantic import Field
 from torch import nn
 
 from prunestudy.methods.base import Params, Phase, Progress
-from prunestudy.methods.magnitude import Magnitude
+from prunestudy.methods.magnitude import Magnitude, MaskParams
 from prunestudy.methods.masks import dense_weights
 from prunestudy.methods.steering import Steering
 
 
-class L1Params(Params):
+class L1Params(MaskParams):
     """`ramp`: share of the penalty's phase in which the kept share falls to the target; `harden`:
     share of all steps after which the mask is fixed; `penalty_phase_lr`: learning rate until
     then, times the recipe's.

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from prunestudy.methods.base import Method, Params, Phase, Progress
 from prunestudy.methods.masks import (
     Mask,
+    Scope,
     attach_each,
     cubic_sparsity,
     dense_weights,
@@ -26,12 +27,19 @@ from prunestudy.methods.masks import (
 )
 
 
+class MaskParams(Params):
+    """`scope`: which layers are pruned; see `layers_in`."""
+
+    scope: Scope = "all"
+
+
 class Magnitude(Method):
     """One-shot global magnitude pruning of the start weights, then fine-tuning."""
 
     name: ClassVar[str] = "magnitude"
     title: ClassVar[str] = "one-shot magnitude"
     target_kinds: ClassVar[tuple[str, ...]] = ("sparsity",)
+    Params: ClassVar[type[Params]] = MaskParams
 
     def __init__(self, params: Params, *target: Any) -> None:
         super().__init__(params, *target)
@@ -39,8 +47,8 @@ class Magnitude(Method):
         self.generator: torch.Generator | None = None
 
     def attach(self, model: nn.Module, generator: torch.Generator) -> None:
-        """Put an all-ones mask on every convolution and linear layer."""
-        self.masks, self.generator = attach_each(model, Mask), generator
+        """Put an all-ones mask on every weight in the scope."""
+        self.masks, self.generator = attach_each(model, Mask, self.params.scope), generator
 
     def start(self, model: nn.Module, phase: str) -> None:  # noqa: ARG002
         """Cut at once."""
@@ -64,7 +72,7 @@ class Magnitude(Method):
         )
 
 
-class GradualParams(Params):
+class GradualParams(MaskParams):
     """`harden`: share of all steps after which the mask is fixed; `ramp`: share of that phase in
     which the sparsity grows; `period`: steps between masks; `prune_phase_lr`: learning rate until
     then, times the recipe's.

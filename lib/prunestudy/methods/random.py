@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from prunestudy.errors import require
 from prunestudy.methods.base import Context
 from prunestudy.methods.channel_ranking import Removal
 from prunestudy.methods.channels import Channels
@@ -21,7 +22,9 @@ class Random(Magnitude):
 
     def __init__(self, *settings: Any) -> None:
         super().__init__(*settings)
-        channels = self.target_kind != "sparsity"
+        channels, scope = self.target_kind != "sparsity", self.params.scope
+        allowed = "all, where channels are removed"
+        require(not channels or scope == "all", "scope", scope, allowed)
         self.removal = Removal(self.target_kind, self.target) if channels else None
 
     def attach(self, model: nn.Module, generator: torch.Generator) -> None:

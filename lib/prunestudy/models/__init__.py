@@ -11,6 +11,7 @@ from prunestudy.models.lenet import LeNet5, LeNet300
 from prunestudy.models.mlp import MLP
 from prunestudy.models.resnet import ResNet
 from prunestudy.models.vgg import VGG16
+from prunestudy.models.wide_resnet import WideResNet
 
 __all__ = [
     "MLP",
@@ -18,6 +19,7 @@ __all__ = [
     "LeNet5",
     "LeNet300",
     "ResNet",
+    "WideResNet",
     "build",
     "describe",
     "names",
@@ -41,6 +43,7 @@ _REGISTRY = {
     "resnet20": _Entry(partial(ResNet, 20), "ResNet-20 for CIFAR, 272,282 parameters"),
     "resnet32": _Entry(partial(ResNet, 32), "ResNet-32 for CIFAR, 466,714 parameters"),
     "resnet56": _Entry(partial(ResNet, 56), "ResNet-56 for CIFAR, 855,578 parameters"),
+    "wrn28_2": _Entry(partial(WideResNet, 28, 2), "WRN-28-2 for CIFAR, 1,467,610 parameters"),
     "vgg16_cifar": _Entry(VGG16, "VGG-16 with batch norm for CIFAR, 14,724,042 parameters"),
 }
 

@@ -78,6 +78,8 @@ def _parser() -> argparse.ArgumentParser:
     show = add("show", _show, "print a run's settings, metrics, environment and history")
     show.add_argument("run_name", metavar="RUN", help="a run's name or its beginning")
     show.add_argument("--profile", default="quick")
+    cut = "say when this weight was cut, and at what magnitude"
+    show.add_argument("--weight", nargs=2, metavar=("LAYER", "INDEX"), help=cut)
     own = with_data(add("train", _train, "train one run of your own, with settings of your own"))
     own.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=_SET_HELP)
     bench = add("bench", _bench, "measure ratios side by side and write results/bench.md")
@@ -213,6 +215,11 @@ def _show(a: argparse.Namespace) -> None:
     store = _store(a)
     names = sorted(p.parent.name for p in store.records.glob("*/record.json"))
     name = _match(a.run_name, names)
+    if a.weight:
+        from prunestudy.study.audit import weight_line
+
+        print(weight_line(store, name, *a.weight))
+        return
     print(canonical(store.load(name)))
     for row in store.history(name):
         print(*(f"{key}={value}" for key, value in row.items() if value != ""))

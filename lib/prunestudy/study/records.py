@@ -4,6 +4,8 @@ results/<profile>/records/<run>/record.json          settings, metrics, versions
                                 history.csv          one row per epoch
                                 arrays.safetensors   what figures need, at most 1 MB
                                 weights.safetensors  the finished net, not tracked
+                                cuts.safetensors     when each weight was cut, where the method
+                                                     says so; not tracked, as large as the net
                                 latency.json         measured later, alone on the machine
 results/<profile>/work/<run>/   checkpoint of an unfinished run, and locks
 """
@@ -89,6 +91,10 @@ class Store:
         """File of the finished net of `run`."""
         return self.path(run) / "weights.safetensors"
 
+    def cuts(self, run: str) -> Path:
+        """File of what became of each single weight in `run`, where its method tells."""
+        return self.path(run) / "cuts.safetensors"
+
     def require_weights(self, run: str) -> None:
         """Raise `InputError` unless the net on disk is the one of the run's record."""
         found = _content(self.weights(run))
@@ -112,8 +118,8 @@ class Store:
         if record is None:
             return None
         try:
-            found = RunSettings.model_validate_json(json.dumps(record["settings"]))
-        except (ValidationError, KeyError):
+            found = RunSettings.model_validate_json(json.dumps(record["settings"])).filled()
+        except (ValidationError, KeyError, InputError):
             found = None
         if found != settings:
             raise InputError(_refusal(settings.run, "was made with other settings"))
@@ -149,11 +155,13 @@ class Store:
         history: list[dict[str, Any]],
         arrays: dict[str, np.ndarray],
         weights: Path,
+        cuts: dict[str, np.ndarray] | None = None,
     ) -> dict[str, Any]:
         """Write a finished run's folder under a temporary name, then rename it; return the record.
 
-        `weights` is the file of the finished net, moved in. A run that has a record already (its
-        weights were lost) must have come out the same; then only its weights are put back.
+        `weights` is the file of the finished net, moved in; `cuts` what the method knows of single
+        weights. A run that has a record already (its weights were lost) must have come out the
+        same; then only these two are put back.
         """
         run = record["run"]
         payload = save({key: np.ascontiguousarray(a) for key, a in arrays.items()})
@@ -170,6 +178,8 @@ class Store:
         before = self.load(run)
         if before is not None:
             _same(before, record)
+            if cuts:
+                self.cuts(run).write_bytes(save(cuts))
             weights.replace(self.weights(run))
             return before
         temporary = self.work(run) / "finished"
@@ -177,6 +187,8 @@ class Store:
         temporary.mkdir(parents=True)
         (temporary / "history.csv").write_text(text, encoding="utf-8")
         (temporary / "arrays.safetensors").write_bytes(payload)
+        if cuts:
+            (temporary / "cuts.safetensors").write_bytes(save(cuts))
         weights.replace(temporary / "weights.safetensors")
         (temporary / "record.json").write_text(canonical(record), encoding="utf-8")
         self.records.mkdir(parents=True, exist_ok=True)

@@ -122,7 +122,8 @@ class Runner:
         }
         weights = self.store.work(settings.run) / "weights.safetensors"
         _save(made.model, weights, settings, data.info)
-        record = self.store.write(record, made.history, made.arrays, weights)
+        cuts = method.per_weight()
+        record = self.store.write(record, made.history, made.arrays, weights, cuts)
         shutil.rmtree(self.store.work(settings.run), ignore_errors=True)
         return record
 

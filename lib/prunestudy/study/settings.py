@@ -1,5 +1,6 @@
 """What a run is: its resolved settings, and the name that is a hash of them."""
 
+import functools
 import hashlib
 import json
 import re
@@ -41,6 +42,15 @@ class RunSettings(BaseModel):
     validation: Annotated[int, Field(ge=1)] = 5000
     evaluate: Literal["test", "validation"] = "test"
     parent: "RunSettings | None" = None
+
+    def filled(self) -> "RunSettings":
+        """The same with today's defaults for parameters that did not exist when it was written.
+
+        Raises `InputError` for parameters that are not valid any more.
+        """
+        params = methods.params_of(self.method, self.params).model_dump(mode="json")
+        parent = self.parent.filled() if self.parent else None
+        return self.model_copy(update={"params": params, "parent": parent})
 
     @property
     def run(self) -> str:
@@ -176,10 +186,16 @@ def _takes(kind: type[methods.Method]) -> str:
     return f"the share of {what} to remove, above 0 and below 1" if what else "no target"
 
 
+@functools.lru_cache(maxsize=32)
+def _shapes_of(model: str, shape: tuple[int, int, int]) -> torch.nn.Module:
+    """The net without numbers, to be looked at only."""
+    with torch.device("meta"):
+        return models.build(model, shape, 1)
+
+
 def _fits(settings: RunSettings, known: datasets.DatasetInfo, method: methods.Method) -> None:
     # A net that cannot take these images says so here, and a method that cannot take the net.
-    with torch.device("meta"):
-        method.check(models.build(settings.model, (known.channels, known.height, known.width), 1))
+    method.check(_shapes_of(settings.model, (known.channels, known.height, known.width)))
     shift, side = settings.recipe.shift, min(known.height, known.width)
     require(shift < side, "shift", shift, f"below {side}, the images' size in pixels")
     total = known.train_images

@@ -9,7 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field
 class Recipe(BaseModel):
     """SGD settings of a run; each phase of a method runs its own schedule from `lr` downwards.
 
-    `milestones` (of a step schedule) are shares of the phase, `shift` is in pixels.
+    The first `warmup_steps` rise from `warmup_from` (share of `lr`) to `lr`; `milestones` (of a
+    step schedule) are shares of the phase, `shift` is in pixels.
     """
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
@@ -22,6 +23,7 @@ class Recipe(BaseModel):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     schedule: Literal["constant", "cosine", "step", "poly"] = "cosine"
     warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_from: Annotated[float, Field(ge=0, le=1)] = 0.0
     milestones: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.5, 0.75)
     gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
     power: Annotated[float, Field(gt=0)] = 1.0
@@ -31,7 +33,8 @@ class Recipe(BaseModel):
     def lr_at(self, step: int, steps: int, schedule: str | None = None) -> float:
         """Learning rate of step `step` (from 0) of `steps`, by `schedule` or the recipe's own."""
         if step < self.warmup_steps:
-            return self.lr * (step + 1) / self.warmup_steps
+            first = self.lr * self.warmup_from
+            return first + (self.lr - first) * (step + 1) / self.warmup_steps
         done = step / steps
         match schedule or self.schedule:
             case "cosine":

@@ -73,7 +73,8 @@ def training_step(
     count = iter(range(10**9))
 
     def step() -> None:
-        progress = Progress(phase, next(count), 10_000, 0, 10_000)
+        step = next(count)
+        progress = Progress(phase, step, 10_000, step, 10_000)
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
         F.cross_entropy(net(x), y).backward()

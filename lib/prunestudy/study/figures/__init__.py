@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from prunestudy import datasets, methods
 from prunestudy.errors import InputError
@@ -169,7 +170,8 @@ def _zoom(axes, lowest: float, dense: float) -> None:
     """A control that fails must not flatten the others into one line."""
     span = max(dense - lowest, 0.2)
     axes.set_ylim(lowest - 0.5 * span, dense + 0.25 * span)
-    axes.text(0.01, 0.01, "values below are cut off", transform=axes.transAxes, fontsize=7)
+    place = {"transform": axes.transAxes, "va": "top", "fontsize": 7}
+    axes.text(0.01, 0.985, "values below the frame are cut off", **place)
 
 
 def layer_sparsity(store: Store, planned: list[Planned], target: float) -> Figure:
@@ -190,6 +192,7 @@ def layer_sparsity(store: Store, planned: list[Planned], target: float) -> Figur
         table, x="layer", y="kept, %", hue="method", palette=palette, ax=axes, errorbar="sd"
     )
     axes.set(yscale="log", title=f"where the weights stay, {1 - target:.0%} kept")
+    axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
     for axis_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
         axis_formatter("{x:g}")
     axes.legend(fontsize=8)

@@ -4,6 +4,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from prunestudy.study.figures import COLOURS, style, title_of
 from prunestudy.study.records import Store
@@ -42,6 +43,8 @@ def undecided(store: Store, run: str) -> Figure:
         right.plot(rows.epoch, 100 * sampled, marker="s", label="sampled")
     right.set(xlabel="epoch", ylabel="validation accuracy, %")
     right.legend(fontsize=8)
+    for panel in (left, right):
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 
 
