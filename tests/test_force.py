@@ -38,7 +38,7 @@ def context(weight_decay=0.0, shape=(1, 8, 8)):
 
 def made(name="force", target=0.05, by="energy", prepared=None, **params):
     method = methods.build(name, params, target, by)
-    method.prepare(prepared or context())
+    method.prepare(None, prepared or context())
     return method
 
 

@@ -31,13 +31,13 @@ closer than rounding can tell exert no L1 force; which components "agree" (the f
 the way descent does). Unknown: lambda for ResNet-20 and GoogLeNet.
 """
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from prunestudy.methods.base import Params, Progress
+from prunestudy.methods.base import Context, Params, Progress
 from prunestudy.methods.plain_low_rank import LowRankParams, PlainLowRank
 from prunestudy.shrink.low_rank import Layer, groups_of, layers_to_factorise
 
@@ -117,9 +117,9 @@ class Force(PlainLowRank):
     Params: ClassVar[type[Params]] = ForceParams
 
     def __init__(
-        self, params: ForceParams, target: float | None = None, kind: str | None = None
+        self, params: ForceParams, target: float | None = None, target_kind: str | None = None
     ) -> None:
-        super().__init__(params, target, kind)
+        super().__init__(params, target, target_kind)
         self.forced: list[tuple[Layer, float]] = []
         self.weight_decay = 0.0
 
@@ -128,9 +128,9 @@ class Force(PlainLowRank):
         super().check(model)
         self._strengths(model)
 
-    def prepare(self, context: Any) -> None:
+    def prepare(self, model: nn.Module, context: Context) -> None:
         """Take the images' shape, and the decay that the gradient is to be seen with."""
-        super().prepare(context)
+        super().prepare(model, context)
         self.weight_decay = context.weight_decay
 
     def attach(self, model: nn.Module, generator: torch.Generator) -> None:

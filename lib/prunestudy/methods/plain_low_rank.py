@@ -24,7 +24,7 @@ from pydantic import Field
 from torch import nn
 
 from prunestudy.errors import require
-from prunestudy.methods.base import Method, Params, Phase
+from prunestudy.methods.base import Context, Method, Params, Phase
 from prunestudy.methods.filters import portraits
 from prunestudy.shrink import (
     factorise,
@@ -73,9 +73,9 @@ class PlainLowRank(Method):
     Params: ClassVar[type[Params]] = LowRankParams
 
     def __init__(
-        self, params: LowRankParams, target: float | None = None, kind: str | None = None
+        self, params: LowRankParams, target: float | None = None, target_kind: str | None = None
     ) -> None:
-        super().__init__(params, target, kind)
+        super().__init__(params, target, target_kind)
         self.shape: tuple[int, ...] | None = None
         self._ranks: dict[str, int] = {}
         self._measures: dict[str, float] = {}
@@ -99,7 +99,7 @@ class PlainLowRank(Method):
         """Refuse patterns that name no layer of `model`."""
         self._layers(model)
 
-    def prepare(self, context: Any) -> None:
+    def prepare(self, model: nn.Module, context: Context) -> None:  # noqa: ARG002
         """Take the images' shape, which MACs depend on."""
         self.shape = context.shape
 
