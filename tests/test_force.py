@@ -1,6 +1,5 @@
 import copy
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,9 +7,9 @@ import torch
 from conftest import one_line, toy_batches
 from torch import nn
 
-from prunestudy import methods, models, shrink
+from prunestudy import measure, methods, models, shrink
 from prunestudy.errors import InputError
-from prunestudy.methods import Progress, filters
+from prunestudy.methods import Context, Progress, filters
 from prunestudy.methods.force import force, force_by_pairs
 from prunestudy.shrink import low_rank, ranks
 from prunestudy.train import Recipe, train
@@ -32,8 +31,19 @@ def regulariser(weight, kind):
     return 0.5 * distance.square().sum() if kind == "l2" else distance.sum()
 
 
-def context(weight_decay=0.0, shape=(1, 8, 8)):
-    return SimpleNamespace(shape=shape, weight_decay=weight_decay)
+class Doubles:
+    """Batches in float64."""
+
+    def __init__(self, batches):
+        self.batches, self.info = batches, batches.info
+
+    def ordered(self, size):
+        return ((x.double(), y) for x, y in self.batches.ordered(size))
+
+
+def context(weight_decay=0.0, doubles=False):
+    held_out = Doubles(toy_batches(seed=1)) if doubles else toy_batches(seed=1)
+    return Context(toy_batches(), held_out, measure.Task(), torch.device("cpu"), weight_decay)
 
 
 def made(name="force", target=0.05, by="energy", prepared=None, **params):
@@ -286,7 +296,7 @@ def test_forces_lower_the_rank_and_narrow_the_angles():
     ],
 )
 def test_finish_equals_the_net_with_projected_weights(target, kind, params):
-    method = made(target=target, by=kind, prepared=context(shape=(1, 8, 8)), **params)
+    method = made(target=target, by=kind, prepared=context(doubles=True), **params)
     net = convnet(dtype=torch.float64)
     method.attach(net, torch.Generator())
     x, before = weights(3, 1, 8, 8), copy.deepcopy(net.state_dict())
@@ -334,6 +344,9 @@ def test_measures_are_those_of_the_net_before_and_of_its_factors():
     own = {"conv1": 6, "conv2": 8, "conv3": 16}
     assert {n: found[f"factor_rank.{n}"] for n in own} == own
     assert found["factor_rank_total"] == 30
+    assert found["log2_rank_total"] == pytest.approx(math.log2(found["rank_total"]))
+    scores = measure.Task().evaluate(small, toy_batches(seed=1).ordered(), 10)
+    assert found["validation_factorised"] == scores.metric
     assert found["factor_speed_up"] == pytest.approx(ranks.speed_up_at(net, (1, 8, 8), own))
 
 
@@ -408,7 +421,8 @@ def net_after(name, epochs):
 
 
 def test_dynamic_rank_pruning_starts_full_and_narrows_each_round():
-    method = made("plain_low_rank", 0.2, "energy", fine_tune=0.75, rounds=2)
+    prepared = context(doubles=True)
+    method = made("plain_low_rank", 0.2, "energy", prepared, fine_tune=0.75, rounds=2)
     names = [p.name for p in method.phases()]
     assert names == ["train", "fine_tune", "fine_tune_1", "fine_tune_2"]
     assert [p.restart for p in method.phases()] == [False, True, False, False]

@@ -16,6 +16,7 @@ old one belongs to directions that are gone (ours).
 """
 
 import contextlib
+import math
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -76,7 +77,7 @@ class PlainLowRank(Method):
         self, params: LowRankParams, target: float | None = None, target_kind: str | None = None
     ) -> None:
         super().__init__(params, target, target_kind)
-        self.shape: tuple[int, ...] | None = None
+        self.context: Context | None = None
         self._ranks: dict[str, int] = {}
         self._measures: dict[str, float] = {}
         self._arrays: dict[str, np.ndarray] = {}
@@ -100,8 +101,8 @@ class PlainLowRank(Method):
         self._layers(model)
 
     def prepare(self, model: nn.Module, context: Context) -> None:  # noqa: ARG002
-        """Take the images' shape, which MACs depend on."""
-        self.shape = context.shape
+        """Remember the images: MACs depend on their shape, validation looks at them."""
+        self.context = context
 
     def attach(self, model: nn.Module, generator: torch.Generator) -> None:  # noqa: ARG002
         """Remember how the filters lie at the start."""
@@ -115,6 +116,7 @@ class PlainLowRank(Method):
             if self.params.rounds:
                 ranks = full_ranks(model, tuple(self.params.factorise.split()))
             self._factorise(model, ranks)
+            self._score(model)
         elif phase.startswith("fine_tune"):
             self._narrow(model)
 
@@ -127,7 +129,9 @@ class PlainLowRank(Method):
         if self._ranks or not _is_finite(model):
             return fold(model)
         self._note(model)
-        return factorise(model, self._wanted(model), self.params.variant)
+        small = factorise(model, self._wanted(model), self.params.variant)
+        self._score(small)
+        return small
 
     def views(self, model: nn.Module) -> dict[str, contextlib.AbstractContextManager]:
         """What the net would be if it were factorised now."""
@@ -143,15 +147,16 @@ class PlainLowRank(Method):
     def measures(self, model: nn.Module) -> dict[str, float]:
         """Ranks at 5% error before factorising, and the theoretical speed-up of these layers.
 
-        `rank.NAME`, `rank_total`, `rank_ratio` (mean over layers of rank / full rank), `speed_up`
-        (MACs of these layers over those of their factors at those ranks); `factor_rank.NAME`,
-        `factor_rank_total`, `factor_speed_up` the same of the factors that the net has got.
+        `rank.NAME`, `rank_total`, its log2, `rank_ratio` (mean over layers of rank / full rank),
+        `speed_up` (MACs of these layers over those of their factors at those ranks);
+        `factor_rank.NAME`, `factor_rank_total`, `factor_speed_up` the same of the factors that the
+        net has got; `validation_factorised`: the metric before any fine-tuning of them.
         """
         ranks = {name: float(len(pair[0].weight)) for name, pair in pairs_of(model).items()}
         own = {f"factor_rank.{name}": rank for name, rank in ranks.items()}
         own["factor_rank_total"] = sum(ranks.values())
-        if ranks and self.shape:
-            own["factor_speed_up"] = speed_up_of_pairs(model, self.shape)
+        if ranks and self.context:
+            own["factor_speed_up"] = speed_up_of_pairs(model, self.context.shape)
         return self._measures | own
 
     def arrays(self) -> dict[str, np.ndarray]:
@@ -184,7 +189,7 @@ class PlainLowRank(Method):
         p, kept = self.params, 1 - self.target
         patterns = tuple(p.factorise.split())
         if self.target_kind == "macs":
-            return ranks_by_macs(model, self.shape, kept, patterns)
+            return ranks_by_macs(model, self.context.shape, kept, patterns)
         if self.target_kind == "rank":
             return cheaper(model, ranks_by_share(model, kept, patterns))
         return cheaper(model, ranks_by_energy(model, kept, patterns, p.variant))
@@ -192,6 +197,14 @@ class PlainLowRank(Method):
     def _factorise(self, model: nn.Module, ranks: dict[str, int]) -> None:
         factorise_in_place(model, ranks, self.params.variant)
         self._ranks = dict(ranks)
+
+    def _score(self, model: nn.Module) -> None:
+        """Note the validation metric of the factors as they are."""
+        if self.context:
+            images = self.context.validation.ordered(512)
+            classes = self.context.validation.info.num_classes
+            scores = self.context.task.evaluate(model, images, classes)
+            self._measures["validation_factorised"] = scores.metric
 
     def _narrow(self, model: nn.Module) -> None:
         for name in self._ranks:
@@ -206,9 +219,10 @@ class PlainLowRank(Method):
         ratios = [rank / full_rank(layers[name]) for name, rank in ranks.items()]
         self._measures = {f"rank.{name}": float(rank) for name, rank in ranks.items()}
         self._measures["rank_total"] = float(sum(ranks.values()))
+        self._measures["log2_rank_total"] = math.log2(sum(ranks.values()))
         self._measures["rank_ratio"] = sum(ratios) / len(ratios)
-        if self.shape:
-            self._measures["speed_up"] = speed_up_at(model, self.shape, ranks)
+        if self.context:
+            self._measures["speed_up"] = speed_up_at(model, self.context.shape, ranks)
         self._arrays |= portraits(layers, "after")
 
     @contextlib.contextmanager
