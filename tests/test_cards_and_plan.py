@@ -116,6 +116,7 @@ def test_a_card_that_is_no_toml_is_refused_in_one_line(card_file):
 def test_what_the_cards_name_is_there(card):
     """A misspelt name in a claim would only ever say that there are no runs."""
     metrics = {*RUN_COLUMNS, "kept_scale", "metric"}
+    metrics |= {"metric_whole", "log2_rank_total", "validation_factorised"}
     for test in (test for claim in card.claims for test in claim.tests):
         assert {test.method, test.against} <= set(methods.names())
         assert test.model in models.names()
@@ -282,7 +283,7 @@ def test_unknown_profiles_and_papers_are_refused(toy_card, profile, chosen, mess
     ("old", "new", "message"),
     [
         ('{ method = "random" }', '{ method = "rnd" }', "method = 'rnd': allowed are dense"),
-        ('model = "lenet300"', 'model = "lenet"', "model = 'lenet': allowed are lenet300"),
+        ('model = "lenet300"', 'model = "lenet"', "model = 'lenet': allowed are convnet, lenet300"),
         ('dataset = "digits"', 'dataset = "digit"', "dataset = 'digit': allowed are digits"),
         ("validation = 200", "validation = 1437", "validation = 1437: below 1437"),
         (
@@ -528,8 +529,8 @@ def test_own_settings():
 
 BAD = [
     ({"colour": "red"}, "setting = 'colour': allowed are batch_size"),
-    ({"model": "vgg"}, "model = 'vgg': allowed are lenet300"),
-    ({"model": 5}, "model = 5: allowed are lenet300"),
+    ({"model": "vgg"}, "model = 'vgg': allowed are convnet, lenet300"),
+    ({"model": 5}, "model = 5: allowed are convnet, lenet300"),
     ({"method": "lasso"}, "method = 'lasso': allowed are dense"),
     ({"dataset": "cifar"}, "dataset = 'cifar': allowed are digits"),
     ({"dataset": 5}, "dataset = 5: allowed are digits"),

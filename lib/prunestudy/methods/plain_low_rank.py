@@ -78,6 +78,7 @@ class PlainLowRank(Method):
     ) -> None:
         super().__init__(params, target, target_kind)
         self.context: Context | None = None
+        self._whole: nn.Module | None = None
         self._ranks: dict[str, int] = {}
         self._measures: dict[str, float] = {}
         self._arrays: dict[str, np.ndarray] = {}
@@ -129,6 +130,7 @@ class PlainLowRank(Method):
         if self._ranks or not _is_finite(model):
             return fold(model)
         self._note(model)
+        self._whole = fold(model)
         small = factorise(model, self._wanted(model), self.params.variant)
         self._score(small)
         return small
@@ -158,6 +160,12 @@ class PlainLowRank(Method):
         if ranks and self.context:
             own["factor_speed_up"] = speed_up_of_pairs(model, self.context.shape)
         return self._measures | own
+
+    def others(self, model: nn.Module) -> dict[str, nn.Module]:  # noqa: ARG002
+        """The net before it was factorised, where no fine-tuning followed: its ranks are measured
+        at the accuracy of this one.
+        """
+        return {"whole": self._whole} if self._whole else {}
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Per layer, before and after: energy shares, pairwise angles, and small layers' filters.
