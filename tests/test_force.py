@@ -7,11 +7,12 @@ import torch
 from conftest import one_line, toy_batches
 from torch import nn
 
-from prunestudy import measure, methods, models, shrink
+from prunestudy import measure, methods, models, papers, shrink
 from prunestudy.errors import InputError
 from prunestudy.methods import Context, Progress, filters
 from prunestudy.methods.force import force, force_by_pairs
 from prunestudy.shrink import low_rank, ranks
+from prunestudy.study.settings import own_settings
 from prunestudy.train import Recipe, train
 
 KINDS = ("l2", "l1")
@@ -516,3 +517,60 @@ def test_a_layer_that_does_not_exist_is_refused(key):
             call()
         said = one_line(caught)
         assert said == f"{key} = 'conv9': a layer of the net: conv1, conv2, conv3, fc"
+
+
+# --- the card
+
+
+def test_ranks_of_the_card_give_the_published_theory():
+    sizes = {"conv3": (384, 256, 1), "conv4": (384, 384, 2), "conv5": (256, 384, 2)}
+    checked = 0
+    for table in papers.card("force").ranks:
+        for layer, rank, theory in zip(table.layers, table.ranks, table.theory, strict=False):
+            filters, channels, groups = sizes[layer]
+            assert shrink.speed_up(filters, channels, 3, rank, groups) == pytest.approx(
+                theory, abs=0.01
+            )
+            checked += 1
+    assert checked == 6
+
+
+@pytest.mark.parametrize(("method", "derived"), [("plain_low_rank", 1.09), ("force", 2.87)])
+def test_ranks_of_the_card_fit_the_nets_that_we_have(method, derived):
+    tables = [t for t in papers.card("force").ranks if t.method == method]
+    for table in tables:
+        if table.model not in models.names():
+            continue
+        shape = (1, 28, 28) if table.dataset == "mnist" else (3, 32, 32)
+        net = models.build(table.model, shape, 10)
+        full = ranks.full_ranks(net)
+        assert full == dict(zip(table.layers, table.full, strict=True))
+        if table.model == "resnet20":
+            found = dict(zip(table.layers, table.ranks, strict=True))
+            assert ranks.speed_up_at(net, shape, found) == pytest.approx(derived, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"ranks": (1, 2, 3)}, "differ in length"),
+        ({"cpu": (1.0,)}, "differ in length"),
+        ({"ranks": (21, 1)}, "above the full one"),
+        ({"ranks": (0, 1)}, "above the full one"),
+        ({"rank": (1, 1)}, "extra inputs"),
+    ],
+)
+def test_a_table_of_ranks_that_cannot_be_is_refused(change, words):
+    lenet = next(t for t in papers.card("force").ranks if t.model == "lenet5")
+    with pytest.raises(ValueError, match="(?i)" + words):
+        papers.PublishedRanks(**(lenet.model_dump() | change))
+
+
+def test_a_layer_that_does_not_exist_is_refused_before_a_run_starts():
+    for params, words in (
+        ({"params.layers": "conv9"}, "layers = 'conv9'"),
+        ({"params.factorise": "block*"}, "factorise = 'block"),
+    ):
+        with pytest.raises(InputError) as caught:
+            own_settings({"model": "convnet", "method": "force", "target": 0.05} | params)
+        assert one_line(caught).startswith(words)
