@@ -12,6 +12,8 @@ from prunestudy.errors import InputError
 from prunestudy.methods import Context, Progress, filters
 from prunestudy.methods.force import force, force_by_pairs
 from prunestudy.shrink import low_rank, ranks
+from prunestudy.study.figures import force as drawings
+from prunestudy.study.session import Session
 from prunestudy.study.settings import own_settings
 from prunestudy.train import Recipe, train
 
@@ -140,6 +142,14 @@ def test_filters_turn_towards_each_other_and_with_a_negative_strength_apart(kind
             weight = weight + sign * 0.005 * force(weight, kind)
         assert sign * (before - regulariser(weight, kind)) > 0.1
         assert torch.allclose(weight.norm(dim=1), lengths, rtol=0.02)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_force_is_the_same_on_a_gpu(kind):
+    weight = weights(32, 16, 3, 3)
+    assert torch.allclose(force(weight.cuda(), kind).cpu(), force(weight, kind), atol=1e-10)
 
 
 # --- in the training
@@ -574,3 +584,83 @@ def test_a_layer_that_does_not_exist_is_refused_before_a_run_starts():
         with pytest.raises(InputError) as caught:
             own_settings({"model": "convnet", "method": "force", "target": 0.05} | params)
         assert one_line(caught).startswith(words)
+
+
+# --- figures and the study
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """The quick profile at one seed and one epoch, trained once."""
+    folder = tmp_path_factory.mktemp("results")
+    made = Session("force", "quick", seeds=1, epochs=1, results=folder, device="cpu", show=False)
+    made.run()
+    return made
+
+
+def test_records_of_the_study_hold_ranks_and_both_scores(study):
+    for item in study.planned:
+        record = study.store.read(item.settings)
+        assert record["status"] == "done"
+        if item.settings.target is None:
+            continue
+        metrics = record["metrics"]
+        layers = [metrics[f"rank.conv{i}"] for i in (1, 2, 3)]
+        assert metrics["rank_total"] == sum(layers)
+        assert ("metric_whole" in metrics) == (item.settings.target.kind == "energy")
+        assert 0 <= metrics["validation_factorised"] <= 1
+        pairs = low_rank.pairs_of(study.runner.net(item.settings))
+        assert {n: len(p[0].weight) for n, p in pairs.items()} == {
+            n.removeprefix("factor_rank."): rank
+            for n, rank in metrics.items()
+            if n.startswith("factor_rank.")
+        }
+        assert metrics["macs"] < metrics["dense_macs"]
+
+
+def test_table_of_ranks_and_its_published_neighbours(study):
+    found = drawings.ranks_table(study.store, study.planned)
+    assert list(found[found.variant == ""].groupby("method").size().items()) == [
+        ("force", 3),
+        ("plain_low_rank", 3),
+    ]
+    assert list(found.full[:3]) == [25, 32, 64]
+    wide = drawings.ranks_beside_published(found, study.card)
+    assert not any("published" in name or "[P]" in name for name in wide)
+    lenet = found.assign(model="lenet5", layer=found.layer.str.replace("conv3", "fc1"))
+    wide = drawings.ranks_beside_published(lenet, study.card).set_index("layer")
+    (column,) = [name for name in wide if name.startswith("LeNet, L2 force 1e-4")]
+    assert column.endswith("[D]")
+    assert wide[column].dropna().to_dict() == {"conv1": 6, "conv2": 17}
+
+
+def test_figures_say_what_is_missing(study, tmp_path):
+    empty = Session("force", "quick", results=tmp_path, device="cpu", show=False)
+    nothing = drawings.ranks_table(empty.store, empty.planned)
+    for draw in (
+        lambda: drawings.rank_per_layer(nothing, empty.card, "convnet", "digits"),
+        lambda: drawings.speed_up(empty.store, empty.planned, empty.runs),
+        lambda: drawings.fine_tuning(empty.store, empty.planned),
+        lambda: drawings.strengths(study.store, study.planned),
+    ):
+        with pytest.raises(InputError, match=r"^figure = .*: no finished run"):
+            draw()
+    assert drawings.ranks_beside_published(nothing, empty.card).empty
+
+
+@pytest.mark.parametrize("method", ["gradual_magnitude", "dense"])
+def test_a_factorised_net_is_trained_and_pruned_further(runner, method):
+    own = {"model": "convnet", "epochs": 1, "batch_size": 64}
+    parent = own_settings(own | {"method": "force", "target": 0.75, "target_kind": "rank"})
+    target = {"target": 0.5} if method != "dense" else {}
+    child = own_settings(own | {"method": method} | target)
+    child = child.model_copy(update={"parent": parent})
+    metrics = runner.ensure(child)["metrics"]
+    before, after = runner.net(parent), runner.net(child)
+    assert [n for n, _ in after.named_parameters()] == [n for n, _ in before.named_parameters()]
+    weights = sum(w.numel() for _, w in measure.prunable_weights(before))
+    kept = sum(int(w.count_nonzero()) for _, w in measure.prunable_weights(after))
+    assert kept == (round(weights / 2) if target else weights)
+    dense = sum(w.numel() for _, w in measure.prunable_weights(convnet()))
+    assert metrics["sparsity"] == pytest.approx(1 - kept / dense)
+    assert metrics["dense_parameters"] == measure.parameters(convnet())

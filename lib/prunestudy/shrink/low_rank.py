@@ -53,7 +53,7 @@ def groups_of(layer: Layer) -> int:
 
 
 def weight_matrix(layer: Layer) -> Tensor:
-    """The filters of `layer` as rows, one matrix per group: (G, N / G, D), sharing its memory."""
+    """The filters of `layer` as rows, one matrix per group: (G, N / G, D); a view where it can."""
     weight = layer.weight.detach()
     return weight.reshape(groups_of(layer), len(weight) // groups_of(layer), -1)
 
