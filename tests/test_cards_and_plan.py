@@ -122,7 +122,7 @@ def test_what_the_cards_name_is_there(card):
         assert test.dataset in datasets.names()
         assert test.metric in metrics
         assert test.method != test.against
-        assert 0 < test.target < 1
+        assert test.target is None or 0 < test.target < 1
     assert len({claim.id for claim in card.claims}) == len(card.claims)
     for number in card.published:
         assert number.kept is None or 0 < number.kept < 1
@@ -171,16 +171,50 @@ def test_counts_and_epochs_follow_from_the_card(paper, profile):
         started = [e for e in experiment.methods if not e.fresh] if experiment.start else []
         count = max((e.seeds or experiment.seeds for e in started), default=0)
         for entry in experiment.methods:
-            prunes = methods.method_class(entry.method).prunes
-            targets = len(entry.targets or experiment.targets) if prunes else 1
+            aims = entry
+            while aims.after and not methods.method_class(aims.method).target_kinds:
+                aims = experiment.entry(aims.after)
+            prunes = methods.method_class(aims.method).target_kinds
+            targets = len(aims.targets or experiment.targets) if prunes else 1
             count += targets * (entry.seeds or experiment.seeds)
         assert len(mine) == count
         # controls beside each method, at the same total epochs
         epochs = experiment.recipe.epochs + (experiment.start.epochs if experiment.start else 0)
-        assert {p.settings.epochs for p in mine if p.variant != "start"} == {epochs}
+        alone = {(e.method, e.variant) for e in experiment.methods if not (e.after or e.epochs)}
+        planned_alone = [p for p in mine if (p.settings.method, p.variant) in alone]
+        assert {p.settings.epochs for p in planned_alone} == {epochs}
         where = "validation" if experiment.purpose == "search" else "test"
         assert {p.settings.evaluate for p in mine} == {where}
         assert {p.settings.validation for p in mine} == {experiment.validation}
+
+
+def test_an_entry_after_another_has_its_run_as_parent(card_file):
+    last = '{ method = "random" }]'
+    more = (
+        '{ method = "random" }, { method = "dense", variant = "tuned", after = "magnitude",'
+        ' epochs = 2 }, { method = "random", variant = "more", after = "magnitude",'
+        " targets = [0.95], after_target = 0.8 }]"
+    )
+    card_file(CARD.replace("targets = [0.9]", "targets = [0.8, 0.9]").replace(last, more))
+    planned = plan("quick")
+    runs = {
+        (p.settings.method, p.variant, p.settings.aim and p.settings.aim.value): p.settings
+        for p in planned
+    }
+    for share in (0.8, 0.9):
+        tuned = runs["dense", "tuned", share]
+        assert tuned.parent == runs["magnitude", "", share]
+        assert (tuned.target, tuned.aim, tuned.epochs) == (None, tuned.parent.target, 1 + 1 + 2)
+    assert runs["random", "more", 0.95].parent == runs["magnitude", "", 0.8]
+    assert [p.settings for p in planned].index(tuned.parent) < len(planned) - 1
+
+
+def test_after_names_an_entry_that_stands_before(card_file):
+    wrong = '{ method = "dense", variant = "tuned", after = "magnitude" }, { method = "random" }]'
+    text = CARD.replace('{ method = "magnitude" }, { method = "random" }]', wrong)
+    with pytest.raises(InputError) as caught:
+        papers.read_card(card_file(text))
+    assert "after 'magnitude' is no entry before 'dense, tuned'" in one_line(caught)
 
 
 def test_the_toy_plan(toy_card):
@@ -426,7 +460,6 @@ CHANGES = {
     "method": {"method": "magnitude", "params": {}},
     "params": {"params": {"period": 8}},
     "target": {"target": Target(kind="sparsity", value=0.95)},
-    "target kind": {"target": Target(kind="macs", value=0.9)},
     "epochs": {"recipe": Recipe(epochs=4, lr=0.05, weight_decay=1e-4)},
     "lr": {"recipe": Recipe(epochs=3, lr=0.06, weight_decay=1e-4)},
     "batch size": {"recipe": Recipe(epochs=3, lr=0.05, weight_decay=1e-4, batch_size=64)},
@@ -443,7 +476,17 @@ CHANGES = {
 
 def test_whatever_changes_changes_the_name():
     names = {"": example().run} | {key: example(**CHANGES[key]).run for key in CHANGES}
-    assert len(set(names.values())) == len(CHANGES) + 1
+    names["kind"] = example().model_copy(update={"target": Target(kind="macs", value=0.9)}).run
+    assert len(set(names.values())) == len(CHANGES) + 2
+
+
+def test_a_kind_of_target_that_the_method_does_not_take_is_refused():
+    with pytest.raises(InputError) as caught:
+        example(target=Target(kind="macs", value=0.9))
+    assert one_line(caught) == "target_kind = 'macs': gradual_magnitude takes sparsity"
+    with pytest.raises(InputError) as caught:
+        own_settings({"method": "magnitude", "target": 0.9, "target_kind": "weight"})
+    assert one_line(caught).startswith("target_kind = 'weight': allowed are energy, macs")
 
 
 def test_the_methods_revision_and_the_datas_version_are_in_the_name(monkeypatch):

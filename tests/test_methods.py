@@ -15,7 +15,7 @@ from prunestudy.methods.masks import cubic_sparsity, kept_count, top_masks
 from prunestudy.methods.steering import Steering
 from prunestudy.train import Recipe, train
 
-PRUNING = [name for name in methods.names() if methods.method_class(name).prunes]
+PRUNING = [name for name in methods.names() if methods.method_class(name).target_kinds]
 NETS = {
     "lenet300": (lambda: models.build("lenet300", (1, 8, 8), 10), 8),
     "lenet5": (lambda: models.build("lenet5", (1, 16, 16), 10), 16),
@@ -65,7 +65,8 @@ def test_the_methods_are_those_of_the_design():
     names = ("dense", "sparse_gates", "magnitude", "gradual_magnitude", "random", "l1")
     assert methods.names() == names
     assert [methods.method_class(name).name for name in names] == list(names)
-    assert [methods.method_class(name).prunes for name in names] == [False] + [True] * 5
+    kinds = [methods.method_class(name).target_kinds for name in names]
+    assert kinds == [()] + [("sparsity",)] * 5
     with pytest.raises(InputError, match=r"^method = .lasso.: allowed are dense, gradual"):
         methods.method_class("lasso")
 

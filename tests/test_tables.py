@@ -349,7 +349,7 @@ def test_verdicts_of_a_card(store, filled):
         "says": "Magnitude is better than chance.",
         "mark": "O",
         "rule": "magnitude - random of metric >= 0",
-        "where": "lenet300, digits, 90% removed",
+        "where": "lenet300, digits, 90% of weights removed",
         "difference": pytest.approx(mean),
         "low": pytest.approx(mean - T2 * sd / math.sqrt(3)),
         "high": pytest.approx(mean + T2 * sd / math.sqrt(3)),
@@ -501,16 +501,23 @@ def test_readable_by_hand(store, filled):
     row = table[table.method == "random"].iloc[0]
     assert row["net"] == "lenet300"
     assert row["data"] == "Digits"
-    assert row["kept, %"] == "10"
+    assert row["removed"] == "90% of weights"
     assert row["n"] == 3
-    assert row["accuracy, %"] == "53.33 ± 5.77"
+    assert row["result"] == "53.33 ± 5.77%"
     mean, sd = -1.13 / 3, math.sqrt(0.0034333333333333334)
     half = T2 * sd / math.sqrt(3)
     low, high = (100 * (mean - half), 100 * (mean + half))
-    assert row["minus dense, points"] == f"{100 * mean:+.2f} [{low:+.2f}, {high:+.2f}]"
-    assert row["published, %"] == ""
+    assert row["minus dense"] == f"{100 * mean:+.2f} [{low:+.2f}, {high:+.2f}]"
+    assert row["published"] == ""
     dense = table[table.method == "dense"].iloc[0]
-    assert (dense["kept, %"], dense["accuracy, %"]) == ("100", "91.00 ± 1.00")
+    assert (dense["removed"], dense["result"]) == ("", "91.00 ± 1.00%")
+
+
+def test_readable_in_decibel(store, filled):
+    summary = tables.build(store, filled)[1].assign(metric_name="psnr", published=20.5, mark="P")
+    row = tables.readable(summary[summary.method == "random"]).iloc[0]
+    assert (row["result"], row["published"]) == ("0.53 ± 0.06 dB", "20.50 dB [P]")
+    assert row["minus dense"].startswith("-0.38 [")
 
 
 def test_readable_of_nothing_is_an_empty_table_with_its_columns(store, filled):

@@ -313,7 +313,7 @@ VARIANTS = {
 
 def made_of(variant):
     name = variant.split()[0]
-    target = 0.8 if methods.method_class(name).prunes else None
+    target = 0.8 if methods.method_class(name).target_kinds else None
     return methods.build(name, VARIANTS[variant], target)
 
 

@@ -13,10 +13,14 @@ from prunestudy.measure.cost import (
 from prunestudy.measure.latency import Ratio, interleave, latency, ratio, timings
 from prunestudy.measure.memory import peak_memory_mb
 from prunestudy.measure.quality import Quality, evaluate
+from prunestudy.measure.tasks import TASKS, Scores, Task, task
 
 __all__ = [
+    "TASKS",
     "Quality",
     "Ratio",
+    "Scores",
+    "Task",
     "closed_form_macs",
     "evaluate",
     "interleave",
@@ -30,5 +34,6 @@ __all__ = [
     "prunable_weights",
     "ratio",
     "sparsity",
+    "task",
     "timings",
 ]

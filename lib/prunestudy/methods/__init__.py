@@ -5,7 +5,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from prunestudy.errors import InputError, require_one_of
-from prunestudy.methods.base import Method, Params, Phase, Progress
+from prunestudy.methods.base import TARGETS, Context, Method, Params, Phase, Progress
 from prunestudy.methods.l1 import L1
 from prunestudy.methods.magnitude import GradualMagnitude, Magnitude, Random
 from prunestudy.methods.sparse_gates import SparseGates
@@ -14,7 +14,18 @@ _METHODS: dict[str, type[Method]] = {
     cls.name: cls for cls in (Method, SparseGates, Magnitude, GradualMagnitude, Random, L1)
 }
 
-__all__ = ["Method", "Params", "Phase", "Progress", "build", "method_class", "names", "params_of"]
+__all__ = [
+    "TARGETS",
+    "Context",
+    "Method",
+    "Params",
+    "Phase",
+    "Progress",
+    "build",
+    "method_class",
+    "names",
+    "params_of",
+]
 
 
 def names() -> tuple[str, ...]:
@@ -42,6 +53,12 @@ def params_of(name: str, values: dict[str, Any]) -> Params:
         ) from None
 
 
-def build(name: str, values: dict[str, Any], target: float | None = None) -> Method:
-    """Return method `name` with settings `values`, aiming at `target` (share removed)."""
-    return method_class(name)(params_of(name, values), target)
+def build(
+    name: str, values: dict[str, Any], target: float | None = None, kind: str | None = None
+) -> Method:
+    """Return method `name` with settings `values`, aiming at `target`.
+
+    `target` is the share removed of what `kind` counts (a key of `TARGETS`; None: the method's
+    first). Raises `InputError` for a bad value.
+    """
+    return method_class(name)(params_of(name, values), target, kind)

@@ -2,14 +2,29 @@
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from prunestudy.errors import require
+from prunestudy.measure import Task
 from prunestudy.shrink import fold
+
+if TYPE_CHECKING:
+    from prunestudy.datasets import Batches
+
+
+# What a target may be a share of.
+TARGETS = {
+    "sparsity": "weights",
+    "macs": "MACs",
+    "parameters": "parameters",
+    "rank": "rank",
+    "energy": "energy",
+}
 
 
 class Params(BaseModel):
@@ -44,22 +59,56 @@ class Progress:
     total_steps: int
 
 
+@dataclass(frozen=True)
+class Context:
+    """What a method may look at before training: images, task, device. Never the test images."""
+
+    train: "Batches"
+    validation: "Batches"
+    task: Task
+    device: torch.device
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of an image."""
+        info = self.train.info
+        return info.channels, info.height, info.width
+
+
 class Method:
     """A method is what it does at the loop's hooks; this base does nothing: dense training.
 
-    Order of the hooks: `attach` once; `start` at each phase; then per step `extra_loss`,
-    `after_backward`, the optimisers, `after_step`; `end` at the end of each phase; `finish` once.
+    Order of the hooks: `attach` once; `prepare` once, with data; `start` at each phase; then per
+    step `extra_loss`, `after_backward`, the optimisers, `after_step`; `end` at the end of each
+    phase; `finish` once, then `measures`.
+
+    `target_kinds` says of what the target is a share (of the weights, the MACs, ...); empty for a
+    method without a target. With `from_scratch` only the shape of the parent is taken, so that
+    its epochs do not count.
     """
 
     name: ClassVar[str] = "dense"
     title: ClassVar[str] = "dense"
     revision: ClassVar[int] = 1
-    prunes: ClassVar[bool] = False
+    target_kinds: ClassVar[tuple[str, ...]] = ()
+    from_scratch: ClassVar[bool] = False
     Params: ClassVar[type[Params]] = Params
 
-    def __init__(self, params: Params, target: float | None = None) -> None:
-        self.params = params
-        self.target = target
+    def __init__(
+        self, params: Params, target: float | None = None, target_kind: str | None = None
+    ) -> None:
+        kinds = self.target_kinds
+        if target_kind is None and kinds:
+            target_kind = kinds[0]
+        allowed = f"{self.name} takes {', '.join(kinds) or 'no target'}"
+        require(target_kind in (kinds or (None,)), "target_kind", target_kind, allowed)
+        if kinds:
+            ok = isinstance(target, float) and 0 < target < 1
+            what = TARGETS[target_kind]
+            require(ok, "target", target, f"the share of {what} to remove, above 0 and below 1")
+        else:
+            require(target is None, "target", target, f"{self.name} takes no target")
+        self.params, self.target, self.target_kind = params, target, target_kind
 
     def phases(self) -> tuple[Phase, ...]:
         """Parts of the training in order; their shares sum to 1."""
@@ -67,6 +116,9 @@ class Method:
 
     def attach(self, model: nn.Module, generator: torch.Generator) -> None:
         """Put gates or masks on `model`, in place; random draws come from `generator`."""
+
+    def prepare(self, model: nn.Module, context: Context) -> None:
+        """Look at data, where the method needs to; `model` is on its device."""
 
     def start(self, model: nn.Module, phase: str) -> None:
         """Prepare `model` for `phase`."""
@@ -93,6 +145,10 @@ class Method:
     def finish(self, model: nn.Module) -> nn.Module:
         """Return an ordinary module without gates, masks or hooks that equals `model` in eval."""
         return fold(model)
+
+    def measures(self, model: nn.Module) -> dict[str, Any]:  # noqa: ARG002
+        """More metrics of the finished net `model`, for the record."""
+        return {}
 
     def kept_share(self, model: nn.Module) -> float:  # noqa: ARG002
         """Share of the prunable weights that eval mode uses."""

@@ -35,8 +35,8 @@ class L1(Magnitude):
     title: ClassVar[str] = "L1 (LASSO)"
     Params: ClassVar[type[Params]] = L1Params
 
-    def __init__(self, params: L1Params, target: float | None = None) -> None:
-        super().__init__(params, target)
+    def __init__(self, params: L1Params, *target: Any) -> None:
+        super().__init__(params, *target)
         # A fifth more than the target, so that the mask never has to keep a zero.
         self.steering = Steering(min(1.0, 1.2 * (1 - self.target)), params.ramp)
 

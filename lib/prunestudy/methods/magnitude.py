@@ -9,7 +9,7 @@
 All rank over the whole net at once and keep exactly the target share.
 """
 
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -22,7 +22,6 @@ from prunestudy.methods.masks import (
     cubic_sparsity,
     dense_weights,
     kept_count,
-    require_sparsity,
     set_masks,
     top_masks,
 )
@@ -33,10 +32,10 @@ class Magnitude(Method):
 
     name: ClassVar[str] = "magnitude"
     title: ClassVar[str] = "one-shot magnitude"
-    prunes: ClassVar[bool] = True
+    target_kinds: ClassVar[tuple[str, ...]] = ("sparsity",)
 
-    def __init__(self, params: Params, target: float | None = None) -> None:
-        super().__init__(params, require_sparsity(target))
+    def __init__(self, params: Params, *target: Any) -> None:
+        super().__init__(params, *target)
         self.masks: list[Mask] = []
         self.generator: torch.Generator | None = None
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from prunestudy.errors import InputError, require
+from prunestudy.errors import InputError
 from prunestudy.measure import prunable_weights
 
 
@@ -45,13 +45,6 @@ class Mask(nn.Module):
 def masked(weight: Tensor, mask: Tensor) -> Tensor:
     """Return weight * mask, differentiable by the weight, in the weight's layout."""
     return _Masked.apply(weight, mask)
-
-
-def require_sparsity(target: float | None) -> float:
-    """Return `target`, the share of the weights to remove, or raise `InputError`."""
-    ok = isinstance(target, float) and 0 < target < 1
-    require(ok, "target", target, "the share of weights to remove, above 0 and below 1")
-    return target
 
 
 def prunable_layers(model: nn.Module) -> list[nn.Module]:

@@ -46,7 +46,6 @@ from prunestudy.methods.masks import (
     kept_count,
     masked,
     product,
-    require_sparsity,
     top_masks,
 )
 from prunestudy.methods.steering import Steering
@@ -129,11 +128,11 @@ class SparseGates(Method):
 
     name: ClassVar[str] = "sparse_gates"
     title: ClassVar[str] = "gate variables (ours)"
-    prunes: ClassVar[bool] = True
+    target_kinds: ClassVar[tuple[str, ...]] = ("sparsity",)
     Params: ClassVar[type[Params]] = SparseGatesParams
 
-    def __init__(self, params: SparseGatesParams, target: float | None = None) -> None:
-        super().__init__(params, require_sparsity(target))
+    def __init__(self, params: SparseGatesParams, *target: Any) -> None:
+        super().__init__(params, *target)
         self.gates: list[Gate] = []
         self.steering = Steering(1 - self.target, params.ramp)
         self._histograms: list[np.ndarray] = []

@@ -8,7 +8,7 @@ from torch import nn
 from prunestudy.errors import InputError, require, require_one_of
 from prunestudy.models.lenet import LeNet5, LeNet300
 
-__all__ = ["LeNet5", "LeNet300", "build", "describe", "names"]
+__all__ = ["LeNet5", "LeNet300", "build", "describe", "names", "task_of"]
 
 Shape = tuple[int, int, int]
 _SHAPE = "three positive integers (channels, height, width)"
@@ -17,6 +17,7 @@ _SHAPE = "three positive integers (channels, height, width)"
 class _Entry(NamedTuple):
     factory: Callable[[Shape, int], nn.Module]
     line: str
+    task: str = "classify"
 
 
 _REGISTRY = {
@@ -35,10 +36,16 @@ def describe() -> dict[str, str]:
     return {name: _REGISTRY[name].line for name in names()}
 
 
+def task_of(name: str) -> str:
+    """What network `name` is trained for, a name of `measure.TASKS`."""
+    require_one_of("model", name, names())
+    return _REGISTRY[name].task
+
+
 def build(name: str, shape: Shape, num_classes: int) -> nn.Module:
     """A freshly initialised network for images of `shape` (channels, height, width).
 
-    It maps (batch, *shape) to logits (batch, num_classes).
+    It maps (batch, *shape) to logits (batch, num_classes), or to what its task says.
     Raises `InputError` for an unknown name, or a shape or class count that does not fit.
     """
     require_one_of("model", name, names())

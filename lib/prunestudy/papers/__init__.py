@@ -15,6 +15,7 @@ from prunestudy.errors import InputError, require_one_of
 from prunestudy.train import Recipe
 
 Mark = Literal["P", "S", "N", "D", "O"]
+TargetKind = Literal["sparsity", "macs", "parameters", "rank", "energy"]
 MARKS: dict[str, str] = {
     "P": "read in the paper, its poster, its abstract or its authors' code",
     "S": "quoted by another paper or project",
@@ -31,14 +32,19 @@ class _Strict(BaseModel):
 class Comparison(_Strict):
     """A claim as a rule: the paired difference `method - against` of `metric` is >= `at_least`.
 
-    Over the runs of `model` on `dataset` at `target`; `metric` is a key of the records' metrics.
+    Over the runs of `model` on `dataset` at `target`, the share removed of what `target_kind`
+    counts (None: runs without a target); `metric` is a key of the records' metrics. The variants
+    are those of the two methods.
     """
 
     method: str
     against: str
     model: str
     dataset: str
-    target: float
+    target: float | None = None
+    target_kind: TargetKind = "sparsity"
+    variant: str = ""
+    against_variant: str = ""
     metric: str = "metric"
     at_least: float = 0.0
 
@@ -78,6 +84,7 @@ class Published(_Strict):
     kept: float | None = None
     nonzeros: int | None = None
     target: float | None = None
+    target_kind: TargetKind = "sparsity"
 
 
 class Unknown(_Strict):
@@ -91,8 +98,10 @@ class Unknown(_Strict):
 class Entry(_Strict):
     """A method in an experiment; `variant` labels other settings than its defaults.
 
-    `seeds` and `targets` replace the experiment's; `fresh` starts from random weights with the
-    epochs of the dense start added.
+    `seeds`, `targets`, `target_kind`, `lr` and `epochs` replace the experiment's; `fresh` starts
+    from random weights with the epochs of the dense start added. `after` is the label ("method"
+    or "method, variant") of the entry whose run, of same seed and target (or `after_target`), is
+    the parent.
     """
 
     method: str
@@ -100,8 +109,17 @@ class Entry(_Strict):
     params: dict[str, Any] = {}
     seeds: Annotated[int, Field(ge=1)] | None = None
     targets: tuple[float, ...] | None = None
+    target_kind: TargetKind | None = None
     lr: Annotated[float, Field(gt=0)] | None = None
+    epochs: Annotated[int, Field(ge=1)] | None = None
     fresh: bool = False
+    after: str = ""
+    after_target: float | None = None
+
+    @property
+    def label(self) -> str:
+        """Name within the experiment."""
+        return f"{self.method}, {self.variant}" if self.variant else self.method
 
 
 class Experiment(_Strict):
@@ -118,6 +136,7 @@ class Experiment(_Strict):
     recipe: Recipe
     start: Recipe | None = None
     targets: tuple[float, ...]
+    target_kind: TargetKind = "sparsity"
     seeds: Annotated[int, Field(ge=1)]
     validation: Annotated[int, Field(ge=1)]
     methods: tuple[Entry, ...]
@@ -125,10 +144,17 @@ class Experiment(_Strict):
 
     @model_validator(mode="after")
     def _distinct(self) -> Self:
-        labels = [(entry.method, entry.variant) for entry in self.methods]
+        labels = [entry.label for entry in self.methods]
         if len(set(labels)) < len(labels):
             raise ValueError("two methods have the same name and variant")
+        for place, entry in enumerate(self.methods):
+            if entry.after and entry.after not in labels[:place]:
+                raise ValueError(f"after {entry.after!r} is no entry before {entry.label!r}")
         return self
+
+    def entry(self, label: str) -> Entry:
+        """The entry called `label`."""
+        return next(entry for entry in self.methods if entry.label == label)
 
 
 class Profile(_Strict):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from prunestudy import methods
 from prunestudy.errors import InputError, require, require_one_of
 from prunestudy.papers import PROFILES, Card, Entry, Experiment, Profile, card, cards
-from prunestudy.study.settings import RunSettings, resolve, sparsity_target
+from prunestudy.study.settings import RunSettings, resolve, target_of
 from prunestudy.train import Recipe
 
 
@@ -57,16 +57,21 @@ def _smaller(experiment: Experiment, tiny: Tiny) -> Experiment:
     changes: dict = {}
     if tiny.seeds:
         changes["seeds"] = min(tiny.seeds, experiment.seeds)
-        few = [
-            e.model_copy(update={"seeds": min(tiny.seeds, experiment.seeds, e.seeds or tiny.seeds)})
-            for e in experiment.methods
-        ]
-        changes["methods"] = tuple(few)
     if tiny.epochs:
         changes["recipe"] = _shorter(experiment.recipe, tiny.epochs)
         if experiment.start:
             changes["start"] = _shorter(experiment.start, tiny.epochs)
-    return experiment.model_copy(update=changes)
+    entries = tuple(_smaller_entry(entry, experiment.seeds, tiny) for entry in experiment.methods)
+    return experiment.model_copy(update=changes | {"methods": entries})
+
+
+def _smaller_entry(entry: Entry, seeds: int, tiny: Tiny) -> Entry:
+    changes = {}
+    if tiny.seeds:
+        changes["seeds"] = min(tiny.seeds, seeds, entry.seeds or seeds)
+    if tiny.epochs and entry.epochs:
+        changes["epochs"] = min(tiny.epochs, entry.epochs)
+    return entry.model_copy(update=changes)
 
 
 def _shorter(recipe: Recipe, epochs: int) -> Recipe:
@@ -85,7 +90,51 @@ def _of_experiment(size: Profile, experiment: Experiment) -> list[tuple[str, Run
 def _of_entry(
     size: Profile, experiment: Experiment, entry: Entry, seed: int
 ) -> list[tuple[str, RunSettings]]:
-    common = {
+    made = []
+    for target in _targets(experiment, entry):
+        settings = _settings(size, experiment, entry, seed, target)
+        if settings.parent and not entry.after:
+            made.append(("start", settings.parent))
+        made.append((entry.variant, settings))
+    return made
+
+
+def _targets(experiment: Experiment, entry: Entry) -> tuple[float | None, ...]:
+    """Shares removed, one per run; a method without a target has those of the entry before it."""
+    if methods.method_class(entry.method).target_kinds:
+        return entry.targets or experiment.targets
+    return _targets(experiment, experiment.entry(entry.after)) if entry.after else (None,)
+
+
+def _settings(
+    size: Profile, experiment: Experiment, entry: Entry, seed: int, target: float | None
+) -> RunSettings:
+    kind = entry.target_kind or experiment.target_kind
+    takes = bool(methods.method_class(entry.method).target_kinds)
+    return resolve(
+        method=entry.method,
+        params=entry.params,
+        target=target_of(kind, target) if takes else None,
+        recipe=_recipe(experiment, entry),
+        parent=_parent(size, experiment, entry, seed, target),
+        **_common(size, experiment, seed),
+    )
+
+
+def _parent(
+    size: Profile, experiment: Experiment, entry: Entry, seed: int, target: float | None
+) -> RunSettings | None:
+    if entry.after:
+        before = experiment.entry(entry.after)
+        there = entry.after_target or target
+        return _settings(size, experiment, before, seed, there)
+    if not experiment.start or entry.fresh:
+        return None
+    return resolve(method="dense", recipe=experiment.start, **_common(size, experiment, seed))
+
+
+def _common(size: Profile, experiment: Experiment, seed: int) -> dict:
+    return {
         "dataset": experiment.dataset,
         "model": experiment.model,
         "seed": seed,
@@ -94,28 +143,13 @@ def _of_entry(
         "validation": experiment.validation,
         "evaluate": "validation" if experiment.purpose == "search" else "test",
     }
-    parent = None
-    if experiment.start and not entry.fresh:
-        parent = resolve(method="dense", recipe=experiment.start, **common)
-    prunes = methods.method_class(entry.method).prunes
-    targets = (entry.targets or experiment.targets) if prunes else (None,)
-    made = [("start", parent)] if parent else []
-    for target in targets:
-        settings = resolve(
-            method=entry.method,
-            params=entry.params,
-            target=None if target is None else sparsity_target(target),
-            recipe=_recipe(experiment, entry),
-            parent=parent,
-            **common,
-        )
-        made.append((entry.variant, settings))
-    return made
 
 
 def _recipe(experiment: Experiment, entry: Entry) -> Recipe:
     changes: dict = {"lr": entry.lr} if entry.lr else {}
-    if entry.fresh and experiment.start:
+    if entry.epochs:
+        changes["epochs"] = entry.epochs
+    elif experiment.start and (entry.fresh or methods.method_class(entry.method).from_scratch):
         changes["epochs"] = experiment.recipe.epochs + experiment.start.epochs
     return experiment.recipe.model_copy(update=changes)
 

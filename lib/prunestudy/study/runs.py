@@ -22,7 +22,7 @@ from prunestudy import datasets, measure, methods, models, shrink
 from prunestudy.errors import InputError, require_one_of
 from prunestudy.study.records import FORMAT, Store, repository
 from prunestudy.study.settings import RunSettings
-from prunestudy.train import train
+from prunestudy.train import TrainResult, train
 
 _VERSIONS = ("prunestudy", "torch", "torchvision", "numpy", "ptflops")
 
@@ -90,14 +90,20 @@ class Runner:
         with _deterministic(settings.threads):
             model = self._start(settings, data.info)
             start = {name: w.detach().clone() for name, w in measure.prunable_weights(model)}
-            dense_macs = measure.macs(model, _shape(data.info))
-            dense_parameters = measure.parameters(model)
-            made = self._fit(settings, model, data)
-            metrics = self._measure(settings, made.model, data) if made.status == "done" else {}
-            if metrics and settings.parent:
+            dense = _fresh(settings, data.info)
+            method = _method(settings)
+            made = self._fit(settings, method, model, data)
+            metrics = {}
+            if made.status == "done":
+                metrics = self._measure(settings, made.model, dense, data)
+                metrics |= method.measures(made.model)
+            if metrics and settings.parent and _same_shapes(made.model, start):
                 metrics["kept_scale"] = kept_scale(made.model, start)
                 made.arrays.update(_kept_sample(made.model, start))
-        metrics |= {"dense_parameters": dense_parameters, "dense_macs": dense_macs}
+        metrics |= {
+            "dense_parameters": measure.parameters(dense),
+            "dense_macs": measure.macs(dense, _shape(data.info)),
+        }
         record = {
             "format": FORMAT,
             "run": settings.run,
@@ -106,7 +112,7 @@ class Runner:
             "settings": settings.model_dump(mode="json"),
             "data": _describe(data, settings),
             "metrics": metrics,
-            "validation": _validation(made.history),
+            "validation": _validation(made.history, _task(settings, data.info).metric_name),
             "environment": _environment(self.device),
             "cost": {
                 "train_seconds": round(made.seconds, 3),
@@ -126,19 +132,22 @@ class Runner:
             model = shrink.load_sparse(self.store.weights(parent), settings.model)
             self.store.require_weights(parent)
             return model.requires_grad_(True)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(settings.seed)
-            return models.build(settings.model, _shape(info), info.num_classes)
+        return _fresh(settings, info)
 
-    def _fit(self, settings: RunSettings, model: nn.Module, data: datasets.Dataset):
+    def _fit(
+        self,
+        settings: RunSettings,
+        method: methods.Method,
+        model: nn.Module,
+        data: datasets.Dataset,
+    ) -> TrainResult:
         held_in, held_out = datasets.split(data.train, settings.validation)
         recipe = settings.recipe
-        target = settings.target.value if settings.target else None
         work = self.store.work(settings.run)
         work.mkdir(parents=True, exist_ok=True)
         return train(
             model,
-            methods.build(settings.method, settings.params, target),
+            method,
             recipe,
             datasets.Batches(
                 held_in,
@@ -151,6 +160,7 @@ class Runner:
             ),
             datasets.Batches(held_out, data.info, len(held_out), device=self.device),
             seed=settings.seed,
+            task=_task(settings, data.info),
             device=self.device,
             precision=settings.precision,
             checkpoint=work / "checkpoint.pt",
@@ -159,22 +169,23 @@ class Runner:
         )
 
     def _measure(
-        self, settings: RunSettings, model: nn.Module, data: datasets.Dataset
+        self, settings: RunSettings, model: nn.Module, dense: nn.Module, data: datasets.Dataset
     ) -> dict[str, Any]:
         images = data.test
         if settings.evaluate == "validation":
             _, images = datasets.split(data.train, settings.validation)
         looked_at = datasets.Batches(images, data.info, len(images), device=self.device)
-        quality = measure.evaluate(model, looked_at.ordered(512), data.info.num_classes)
+        task = _task(settings, data.info)
+        scores = task.evaluate(model, looked_at.ordered(512), data.info.num_classes)
         model, shape = model.cpu(), _shape(data.info)
         storage = shrink.storage(model, settings.model, shape, data.info.num_classes)
         return {
-            "metric_name": "top1",
-            "metric": quality.top1,
-            "macro_f1": quality.macro_f1,
-            "loss": quality.loss,
-            "images": quality.count,
-            "sparsity": measure.sparsity(model),
+            "metric_name": task.metric_name,
+            "metric": scores.metric,
+            **scores.more,
+            "loss": scores.loss,
+            "images": scores.count,
+            "sparsity": removed_share(model, dense),
             "layers": measure.layer_sparsity(model),
             "parameters": measure.parameters(model),
             "nonzeros": measure.nonzeros(model),
@@ -185,6 +196,33 @@ class Runner:
             "stored_with_indices": storage.numbers_with_indices,
             "bytes": storage.bytes,
         }
+
+
+def _fresh(settings: RunSettings, info: datasets.DatasetInfo) -> nn.Module:
+    """The dense net of a run, initialised by its seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        return models.build(settings.model, _shape(info), info.num_classes)
+
+
+def _method(settings: RunSettings) -> methods.Method:
+    target = (settings.target.value, settings.target.kind) if settings.target else ()
+    return methods.build(settings.method, settings.params, *target)
+
+
+def _task(settings: RunSettings, info: datasets.DatasetInfo) -> measure.Task:
+    return measure.task(models.task_of(settings.model), info.mean, info.std)
+
+
+def removed_share(model: nn.Module, dense: nn.Module) -> float:
+    """Share (0-1) of the prunable weights of `dense` that are zero in `model`, or gone."""
+    left = sum(int(w.count_nonzero()) for _, w in measure.prunable_weights(model))
+    return 1 - left / sum(w.numel() for _, w in measure.prunable_weights(dense))
+
+
+def _same_shapes(model: nn.Module, start: dict[str, torch.Tensor]) -> bool:
+    shapes = {name: w.shape for name, w in measure.prunable_weights(model)}
+    return shapes == {name: w.shape for name, w in start.items()}
 
 
 def kept_scale(model: nn.Module, start: dict[str, torch.Tensor]) -> float:
@@ -248,9 +286,9 @@ def _describe(data: datasets.Dataset, settings: RunSettings) -> dict[str, Any]:
     }
 
 
-def _validation(history: list[dict[str, Any]]) -> dict[str, Any]:
+def _validation(history: list[dict[str, Any]], metric: str) -> dict[str, Any]:
     last = history[-1] if history else {}
-    return {"top1": last.get("validation_top1"), "loss": last.get("validation_loss")}
+    return {name: last.get(f"validation_{name}") for name in (metric, "loss")}
 
 
 def _environment(device: torch.device) -> dict[str, Any]:

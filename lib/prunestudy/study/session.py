@@ -117,12 +117,18 @@ def is_untimed(store: Store, item: Planned) -> bool:
         return False
     record = store.read(settings)
     done = record is not None and record["status"] == "done"
-    return done and store.weights(run).exists() and store.weights(settings.parent.run).exists()
+    start = dense_start(settings).run
+    return done and store.weights(run).exists() and store.weights(start).exists()
+
+
+def dense_start(settings: RunSettings) -> RunSettings:
+    """The first of the run's parents."""
+    return dense_start(settings.parent) if settings.parent else settings
 
 
 def _latency(store: Store, settings: RunSettings, rounds: int) -> str:
     small = shrink.load_sparse(store.weights(settings.run), settings.model)
-    dense = shrink.load_sparse(store.weights(settings.parent.run), settings.model)
+    dense = shrink.load_sparse(store.weights(dense_start(settings).run), settings.model)
     nets = {"latency": shrink.to_csr(small, _CSR_FROM), "dense_latency": dense}
     info = datasets.info(settings.dataset)
     shape = (info.channels, info.height, info.width)

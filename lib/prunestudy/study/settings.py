@@ -56,9 +56,18 @@ class RunSettings(BaseModel):
         )
 
     @property
+    def aim(self) -> Target | None:
+        """The run's target, or the one that its parent had before it."""
+        return self.target or (self.parent.aim if self.parent else None)
+
+    @property
     def epochs(self) -> int:
-        """Epochs of this run and of its parents together."""
-        return self.recipe.epochs + (self.parent.epochs if self.parent else 0)
+        """Epochs of this run and of its parents together.
+
+        Of a parent whose shape alone is taken nothing counts.
+        """
+        inherits = self.parent and not methods.method_class(self.method).from_scratch
+        return self.recipe.epochs + (self.parent.epochs if inherits else 0)
 
 
 def resolve(
@@ -79,7 +88,9 @@ def resolve(
     kind = methods.method_class(method)
     known = _facts(dataset, root)
     target = rest.get("target")
-    require(bool(target) == kind.prunes, "target", target, f"{method} takes {_takes(kind.prunes)}")
+    require(
+        bool(target) == bool(kind.target_kinds), "target", target, f"{method} takes {_takes(kind)}"
+    )
     try:
         settings = RunSettings(
             dataset=dataset,
@@ -92,8 +103,8 @@ def resolve(
         )
     except ValidationError as error:
         raise InputError(first_error(error)) from None
-    if kind.prunes:
-        methods.build(method, settings.params, settings.target.value)
+    if target:
+        methods.build(method, settings.params, target.value, target.kind)
     _fits(settings, known)
     return settings
 
@@ -102,32 +113,40 @@ def own_settings(values: dict[str, Any], root: str = "") -> RunSettings:
     """Return the settings of a run outside the cards, from flat `values`.
 
     Keys are those of a run (dataset, model, method, seed, validation, ...), of the recipe (epochs,
-    lr, ...), `target` (share of weights removed) and `params.NAME`. Raises `InputError`.
+    lr, ...), `target` (share removed), `target_kind` (of what, a key of `methods.TARGETS`) and
+    `params.NAME`. Raises `InputError`.
     """
     values = {"dataset": "digits", "model": "lenet300", "method": "dense", "seed": 0} | values
     values = {"epochs": 20, "lr": 0.05, "validation": 200} | values
     params = {k.removeprefix("params."): v for k, v in values.items() if k.startswith("params.")}
     own = {k: v for k, v in values.items() if k in _OWN}
     rest = {k: v for k, v in values.items() if k not in own and not k.startswith("params.")}
-    unknown = sorted(set(rest) - set(Recipe.model_fields) - {"target"})
-    allowed = sorted({*_OWN, *Recipe.model_fields, "target"})
+    unknown = sorted(set(rest) - set(Recipe.model_fields) - _TARGET)
+    allowed = sorted({*_OWN, *Recipe.model_fields, *_TARGET})
     require(not unknown, "setting", unknown and unknown[0], f"allowed are {', '.join(allowed)}")
-    target = rest.pop("target", None)
+    target, kind = rest.pop("target", None), rest.pop("target_kind", None)
     made = recipe(**rest)
     if target is not None:
-        target = sparsity_target(target)
+        target = target_of(kind or first_kind(str(own["method"])), target)
     return resolve(params=params, recipe=made, target=target, root=root, **own)
 
 
 _OWN = ("dataset", "model", "method", "seed", "precision", "threads", "validation")
+_TARGET = {"target", "target_kind"}
 
 
-def sparsity_target(value: Any) -> Target:
-    """Return the checked target of removing the share `value` of the weights."""
+def first_kind(method: str) -> str:
+    """What a target of `method` is a share of, unless another kind is named."""
+    return (methods.method_class(method).target_kinds or ("sparsity",))[0]
+
+
+def target_of(kind: str, value: Any) -> Target:
+    """Return the checked target of removing the share `value` of what `kind` counts."""
+    require_one_of("target_kind", kind, methods.TARGETS)
     try:
-        return Target(kind="sparsity", value=value)
+        return Target(kind=kind, value=value)
     except ValidationError:
-        allowed = "the share of weights to remove, above 0 and below 1"
+        allowed = f"the share of {methods.TARGETS[kind]} to remove, above 0 and below 1"
         raise InputError(f"target = {value!r}: {allowed}") from None
 
 
@@ -153,8 +172,9 @@ def _facts(dataset: str, root: str) -> datasets.DatasetInfo:
     return datasets.info(dataset, root or None)
 
 
-def _takes(prunes: bool) -> str:
-    return "the share of weights to remove, above 0 and below 1" if prunes else "no target"
+def _takes(kind: type[methods.Method]) -> str:
+    what = " or ".join(methods.TARGETS[name] for name in kind.target_kinds)
+    return f"the share of {what} to remove, above 0 and below 1" if what else "no target"
 
 
 def _fits(settings: RunSettings, known: datasets.DatasetInfo) -> None:

@@ -51,7 +51,7 @@ def runs_table(store: Store, planned: list[Planned]) -> pd.DataFrame:
 
 def _row(store: Store, item: Planned, record: dict[str, Any]) -> dict[str, Any]:
     settings, metrics = item.settings, record["metrics"]
-    target = settings.target
+    target = settings.aim
     return {
         "run": settings.run,
         "parent": record["parent"] or "",
@@ -121,7 +121,7 @@ def _summary(group: pd.DataFrame) -> dict[str, Any]:
 
 def _beside(paper: Card, row: pd.Series) -> Published | None:
     """The published number that stands beside this setting, if there is one."""
-    keys = ("method", "model", "dataset", "target")
+    keys = ("method", "model", "dataset", "target", "target_kind")
     for number in paper.published:
         if number.target is not None and all(getattr(number, k) == row[k] for k in keys):
             return None if row["variant"] else number
@@ -133,8 +133,9 @@ def _verdict_to_dense(paper: Card, row: pd.Series, difference: "Interval") -> st
         return ""
     for claim in paper.claims:
         for test in claim.tests:
-            keys = ("method", "model", "dataset", "target")
+            keys = ("method", "model", "dataset", "target", "target_kind")
             same = all(getattr(test, key) == row[key] for key in keys)
+            same = same and not test.variant
             if same and test.against == "dense" and test.metric == "metric":
                 return difference.verdict(test.at_least)
     return ""
@@ -175,20 +176,23 @@ def paired(store: Store, planned: list[Planned], test: Comparison) -> Interval:
 
     Pairs share model, data, seed, target (where the control has one) and total epochs.
     """
-    ours = _values(store, planned, test, test.method)
-    theirs = _values(store, planned, test, test.against)
+    ours = _values(store, planned, test, (test.method, test.variant))
+    theirs = _values(store, planned, test, (test.against, test.against_variant))
     return Interval.of([ours[key] - theirs[key] for key in sorted(ours) if key in theirs])
 
 
 def _values(
-    store: Store, planned: list[Planned], test: Comparison, method: str
+    store: Store, planned: list[Planned], test: Comparison, side: tuple[str, str]
 ) -> dict[tuple[int, int], float]:
     found = {}
     for item in planned:
         s = item.settings
-        wanted = (method, test.model, test.dataset) == (s.method, s.model, s.dataset)
-        at_target = s.target is None or s.target.value == test.target
-        if wanted and at_target and item.purpose == "results" and not item.variant:
+        wanted = (*side, test.model, test.dataset) == (
+            *(s.method, item.variant),
+            *(s.model, s.dataset),
+        )
+        at_target = s.aim is None or (s.aim.value, s.aim.kind) == (test.target, test.target_kind)
+        if wanted and at_target and item.purpose != "search":
             record = store.read(s)
             value = record["metrics"].get(test.metric) if record else None
             if value is not None:
@@ -209,8 +213,12 @@ def _judge(store: Store, planned: list[Planned], claim: Claim) -> list[dict[str,
     rows = []
     for test in claim.tests:
         got = paired(store, planned, test)
-        rule = f"{test.method} - {test.against} of {test.metric} >= {test.at_least:g}"
-        where = f"{test.model}, {test.dataset}, {test.target:.0%} removed"
+        sides = (test.method, test.variant), (test.against, test.against_variant)
+        ours, theirs = (f"{name} ({label})" if label else name for name, label in sides)
+        rule = f"{ours} - {theirs} of {test.metric} >= {test.at_least:g}"
+        where = f"{test.model}, {test.dataset}"
+        if test.target:
+            where += f", {removed(test.target, test.target_kind)} removed"
         numbers = {"difference": got.mean, "low": got.low, "high": got.high, "n": got.n}
         verdict = got.verdict(test.at_least) if got.n else "no runs in this profile"
         rows.append(base | {"rule": rule, "where": where} | numbers | {"verdict": verdict})
@@ -235,7 +243,7 @@ def text_of(table: pd.DataFrame) -> str:
 
 
 def readable(summary: pd.DataFrame) -> pd.DataFrame:
-    """Return the summary for people: percent and percentage points, interval in brackets."""
+    """Return the summary for people: percent and points (dB for psnr), interval in brackets."""
     rows = list(summary.itertuples(index=False))
     columns = {
         "net": [row.model for row in rows],
@@ -244,26 +252,43 @@ def readable(summary: pd.DataFrame) -> pd.DataFrame:
             methods.method_class(row.method).title + (f", {row.variant}" if row.variant else "")
             for row in rows
         ],
-        "kept, %": [
-            "100" if pd.isna(row.target) else f"{100 * (1 - row.target):g}" for row in rows
+        "removed": [
+            "" if pd.isna(row.target) else removed(row.target, row.target_kind) for row in rows
         ],
         "n": [row.n for row in rows],
-        "accuracy, %": [_with_sd(row.metric, row.metric_sd) for row in rows],
-        "minus dense, points": [
-            _bracket(*(100 * v for v in (row.difference, row.difference_low, row.difference_high)))
-            for row in rows
-        ],
-        "published, %": [
-            "" if pd.isna(row.published) else f"{100 * row.published:.2f} [{row.mark}]"
-            for row in rows
-        ],
+        "result": [_result(row) for row in rows],
+        "minus dense": [_minus_dense(row) for row in rows],
+        "published": [_published(row) for row in rows],
         "no loss?": [row.verdict for row in rows],
     }
     return pd.DataFrame(columns)
 
 
-def _with_sd(mean: float, sd: float) -> str:
-    return f"{100 * mean:.2f}" + ("" if math.isnan(sd) else f" ± {100 * sd:.2f}")
+# By metric: the factor to its unit for people, and the unit.
+UNITS = {"top1": (100, "%"), "miou": (100, "%"), "psnr": (1, " dB")}
+
+
+def _result(row: Any) -> str:
+    factor, unit = UNITS[row.metric_name]
+    sd = "" if math.isnan(row.metric_sd) else f" ± {factor * row.metric_sd:.2f}"
+    return f"{factor * row.metric:.2f}{sd}{unit}"
+
+
+def _minus_dense(row: Any) -> str:
+    factor, _ = UNITS[row.metric_name]
+    return _bracket(
+        *(factor * x for x in (row.difference, row.difference_low, row.difference_high))
+    )
+
+
+def _published(row: Any) -> str:
+    factor, unit = UNITS[row.metric_name]
+    return "" if pd.isna(row.published) else f"{factor * row.published:.2f}{unit} [{row.mark}]"
+
+
+def removed(target: float, kind: str) -> str:
+    """The target for people: "95% of weights"."""
+    return f"{100 * target:g}% of {methods.TARGETS[kind]}"
 
 
 def datasets_title(name: str) -> str:

@@ -13,13 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
 
 from prunestudy.datasets import Batches
-from prunestudy.measure import evaluate
-from prunestudy.methods.base import Method, Progress
+from prunestudy.measure import Scores, Task
+from prunestudy.methods.base import Context, Method, Progress
 from prunestudy.train.checkpoint import read_checkpoint, write_checkpoint
 from prunestudy.train.recipe import Recipe
 
@@ -55,6 +54,7 @@ def train(
     validation: Batches,
     *,
     seed: int,
+    task: Task | None = None,
     device: torch.device | str = "cpu",
     precision: str = "fp32",
     checkpoint: Path | None = None,
@@ -64,13 +64,15 @@ def train(
 ) -> TrainResult:
     """Train `model` with `method` and return the finished plain net.
 
-    `batches` gives the training images, `validation` those looked at after each epoch. With a
+    `batches` gives the training images, `validation` those looked at after each epoch; `task`
+    (classification unless given) has the loss and the metric. With a
     `checkpoint` path the state is saved every `checkpoint_seconds` and at each end of an epoch,
     and an interrupted training of the same `run` goes on from there. `precision` is "fp32" or
     "bf16" (autocast). A loss that is not finite ends the training with status "diverged".
     Raises `InputError` for a checkpoint that cannot be used.
     """
-    loop = _Loop(model, method, recipe, batches, validation, seed, torch.device(device), precision)
+    device, task = torch.device(device), task or Task()
+    loop = _Loop(model, method, recipe, batches, validation, seed, task, device, precision)
     loop.attach()
     saved = read_checkpoint(checkpoint, run) if checkpoint else None
     if saved:
@@ -82,10 +84,10 @@ def train(
 
 
 class _Loop:
-    def __init__(self, model, method, recipe, batches, validation, seed, device, precision):
+    def __init__(self, model, method, recipe, batches, validation, seed, task, device, precision):
         self.model, self.method, self.recipe = model, method, recipe
         self.batches, self.validation, self.device = batches, validation, device
-        self.precision = precision
+        self.precision, self.task = precision, task
         self.generator = torch.Generator(device).manual_seed(seed)
         self.total = recipe.epochs * batches.steps
         self.phases = method.phases()
@@ -98,6 +100,8 @@ class _Loop:
     def attach(self) -> None:
         self.method.attach(self.model, self.generator)
         self.model.to(self.device, memory_format=torch.channels_last)
+        context = Context(self.batches, self.validation, self.task, self.device)
+        self.method.prepare(self.model, context)
 
     def run(self, checkpoint: Path | None, every: float, run: str, show: bool) -> str:
         with tqdm(
@@ -117,7 +121,7 @@ class _Loop:
                         self._save(checkpoint, run)
                         since = time.perf_counter()
                 self.at.history.append(self._end_epoch(epoch))
-                bar.set_postfix({k: f"{self.at.history[-1][k]:.4f}" for k in _SHOWN})
+                bar.set_postfix({k: f"{self.at.history[-1][k]:.4f}" for k in self._shown()})
                 self.at.seconds += time.perf_counter() - since
                 if checkpoint:
                     self._save(checkpoint, run)
@@ -129,7 +133,7 @@ class _Loop:
         self._enter_phase()
         progress, lr = self._progress(), self._set_lr()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            loss = F.cross_entropy(self.model(x), y)
+            loss = self.task.loss(self.model(x), x, y)
         extra = self.method.extra_loss(self.model, progress)
         value = loss.item() if extra is None else (loss + extra).item()
         if not math.isfinite(value):
@@ -189,24 +193,28 @@ class _Loop:
         )
 
     def _end_epoch(self, epoch: int) -> dict[str, Any]:
-        quality = self._validate()
+        scores, name = self._validate(), f"validation_{self.task.metric_name}"
         row = {
             "epoch": epoch + 1,
             "phase": self.phases[self.at.phase].name,
             "train_loss": self.at.loss_sum / max(self.at.loss_steps, 1),
-            "validation_loss": quality.loss,
-            "validation_top1": quality.top1,
+            "validation_loss": scores.loss,
+            name: scores.metric,
             "kept": self.method.kept_share(self.model),
             **self.method.row(self.model),
         }
-        for name, view in self.method.views(self.model).items():
+        for view_name, view in self.method.views(self.model).items():
             with view:
-                row[f"validation_top1_{name}"] = self._validate().top1
+                row[f"{name}_{view_name}"] = self._validate().metric
         self.at.loss_sum, self.at.loss_steps = 0.0, 0
         return row
 
-    def _validate(self):
-        return evaluate(self.model, self.validation.ordered(512), self.validation.info.num_classes)
+    def _shown(self) -> tuple[str, ...]:
+        return "train_loss", f"validation_{self.task.metric_name}", "kept"
+
+    def _validate(self) -> Scores:
+        classes = self.validation.info.num_classes
+        return self.task.evaluate(self.model, self.validation.ordered(512), classes)
 
     def _save(self, path: Path, run: str) -> None:
         state = {
@@ -227,6 +235,3 @@ class _Loop:
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.generator.set_state(state["generator"])
-
-
-_SHOWN = ("train_loss", "validation_top1", "kept")
