@@ -16,9 +16,9 @@ from prunestudy.errors import require
 class TDMPC(nn.Module):
     """Five components that share one latent vector.
 
-    Input (batch, observation + action) or any shape with as many numbers, the action last; output
-    is reward (batch, 1), policy (batch, action) at the latent and at the next one, and both values
-    (batch, 2) of the next latent under the policy. Policy and value see the latent that the encoder
+    Input (batch, observation + action), or any shape of as many numbers, the action last. Output:
+    reward (batch, 1), policy (batch, action) at the latent and at the next one, and both values
+    (batch, 2) of the next latent under the policy. The policy sees the latent that the encoder
     makes as well as the one that the dynamics make: removing one of its numbers touches them all.
     """
 
@@ -29,44 +29,40 @@ class TDMPC(nn.Module):
         sizes = {"observation": observation, "action": action, "hidden": hidden, "latent": latent}
         for name, size in sizes.items():
             require(type(size) is int and size > 0, name, size, "a positive integer")
-        self.observation, both = observation, latent + action
+        self.observation = observation
         self.encoder = nn.Sequential(
             nn.Linear(observation, hidden), nn.ELU(), nn.Linear(hidden, latent)
         )
-        self.dynamics = _mlp(both, hidden, latent)
-        self.reward = _mlp(both, hidden, 1)
-        self.policy = _mlp(latent, hidden, action)
-        self.value = nn.ModuleList(_value(both, hidden) for _ in range(2))
+        self.dynamics = _Joint(latent, action, [nn.ELU()], hidden, latent)
+        self.reward = _Joint(latent, action, [nn.ELU()], hidden, 1)
+        self.policy = nn.Sequential(nn.Linear(latent, hidden), *_rest([nn.ELU()], hidden, action))
+        self.value = nn.ModuleList(
+            _Joint(latent, action, [nn.LayerNorm(hidden), nn.Tanh()], hidden, 1) for _ in range(2)
+        )
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Reward, policy now, policy next, values next: see the class."""
         x = x.flatten(1)
         observation, action = x[:, : self.observation], x[:, self.observation :]
         z = self.encoder(observation)
-        state = torch.cat([z, action], 1)
-        after = self.dynamics(state)
+        after = self.dynamics(z, action)
         now, then = self.policy(z).tanh(), self.policy(after).tanh()
-        judged = torch.cat([after, then], 1)
-        values = torch.cat([value(judged) for value in self.value], 1)
-        return self.reward(state), now, then, values
+        values = torch.cat([value(after, then) for value in self.value], 1)
+        return self.reward(z, action), now, then, values
 
 
-def _mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Linear(inputs, hidden),
-        nn.ELU(),
-        nn.Linear(hidden, hidden),
-        nn.ELU(),
-        nn.Linear(hidden, outputs),
-    )
+class _Joint(nn.Module):
+    """A net on latent and action: W [z, a] = W_z z + W_a a, so that z can lose columns alone."""
+
+    def __init__(self, latent: int, action: int, between: list, hidden: int, outputs: int):
+        super().__init__()
+        self.latent = nn.Linear(latent, hidden)
+        self.action = nn.Linear(action, hidden, bias=False)
+        self.rest = nn.Sequential(*_rest(between, hidden, outputs))
+
+    def forward(self, z: Tensor, action: Tensor) -> Tensor:
+        return self.rest(self.latent(z) + self.action(action))
 
 
-def _value(inputs: int, hidden: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Linear(inputs, hidden),
-        nn.LayerNorm(hidden),
-        nn.Tanh(),
-        nn.Linear(hidden, hidden),
-        nn.ELU(),
-        nn.Linear(hidden, 1),
-    )
+def _rest(between: list[nn.Module], hidden: int, outputs: int) -> list[nn.Module]:
+    return [*between, nn.Linear(hidden, hidden), nn.ELU(), nn.Linear(hidden, outputs)]
