@@ -1,3 +1,6 @@
+import itertools
+from functools import partial
+
 import pytest
 import torch
 
@@ -38,7 +41,7 @@ def test_names_and_lines():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("lenet6", (1, 28, 28), 10), ["model = 'lenet6'", "lenet300, lenet5"]),
+        (("lenet6", (1, 28, 28), 10), ["model = 'lenet6'", "lenet300, lenet5, mlp"]),
         (("lenet5", (1, 15, 28), 10), ["shape = (1, 15, 28)", "16x16"]),
         (("lenet5", (28, 28), 10), ["shape = (28, 28)", "three"]),
         (("lenet300", (1, 28, 0), 10), ["shape = (1, 28, 0)", "positive"]),
@@ -52,3 +55,68 @@ def test_bad_input_is_one_line(arguments, words):
         models.build(*arguments)
     assert "\n" not in str(error.value)
     assert all(word in str(error.value) for word in words)
+
+
+def layer_sizes(widths):
+    """Parameters of linear layers between `widths`, biases included."""
+    return sum((a + 1) * b for a, b in itertools.pairwise(widths))
+
+
+def resnet_size(blocks, channels, classes):
+    """conv1 and blocks of two 3x3 convolutions, each with batch norm; two projections; linear."""
+    size = 9 * channels * 16 + 2 * 16
+    for inputs, width in [(16, 16), (16, 32), (32, 64)]:
+        size += 9 * width * (inputs + (2 * blocks - 1) * width) + 2 * blocks * 2 * width
+        size += inputs * width if inputs != width else 0
+    return size + layer_sizes([64, classes])
+
+
+def vgg_size(channels, classes):
+    widths = [channels, *[64] * 2, *[128] * 2, *[256] * 3, *[512] * 6]
+    return sum(9 * a * b + 2 * b for a, b in itertools.pairwise(widths)) + (512 + 1) * classes
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("mlp", lambda c, n: layer_sizes([c * 32 * 32, 512, 256, 128, n])),
+        ("resnet20", partial(resnet_size, 3)),
+        ("resnet32", partial(resnet_size, 5)),
+        ("resnet56", partial(resnet_size, 9)),
+        ("vgg16_cifar", vgg_size),
+    ],
+)
+def test_parameters_in_closed_form(name, size):
+    for channels, classes in [(3, 10), (1, 100)]:
+        net = models.build(name, (channels, 32, 32), classes)
+        assert sum(p.numel() for p in net.parameters()) == size(channels, classes)
+
+
+@pytest.mark.parametrize("name", ["mlp", "resnet20", "vgg16_cifar"])
+@pytest.mark.parametrize("shape", [(1, 8, 8), (1, 28, 28)])
+def test_small_grey_images(name, shape):
+    net = models.build(name, shape, 10)
+    assert net(torch.zeros(2, *shape)).shape == (2, 10)
+
+
+@pytest.mark.parametrize(("name", "convolutions"), [("resnet20", 19 + 2), ("vgg16_cifar", 13)])
+def test_layers_of_the_cifar_nets(name, convolutions):
+    net = models.build(name, (3, 32, 32), 10)
+    kinds = [type(layer) for layer in net.modules()]
+    assert kinds.count(torch.nn.Conv2d) == convolutions
+    # He et al.: all convolutions but the projections have a batch norm, and none a bias.
+    assert kinds.count(torch.nn.BatchNorm2d) == min(19, convolutions)
+    assert all(m.bias is None for m in net.modules() if isinstance(m, torch.nn.Conv2d))
+
+
+def test_a_block_halves_the_image_and_adds_its_shortcut():
+    block = models.build("resnet20", (3, 32, 32), 10).stage2[0].eval()
+    torch.nn.init.zeros_(block.bn2.weight)
+    x = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert block(x).shape == (1, 32, 4, 4)
+    assert torch.equal(block(x), block.shortcut(x).relu())
+
+
+def test_depth_of_a_resnet():
+    with pytest.raises(InputError, match=r"depth = 21: 6 n \+ 2"):
+        models.ResNet(21)

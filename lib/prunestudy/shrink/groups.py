@@ -1,0 +1,159 @@
+"""Dependency groups: the channels that can only be removed together, and where they are.
+
+A layer *produces* channels (the outputs of a convolution or linear layer), *consumes* them (its
+inputs) or *follows* them (one value for each: batch norm, PReLU, depth-wise convolution). Layers
+whose outputs are added produce the same channels. A channel is a slice of several layers: of one
+output of each producer, one place of each follower, and one or more inputs of each consumer
+(height times width of them behind a flatten, shifted behind a concatenation). The channels of the
+input and of the output belong to no group: they are never cut.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from prunestudy.errors import require_one_of
+from prunestudy.shrink.trace import Slot, Trace, channels_of, is_follower, trace
+
+PRODUCES, CONSUMES, FOLLOWS = "produces", "consumes", "follows"
+
+
+@dataclass(frozen=True)
+class Member:
+    """A layer that holds slices of a group's channels.
+
+    `layer` is its module's name, `kind` its class, `order` its number in order of execution,
+    `role` "produces", "consumes" or "follows", `axis` "out" or "in". Channel i of the group is at
+    places `indices[i]` among the `size` channels (features) of that axis; in a convolution of
+    several groups, as the activation counts them.
+    """
+
+    layer: str
+    kind: str
+    order: int
+    role: str
+    axis: str
+    size: int
+    indices: tuple[tuple[int, ...], ...]
+
+    @cached_property
+    def channel_of(self) -> Tensor:
+        """For each place of the axis (size,) the group's channel there, -1 if of another group."""
+        found = torch.full((self.size,), -1)
+        for channel, places in enumerate(self.indices):
+            found[list(places)] = channel
+        return found
+
+    def spread(self, values: Tensor, elsewhere: float = 1.0) -> Tensor:
+        """`values` (channels,) at their places of the axis (size,), `elsewhere` at all others.
+
+        Differentiable in `values`.
+        """
+        rest = values.new_full((1,), elsewhere)
+        return torch.cat([values, rest])[self.channel_of.to(values.device)]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Channels that go together: `channels` of them, each a slice of every member.
+
+    `name` is the first producer's, in order of execution; where channels of one producer are in
+    several groups, the later ones are called `name:1`, `name:2`, ... `skippable`: were all its
+    channels removed, the input would still reach the output (over a skip connection or a parallel
+    branch).
+    """
+
+    name: str
+    channels: int
+    members: tuple[Member, ...]
+    skippable: bool
+
+    def having(self, role: str) -> list[Member]:
+        """The members of one role."""
+        return [member for member in self.members if member.role == role]
+
+
+def groups(model: nn.Module, shape: tuple[int, ...]) -> list[Group]:
+    """The dependency groups of `model` on inputs of `shape` (no batch), in order of execution.
+
+    `model` is left untouched; gated layers (parametrisations) may be in place. Raises `InputError`
+    naming the module where the net cannot be traced.
+    """
+    return groups_of(trace(model, shape))
+
+
+def groups_of(traced: Trace) -> list[Group]:
+    """The dependency groups of a net already traced."""
+    order = {name: i for i, name in enumerate(traced.layers)}
+    gathered = defaultdict(list)
+    for slots in traced.channels:
+        gathered[frozenset((layer, side) for layer, side, _ in slots)].append(slots)
+    found, used = [], defaultdict(int)
+    for sides, channels in gathered.items():
+        members = _members(traced, sorted(sides, key=lambda s: (order[s[0]], s[1])), channels)
+        name = next(m.layer for m in members if m.role == PRODUCES)
+        found.append((name, min(members[0].indices), members))
+    found.sort(key=lambda each: (order[each[0]], each[1]))
+    made = []
+    for name, _, members in found:
+        label = f"{name}:{used[name]}" if used[name] else name
+        used[name] += 1
+        group = Group(label, len(members[0].indices), members, skippable=False)
+        skippable = signal_remains(traced, [group])
+        made.append(Group(label, group.channels, members, skippable))
+    return made
+
+
+def find(found: Iterable[Group], name: str) -> Group:
+    """The group called `name`; `InputError` if there is none."""
+    by_name = {group.name: group for group in found}
+    require_one_of("group", name, by_name)
+    return by_name[name]
+
+
+def signal_remains(traced: Trace, emptied: Iterable[Group]) -> bool:
+    """Whether the input still reaches the output when all channels of `emptied` are removed."""
+    dead = {traced.node_of[name] for name in silent_layers(traced.layers, emptied)}
+    reached, waiting = set(), [traced.input]
+    while waiting:
+        node = waiting.pop()
+        if node not in reached and node not in dead:
+            reached.add(node)
+            waiting += traced.edges[node]
+    return any(node in reached for node in traced.outputs)
+
+
+def silent_layers(layers: Mapping[str, nn.Module], emptied: Iterable[Group]) -> set[str]:
+    """Layers that hear or say nothing once all channels of the groups `emptied` are removed."""
+    left = {}
+    for group in emptied:
+        for m in group.members:
+            key = (m.layer, m.axis)
+            left[key] = left.get(key, channels_of(layers[m.layer], m.axis))
+            left[key] -= sum(map(len, m.indices))
+    return {layer for (layer, _), count in left.items() if count == 0}
+
+
+def _members(
+    traced: Trace, sides: list[tuple[str, str]], channels: list[list[Slot]]
+) -> tuple[Member, ...]:
+    places = {side: [] for side in sides}
+    first = next(s for s in sides if s[1] == "out" and not is_follower(traced.layers[s[0]]))
+    channels = sorted(channels, key=lambda slots: min(i for *s, i in slots if tuple(s) == first))
+    for slots in channels:
+        here = defaultdict(list)
+        for layer, side, index in slots:
+            here[layer, side].append(index)
+        for side, indices in here.items():
+            places[side].append(tuple(sorted(indices)))
+    return tuple(_member(traced, *side, tuple(places[side])) for side in sides)
+
+
+def _member(traced: Trace, name: str, axis: str, indices: tuple[tuple[int, ...], ...]) -> Member:
+    layer, order = traced.layers[name], list(traced.layers).index(name)
+    role = FOLLOWS if is_follower(layer) else PRODUCES if axis == "out" else CONSUMES
+    return Member(name, type(layer).__name__, order, role, axis, channels_of(layer, axis), indices)
