@@ -282,7 +282,7 @@ def test_unknown_profiles_and_papers_are_refused(toy_card, profile, chosen, mess
     ("old", "new", "message"),
     [
         ('{ method = "random" }', '{ method = "rnd" }', "method = 'rnd': allowed are dense"),
-        ('model = "lenet300"', 'model = "lenet"', "model = 'lenet': allowed are lenet300"),
+        ('model = "lenet300"', 'model = "lenet"', "model = 'lenet': allowed are autoencoder"),
         ('dataset = "digits"', 'dataset = "digit"', "dataset = 'digit': allowed are digits"),
         ("validation = 200", "validation = 1437", "validation = 1437: below 1437"),
         (
@@ -528,8 +528,8 @@ def test_own_settings():
 
 BAD = [
     ({"colour": "red"}, "setting = 'colour': allowed are batch_size"),
-    ({"model": "vgg"}, "model = 'vgg': allowed are lenet300"),
-    ({"model": 5}, "model = 5: allowed are lenet300"),
+    ({"model": "vgg"}, "model = 'vgg': allowed are autoencoder"),
+    ({"model": 5}, "model = 5: allowed are autoencoder"),
     ({"method": "lasso"}, "method = 'lasso': allowed are dense"),
     ({"dataset": "cifar"}, "dataset = 'cifar': allowed are digits"),
     ({"dataset": 5}, "dataset = 5: allowed are digits"),

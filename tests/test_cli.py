@@ -122,7 +122,7 @@ def test_bad_commands_that_are_found_late(refused, words, message):
 SETTINGS = [
     (["colour=red"], "setting = 'colour': allowed are batch_size, dataset, epochs"),
     (["lr"], "--set = 'lr': must be KEY=VALUE"),
-    (["model=vgg99"], "model = 'vgg99': allowed are lenet300, lenet5"),
+    (["model=vgg99"], "model = 'vgg99': allowed are autoencoder"),
     (["model=lenet5"], "shape = (1, 8, 8): lenet5 needs images of at least 16x16"),
     (["method=lasso"], "method = 'lasso': allowed are dense"),
     (["dataset=cifar"], "dataset = 'cifar': allowed are digits"),
@@ -134,7 +134,7 @@ SETTINGS = [
     (["lr=fast"], "lr = 'fast': input should be a valid number"),
     (["lr=NaN"], "lr = nan: input should be a finite number"),
     (["lr=Infinity"], "lr = inf: input should be a finite number"),
-    (["epochs=0"], "epochs = 0: input should be greater than or equal to 1"),
+    (["epochs=0"], "epochs = 0: at least 1 for a run without a parent"),
     (["epochs=1.5"], "epochs = 1.5: input should be a valid integer"),
     (["epochs=true"], "epochs = True: input should be a valid integer"),
     (["epochs="], "epochs = '': input should be a valid integer"),

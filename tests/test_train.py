@@ -92,7 +92,7 @@ def test_a_phase_may_have_a_schedule_of_its_own():
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("epochs", 0),
+        ("epochs", -1),
         ("epochs", 1.0),
         ("epochs", "3"),
         ("epochs", True),

@@ -103,6 +103,8 @@ def resolve(
         )
     except ValidationError as error:
         raise InputError(first_error(error)) from None
+    trained = settings.recipe.epochs > 0 or settings.parent is not None
+    require(trained, "epochs", settings.recipe.epochs, "at least 1 for a run without a parent")
     if target:
         methods.build(method, settings.params, target.value, target.kind)
     _fits(settings, known)

@@ -176,14 +176,25 @@ def paired(store: Store, planned: list[Planned], test: Comparison) -> Interval:
 
     Pairs share model, data, seed, target (where the control has one) and total epochs.
     """
-    ours = _values(store, planned, test, (test.method, test.variant))
-    theirs = _values(store, planned, test, (test.against, test.against_variant))
-    return Interval.of([ours[key] - theirs[key] for key in sorted(ours) if key in theirs])
+    ours = _metrics(store, planned, test, (test.method, test.variant))
+    theirs = _metrics(store, planned, test, (test.against, test.against_variant))
+    pairs = [(ours[key], theirs[key]) for key in sorted(ours) if key in theirs]
+    fair = [(a, b) for a, b in pairs if _as_sparse(a, b, test)]
+    return Interval.of([a[test.metric] - b[test.metric] for a, b in fair])
 
 
-def _values(
+def _as_sparse(ours: dict[str, Any], theirs: dict[str, Any], test: Comparison) -> bool:
+    """Whether the pair is close enough in what was removed, or ours removed more."""
+    if test.within is None:
+        return True
+    kind = test.target_kind
+    left = [metrics[kind] / metrics[f"dense_{kind}"] for metrics in (ours, theirs)]
+    return left[0] - left[1] <= test.within
+
+
+def _metrics(
     store: Store, planned: list[Planned], test: Comparison, side: tuple[str, str]
-) -> dict[tuple[int, int], float]:
+) -> dict[tuple[int, int], dict[str, Any]]:
     found = {}
     for item in planned:
         s = item.settings
@@ -194,9 +205,8 @@ def _values(
         at_target = s.aim is None or (s.aim.value, s.aim.kind) == (test.target, test.target_kind)
         if wanted and at_target and item.purpose != "search":
             record = store.read(s)
-            value = record["metrics"].get(test.metric) if record else None
-            if value is not None:
-                found[s.seed, s.epochs] = value
+            if record and record["metrics"].get(test.metric) is not None:
+                found[s.seed, s.epochs] = record["metrics"]
     return found
 
 
