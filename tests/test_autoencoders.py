@@ -14,7 +14,10 @@ def linear(*widths):
     ("name", "size"),
     [
         ("autoencoder", linear(784, 256, 128, 32, 128, 256, 784)),
-        ("conv_autoencoder", 2 * (16**2 + 16 * 32 * 16 + 32 * 32 * 49) + 16 + 32 + 32 + 32 + 16 + 1),
+        (
+            "conv_autoencoder",
+            2 * (16**2 + 16 * 32 * 16 + 32 * 32 * 49) + 16 + 32 + 32 + 32 + 16 + 1,
+        ),
     ],
 )
 def test_parameters_with_and_without_a_classifier(name, size):

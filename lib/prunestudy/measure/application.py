@@ -15,11 +15,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import pandas as pd
-import torch
 from torch import Tensor, nn
 
 from prunestudy.errors import InputError, require, require_one_of
-from prunestudy.measure.forward import device_of, evaluating
 from prunestudy.measure.tasks import Task
 
 Data = Sequence[tuple[Tensor, Tensor]]
@@ -104,7 +102,7 @@ class Judgement:
         )
 
 
-class Refused(InputError):
+class RefusedError(InputError):
     """A pruned model that breaks a limit or misses its target is not handed out.
 
     `judgement` says what the best point found does, `closest` the largest share of the parameters
@@ -117,7 +115,7 @@ class Refused(InputError):
 
 
 class Application:
-    """Metrics, of which `objective` (by default the first) is to be as good as possible, and limits.
+    """Metrics and limits; `objective` (by default the first) is to be as good as possible.
 
     Raises `InputError` for two metrics of one name, a constraint on an unknown metric, one that
     limits its metric from the wrong side, and an unknown objective.

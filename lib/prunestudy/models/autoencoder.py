@@ -5,6 +5,7 @@ vector. The paper's own autoencoder is not known; these are ours. All layers tak
 their weights, so that channels can be removed. Outputs are pixels, in 0-1 for a trained net.
 """
 
+import itertools
 import math
 from collections import OrderedDict
 from typing import ClassVar
@@ -133,7 +134,7 @@ class ConvAutoencoderClassifier(_WithClassifier, ConvAutoencoder):
 def _linear_stack(widths: tuple[int, ...]) -> nn.Sequential:
     """Linear layers fc1, fc2, ... of these widths, ReLU between them."""
     layers: OrderedDict[str, nn.Module] = OrderedDict()
-    for number, (inputs, outputs) in enumerate(zip(widths, widths[1:], strict=False), 1):
+    for number, (inputs, outputs) in enumerate(itertools.pairwise(widths), 1):
         layers[f"fc{number}"] = nn.Linear(inputs, outputs)
         layers[f"relu{number}"] = nn.ReLU()
     layers.popitem()

@@ -5,8 +5,9 @@ channel of one group may cost twenty times one of another. Here parameters are c
 """
 
 import math
+from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -90,8 +91,6 @@ class Budget:
 
     def kept(self, numbers: Sequence[float], offset: float = 0.0) -> list[int]:
         """Channels kept in each group at `numbers` plus `offset`."""
-        from bisect import bisect_left
-
         return [
             max(least, len(p) - bisect_left(p, number + offset))
             for p, number, least in zip(self._sorted, numbers, self.least, strict=True)
@@ -115,19 +114,27 @@ class Budget:
         """
         numbers = list(numbers)
         for members, count in parts:
-            offset = self._offset(numbers, target, count, set(members))
+            offset = self.offset(numbers, target, count, set(members))
             numbers = [n + offset * (i in members) for i, n in enumerate(numbers)]
-        offset = self._offset(numbers, target, self.count, set(range(len(numbers))))
+        offset = self.offset(numbers, target)
         kept = self.kept(numbers, offset)
         return self._shave(kept, target) if self.count.removed(kept) >= target else None
 
-    def _offset(
-        self, numbers: list[float], target: float, count: Parameters, moving: set[int]
+    def offset(
+        self,
+        numbers: Sequence[float],
+        target: float,
+        count: Parameters | None = None,
+        moving: Collection[int] | None = None,
     ) -> float:
-        """Smallest offset of the groups `moving` that removes `target`, or the largest there is."""
+        """Smallest common offset that removes `target` of `count`, or the largest there is.
+
+        By default of all parameters, and of all groups; else of the groups `moving` alone.
+        """
+        count = count or self.count
 
         def enough(offset: float) -> bool:
-            moved = [n + offset * (i in moving) for i, n in enumerate(numbers)]
+            moved = [n + offset * (moving is None or i in moving) for i, n in enumerate(numbers)]
             return count.removed(self.kept(moved)) >= target
 
         ends = [p[0] for p in self._sorted] + [p[-1] for p in self._sorted] + list(numbers)
@@ -135,7 +142,7 @@ class Budget:
         low = -high
         if not enough(high):
             return high
-        for _ in range(60):
+        for _ in range(40):
             middle = (low + high) / 2
             low, high = (low, middle) if enough(middle) else (middle, high)
         return high

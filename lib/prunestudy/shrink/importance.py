@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from prunestudy.shrink.groups import FOLLOWS, Group, Member
-from prunestudy.shrink.trace import TRANSPOSED
+from prunestudy.shrink.groups import FOLLOWS, Group
+from prunestudy.shrink.narrow import axis_of
 
 
 def group_l2(model: nn.Module, groups: Sequence[Group]) -> list[Tensor]:
@@ -23,13 +23,6 @@ def taylor(model: nn.Module, groups: Sequence[Group]) -> list[Tensor]:
     return _scores(model, groups, lambda weight: (weight.detach() * weight.grad).abs())
 
 
-def axis_of(layer: nn.Module, member: Member) -> int:
-    """The dimension of the weight of `layer` that `member` is about."""
-    if member.role == FOLLOWS:
-        return 0
-    return int((member.axis == "in") != isinstance(layer, TRANSPOSED))
-
-
 def _scores(model: nn.Module, groups: Sequence[Group], each) -> list[Tensor]:
     return [_score(model, group, each) for group in groups]
 
@@ -40,7 +33,9 @@ def _score(model: nn.Module, group: Group, each) -> Tensor:
         layer = model.get_submodule(member.layer)
         if getattr(layer, "weight", None) is None:
             continue
-        places = each(layer.weight).movedim(axis_of(layer, member), 0).flatten(1).sum(1)
+        along = axis_of(layer, FOLLOWS if member.role == FOLLOWS else member.axis)
+        weight = each(layer.weight).movedim(along, 0)
+        places = weight.reshape(len(weight), -1).sum(1)
         index = torch.tensor(member.indices, device=places.device)
         sums.append(places[index].sum(1))
     score = torch.stack(sums).mean(0)
