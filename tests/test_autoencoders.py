@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ from prunestudy.models import TDMPC
 
 
 def linear(*widths):
-    return sum((a + 1) * b for a, b in zip(widths, widths[1:], strict=False))
+    return sum((a + 1) * b for a, b in itertools.pairwise(widths))
 
 
 @pytest.mark.parametrize(

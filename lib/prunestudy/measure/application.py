@@ -12,9 +12,8 @@ import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-import pandas as pd
 from torch import Tensor, nn
 
 from prunestudy.errors import InputError, require, require_one_of
@@ -72,6 +71,11 @@ class Constraint:
             return math.inf
         return self.limit - value if self.sign == ">=" else value - self.limit
 
+    def share(self, value: float | Tensor) -> float | Tensor:
+        """The shortfall of `value` in units of the limit's size; differentiable."""
+        by = self.limit - value if self.sign == ">=" else value - self.limit
+        return by / max(abs(self.limit), 1e-12)
+
     def __str__(self) -> str:
         return f"{self.metric} {self.sign} {self.limit:g}"
 
@@ -91,7 +95,7 @@ class Judgement:
     @property
     def shortfall(self) -> float:
         """Sum of the shortfalls, each in units of its limit's size; 0 where all hold."""
-        return sum(by / max(abs(c.limit), 1e-12) for c, by in self.broken)
+        return sum(c.share(self.values[c.metric]) if by < math.inf else by for c, by in self.broken)
 
     def __str__(self) -> str:
         if self.holds:
@@ -152,7 +156,7 @@ class Application:
         short = [(c, c.shortfall(values[c.metric])) for c in self.constraints]
         return Judgement(values, tuple((c, by) for c, by in short if by > 0))
 
-    def recheck(self, model: nn.Module, data: Data, before: Judgement) -> pd.DataFrame:
+    def recheck(self, model: nn.Module, data: Data, before: Judgement) -> list[dict[str, Any]]:
         """Judge `model` again on new `data`: one row per metric, then and now, limit, holds.
 
         `before` is the judgement it was accepted with; a metric that got worse has drifted.
@@ -160,7 +164,7 @@ class Application:
         now, limits = self.judge(model, data), {}
         for constraint in self.constraints:
             limits.setdefault(constraint.metric, []).append(constraint)
-        rows = [
+        return [
             {
                 "metric": name,
                 "then": before.values[name],
@@ -171,7 +175,6 @@ class Application:
             }
             for name, value in now.values.items()
         ]
-        return pd.DataFrame(rows)
 
     def cost(self, before: Judgement, after: Judgement) -> dict[str, float]:
         """By how much `after` is worse than `before`, in each metric; negative where better."""

@@ -6,12 +6,18 @@ from pydantic import ValidationError
 
 from prunestudy.errors import InputError, require_one_of
 from prunestudy.methods.base import TARGETS, Context, Method, Params, Phase, Progress
+from prunestudy.methods.component_aware import ComponentAware
 from prunestudy.methods.l1 import L1
 from prunestudy.methods.magnitude import GradualMagnitude, Magnitude, Random
 from prunestudy.methods.sparse_gates import SparseGates
+from prunestudy.methods.uniform import Uniform
 
 _METHODS: dict[str, type[Method]] = {
-    cls.name: cls for cls in (Method, SparseGates, Magnitude, GradualMagnitude, Random, L1)
+    cls.name: cls
+    for cls in (
+        *(Method, SparseGates, Magnitude, GradualMagnitude, Random, L1),
+        *(ComponentAware, Uniform),
+    )
 }
 
 __all__ = [

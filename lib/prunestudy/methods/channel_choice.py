@@ -6,30 +6,23 @@ turns it into channels kept. The controls are solvers that search nothing.
 """
 
 import copy
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
-import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from prunestudy import measure
-from prunestudy.errors import InputError
 from prunestudy.measure import Application, Judgement, RefusedError
-from prunestudy.measure.forward import evaluating
-from prunestudy.methods.base import Context, Method, Params
+from prunestudy.methods.base import Params
 from prunestudy.shrink import (
     Budget,
     ComponentGroup,
     Narrow,
     Parameters,
-    component_groups,
     group_l2,
     require_target,
-    spread_out,
     taylor,
 )
 
@@ -179,170 +172,3 @@ class Choice:
             else:
                 high = middle
         return found
-
-
-@dataclass
-class Pruned:
-    """A pruned net with all that led to it; `undo` gives the dense one back, bit for bit."""
-
-    model: nn.Module
-    point: Point
-    dense: nn.Module
-    choice: Choice
-    budget: Budget
-
-    def undo(self) -> nn.Module:
-        """The dense net as it was, whatever has been done to the small one since."""
-        return copy.deepcopy(self.dense)
-
-    def report(self) -> list[dict[str, Any]]:
-        """One row per group: where it lies, what was removed, what that alone costs."""
-        full = list(self.choice.count.full)
-        before = self.choice.judge(self.budget, full).judgement
-        rows = []
-        for i, (each, kept) in enumerate(zip(self.choice.groups, self.point.kept, strict=True)):
-            alone = self.choice.judge(self.budget, [*full[:i], kept, *full[i + 1 :]]).judgement
-            costs = self.choice.application.cost(before, alone)
-            rows.append(
-                {
-                    "group": each.name,
-                    "place": each.place,
-                    "kind": each.kind,
-                    "channels": full[i],
-                    "kept": kept,
-                    "removed": 1 - kept / full[i],
-                    **{f"{name} lost alone": cost for name, cost in costs.items()},
-                }
-            )
-        return rows
-
-
-class ChannelMethod(Method, ABC):
-    """A method that prunes channels in `prepare`; what is then trained is the small net."""
-
-    target_kinds: ClassVar[tuple[str, ...]] = ("parameters",)
-    Params: ClassVar[type[Params]] = ChoiceParams
-
-    @abstractmethod
-    def solve(self, choice: Choice) -> tuple[Budget, Sequence[float], Point]:
-        """The budget and numbers found, and the point there."""
-
-    def attach(self, model: nn.Module, generator: torch.Generator) -> None:  # noqa: ARG002
-        """Remember where random numbers come from."""
-        self.generator = generator
-
-    def prepare(self, model: nn.Module, context: Context) -> None:
-        """Search on training and validation images, then prune `model` in place."""
-        shape, classes = context.shape, context.train.info.num_classes
-        metrics = measure.task_metrics(context.task, classes)
-        application = Application(metrics, self.params.constraints)
-        x, y = next(context.validation.ordered(min(self.params.samples, len(context.validation))))
-        with evaluating(model):
-            groups = component_groups(model, shape, protect=self.params.protect)
-            self.pruned = self.prune(
-                model, groups, application, context.task.loss, _endless(context.train), [(x, y)]
-            )
-        for name, child in self.pruned.model.named_children():
-            model.add_module(name, child.requires_grad_(True))
-
-    def prune(
-        self,
-        model: nn.Module,
-        groups: list[ComponentGroup],
-        application: Application,
-        loss: Loss,
-        batches: Iterable[Batch],
-        data: Sequence[Batch],
-    ) -> Pruned:
-        """Prune a copy of `model`: the way in for an application of one's own.
-
-        `loss` maps (output, x, y) to a scalar, `batches` never ends, `data` is what candidates are
-        judged on. Raises `RefusedError` (an `InputError`) for a target that cannot be met.
-        """
-        choice = Choice(model, groups, application, loss, batches, data, self.target, self.params)
-        budget, numbers, best = self.solve(choice)
-        point = choice.accept(budget, numbers, best)
-        small = choice.small(budget.indices(point.kept))
-        real = 1 - measure.parameters(small) / measure.parameters(model)
-        if abs(real - self.target) > self.params.tolerance:
-            raise InputError(f"target = {self.target:g}: {real:.4f} of the parameters were removed")
-        return Pruned(small, point, copy.deepcopy(model), choice, budget)
-
-    def kept_share(self, model: nn.Module) -> float:  # noqa: ARG002
-        """Share of the parameters left."""
-        return 1 - self.pruned.point.removed
-
-    def measures(self, model: nn.Module) -> dict[str, Any]:  # noqa: ARG002
-        """Share removed, channels kept by group, what the search saw and cost."""
-        pruned = self.pruned
-        judgement = pruned.point.judgement
-        return {
-            "removed": pruned.point.removed,
-            "groups": {
-                each.name: kept / full
-                for each, kept, full in zip(
-                    pruned.choice.groups, pruned.point.kept, pruned.choice.count.full, strict=True
-                )
-            },
-            "search_passes": pruned.choice.passes,
-            "search_points": len(pruned.choice.seen),
-            **{f"search_{name}": value for name, value in judgement.values.items()},
-            "constraints_hold": float(judgement.holds),
-            "constraints_shortfall": judgement.shortfall,
-        }
-
-
-class UniformParams(ChoiceParams):
-    """`ranking`: the same share of every group ("uniform"), one ranking of all channels by their
-    importance ("global"), or a random one. With `aware` each component gives up the same share of
-    its parameters and coupling groups stay; without, components are not looked at.
-    """
-
-    ranking: Literal["uniform", "global", "random"] = "uniform"
-    importance: Literal["taylor", "group_l2"] = "group_l2"
-    aware: bool = False
-
-
-class Uniform(ChannelMethod):
-    """The controls: no coefficients, one common offset."""
-
-    name: ClassVar[str] = "uniform"
-    title: ClassVar[str] = "uniform share of channels"
-    Params: ClassVar[type[Params]] = UniformParams
-
-    def solve(self, choice: Choice) -> tuple[Budget, Sequence[float], Point]:
-        """The point at zero coefficients."""
-        coupling = [len(each.components) > 1 for each in choice.groups]
-        budget = choice.budget(self._positions(choice), coupling if self.params.aware else ())
-        zero, parts = [0.0] * len(choice.groups), []
-        for name in _components(choice.groups) if self.params.aware else ():
-            inside = [i for i, each in enumerate(choice.groups) if each.components == (name,)]
-            layers = {m.layer for i in inside for m in choice.plain[i].members}
-            parts.append((inside, Parameters(choice.model, choice.plain, layers.__contains__)))
-        return budget, zero, choice.reach(budget, zero, [part for part in parts if part[0]])
-
-    def _positions(self, choice: Choice) -> list[Tensor]:
-        if self.params.ranking == "random":
-            make = self.generator
-            return [
-                torch.rand(n, generator=make, device=make.device).cpu() for n in choice.count.full
-            ]
-        scores = choice.scores()
-        if self.params.ranking == "uniform":
-            return spread_out(scores)
-        return [score.cpu().double().clamp(min=1e-30).log() for score in scores]
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """Channels kept in each group."""
-        return {"kept": np.array(self.pruned.point.kept)}
-
-
-def _components(groups: list[ComponentGroup]) -> list[str]:
-    return list(dict.fromkeys(name for each in groups for name in each.components))
-
-
-def _endless(batches: Any) -> Iterable[Batch]:
-    epoch = 0
-    while True:
-        yield from batches.epoch(epoch)
-        epoch += 1

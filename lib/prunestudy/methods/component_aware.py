@@ -56,7 +56,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from prunestudy.methods.base import Params
-from prunestudy.methods.channel_choice import ChannelMethod, Choice, ChoiceParams, Point
+from prunestudy.methods.channel_choice import Choice, ChoiceParams, Point
+from prunestudy.methods.channel_method import ChannelMethod
 from prunestudy.shrink import Budget, axis_of, spread_out
 
 
@@ -96,20 +97,19 @@ class ComponentAware(ChannelMethod):
         budget, index = choice.budget(positions), _index(choice, self.params.per)
         solver = descend if self.params.solver == "gradient" else search_grid
         numbers, best, self.path = solver(choice, budget, index, self.params)
-        self.grid_passes = self.params.levels ** (max(index) + 1) * choice.samples
+        self.coefficients = max(index) + 1
         return budget, numbers, best
 
     def measures(self, model: nn.Module) -> dict[str, Any]:
-        """Besides: what the whole grid would cost, in sample passes."""
-        return super().measures(model) | {"grid_passes": self.grid_passes}
+        """Besides: the number of coefficients, and the whole grid's cost in sample passes."""
+        return super().measures(model) | {
+            "coefficients": self.coefficients,
+            "grid_passes": self.params.levels**self.coefficients * self.pruned.choice.samples,
+        }
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Channels kept, and the coefficients by step of the descent (steps, coefficients)."""
-        kept = np.array(self.pruned.point.kept)
-        return {
-            "kept": kept,
-            "path": np.array(self.path, dtype=np.float32).reshape(len(self.path), -1),
-        }
+        """Besides: the coefficients by step of the descent (steps + 1, coefficients)."""
+        return super().arrays() | {"path": np.array(self.path, dtype=np.float32)}
 
 
 Found = tuple[list[float], Point, list[list[float]]]
@@ -129,7 +129,7 @@ def search_grid(
         candidate = choice.reach(budget, numbers)
         if choice.better(candidate, best):
             best, at = candidate, numbers
-    return at, best, [at]
+    return at, best, [list(at)]
 
 
 def descend(
@@ -195,11 +195,7 @@ def soft_loss(choice: Choice, budget: Budget, numbers: Tensor, temperature: floa
     for constraint in choice.application.constraints:
         smooth = choice.application.metrics[constraint.metric].smooth
         if smooth is not None:
-            sign = 1 if constraint.sign == ">=" else -1
-            by = (
-                sign * (constraint.limit - smooth(output, x, y)) / max(abs(constraint.limit), 1e-12)
-            )
-            penalty = penalty + torch.relu(by).square()
+            penalty = penalty + torch.relu(constraint.share(smooth(output, x, y))).square()
     return choice.loss(output, x, y) / choice.dense_loss + choice.params.strength * penalty
 
 
@@ -228,9 +224,10 @@ def masked_output(choice: Choice, masks: Sequence[Tensor], x: Tensor) -> Any:
                 norms.append((layer, member.spread(mask)))
             if member.role == "consumes":
                 name, weight = f"{member.layer}.weight", weights[f"{member.layer}.weight"]
-                shape = [1] * weight.dim()
-                shape[axis_of(layer, "in")] = -1
-                weights[name] = weight * member.spread(mask).view(shape)
+                along, shape = axis_of(layer, "in"), [1] * weight.dim()
+                shape[along] = -1
+                spread = member.spread(mask)[: weight.shape[along]]
+                weights[name] = weight * spread.view(shape)
     with _masked_norms(norms):
         return functional_call(net, weights, (x,))
 

@@ -36,6 +36,8 @@ def _score(model: nn.Module, group: Group, each) -> Tensor:
         along = axis_of(layer, FOLLOWS if member.role == FOLLOWS else member.axis)
         weight = each(layer.weight).movedim(along, 0)
         places = weight.reshape(len(weight), -1).sum(1)
+        # One axis of a grouped convolution's weight is the same for all groups.
+        places = places.repeat(member.size // len(places))
         index = torch.tensor(member.indices, device=places.device)
         sums.append(places[index].sum(1))
     score = torch.stack(sums).mean(0)

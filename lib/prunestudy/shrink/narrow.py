@@ -65,7 +65,9 @@ def _fit(layer: nn.Module, dense: nn.Module, stay: dict[str, Tensor]) -> None:
         for axis, places in stay.items():
             if cut.dim() and not (axis == "in" and name != "weight"):
                 along = axis_of(dense, axis) if name == "weight" else 0
-                cut = cut.index_select(along, places.to(cut.device))
+                # The groups of a grouped convolution go together: the first stands for all.
+                here = places[places < cut.shape[along]].to(cut.device)
+                cut = cut.index_select(along, here)
         if isinstance(tensor, nn.Parameter):
             cut = nn.Parameter(cut, requires_grad=tensor.requires_grad)
         setattr(layer, name, cut)
@@ -85,4 +87,5 @@ def _resize(layer: nn.Module, axis: str) -> None:
     elif axis == FOLLOWS:
         setattr(layer, "num_parameters" if isinstance(layer, nn.PReLU) else "num_features", size)
     else:
-        setattr(layer, f"{axis}_channels", size)
+        grouped = layer.groups if axis_of(layer, axis) == 1 else 1
+        setattr(layer, f"{axis}_channels", size * grouped)

@@ -177,6 +177,8 @@ def paired(store: Store, planned: list[Planned], test: Comparison) -> Interval:
     Pairs share model, data, seed, target (where the control has one) and total epochs.
     """
     ours = _metrics(store, planned, test, (test.method, test.variant))
+    if not test.against:
+        return Interval.of([ours[key][test.metric] for key in sorted(ours)])
     theirs = _metrics(store, planned, test, (test.against, test.against_variant))
     pairs = [(ours[key], theirs[key]) for key in sorted(ours) if key in theirs]
     fair = [(a, b) for a, b in pairs if _as_sparse(a, b, test)]
@@ -225,7 +227,8 @@ def _judge(store: Store, planned: list[Planned], claim: Claim) -> list[dict[str,
         got = paired(store, planned, test)
         sides = (test.method, test.variant), (test.against, test.against_variant)
         ours, theirs = (f"{name} ({label})" if label else name for name, label in sides)
-        rule = f"{ours} - {theirs} of {test.metric} >= {test.at_least:g}"
+        minus = f" - {theirs}" if theirs else ""
+        rule = f"{ours}{minus} of {test.metric} >= {test.at_least:g}"
         where = f"{test.model}, {test.dataset}"
         if test.target:
             where += f", {removed(test.target, test.target_kind)} removed"

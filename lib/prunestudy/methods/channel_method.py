@@ -1,0 +1,163 @@
+"""A method that prunes channels once: pruned net, report, undo, and what the loop calls."""
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import nn
+
+from prunestudy import measure
+from prunestudy.errors import InputError
+from prunestudy.measure import Application
+from prunestudy.measure.forward import evaluating
+from prunestudy.methods.base import Context, Method, Params
+from prunestudy.methods.channel_choice import Batch, Choice, ChoiceParams, Loss, Point
+from prunestudy.shrink import Budget, ComponentGroup, component_groups
+
+# Images whose outputs, and whose latent vectors, are kept for figures.
+SHOWN, LATENTS = 8, 256
+
+
+@dataclass
+class Pruned:
+    """A pruned net with all that led to it; `undo` gives the dense one back, bit for bit."""
+
+    model: nn.Module
+    point: Point
+    dense: nn.Module
+    choice: Choice
+    budget: Budget
+
+    def undo(self) -> nn.Module:
+        """The dense net as it was, whatever has been done to the small one since."""
+        return copy.deepcopy(self.dense)
+
+    def report(self) -> list[dict[str, Any]]:
+        """One row per group: where it lies, what was removed, what that alone costs."""
+        full = list(self.choice.count.full)
+        before = self.choice.judge(self.budget, full).judgement
+        rows = []
+        for i, (each, kept) in enumerate(zip(self.choice.groups, self.point.kept, strict=True)):
+            alone = self.choice.judge(self.budget, [*full[:i], kept, *full[i + 1 :]]).judgement
+            costs = self.choice.application.cost(before, alone)
+            rows.append(
+                {
+                    "group": each.name,
+                    "place": each.place,
+                    "kind": each.kind,
+                    "channels": full[i],
+                    "kept": kept,
+                    "removed": 1 - kept / full[i],
+                    **{f"{name} lost alone": cost for name, cost in costs.items()},
+                }
+            )
+        return rows
+
+
+class ChannelMethod(Method, ABC):
+    """A method that prunes channels in `prepare`; what is then trained is the small net."""
+
+    target_kinds: ClassVar[tuple[str, ...]] = ("parameters",)
+    Params: ClassVar[type[Params]] = ChoiceParams
+
+    @abstractmethod
+    def solve(self, choice: Choice) -> tuple[Budget, Sequence[float], Point]:
+        """The budget and numbers found, and the point there."""
+
+    def attach(self, model: nn.Module, generator: torch.Generator) -> None:  # noqa: ARG002
+        """Remember where random numbers come from."""
+        self.generator = generator
+
+    def prepare(self, model: nn.Module, context: Context) -> None:
+        """Search on training and validation images, then prune `model` in place."""
+        shape, classes = context.shape, context.train.info.num_classes
+        metrics = measure.task_metrics(context.task, classes)
+        application = Application(metrics, self.params.constraints)
+        x, y = next(context.validation.ordered(min(self.params.samples, len(context.validation))))
+        with evaluating(model):
+            groups = component_groups(model, shape, protect=self.params.protect)
+            self.pruned = self.prune(
+                model, groups, application, context.task.loss, _endless(context.train), [(x, y)]
+            )
+        self._shown = x[:SHOWN], x[:LATENTS], y[:LATENTS]
+        self.passes = self.pruned.choice.passes
+        for name, child in self.pruned.model.named_children():
+            model.add_module(name, child.requires_grad_(True))
+
+    def prune(
+        self,
+        model: nn.Module,
+        groups: list[ComponentGroup],
+        application: Application,
+        loss: Loss,
+        batches: Iterable[Batch],
+        data: Sequence[Batch],
+    ) -> Pruned:
+        """Prune a copy of `model`: the way in for an application of one's own.
+
+        `loss` maps (output, x, y) to a scalar, `batches` never ends, `data` is what candidates are
+        judged on. Raises `RefusedError` (an `InputError`) for a target that cannot be met.
+        """
+        choice = Choice(model, groups, application, loss, batches, data, self.target, self.params)
+        budget, numbers, best = self.solve(choice)
+        point = choice.accept(budget, numbers, best)
+        small = choice.small(budget.indices(point.kept))
+        real = 1 - measure.parameters(small) / measure.parameters(model)
+        if abs(real - self.target) > self.params.tolerance:
+            raise InputError(f"target = {self.target:g}: {real:.4f} of the parameters were removed")
+        return Pruned(small, point, copy.deepcopy(model), choice, budget)
+
+    def finish(self, model: nn.Module) -> nn.Module:
+        """The small net as it is now; its outputs and latent vectors are kept for figures."""
+        small = super().finish(model)
+        self._views = {}
+        if hasattr(small, "encode"):
+            images, more, labels = self._shown
+            self._views = {"shown": images, "labels": labels}
+            with torch.no_grad():
+                for name, net in (("dense", self.pruned.dense), ("pruned", small)):
+                    with evaluating(net):
+                        output, latent = net(images), net.encode(more)
+                    self._views[f"output_{name}"] = output[0] if type(output) is tuple else output
+                    self._views[f"latent_{name}"] = latent
+        return small
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Channels kept; of an autoencoder, validation images, outputs and latent vectors."""
+        views = {name: tensor.cpu().numpy() for name, tensor in self._views.items()}
+        return {"kept": np.array(self.pruned.point.kept), **views}
+
+    def kept_share(self, model: nn.Module) -> float:  # noqa: ARG002
+        """Share of the parameters left."""
+        return 1 - self.pruned.point.removed
+
+    def measures(self, model: nn.Module) -> dict[str, Any]:  # noqa: ARG002
+        """Share removed, what is left of each group, the report, what the search saw and cost."""
+        pruned = self.pruned
+        judgement, points = pruned.point.judgement, len(pruned.choice.seen)
+        return {
+            "removed": pruned.point.removed,
+            "groups": {
+                each.name: kept / full
+                for each, kept, full in zip(
+                    pruned.choice.groups, pruned.point.kept, pruned.choice.count.full, strict=True
+                )
+            },
+            "report": {row.pop("group"): row for row in pruned.report()},
+            "search_passes": self.passes,
+            "search_points": points,
+            **{f"search_{name}": value for name, value in judgement.values.items()},
+            "constraints_hold": float(judgement.holds),
+            "constraints_shortfall": judgement.shortfall,
+        }
+
+
+def _endless(batches: Any) -> Iterable[Batch]:
+    epoch = 0
+    while True:
+        yield from batches.epoch(epoch)
+        epoch += 1
