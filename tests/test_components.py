@@ -264,7 +264,7 @@ def test_parameters_of_soft_channels_are_differentiable():
 
 @pytest.mark.parametrize("target", [0.0, 1.0, 1, -0.1, 1.5, None, float("nan")])
 def test_targets_outside_zero_to_one_are_refused(target):
-    with pytest.raises(InputError, match="target = .*share of parameters to remove"):
+    with pytest.raises(InputError, match=r"target = .*share of parameters to remove"):
         shrink.require_target(target, 0.01)
 
 

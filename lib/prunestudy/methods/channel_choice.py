@@ -14,6 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from prunestudy.errors import require
 from prunestudy.measure import Application, Judgement, RefusedError
 from prunestudy.methods.base import Params
 from prunestudy.shrink import (
@@ -79,6 +80,8 @@ class Choice:
 
     def __post_init__(self) -> None:
         require_target(self.target, self.params.tolerance)
+        name = type(self.model).__name__
+        require(bool(self.groups), "model", name, "has no channels that could go")
         self.plain = [each.group for each in self.groups]
         self.frozen = [each.protected for each in self.groups]
         self.count = Parameters(self.model, self.plain)

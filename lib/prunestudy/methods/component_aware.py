@@ -19,11 +19,13 @@ coarse grid hardly a point is within epsilon by itself). Points that differ by a
 one, and are judged once; the cost that is reported counts the whole grid.
 
 *Gradient descent.* Weights frozen, soft masks on what the channels feed, the temperature T
-falling:
+falling; a shortfall is that of a limit, in units of the limit:
 
-    m_gj = sigmoid((p_gj - alpha_g) / T)
-    loss = L(m) / L(1) + mu max(0, |S(m) - rho| - epsilon)^2 + mu sum max(0, relative shortfall)^2
+    m_gj = sigmoid((p_gj - alpha_g) / T),    loss = L(m) / L(1) + mu sum max(0, shortfall)^2
 
+The gradient's part along n = dS/dalpha is taken out, so that a step keeps S, and a Newton step
+n (rho - S) / n^2 brings S back to rho [D]. `hold` "penalty" adds instead
+mu max(0, |S(m) - rho| - epsilon)^2 to the loss; with many groups its stiffness slows the descent.
 Every `check` steps the coefficients are hardened (T = 0, the offset c by bisection) and judged on
 the same images as a grid point; the best such point counts.
 
@@ -35,7 +37,7 @@ the same images as a grid point; the best such point counts.
 | S | `Parameters.removed` |
 | rho, epsilon | `target`, `tolerance` |
 | c | found in `Budget.meet` |
-| mu | `strength` |
+| n, mu | `normal`, `strength` |
 
 Also ours, and switchable: `coefficient` "multiplier" takes p_gj = log of the importance, so that
 exp(-alpha_g) multiplies a group's importance in one global ranking; `per` "component" gives the
@@ -45,27 +47,27 @@ the paper's nets and its numbers.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from prunestudy.methods.base import Params
 from prunestudy.methods.channel_choice import Choice, ChoiceParams, Point
 from prunestudy.methods.channel_method import ChannelMethod
-from prunestudy.shrink import Budget, axis_of, spread_out
+from prunestudy.methods.soft_channels import masked_output
+from prunestudy.shrink import Budget, spread_out
 
 
 class ComponentAwareParams(ChoiceParams):
     """`solver`, `coefficient` and `per` as above; `levels` of the grid for each coefficient.
 
     Of gradient descent: `steps` batches, Adam's `lr` falling to zero, `hot` and `cold` temperature
-    at its ends (in units of p), penalty `strength` mu, `check`: steps between hardened points.
+    at its ends (in units of p), how it is to `hold` the target, penalties' `strength` mu, `check`:
+    steps between hardened points.
     """
 
     solver: Literal["gradient", "grid"] = "gradient"
@@ -73,9 +75,10 @@ class ComponentAwareParams(ChoiceParams):
     per: Literal["group", "component"] = "group"
     levels: Annotated[int, Field(ge=2)] = 9
     steps: Annotated[int, Field(ge=1)] = 150
-    lr: Annotated[float, Field(gt=0)] = 0.03
+    lr: Annotated[float, Field(gt=0)] = 0.1
     hot: Annotated[float, Field(gt=0)] = 0.1
     cold: Annotated[float, Field(gt=0)] = 0.01
+    hold: Literal["projection", "penalty"] = "projection"
     strength: Annotated[float, Field(gt=0)] = 1e4
     check: Annotated[int, Field(ge=1)] = 10
 
@@ -147,12 +150,10 @@ def descend(
         done = step / params.steps
         optimizer.param_groups[0]["lr"] = params.lr * scale * (1 - done)
         temperature = scale * params.hot * (params.cold / params.hot) ** done
-        optimizer.zero_grad()
-        soft_loss(choice, budget, alpha[index], temperature).backward()
-        optimizer.step()
+        loss, removed = soft_loss(choice, budget, alpha[index], temperature)
+        descend_step(alpha, optimizer, loss, removed - choice.target, params)
         if params.coefficient == "share":
-            with torch.no_grad():
-                alpha.clamp_(0, params.most)
+            alpha.data.clamp_(0, params.most)
         path.append(alpha.tolist())
         if (step + 1) % params.check == 0 or step + 1 == params.steps:
             numbers = _spread(alpha.tolist(), index)
@@ -160,6 +161,27 @@ def descend(
             if choice.better(candidate, best):
                 best, at = candidate, numbers
     return at, best, path
+
+
+def descend_step(
+    alpha: Tensor,
+    optimizer: torch.optim.Optimizer,
+    loss: Tensor,
+    over: Tensor,
+    params: ComponentAwareParams,
+) -> None:
+    """One step of `alpha` down `loss` that keeps S - rho, now `over`, or is pulled back to it."""
+    if params.hold == "penalty":
+        off = torch.relu(over.abs() - params.tolerance).square()
+        (alpha.grad,) = torch.autograd.grad(loss + params.strength * off, alpha)
+        optimizer.step()
+        return
+    (normal,) = torch.autograd.grad(over, alpha, retain_graph=True)
+    (downhill,) = torch.autograd.grad(loss, alpha)
+    length = normal.square().sum().clamp(min=1e-12)
+    alpha.grad = downhill - normal * (downhill @ normal) / length
+    optimizer.step()
+    alpha.data.sub_(normal * over.detach() / length)
 
 
 def _index(choice: Choice, per: str) -> list[int]:
@@ -184,19 +206,25 @@ def _width(budget: Budget) -> float:
     return 2 * float(quarters[1] - quarters[0])
 
 
-def soft_loss(choice: Choice, budget: Budget, numbers: Tensor, temperature: float) -> Tensor:
-    """The loss of the descent at `numbers` (one per group) on the next training batch."""
+def soft_loss(
+    choice: Choice, budget: Budget, numbers: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Loss at `numbers` (one per group) on the next training batch, and the share removed S."""
     x, y = choice.batch()
     choice.passes += 3 * len(x)
     masks = soft_masks(choice, budget, numbers, temperature)
-    output = masked_output(choice, masks, x)
-    short = abs(choice.count.removed([m.sum() for m in masks]) - choice.target)
-    penalty = torch.relu(short - choice.params.tolerance).square()
+    output = masked_output(choice.small.dense, choice.plain, masks, x)
+    goal = choice.application.objective
+    if goal.smooth is None:
+        loss = choice.loss(output, x, y) / choice.dense_loss
+    else:
+        loss = goal.smooth(output, x, y) * (1 if goal.direction == "lower" else -1)
     for constraint in choice.application.constraints:
         smooth = choice.application.metrics[constraint.metric].smooth
         if smooth is not None:
-            penalty = penalty + torch.relu(constraint.share(smooth(output, x, y))).square()
-    return choice.loss(output, x, y) / choice.dense_loss + choice.params.strength * penalty
+            short = torch.relu(constraint.share(smooth(output, x, y)))
+            loss = loss + choice.params.strength * short.square()
+    return loss, choice.count.removed([m.sum() for m in masks])
 
 
 def soft_masks(choice: Choice, budget: Budget, numbers: Tensor, temperature: float) -> list[Tensor]:
@@ -207,47 +235,3 @@ def soft_masks(choice: Choice, budget: Budget, numbers: Tensor, temperature: flo
         soft = torch.sigmoid((p - numbers[i].to(p)) / temperature)
         masks.append(torch.ones_like(p) if choice.frozen[i] else soft)
     return masks
-
-
-def masked_output(choice: Choice, masks: Sequence[Tensor], x: Tensor) -> Any:
-    """Output of the dense net with each channel times its mask where it is consumed.
-
-    At masks of zeros and ones this is what the net without the zeros computes.
-    """
-    net = choice.small.dense
-    weights = dict(net.named_parameters())
-    norms = []
-    for group, mask in zip(choice.plain, masks, strict=True):
-        for member in group.members:
-            layer = net.get_submodule(member.layer)
-            if isinstance(layer, nn.LayerNorm):
-                norms.append((layer, member.spread(mask)))
-            if member.role == "consumes":
-                name, weight = f"{member.layer}.weight", weights[f"{member.layer}.weight"]
-                along, shape = axis_of(layer, "in"), [1] * weight.dim()
-                shape[along] = -1
-                spread = member.spread(mask)[: weight.shape[along]]
-                weights[name] = weight * spread.view(shape)
-    with _masked_norms(norms):
-        return functional_call(net, weights, (x,))
-
-
-@contextmanager
-def _masked_norms(norms: list[tuple[nn.LayerNorm, Tensor]]) -> Iterator[None]:
-    """Layer norms whose mean and variance weigh each feature by its mask."""
-
-    def hook(layer: nn.LayerNorm, mask: Tensor):
-        def masked(_: nn.Module, inputs: tuple[Tensor], __: Tensor) -> Tensor:
-            x, total = inputs[0], mask.sum()
-            mean = (x * mask).sum(-1, keepdim=True) / total
-            variance = ((x - mean).square() * mask).sum(-1, keepdim=True) / total
-            return (x - mean) * (variance + layer.eps).rsqrt() * layer.weight + layer.bias
-
-        return layer.register_forward_hook(masked)
-
-    handles = [hook(layer, mask) for layer, mask in norms]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
