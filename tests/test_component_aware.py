@@ -12,6 +12,7 @@ from prunestudy.errors import InputError
 from prunestudy.measure import Application, Metric, RefusedError
 from prunestudy.methods import Context
 from prunestudy.methods.channel_choice import Choice
+from prunestudy.methods.channel_method import as_bytes, plane
 from prunestudy.methods.component_aware import descend_step, soft_loss, soft_masks
 from prunestudy.methods.soft_channels import masked_output
 from prunestudy.models import TDMPC, Autoencoder
@@ -420,8 +421,9 @@ def test_the_small_net_is_trained_on_and_a_resumed_run_ends_the_same(digits, tmp
     ):
         assert torch.equal(a, b), name
     assert whole.history == resumed.history
-    assert whole.arrays["output_pruned"].shape == (8, *SMALL)
-    assert whole.arrays["latent_dense"].shape == (64, 12)
+    for name in ("shown", "output_dense", "output_pruned"):
+        assert (whole.arrays[name].shape, whole.arrays[name].dtype) == ((6, *SMALL), np.uint8)
+    assert whole.arrays["latent_dense"].shape == whole.arrays["latent_pruned"].shape == (64, 2)
     assert np.array_equal(whole.arrays["kept"], resumed.arrays["kept"])
 
 
@@ -501,6 +503,13 @@ def test_what_only_the_net_can_tell_is_refused_before_the_search(digits, params,
         pruned_by(digits, **params)
     assert one_line(caught)
     assert all(torch.equal(before[k], v) for k, v in digits[0].state_dict().items())
+
+
+def test_the_plane_of_points_is_that_of_their_spread():
+    z = torch.tensor([[3.0, 0.0, 1.0], [-3.0, 0.0, 1.0], [0.0, 1.0, 1.0], [0.0, -1.0, 1.0]])
+    assert plane(z).tolist() == [[3, 0], [-3, 0], [0, 1], [0, -1]]
+    assert plane(z[:, :1])[:, 1].tolist() == [0] * 4
+    assert as_bytes(torch.tensor([-1.0, 0.5, 2.0])).tolist() == [0, 128, 255]
 
 
 def test_a_classifier_is_pruned_by_its_accuracy():

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from prunestudy import measure
 from prunestudy.errors import InputError
@@ -19,7 +19,7 @@ from prunestudy.methods.channel_choice import Batch, Choice, ChoiceParams, Loss,
 from prunestudy.shrink import Budget, ComponentGroup, component_groups
 
 # Images whose outputs, and whose latent vectors, are kept for figures.
-SHOWN, LATENTS = 8, 256
+SHOWN, LATENTS = 6, 128
 
 
 @dataclass
@@ -63,6 +63,7 @@ class ChannelMethod(Method, ABC):
 
     target_kinds: ClassVar[tuple[str, ...]] = ("parameters",)
     Params: ClassVar[type[Params]] = ChoiceParams
+    before_and_after: ClassVar[bool] = False
 
     @abstractmethod
     def solve(self, choice: Choice) -> tuple[Budget, Sequence[float], Point]:
@@ -83,7 +84,7 @@ class ChannelMethod(Method, ABC):
             self.pruned = self.prune(
                 model, groups, application, context.task.loss, _endless(context.train), [(x, y)]
             )
-        self._shown = x[:SHOWN], x[:LATENTS], y[:LATENTS]
+        self.shown, self.task = (x[:SHOWN], x[:LATENTS], y[:LATENTS]), context.task
         self.passes = self.pruned.choice.passes
         for name, child in self.pruned.model.named_children():
             model.add_module(name, child.requires_grad_(True))
@@ -112,24 +113,36 @@ class ChannelMethod(Method, ABC):
         return Pruned(small, point, copy.deepcopy(model), choice, budget)
 
     def finish(self, model: nn.Module) -> nn.Module:
-        """The small net as it is now; its outputs and latent vectors are kept for figures."""
+        """The small net as it is now; what an autoencoder makes of a few images is kept."""
         small = super().finish(model)
-        self._views = {}
-        if hasattr(small, "encode"):
-            images, more, labels = self._shown
-            self._views = {"shown": images, "labels": labels}
-            with torch.no_grad():
-                for name, net in (("dense", self.pruned.dense), ("pruned", small)):
-                    with evaluating(net):
-                        output, latent = net(images), net.encode(more)
-                    self._views[f"output_{name}"] = output[0] if type(output) is tuple else output
-                    self._views[f"latent_{name}"] = latent
+        self._views = self.views_of(small) if hasattr(small, "encode") else {}
         return small
 
+    def views_of(self, small: nn.Module) -> dict[str, np.ndarray]:
+        """Outputs of the finished net for a few validation images, as bytes.
+
+        With `before_and_after` also the images, the dense net's outputs, and latent vectors of
+        both nets in two dimensions.
+        """
+        made = {"output_pruned": self._pictures(small)}
+        if self.before_and_after:
+            images, more, labels = self.shown
+            for name, net in (("dense", self.pruned.dense), ("pruned", small)):
+                with evaluating(net), torch.no_grad():
+                    made[f"latent_{name}"] = plane(net.encode(more))
+            made["labels"] = labels.to(torch.uint8).cpu().numpy()
+            made["shown"] = as_bytes(self.task.pixels(images))
+            made["output_dense"] = self._pictures(self.pruned.dense)
+        return made
+
     def arrays(self) -> dict[str, np.ndarray]:
-        """Channels kept; of an autoencoder, validation images, outputs and latent vectors."""
-        views = {name: tensor.cpu().numpy() for name, tensor in self._views.items()}
-        return {"kept": np.array(self.pruned.point.kept), **views}
+        """Channels kept; of an autoencoder, what it makes of a few validation images."""
+        return {"kept": np.array(self.pruned.point.kept), **self._views}
+
+    def _pictures(self, net: nn.Module) -> np.ndarray:
+        with evaluating(net), torch.no_grad():
+            output = net(self.shown[0])
+        return as_bytes(output[0] if type(output) is tuple else output)
 
     def kept_share(self, model: nn.Module) -> float:  # noqa: ARG002
         """Share of the parameters left."""
@@ -154,6 +167,24 @@ class ChannelMethod(Method, ABC):
             "constraints_hold": float(judgement.holds),
             "constraints_shortfall": judgement.shortfall,
         }
+
+
+def as_bytes(images: Tensor) -> np.ndarray:
+    """Images of pixels in 0-1 as uint8."""
+    return (images.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
+
+
+def plane(z: Tensor) -> np.ndarray:
+    """The first two principal components of vectors z (n, d), float16 (n, 2).
+
+    Their signs are such that the largest of each is positive; a missing one is zero.
+    """
+    centred = z.double().cpu() - z.double().cpu().mean(0)
+    axes = torch.linalg.svd(centred, full_matrices=False).Vh[:2]
+    points = torch.zeros(len(z), 2, dtype=torch.float64)
+    points[:, : len(axes)] = centred @ axes.T
+    largest = points.gather(0, points.abs().argmax(0, keepdim=True))
+    return (points * torch.where(largest < 0, -1.0, 1.0)).to(torch.float16).numpy()
 
 
 def _endless(batches: Any) -> Iterable[Batch]:

@@ -89,6 +89,7 @@ class ComponentAware(ChannelMethod):
     name: ClassVar[str] = "component_aware"
     title: ClassVar[str] = "soft coefficients (ours)"
     Params: ClassVar[type[Params]] = ComponentAwareParams
+    before_and_after: ClassVar[bool] = True
 
     def solve(self, choice: Choice) -> tuple[Budget, Sequence[float], Point]:
         """Budget, one number per group, and the best point that the solver found."""
@@ -105,9 +106,11 @@ class ComponentAware(ChannelMethod):
 
     def measures(self, model: nn.Module) -> dict[str, Any]:
         """Besides: the number of coefficients, and the whole grid's cost in sample passes."""
+        grid = self.params.levels**self.coefficients * self.pruned.choice.samples
         return super().measures(model) | {
             "coefficients": self.coefficients,
-            "grid_passes": self.params.levels**self.coefficients * self.pruned.choice.samples,
+            "grid_passes": grid,
+            "search_saving": 1 - self.passes / grid,
         }
 
     def arrays(self) -> dict[str, np.ndarray]:

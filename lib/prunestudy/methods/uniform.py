@@ -30,7 +30,7 @@ class Uniform(ChannelMethod):
     """The controls: no coefficients, one common offset."""
 
     name: ClassVar[str] = "uniform"
-    title: ClassVar[str] = "uniform share of channels"
+    title: ClassVar[str] = "no coefficients"
     Params: ClassVar[type[Params]] = UniformParams
 
     def solve(self, choice: Choice) -> tuple[Budget, Sequence[float], Point]:
