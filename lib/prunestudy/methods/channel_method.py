@@ -160,7 +160,7 @@ class ChannelMethod(Method, ABC):
                     pruned.choice.groups, pruned.point.kept, pruned.choice.count.full, strict=True
                 )
             },
-            "report": {row.pop("group"): row for row in pruned.report()},
+            "report": pruned.report(),
             "search_passes": self.passes,
             "search_points": points,
             **{f"search_{name}": value for name, value in judgement.values.items()},

@@ -48,14 +48,9 @@ def psnr_against_removed(summary: pd.DataFrame, model: str, dataset: str) -> Fig
             method, variant = wanted
             line = part[(part.method == method) & (part.variant == (variant + suffix).lstrip(", "))]
             line = line.sort_values("target")
-            panel.errorbar(
-                100 * line.target,
-                line.metric,
-                line.metric_sd.fillna(0),
-                capsize=2,
-                label=label,
-                **look,
-            )
+            if len(line):
+                sd = line.metric_sd.fillna(0)
+                panel.errorbar(100 * line.target, line.metric, sd, capsize=2, label=label, **look)
         panel.axhline(part.dense_metric.mean(), color=COLOURS["dense"], ls=":", lw=1.5)
         panel.set(title=title, xlabel="parameters removed, %")
         panel.set_xticks([100 * t for t in sorted(set(part.target))])
@@ -87,7 +82,7 @@ def groups(found: Sequence[ComponentGroup]) -> Figure:
     palette = dict(zip(names, sns.color_palette("colorblind", len(names)), strict=True))
     for label, each in zip(axes.get_yticklabels(), found, strict=True):
         inside = len(each.components) == 1
-        label.set_color(palette[each.components[0]] if inside else _COUPLING)
+        label.set_color(palette[each.components[0]] if inside else "black")
         label.set_fontweight("normal" if inside else "bold")
     for label in axes.get_xticklabels():
         label.set_color(palette.get(label.get_text().partition(".")[0], "black"))
@@ -125,15 +120,10 @@ def coefficients(store: Store, planned: Sequence[Planned], model: str, dataset: 
     rows = []
     for item in planned:
         s = item.settings
-        wanted = (s.method, item.variant, s.model, s.dataset) == (
-            "component_aware",
-            "",
-            model,
-            dataset,
-        )
-        record = store.read(s) if wanted and s.recipe.epochs == 0 else None
-        for name, row in (record["metrics"]["report"] if record else {}).items():
-            label = f"{name}\n({row['kind']})"
+        ours = s.method == "component_aware" and not item.variant and s.recipe.epochs == 0
+        record = store.read(s) if ours and (s.model, s.dataset) == (model, dataset) else None
+        for row in record["metrics"]["report"] if record else ():
+            label = f"{row['group']}\n({row['kind']})"
             rows.append((s.target.value, label, 100 * row["removed"]))
     table = pd.DataFrame(rows, columns=["target", "group", "removed"])
     if table.empty:
@@ -154,9 +144,8 @@ def coefficients(store: Store, planned: Sequence[Planned], model: str, dataset: 
     axes.set(xlabel="", ylabel="channels removed, %", ylim=(0, 100))
     axes.set_title(f"coefficients found, {model} on {tables.datasets_title(dataset)}")
     axes.tick_params(axis="x", labelsize=8)
-    axes.legend(
-        title="parameters removed", fontsize=7, title_fontsize=7, ncols=5, loc="upper center"
-    )
+    small = {"fontsize": 7, "title_fontsize": 7}
+    axes.legend(title="parameters removed", ncols=5, loc="upper center", **small)
     return figure
 
 
