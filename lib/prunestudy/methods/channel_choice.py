@@ -145,29 +145,14 @@ class Choice:
             )
         return self.judge(budget, kept)
 
-    def accept(self, budget: Budget, numbers: Sequence[float], best: Point) -> Point:
-        """Return `best` if it is on target and keeps every limit; refuse it otherwise.
+    def on_target(self, point: Point) -> bool:
+        """Whether the share removed is within the tolerance."""
+        return abs(point.removed - self.target) <= self.params.tolerance
 
-        The refusal names the largest share found that keeps the limits, by bisection on the
-        target along the same numbers.
-        """
-        over = best.removed - self.target
-        if abs(over) > self.params.tolerance:
-            why = f"the nearest whole channels remove {best.removed:.4f}, {over:+.4f}"
-            raise RefusedError(f"target = {self.target:g}: {why}", best.judgement, best.removed)
-        if best.judgement.holds or not self.params.refuse:
-            return best
-        closest = self._closest(budget, numbers)
-        raise RefusedError(
-            f"target = {self.target:g}: refused, {best.judgement}; "
-            f"the closest that holds removes {closest:.4f} of the parameters",
-            best.judgement,
-            closest,
-        )
-
-    def _closest(self, budget: Budget, numbers: Sequence[float]) -> float:
+    def closest(self, budget: Budget, numbers: Sequence[float]) -> float:
+        """Largest share found that keeps every limit, by bisection of the offset at `numbers`."""
         low, high, found = 0.0, self.target, 0.0
-        for _ in range(12):
+        for _ in range(10):
             middle = (low + high) / 2
             point = self.judge(budget, budget.meet(numbers, middle))
             if point.judgement.holds:

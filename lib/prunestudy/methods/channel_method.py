@@ -1,6 +1,7 @@
 """A method that prunes channels once: pruned net, report, undo, and what the loop calls."""
 
 import copy
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -11,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from prunestudy import measure
-from prunestudy.errors import InputError
-from prunestudy.measure import Application
+from prunestudy.measure import Application, RefusedError
 from prunestudy.measure.forward import evaluating
 from prunestudy.methods.base import Context, Method, Params
 from prunestudy.methods.channel_choice import Batch, Choice, ChoiceParams, Loss, Point
@@ -104,13 +104,37 @@ class ChannelMethod(Method, ABC):
         judged on. Raises `RefusedError` (an `InputError`) for a target that cannot be met.
         """
         choice = Choice(model, groups, application, loss, batches, data, self.target, self.params)
-        budget, numbers, best = self.solve(choice)
-        point = choice.accept(budget, numbers, best)
+        budget, numbers, point = self.solve(choice)
+        if not choice.on_target(point):
+            over = point.removed - self.target
+            why = f"the nearest whole channels remove {point.removed:.4f}, {over:+.4f}"
+            raise RefusedError(f"target = {self.target:g}: {why}", point.judgement, point.removed)
+        if self.params.refuse and not point.judgement.holds:
+            closest = self._closest(choice, choice.closest(budget, numbers))
+            raise RefusedError(
+                f"target = {self.target:g}: refused, {point.judgement}; "
+                f"the closest that holds removes {closest:.4f} of the parameters",
+                point.judgement,
+                closest,
+            )
         small = choice.small(budget.indices(point.kept))
         real = 1 - measure.parameters(small) / measure.parameters(model)
-        if abs(real - self.target) > self.params.tolerance:
-            raise InputError(f"target = {self.target:g}: {real:.4f} of the parameters were removed")
+        if abs(real - point.removed) > 1e-9:
+            raise RuntimeError(f"counted {point.removed} of the parameters removed, found {real}")
         return Pruned(small, point, copy.deepcopy(model), choice, budget)
+
+    def _closest(self, choice: Choice, found: float) -> float:
+        """Search again at five targets between the share `found` that holds and the refused one."""
+        low, high = found, choice.target
+        for _ in range(5):
+            middle = (low + high) / 2
+            again = dataclasses.replace(choice, target=middle, passes=0, seen={})
+            *_, point = self.solve(again)
+            if point.judgement.holds:
+                low, found = middle, max(found, point.removed)
+            else:
+                high = middle
+        return found
 
     def finish(self, model: nn.Module) -> nn.Module:
         """The small net as it is now; what an autoencoder makes of a few images is kept."""
