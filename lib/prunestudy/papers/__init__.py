@@ -36,7 +36,7 @@ class Comparison(_Strict):
     counts (None: runs without a target); `metric` is a key of the records' metrics. The variants
     are those of the two methods. Without `against` the metric itself is compared. With
     `within` a pair counts only where `method` removed as much as `against`, or at most that share
-    less (of what `target_kind`, macs or parameters, counts).
+    less.
     """
 
     method: str

@@ -189,9 +189,15 @@ def _as_sparse(ours: dict[str, Any], theirs: dict[str, Any], test: Comparison) -
     """Whether the pair is close enough in what was removed, or ours removed more."""
     if test.within is None:
         return True
-    kind = test.target_kind
-    left = [metrics[kind] / metrics[f"dense_{kind}"] for metrics in (ours, theirs)]
-    return left[0] - left[1] <= test.within
+    more = _left(ours, test.target_kind) - _left(theirs, test.target_kind)
+    return more <= test.within
+
+
+def _left(metrics: dict[str, Any], kind: str) -> float:
+    """Share (0-1) of the parameters or MACs that is left; else of the prunable weights."""
+    if kind in ("parameters", "macs"):
+        return metrics[kind] / metrics[f"dense_{kind}"]
+    return 1 - metrics["sparsity"]
 
 
 def _metrics(
