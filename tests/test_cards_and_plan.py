@@ -116,12 +116,13 @@ def test_a_card_that_is_no_toml_is_refused_in_one_line(card_file):
 def test_what_the_cards_name_is_there(card):
     """A misspelt name in a claim would only ever say that there are no runs."""
     metrics = {*RUN_COLUMNS, "kept_scale", "metric"}
+    metrics |= {"top1", "search_saving"}
     for test in (test for claim in card.claims for test in claim.tests):
-        assert {test.method, test.against} <= set(methods.names())
+        assert {test.method, test.against} <= {"", *methods.names()}
         assert test.model in models.names()
         assert test.dataset in datasets.names()
         assert test.metric in metrics
-        assert test.method != test.against
+        assert (test.method, test.variant) != (test.against, test.against_variant)
         assert test.target is None or 0 < test.target < 1
     assert len({claim.id for claim in card.claims}) == len(card.claims)
     for number in card.published:
@@ -281,7 +282,11 @@ def test_unknown_profiles_and_papers_are_refused(toy_card, profile, chosen, mess
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('{ method = "random" }', '{ method = "rnd" }', "method = 'rnd': allowed are dense"),
+        (
+            '{ method = "random" }',
+            '{ method = "rnd" }',
+            "method = 'rnd': allowed are component_aware, dense",
+        ),
         ('model = "lenet300"', 'model = "lenet"', "model = 'lenet': allowed are autoencoder"),
         ('dataset = "digits"', 'dataset = "digit"', "dataset = 'digit': allowed are digits"),
         ("validation = 200", "validation = 1437", "validation = 1437: below 1437"),
@@ -530,7 +535,7 @@ BAD = [
     ({"colour": "red"}, "setting = 'colour': allowed are batch_size"),
     ({"model": "vgg"}, "model = 'vgg': allowed are autoencoder"),
     ({"model": 5}, "model = 5: allowed are autoencoder"),
-    ({"method": "lasso"}, "method = 'lasso': allowed are dense"),
+    ({"method": "lasso"}, "method = 'lasso': allowed are component_aware, dense"),
     ({"dataset": "cifar"}, "dataset = 'cifar': allowed are digits"),
     ({"dataset": 5}, "dataset = 5: allowed are digits"),
     ({"lr": -1.0}, "lr = -1.0: "),

@@ -124,7 +124,7 @@ SETTINGS = [
     (["lr"], "--set = 'lr': must be KEY=VALUE"),
     (["model=vgg99"], "model = 'vgg99': allowed are autoencoder"),
     (["model=lenet5"], "shape = (1, 8, 8): lenet5 needs images of at least 16x16"),
-    (["method=lasso"], "method = 'lasso': allowed are dense"),
+    (["method=lasso"], "method = 'lasso': allowed are component_aware, dense"),
     (["dataset=cifar"], "dataset = 'cifar': allowed are digits"),
     (["dataset=7"], "dataset = 7: allowed are digits"),
     (["dataset=folder:/nowhere"], "dataset = 'folder:/nowhere': "),
@@ -235,7 +235,7 @@ def test_exit_code_and_line_of_the_real_command(tmp_path):
     words = ["train", "--set", "epochs=0", "--results", str(tmp_path / "r")]
     done = subprocess.run([*command, *words], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == ("prunestudy: epochs = 0: input should be greater than or equal to 1\n")
+    assert done.stderr == ("prunestudy: epochs = 0: at least 1 for a run without a parent\n")
     assert list(tmp_path.iterdir()) == []
 
 

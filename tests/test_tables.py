@@ -434,7 +434,7 @@ def test_pairs_count_where_ours_removed_as_much(store, card_file, within, ours, 
 
 def test_equal_size_is_of_what_the_target_counts():
     test = papers.Comparison(
-        method="uniform", model="m", dataset="d", target_kind="macs", within=0.01
+        method="uniform", against="", model="m", dataset="d", target_kind="macs", within=0.01
     )
     ours, theirs = {"macs": 51, "dense_macs": 100}, {"macs": 505, "dense_macs": 1000}
     assert tables._as_sparse(ours, theirs, test)
@@ -442,7 +442,7 @@ def test_equal_size_is_of_what_the_target_counts():
 
 
 def test_a_claim_on_a_value_itself(store, card_file):
-    text = CARD.replace('    against = "random"\n', "    at_least = 0.85\n")
+    text = CARD.replace('against = "random"\n', 'against = ""\n    at_least = 0.85\n')
     card_file(text.replace("seeds = 1", "seeds = 3"))
     planned = plan("quick")
     for item in planned:

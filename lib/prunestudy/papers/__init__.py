@@ -34,13 +34,13 @@ class Comparison(_Strict):
 
     Over the runs of `model` on `dataset` at `target`, the share removed of what `target_kind`
     counts (None: runs without a target); `metric` is a key of the records' metrics. The variants
-    are those of the two methods. Without `against` the metric itself is compared. With
+    are those of the two methods. With `against` "" the metric itself is compared. With
     `within` a pair counts only where `method` removed as much as `against`, or at most that share
     less.
     """
 
     method: str
-    against: str = ""
+    against: str
     model: str
     dataset: str
     target: float | None = None
