@@ -2,6 +2,6 @@
 
 from prunestudy.shrink.csr import CsrLinear, to_csr
 from prunestudy.shrink.fold import fold
-from prunestudy.shrink.sparse import Storage, load_sparse, save_sparse, storage
+from prunestudy.shrink.sparse import Storage, load_net, save_net, storage
 
-__all__ = ["CsrLinear", "Storage", "fold", "load_sparse", "save_sparse", "storage", "to_csr"]
+__all__ = ["CsrLinear", "Storage", "fold", "load_net", "save_net", "storage", "to_csr"]

@@ -1,12 +1,14 @@
-"""Nets with few nonzero weights, stored small: one safetensors file with CSR arrays.
+"""Finished nets, stored small: one safetensors file, with CSR arrays where weights are zero.
 
 A convolution's weight is seen as a matrix (out, in * k * k), a linear layer's as it is. Each is
 kept as values (float32), column indices (int16 where they fit, else int32) and row pointers
 (int32), or dense where that takes no more bytes. Everything else is dense. The metadata hold the
-names to rebuild the net with and a sha256 over all of it. Nothing is ever unpickled.
+names to rebuild the net with, its structure where that is not the factory's (layers that are
+narrower, or factorised), and a sha256 over all of it. Nothing is ever unpickled.
 """
 
 import hashlib
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,7 @@ from prunestudy import models
 from prunestudy.errors import InputError, require
 from prunestudy.shrink.csr import CsrLinear, csr_arrays
 from prunestudy.shrink.fold import fold
+from prunestudy.shrink.structure import Entry, restructure, structure_of
 
 FORMAT = "prunestudy-sparse-1"
 PARTS = ("rows", "columns", "values")
@@ -36,7 +39,7 @@ class Storage:
     indices": twice the nonzeros; no row pointers).
     `numbers_stored`: what the file really has: values, column indices and row pointers of the
     CSR layers, and every number of the dense tensors, buffers included.
-    `bytes`: the size of the file that `save_sparse` writes.
+    `bytes`: the size of the file that `save_net` writes.
     """
 
     nonzeros: int
@@ -45,19 +48,20 @@ class Storage:
     bytes: int
 
 
-def save_sparse(
+def save_net(
     model: nn.Module, path: str | Path, factory: str, shape: tuple[int, int, int], num_classes: int
 ) -> None:
     """Write `model`, folded, to `path`; `factory`, `shape`, `num_classes` rebuild it (`build`).
 
-    The file appears whole or not at all. Raises `InputError` if the folder is missing, if the
-    factory's net has other tensors than `model`, or if a weight is not float32.
+    Its layers may be smaller than the factory's, or a Sequential in place of one layer. The file
+    appears whole or not at all. Raises `InputError` if the folder is missing, if `model` differs
+    from the factory's net in what cannot be stored, or if a weight is not float32.
     """
     path = Path(path)
     require(path.parent.is_dir(), "path", str(path), "a file in a folder that exists")
     plain = fold(model)
-    _require_same_tensors(plain, factory, shape, num_classes)
-    data = _serialise(_pack(plain), factory, shape, num_classes)
+    structure = _structure(plain, factory, shape, num_classes)
+    data = _serialise(_pack(plain), factory, shape, num_classes, structure)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         part.write_bytes(data)
@@ -66,8 +70,8 @@ def save_sparse(
         part.unlink(missing_ok=True)
 
 
-def load_sparse(path: str | Path, factory: str | None = None) -> nn.Module:
-    """The net that `save_sparse` wrote: an ordinary module on the CPU, in eval mode.
+def load_net(path: str | Path, factory: str | None = None) -> nn.Module:
+    """The net that `save_net` wrote: an ordinary module on the CPU, in eval mode.
 
     Weights come back bit for bit, except that a negative zero comes back as zero. Raises
     `InputError` if the file is missing, damaged, of another kind, or (when `factory` is given)
@@ -78,6 +82,10 @@ def load_sparse(path: str | Path, factory: str | None = None) -> nn.Module:
     require(factory in (None, name), "factory", factory, f"{path} was saved from {name}")
     with torch.random.fork_rng(devices=[]):  # a file read during training changes no draw
         model = models.build(name, tuple(sizes), num_classes)
+        try:
+            restructure(model, json.loads(metadata.get("structure", "[]")))
+        except (RecursionError, ValueError) as error:
+            raise InputError(f"path = {str(path)!r}: {error}") from None
     try:
         model.load_state_dict(_unpack(tensors, model))
     except (RuntimeError, KeyError):
@@ -90,17 +98,18 @@ def storage(
 ) -> Storage:
     """Count what storing `model` takes; see `Storage`.
 
-    With the arguments given to `save_sparse`, `bytes` is its file's size exactly; without them
+    With the arguments given to `save_net`, `bytes` is its file's size exactly; without them
     (a net of no factory) the metadata are some bytes shorter. Raises `InputError` as it does.
     """
     plain = fold(model)
     tensors = _pack(plain)
+    structure = _structure(plain, factory, shape, num_classes) if factory else []
     nonzeros = sum(int(p.count_nonzero()) for p in plain.parameters())
     return Storage(
         nonzeros=nonzeros,
         numbers_with_indices=2 * nonzeros,
         numbers_stored=sum(t.numel() for t in tensors.values()),
-        bytes=len(_serialise(tensors, factory, shape, num_classes)),
+        bytes=len(_serialise(tensors, factory, shape, num_classes, structure)),
     )
 
 
@@ -145,15 +154,29 @@ def _dense(tensors: dict[str, Tensor], name: str, like: Tensor) -> Tensor:
     return matrix.view_as(like)
 
 
-def _require_same_tensors(
+def _structure(
     plain: nn.Module, factory: str, shape: tuple[int, int, int], num_classes: int
-) -> None:
+) -> list[Entry]:
+    """What of `plain` is not as its factory makes it; with that its tensors must fit."""
     with torch.device("meta"):  # shapes only
-        expected = models.build(factory, shape, num_classes).state_dict()
-    found = plain.state_dict()
+        fresh = models.build(factory, shape, num_classes)
+        structure = structure_of(plain, fresh)
+        restructure(fresh, structure)
+    expected, found = fresh.state_dict(), plain.state_dict()
     for name in expected | found:
         sizes = [tuple(s[name].shape) if name in s else "absent" for s in (expected, found)]
-        require(sizes[0] == sizes[1], name, sizes[1], f"{factory} has {sizes[0]}")
+        require(sizes[0] == sizes[1], name, sizes[1], f"its layer in {factory} has {sizes[0]}")
+    if structure:
+        _require_runs(fresh, shape)
+    return structure
+
+
+def _require_runs(meta: nn.Module, shape: tuple[int, int, int]) -> None:
+    try:
+        meta.eval()(torch.zeros(1, *shape, device="meta"))
+    except RuntimeError as error:
+        why = str(error).partition("\n")[0]
+        raise InputError(f"model = {type(meta).__name__!r}: its layers do not fit: {why}") from None
 
 
 def _prunable(plain: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -167,15 +190,24 @@ def _bytes(tensors: dict[str, Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
-def _serialise(tensors: dict[str, Tensor], factory: str, shape: tuple, num_classes: int) -> bytes:
+def _serialise(
+    tensors: dict[str, Tensor],
+    factory: str,
+    shape: tuple,
+    num_classes: int,
+    structure: list[Entry],
+) -> bytes:
     sizes = " ".join(str(n) for n in (*shape, num_classes))
     metadata = {"format": FORMAT, "factory": factory, "sizes": sizes}
+    if structure:  # without it the file is what it was before structures
+        metadata["structure"] = json.dumps(structure, separators=(",", ":"))
     metadata["sha256"] = _digest(tensors, metadata)
     return safetensors.torch.save(tensors, metadata)
 
 
 def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
-    digest = hashlib.sha256(repr([metadata[k] for k in ("format", "factory", "sizes")]).encode())
+    keys = ("format", "factory", "sizes", "structure")
+    digest = hashlib.sha256(repr([metadata[k] for k in keys if k in metadata]).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
@@ -185,7 +217,7 @@ def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a file of ours, checked against its sha256."""
-    require(path.is_file(), "path", str(path), "a file that save_sparse wrote")
+    require(path.is_file(), "path", str(path), "a file that save_net wrote")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -193,7 +225,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except (OSError, SafetensorError):
         raise InputError(f"path = {str(path)!r}: not a whole safetensors file") from None
     ours = metadata.get("format") == FORMAT and {"factory", "sizes", "sha256"} <= set(metadata)
-    require(ours, "path", str(path), "a file that save_sparse wrote")
+    require(ours, "path", str(path), "a file that save_net wrote")
     whole = metadata["sha256"] == _digest(tensors, metadata)
     require(whole, "path", str(path), "its contents do not match their sha256")
     return tensors, metadata

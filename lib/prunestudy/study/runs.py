@@ -76,7 +76,7 @@ class Runner:
     def net(self, settings: RunSettings) -> nn.Module:
         """Return the finished net of a run that is done, as an ordinary module."""
         self.ensure(settings, weights=True)
-        return shrink.load_sparse(self.store.weights(settings.run), settings.model)
+        return shrink.load_net(self.store.weights(settings.run), settings.model)
 
     def _lost(self, record: dict[str, Any]) -> bool:
         return not self.store.weights(record["run"]).exists()
@@ -129,7 +129,7 @@ class Runner:
     def _start(self, settings: RunSettings, info: datasets.DatasetInfo) -> nn.Module:
         if settings.parent:
             parent = settings.parent.run
-            model = shrink.load_sparse(self.store.weights(parent), settings.model)
+            model = shrink.load_net(self.store.weights(parent), settings.model)
             self.store.require_weights(parent)
             return model.requires_grad_(True)
         return _fresh(settings, info)
@@ -271,7 +271,7 @@ def _shape(info: datasets.DatasetInfo) -> tuple[int, int, int]:
 
 
 def _save(model: nn.Module, path: Path, settings: RunSettings, info: datasets.DatasetInfo) -> None:
-    shrink.save_sparse(model.cpu(), path, settings.model, _shape(info), info.num_classes)
+    shrink.save_net(model.cpu(), path, settings.model, _shape(info), info.num_classes)
 
 
 def _describe(data: datasets.Dataset, settings: RunSettings) -> dict[str, Any]:

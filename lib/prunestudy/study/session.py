@@ -127,8 +127,8 @@ def dense_start(settings: RunSettings) -> RunSettings:
 
 
 def _latency(store: Store, settings: RunSettings, rounds: int) -> str:
-    small = shrink.load_sparse(store.weights(settings.run), settings.model)
-    dense = shrink.load_sparse(store.weights(dense_start(settings).run), settings.model)
+    small = shrink.load_net(store.weights(settings.run), settings.model)
+    dense = shrink.load_net(store.weights(dense_start(settings).run), settings.model)
     nets = {"latency": shrink.to_csr(small, _CSR_FROM), "dense_latency": dense}
     info = datasets.info(settings.dataset)
     shape = (info.channels, info.height, info.width)
