@@ -461,6 +461,21 @@ def test_a_changed_reproduction_is_refused(runner, store, done, key, change):
     assert tree(store.records) == before
 
 
+def test_a_record_from_before_a_default_was_added_is_reproduced(runner, store):
+    settings = child_run()
+    runner.ensure(settings)
+
+    def older(record):
+        del record["settings"]["params"]["scope"], record["settings"]["recipe"]["warmup_from"]
+        del record["settings"]["parent"]["recipe"]["warmup_from"], record["metrics"]["images"]
+
+    edited(store, settings.run, older, sign=True)
+    store.weights(settings.run).unlink()
+    before = (store.path(settings.run) / "record.json").read_bytes()
+    runner.net(settings)
+    assert (store.path(settings.run) / "record.json").read_bytes() == before
+
+
 def test_weights_of_a_diverged_run_are_not_asked_for(runner, store):
     settings = small_run(epochs=2, lr=1e20)
     record = runner.ensure(settings)

@@ -525,3 +525,11 @@ def test_readable_of_nothing_is_an_empty_table_with_its_columns(store, filled):
     table = tables.readable(summary[summary.variant == "no such"])
     assert table.empty
     assert list(table.columns) == list(tables.readable(summary).columns)
+
+
+def test_readable_names_the_paper_where_there_are_several(store, filled, card_file):
+    card_file(CARD.replace('"toy"', '"other"').replace('"A toy"', '"Another"'), "other")
+    summary = tables.build(store, filled)[1]
+    table = tables.readable(pd.concat([summary, summary.assign(paper="other")]))
+    assert list(table["paper"]) == ["A toy"] * len(summary) + ["Another"] * len(summary)
+    assert "paper" not in tables.readable(summary)

@@ -118,7 +118,7 @@ class Store:
         if record is None:
             return None
         try:
-            found = RunSettings.model_validate_json(json.dumps(record["settings"])).filled()
+            found = _settings(record)
         except (ValidationError, KeyError, InputError):
             found = None
         if found != settings:
@@ -198,9 +198,20 @@ class Store:
         return record
 
 
+def _settings(record: dict[str, Any]) -> RunSettings:
+    return RunSettings.model_validate_json(json.dumps(record["settings"])).filled()
+
+
 def _same(before: dict[str, Any], after: dict[str, Any]) -> None:
-    for key in ("settings", "data", "metrics", "validation", "status", "files"):
-        if before[key] != after[key]:
+    """Refuse `after` unless it has all that `before` has; newer code may write more."""
+    same = {
+        key: all(after[key].get(name) == value for name, value in before[key].items())
+        for key in ("data", "metrics", "validation", "files")
+    }
+    same["status"] = before["status"] == after["status"]
+    same["settings"] = _settings(before) == _settings(after)
+    for key, right in same.items():
+        if not right:
             raise InputError(
                 f"record = {before['run']}: trained again for its missing weights, it did not"
                 f" reproduce its {key}; delete its folder to accept the new one"

@@ -243,7 +243,10 @@ def text_of(table: pd.DataFrame) -> str:
 
 
 def readable(summary: pd.DataFrame) -> pd.DataFrame:
-    """Return the summary for people: percent and points (dB for psnr), interval in brackets."""
+    """Return the summary for people: percent and points (dB for psnr), interval in brackets.
+
+    Rows of several papers are told apart by a column.
+    """
     rows = list(summary.itertuples(index=False))
     columns = {
         "net": [row.model for row in rows],
@@ -261,6 +264,8 @@ def readable(summary: pd.DataFrame) -> pd.DataFrame:
         "published": [_published(row) for row in rows],
         "no loss?": [row.verdict for row in rows],
     }
+    if summary["paper"].nunique() > 1:
+        columns = {"paper": [card(row.paper).title for row in rows]} | columns
     return pd.DataFrame(columns)
 
 

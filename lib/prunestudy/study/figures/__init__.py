@@ -92,7 +92,7 @@ def metric_against_target(
     for method in (m for m in _LOOK if m in set(rows.method)):
         line = rows[rows.method == method].sort_values("target")
         axes.errorbar(
-            100 * (1 - line.target),
+            100 * (1 - (line.sparsity if kind == "sparsity" else line.target)),
             factor * line.metric,
             yerr=factor * line.metric_sd.fillna(0),
             label=f"{title_of(method)} (n = {line.n.min()})",
@@ -107,7 +107,7 @@ def metric_against_target(
     axes.set_xscale("log")
     axes.set_xticks(kept, [f"{k:g}%" for k in kept])
     axes.minorticks_off()
-    axes.set(xlabel=f"{methods.TARGETS[kind]} kept", ylabel=f"test {_NAMES[unit]},{unit}")
+    axes.set(xlabel=f"{methods.TARGETS[kind]} kept", ylabel=f"test {_NAMES[unit]}, {unit.strip()}")
     axes.set_title(f"{model} on {datasets.info(dataset).title}: mean and sd over seeds")
     _zoom(axes, factor * rows[rows.method != "random"].metric.min(), dense)
     axes.legend(fontsize=7, loc="lower center", ncols=2)
