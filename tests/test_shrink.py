@@ -13,6 +13,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 from prunestudy import models, shrink
 from prunestudy.errors import InputError
+from prunestudy.shrink import sparse
 
 SHAPE = (1, 16, 16)
 
@@ -267,14 +268,196 @@ def test_saving_refuses_and_writes_nothing(tmp_path):
     net = gated()
     refused(lambda: save(net, tmp_path / "none" / "net"), "path", "folder")
     refused(lambda: save(net, path, "lenet6"), "model = 'lenet6'")
-    refused(lambda: save(net, path, "lenet300"), "model = 'LeNet5': a net of lenet300")
+    refused(lambda: save(net, path, "lenet300"), "model = 'LeNet5'", "makes a LeNet300")
     refused(lambda: save(net.double(), path), "float64", "float32")
     net = models.build("lenet5", SHAPE, 10)
     refused(lambda: save(shrink.to_csr(net), path), "fc1")
     refused(lambda: shrink.storage(shrink.to_csr(net)), "before to_csr")
     net.fc2 = nn.Linear(400, 10)
     refused(lambda: save(net, path), "model = 'LeNet5': its layers do not fit")
+    net.fc2 = nn.Linear(500, 10)
+    net.fc2.weight = nn.Parameter(torch.ones(10, 400))  # the layer still says 500
+    refused(lambda: save(net, path), "fc2.weight = (10, 400)", "(10, 500)")
     assert list(tmp_path.iterdir()) == []
+
+
+# nets of another structure than the factory's
+
+
+class Normed(nn.Module):
+    """A small net with each kind of layer that a structure may hold."""
+
+    def __init__(self, shape, num_classes, width=8):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(shape[0], width, 3, 2, 1), nn.BatchNorm2d(width))
+        self.act = nn.ReLU()
+        self.up = nn.ConvTranspose2d(width, width, 3, 2, 1, output_padding=1, bias=False)
+        self.pool = nn.AdaptiveAvgPool2d(2)
+        self.conv = nn.Conv1d(width, width, 3, padding="same", groups=2, padding_mode="circular")
+        self.norm = nn.BatchNorm1d(width, momentum=None)
+        self.last = nn.LayerNorm(4 * width, bias=False)
+        self.fc = nn.Linear(4 * width, num_classes)
+
+    def forward(self, x):
+        x = self.pool(self.up(self.act(self.stem(x))))
+        return self.fc(self.last(self.norm(self.conv(x.flatten(2))).flatten(1)))
+
+
+@pytest.fixture
+def normed(monkeypatch):
+    entry = models._Entry(Normed, "each kind of layer")
+    monkeypatch.setitem(models._REGISTRY, "normed", entry)
+
+
+def randomised(net):
+    torch.manual_seed(3)
+    for tensor in net.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.copy_(torch.rand_like(tensor) + 0.1)
+    return net
+
+
+def narrowed():
+    net = randomised(models.build("lenet5", SHAPE, 10))
+    kept = torch.tensor([0, 3, 4, 11])
+    for layer, name in ((net.conv1, "out"), (net.conv2, "in")):
+        weight = layer.weight.detach().index_select(0 if name == "out" else 1, kept)
+        layer.weight = nn.Parameter(weight)
+        setattr(layer, f"{name}_channels", len(kept))
+    net.conv1.bias = nn.Parameter(net.conv1.bias.detach()[kept])
+    return net
+
+
+def factorised():
+    net = models.build("lenet5", SHAPE, 10)
+    net.conv2 = nn.Sequential(nn.Conv2d(20, 6, 5, bias=False), nn.Conv2d(6, 50, 1))
+    net.fc1 = nn.Sequential(nn.Linear(50, 7, bias=False), nn.Linear(7, 500))
+    return randomised(net)
+
+
+def narrow_normed():
+    net = Normed(SHAPE, 10, width=6)
+    net.up = nn.Sequential(net.up, nn.Identity())
+    return randomised(net)
+
+
+def structure_in(path):
+    with safe_open(path, framework="pt") as file:
+        return json.loads(file.metadata().get("structure", "null"))
+
+
+@pytest.mark.parametrize(
+    ("make", "factory", "paths"),
+    [
+        (narrowed, "lenet5", ["conv1", "conv2"]),
+        (factorised, "lenet5", ["conv2", "fc1"]),
+        (
+            narrow_normed,
+            "normed",
+            ["stem.0", "stem.1", "up", "conv", "norm", "last", "fc"],
+        ),
+    ],
+)
+def test_another_structure_comes_back_bit_for_bit(make, factory, paths, tmp_path, normed):
+    net = make().eval()
+    random = torch.get_rng_state()
+    loaded = shrink.load_net(save(net, tmp_path / "net", factory), factory)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert [path for path, *_ in structure_in(tmp_path / "net")] == paths
+    assert str(loaded) == str(net)
+    assert loaded.state_dict().keys() == net.state_dict().keys()
+    assert all(torch.equal(net.state_dict()[k], v) for k, v in loaded.state_dict().items())
+    assert torch.equal(loaded(images()), net(images()))
+    size = (tmp_path / "net").stat().st_size
+    assert shrink.storage(net, factory, SHAPE, 10).bytes == size
+
+
+def test_entries_of_a_structure(tmp_path):
+    path = save(factorised(), tmp_path / "net")
+    linear = [
+        ["0", "Linear", {"in_features": 50, "out_features": 7, "bias": False}],
+        ["1", "Linear", {"in_features": 7, "out_features": 500, "bias": True}],
+    ]
+    assert structure_in(path)[1] == ["fc1", "Sequential", linear]
+
+
+def test_the_factorys_own_structure_is_not_written(tmp_path, normed):
+    for net, name in ((gated(), "lenet5"), (randomised(Normed(SHAPE, 10)), "normed")):
+        assert structure_in(save(net, tmp_path / name, name)) is None
+    # Digest of the file with all weights at one, as it was before structures.
+    net = models.build("lenet300", SHAPE, 10)
+    for parameter in net.parameters():
+        nn.init.ones_(parameter)
+    with safe_open(save(net, tmp_path / "net", "lenet300"), framework="pt") as file:
+        assert (
+            file.metadata()["sha256"]
+            == "d5f0cb688ff2a216532ec152ac4dc974260c1c0b328cc8402064aa83e59f3a4d"
+        )
+
+
+def test_structures_that_are_refused(tmp_path, normed):
+    path = tmp_path / "net"
+    net = models.build("lenet5", SHAPE, 10)
+    for layer, kind in (
+        (nn.Bilinear(2, 2, 2), "Bilinear"),
+        (type("Own", (nn.Linear,), {})(50, 500), "Own"),
+        (nn.Sequential(nn.Linear(50, 7), nn.Tanh()), "Tanh"),
+    ):
+        net.fc1 = layer
+        at = "fc1.1" if kind == "Tanh" else "fc1"
+        refused(lambda at=at, kind=kind: save(net, path), f"{at} = {kind!r}", "LayerNorm")
+    net = models.build("lenet5", SHAPE, 10)
+    net.pool = nn.MaxPool2d(3)
+    refused(lambda: save(net, path), "pool = 'MaxPool2d'")
+    net = Normed(SHAPE, 10)
+    net.act = nn.GELU()
+    refused(lambda: save(net, path, "normed"), "act = 'GELU'")
+    refused(lambda: shrink.storage(net, "normed", SHAPE, 10), "act = 'GELU'")
+    assert list(tmp_path.iterdir()) == []
+
+
+LINEAR = {"in_features": 50, "out_features": 500, "bias": True}
+
+
+@pytest.mark.parametrize(
+    "structure",
+    [
+        {"fc1": "Linear"},
+        "Linear",
+        [3],
+        [["fc1", "Linear"]],
+        [["fc9", "Linear", LINEAR]],
+        [["", "Linear", LINEAR]],
+        [[1, "Linear", LINEAR]],
+        [["fc1", "Bilinear", LINEAR]],
+        [["fc1", ["Linear"], LINEAR]],
+        [["fc1", "Linear", [50, 500]]],
+        [["fc1", "Linear", LINEAR | {"device": "cpu"}]],
+        [["fc1", "Linear", LINEAR | {"in_features": -1}]],
+        [["fc1", "Linear", LINEAR | {"bias": "yes"}]],
+        [["fc1", "Linear", {"in_features": 50, "out_features": 500}]],
+        [["fc1", "Sequential", LINEAR]],
+        [["fc1", "Sequential", [["a.b", "Linear", LINEAR]]]],
+        [["fc1", "Sequential", [["0", "Sequential", []]]]],
+        [["fc1", "Linear", LINEAR | {"out_features": 499}]],
+    ],
+)
+def test_malformed_structure_in_a_file(structure, tmp_path):
+    path = tmp_path / "net"
+    tensors = models.build("lenet5", SHAPE, 10).state_dict()
+    path.write_bytes(sparse._serialise(tensors, "lenet5", SHAPE, 10, structure))
+    refused(lambda: shrink.load_net(path), f"path = {str(path)!r}: ")
+
+
+def test_structure_that_is_no_json_and_a_changed_one(tmp_path, monkeypatch):
+    path = save(factorised(), tmp_path / "net")
+    path.write_bytes(path.read_bytes().replace(b"out_features", b"out_featurez", 1))
+    refused(lambda: shrink.load_net(path), "sha256")
+    with monkeypatch.context() as patch:
+        patch.setattr(sparse.json, "dumps", lambda *_, **__: "[" * 9000)
+        data = sparse._serialise({"x": torch.ones(1)}, "lenet5", SHAPE, 10, [1])
+    path.write_bytes(data)
+    refused(lambda: shrink.load_net(path), f"path = {str(path)!r}: ")
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):

@@ -30,6 +30,7 @@ class Nothing(nn.Module):
 
     def __init__(self, geometry: Geometry) -> None:
         super().__init__()
+        _require_geometry(geometry)
         self.geometry = geometry
 
     def forward(self, x: Tensor) -> Tensor:
@@ -49,6 +50,9 @@ class Constant(nn.Module):
 
     def __init__(self, channels: int, geometry: Geometry, bias: bool = True) -> None:
         super().__init__()
+        _require_geometry(geometry)
+        if type(channels) is not int or channels < 1:
+            raise ValueError(f"channels = {channels!r}: at least 1")
         self.channels, self.geometry = channels, geometry
         self.bias = nn.Parameter(torch.zeros(channels)) if bias else None
 
@@ -149,6 +153,13 @@ def _after(n: int, k: int, stride: int, pad: int, dilation: int, more: int, tran
     if transposed:
         return (n - 1) * stride - 2 * pad + reach + more + 1
     return (n + 2 * pad - reach - 1) // stride + 1
+
+
+def _require_geometry(geometry: Geometry) -> None:
+    names = {*_NUMBERS, "transposed"}
+    right = isinstance(geometry, dict) and set(geometry) == names
+    if not (right or geometry in (None, "linear")):
+        raise ValueError(f"geometry = {geometry!r}: what geometry_of gives")
 
 
 def _require_channels(group: Group, channels: Sequence[int]) -> None:

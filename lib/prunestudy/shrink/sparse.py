@@ -1,10 +1,10 @@
-"""Finished nets, stored small: one safetensors file with CSR arrays where weights are zero.
+"""Finished nets, stored small: one safetensors file, with CSR arrays where weights are zero.
 
 A convolution's weight is seen as a matrix (out, in * k * k), a linear layer's as it is. Each is
 kept as values (float32), column indices (int16 where they fit, else int32) and row pointers
 (int32), or dense where that takes no more bytes. Everything else is dense. The metadata hold the
-names to rebuild the net with, the layers that are others than the factory's (narrower, or
-replaced), and a sha256 over all of it. Nothing is ever unpickled.
+names to rebuild the net with, its structure where that is not the factory's (layers that are
+narrower, or factorised), and a sha256 over all of it. Nothing is ever unpickled.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from prunestudy import models
 from prunestudy.errors import InputError, require
 from prunestudy.shrink.csr import CsrLinear, csr_arrays
 from prunestudy.shrink.fold import fold
-from prunestudy.shrink.layers import Spec, apply, differences
+from prunestudy.shrink.structure import Entry, restructure, structure_of
 
 FORMAT = "prunestudy-sparse-1"
 PARTS = ("rows", "columns", "values")
@@ -53,14 +53,15 @@ def save_net(
 ) -> None:
     """Write `model`, folded, to `path`; `factory`, `shape`, `num_classes` rebuild it (`build`).
 
-    The file appears whole or not at all. Raises `InputError` if the folder is missing, if `model`
-    is not the factory's net with other layers, or if a weight is not float32.
+    Its layers may be smaller than the factory's, or a Sequential in place of one layer. The file
+    appears whole or not at all. Raises `InputError` if the folder is missing, if `model` differs
+    from the factory's net in what cannot be stored, or if a weight is not float32.
     """
     path = Path(path)
     require(path.parent.is_dir(), "path", str(path), "a file in a folder that exists")
     plain = fold(model)
-    layers = _layers_of(plain, factory, shape, num_classes)
-    data = _serialise(_pack(plain), factory, shape, num_classes, layers)
+    structure = _structure(plain, factory, shape, num_classes)
+    data = _serialise(_pack(plain), factory, shape, num_classes, structure)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         part.write_bytes(data)
@@ -78,14 +79,16 @@ def load_net(path: str | Path, factory: str | None = None) -> nn.Module:
     """
     tensors, metadata = _read(Path(path))
     name, *sizes, num_classes = _decode(metadata)
-    layers = json.loads(metadata.get("layers", "{}"))
     require(factory in (None, name), "factory", factory, f"{path} was saved from {name}")
+    with torch.random.fork_rng(devices=[]):  # a file read during training changes no draw
+        model = models.build(name, tuple(sizes), num_classes)
+        try:
+            restructure(model, json.loads(metadata.get("structure", "[]")))
+        except (RecursionError, ValueError) as error:
+            raise InputError(f"path = {str(path)!r}: {error}") from None
     try:
-        with torch.random.fork_rng(devices=[]):  # a file read during training changes no draw
-            model = models.build(name, tuple(sizes), num_classes)
-            apply(model, layers)
         model.load_state_dict(_unpack(tensors, model))
-    except (RuntimeError, KeyError, AttributeError):
+    except (RuntimeError, KeyError):
         raise InputError(f"path = {str(path)!r}: does not fit today's {name}") from None
     return model.eval()
 
@@ -100,13 +103,13 @@ def storage(
     """
     plain = fold(model)
     tensors = _pack(plain)
-    layers = _layers_of(plain, factory, shape, num_classes) if factory else {}
+    structure = _structure(plain, factory, shape, num_classes) if factory else []
     nonzeros = sum(int(p.count_nonzero()) for p in plain.parameters())
     return Storage(
         nonzeros=nonzeros,
         numbers_with_indices=2 * nonzeros,
         numbers_stored=sum(t.numel() for t in tensors.values()),
-        bytes=len(_serialise(tensors, factory, shape, num_classes, layers)),
+        bytes=len(_serialise(tensors, factory, shape, num_classes, structure)),
     )
 
 
@@ -151,29 +154,28 @@ def _dense(tensors: dict[str, Tensor], name: str, like: Tensor) -> Tensor:
     return matrix.view_as(like)
 
 
-def _layers_of(
+def _structure(
     plain: nn.Module, factory: str, shape: tuple[int, int, int], num_classes: int
-) -> dict[str, Spec]:
-    """The layers of `plain` that its factory makes otherwise; with them its tensors must fit."""
+) -> list[Entry]:
+    """What of `plain` is not as its factory makes it; with that its tensors must fit."""
     with torch.device("meta"):  # shapes only
         fresh = models.build(factory, shape, num_classes)
-        require(type(plain) is type(fresh), "model", type(plain).__name__, f"a net of {factory}")
-        layers = differences(plain, fresh)
-        apply(fresh, layers)
+        structure = structure_of(plain, fresh)
+        restructure(fresh, structure)
     expected, found = fresh.state_dict(), plain.state_dict()
     for name in expected | found:
         sizes = [tuple(s[name].shape) if name in s else "absent" for s in (expected, found)]
-        require(sizes[0] == sizes[1], name, sizes[1], f"{factory} has {sizes[0]}")
-    if layers:
+        require(sizes[0] == sizes[1], name, sizes[1], f"its layer in {factory} has {sizes[0]}")
+    if structure:
         _require_runs(fresh, shape)
-    return layers
+    return structure
 
 
 def _require_runs(meta: nn.Module, shape: tuple[int, int, int]) -> None:
     try:
         meta.eval()(torch.zeros(1, *shape, device="meta"))
     except RuntimeError as error:
-        why = next(iter(str(error).splitlines()), "")
+        why = str(error).partition("\n")[0]
         raise InputError(f"model = {type(meta).__name__!r}: its layers do not fit: {why}") from None
 
 
@@ -193,19 +195,19 @@ def _serialise(
     factory: str,
     shape: tuple,
     num_classes: int,
-    layers: dict[str, Spec],
+    structure: list[Entry],
 ) -> bytes:
     sizes = " ".join(str(n) for n in (*shape, num_classes))
     metadata = {"format": FORMAT, "factory": factory, "sizes": sizes}
-    if layers:
-        metadata["layers"] = json.dumps(layers, sort_keys=True, separators=(",", ":"))
+    if structure:  # without it the file is what it was before structures
+        metadata["structure"] = json.dumps(structure, separators=(",", ":"))
     metadata["sha256"] = _digest(tensors, metadata)
     return safetensors.torch.save(tensors, metadata)
 
 
 def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
-    said = [metadata[k] for k in ("format", "factory", "sizes", "layers") if k in metadata]
-    digest = hashlib.sha256(repr(said).encode())
+    keys = ("format", "factory", "sizes", "structure")
+    digest = hashlib.sha256(repr([metadata[k] for k in keys if k in metadata]).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
