@@ -533,3 +533,15 @@ def test_readable_names_the_paper_where_there_are_several(store, filled, card_fi
     table = tables.readable(pd.concat([summary, summary.assign(paper="other")]))
     assert list(table["paper"]) == ["A toy"] * len(summary) + ["Another"] * len(summary)
     assert "paper" not in tables.readable(summary)
+
+
+def test_readable_says_the_margin_of_a_verdict(store, planned, card_file):
+    claim = CARD.replace('against = "random"', 'against = "dense"\n    at_least = -0.05')
+    card_file(claim.replace("seeds = 1", "seeds = 3"))
+    for item in planned:
+        settings = item.settings
+        put(store, settings, METRICS[item.variant, settings.method][settings.seed])
+    table = tables.readable(tables.build(store, planned)[1]).set_index("method")
+    told = table["verdict (margin)"]
+    assert told["one-shot magnitude"] == "confirmed (-5)"
+    assert told["random"] == ""

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prunestudy.errors import require
+from prunestudy.models.initialise import HeInitialised
 
 _WIDTHS = (16, 32, 64)
 
@@ -36,7 +37,7 @@ class Block(nn.Module):
         return F.relu(y + self.shortcut(x))
 
 
-class ResNet(nn.Module):
+class ResNet(HeInitialised):
     """A residual net of `depth` = 6 n + 2 layers, for images of any size.
 
     Maps (batch, channels, height, width) to logits (batch, num_classes). Raises `InputError` for
@@ -59,12 +60,6 @@ class ResNet(nn.Module):
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(width, num_classes)
         self.initialise()
-
-    def initialise(self) -> None:
-        """Draw the convolutions' weights as He et al. do, from torch's own generator."""
-        for layer in self.modules():
-            if isinstance(layer, nn.Conv2d):
-                nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (batch, num_classes) of images (batch, channels, height, width)."""

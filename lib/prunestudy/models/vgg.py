@@ -7,10 +7,12 @@ three.
 
 from torch import Tensor, nn
 
+from prunestudy.models.initialise import HeInitialised
+
 _STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 
 
-class VGG16(nn.Module):
+class VGG16(HeInitialised):
     """13 convolutions of 3x3 with batch norm and ReLU, five poolings, one linear layer.
 
     Maps (batch, channels, height, width) to logits (batch, num_classes), for images of any size:
@@ -31,12 +33,6 @@ class VGG16(nn.Module):
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(width, num_classes)
         self.initialise()
-
-    def initialise(self) -> None:
-        """Draw the convolutions' weights as He et al. (2015) do, from torch's own generator."""
-        for layer in self.modules():
-            if isinstance(layer, nn.Conv2d):
-                nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (batch, num_classes) of images (batch, channels, height, width)."""

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prunestudy.errors import require
+from prunestudy.models.initialise import HeInitialised
 
 _WIDTHS = (16, 32, 64)
 
@@ -35,7 +36,7 @@ class WideBlock(nn.Module):
         return y + (x if self.shortcut is None else self.shortcut(normal))
 
 
-class WideResNet(nn.Module):
+class WideResNet(HeInitialised):
     """A wide residual net of `depth` = 6 n + 4 layers, `width` times as wide as a ResNet.
 
     Maps (batch, channels, height, width) to logits (batch, num_classes). Raises `InputError` for
@@ -64,12 +65,6 @@ class WideResNet(nn.Module):
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(inputs, num_classes)
         self.initialise()
-
-    def initialise(self) -> None:
-        """Draw the convolutions' weights as He et al. do, from torch's own generator."""
-        for layer in self.modules():
-            if isinstance(layer, nn.Conv2d):
-                nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (batch, num_classes) of images (batch, channels, height, width)."""

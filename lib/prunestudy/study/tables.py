@@ -7,6 +7,7 @@ claimed side, *contradicted* if on the other, *undecided* otherwise.
 import html
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -129,16 +130,18 @@ def _beside(paper: Card, row: pd.Series) -> Published | None:
 
 
 def _verdict_to_dense(paper: Card, row: pd.Series, difference: "Interval") -> str:
-    if row["variant"]:
-        return ""
-    for claim in paper.claims:
-        for test in claim.tests:
-            keys = ("method", "model", "dataset", "target", "target_kind")
-            same = all(getattr(test, key) == row[key] for key in keys)
-            same = same and not test.variant
-            if same and test.against == "dense" and test.metric == "metric":
-                return difference.verdict(test.at_least)
-    return ""
+    test = _claim_to_dense(paper, row)
+    return difference.verdict(test.at_least) if test else ""
+
+
+def _claim_to_dense(paper: Card, row: Mapping[str, Any]) -> Comparison | None:
+    """What the paper claims of this setting's metric against dense, if anything."""
+    keys = ("method", "variant", "model", "dataset", "target", "target_kind")
+    for test in (test for claim in paper.claims for test in claim.tests):
+        same = all(getattr(test, key) == row[key] for key in keys)
+        if same and not test.variant and (test.against, test.metric) == ("dense", "metric"):
+            return test
+    return None
 
 
 class Interval:
@@ -245,6 +248,7 @@ def text_of(table: pd.DataFrame) -> str:
 def readable(summary: pd.DataFrame) -> pd.DataFrame:
     """Return the summary for people: percent and points (dB for psnr), interval in brackets.
 
+    The verdict is on the card's claim against dense, with the margin below dense that it allows.
     Rows of several papers are told apart by a column.
     """
     rows = list(summary.itertuples(index=False))
@@ -262,11 +266,18 @@ def readable(summary: pd.DataFrame) -> pd.DataFrame:
         "result": [_result(row) for row in rows],
         "minus dense": [_minus_dense(row) for row in rows],
         "published": [_published(row) for row in rows],
-        "no loss?": [row.verdict for row in rows],
+        "verdict (margin)": [_verdict(row) for row in rows],
     }
     if summary["paper"].nunique() > 1:
         columns = {"paper": [card(row.paper).title for row in rows]} | columns
     return pd.DataFrame(columns)
+
+
+def _verdict(row: Any) -> str:
+    test = _claim_to_dense(card(row.paper), row._asdict())
+    if not (row.verdict and test):
+        return row.verdict
+    return f"{row.verdict} ({UNITS[row.metric_name][0] * test.at_least:+g})"
 
 
 # By metric: the factor to its unit for people, and the unit.
