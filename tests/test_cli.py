@@ -126,6 +126,7 @@ SETTINGS = [
     (["model=lenet5"], "shape = (1, 8, 8): lenet5 needs images of at least 16x16"),
     (["method=lasso"], "method = 'lasso': allowed are dense"),
     (["dataset=cifar"], "dataset = 'cifar': allowed are cifar10"),
+    (["method=scratch"], "parent = None: scratch needs the run whose shape it takes"),
     (["dataset=7"], "dataset = 7: allowed are cifar10"),
     (["dataset=folder:/nowhere"], "dataset = 'folder:/nowhere': "),
     (["dataset=folder:"], "dataset = 'folder:': "),

@@ -101,6 +101,8 @@ def resolve(
     require(
         bool(target) == bool(kind.target_kinds), "target", target, f"{method} takes {_takes(kind)}"
     )
+    shaped = not kind.from_scratch or rest.get("parent") is not None
+    require(shaped, "parent", None, f"{method} needs the run whose shape it takes; see a card")
     try:
         settings = RunSettings(
             dataset=dataset,
