@@ -11,7 +11,7 @@ from prunestudy.measure.cost import (
     prunable_weights,
     sparsity,
 )
-from prunestudy.measure.latency import Ratio, interleave, latency, ratio, timings
+from prunestudy.measure.latency import Ratio, interleave, latency, onnx_latency, ratio, timings
 from prunestudy.measure.memory import peak_memory_mb
 from prunestudy.measure.quality import Quality, evaluate
 from prunestudy.measure.tasks import TASKS, Scores, Task, task
@@ -31,6 +31,7 @@ __all__ = [
     "macs",
     "nonzero_macs",
     "nonzeros",
+    "onnx_latency",
     "parameters",
     "peak_memory_mb",
     "prunable_weights",

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 from prunestudy.errors import require
 from prunestudy.measure.forward import evaluating, zeros
 from prunestudy.shrink import CsrLinear, fold
-from prunestudy.shrink.sparse import PRUNABLE, TRANSPOSED
+from prunestudy.shrink.trace import LAYERS, TRANSPOSED
 
 
 def parameters(model: nn.Module) -> int:
@@ -135,7 +135,7 @@ def _positions(layer: nn.Module, x: Tensor, y: Tensor) -> int:
 
 def _layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     _refuse_csr(model)
-    return [(name, layer) for name, layer in model.named_modules() if isinstance(layer, PRUNABLE)]
+    return [(name, layer) for name, layer in model.named_modules() if isinstance(layer, LAYERS)]
 
 
 def _weight(layer: nn.Module) -> Tensor:

@@ -7,11 +7,13 @@ the pairs of one round.
 
 import random
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 
 from prunestudy.errors import require
 from prunestudy.measure.forward import evaluating, zeros
+from prunestudy.shrink import OnnxNet, export_onnx
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,27 @@ def latency(
     """Median milliseconds of each model's forward pass on one batch; see `timings`."""
     seconds = timings(models, shape, batch, rounds, threads)
     return {name: 1e3 * statistics.median(times) for name, times in seconds.items()}
+
+
+def onnx_latency(
+    models: dict[str, nn.Module],
+    shape: tuple[int, ...],
+    batch: int,
+    rounds: int = 100,
+    threads: int = 1,
+) -> dict[str, float]:
+    """Median milliseconds of each model's forward pass on one batch in ONNX Runtime, on the CPU.
+
+    Each is exported into a file of its own, for the while; then as `latency`, with `threads` of
+    the runtime's. Raises `InputError` for a net that cannot be exported, a bad shape or number.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        nets = {}
+        for number, (name, model) in enumerate(models.items()):
+            path = Path(folder) / f"{number}.onnx"
+            export_onnx(model, path, shape)
+            nets[name] = OnnxNet(path, threads)
+        return latency(nets, shape, batch, rounds, threads)
 
 
 def _forward(model: nn.Module, x: Tensor) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from prunestudy.errors import InputError, require
-from prunestudy.shrink.sparse import PRUNABLE
+from prunestudy.shrink.trace import LAYERS
 
 Scope = Literal["auto", "convolutions", "all"]
 
@@ -55,7 +55,7 @@ def masked(weight: Tensor, mask: Tensor) -> Tensor:
 
 def prunable_layers(model: nn.Module) -> list[nn.Module]:
     """Return the convolutions and linear layers of `model`, in order; at least one."""
-    layers = [layer for layer in model.modules() if isinstance(layer, PRUNABLE)]
+    layers = [layer for layer in model.modules() if isinstance(layer, LAYERS)]
     if not layers:
         raise InputError(f"model = {type(model).__name__}: has no convolution or linear layer")
     return layers

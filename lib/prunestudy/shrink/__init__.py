@@ -1,9 +1,10 @@
-"""From a trained net to a smaller one: plain copies, sparse storage, sparse layers."""
+"""From a trained net to a smaller one: what goes together, removal, storage, export."""
 
 from prunestudy.shrink.csr import CsrLinear, to_csr
 from prunestudy.shrink.fold import fold
 from prunestudy.shrink.groups import Group, Member, find, groups
 from prunestudy.shrink.narrow import Narrow, axis_of, narrow
+from prunestudy.shrink.onnx import OnnxNet, export_onnx
 from prunestudy.shrink.remove import Constant, Nothing, remove
 from prunestudy.shrink.sparse import Storage, load_net, save_net, storage
 from prunestudy.shrink.view import describe, draw
@@ -15,10 +16,12 @@ __all__ = [
     "Member",
     "Narrow",
     "Nothing",
+    "OnnxNet",
     "Storage",
     "axis_of",
     "describe",
     "draw",
+    "export_onnx",
     "find",
     "fold",
     "groups",

@@ -65,9 +65,10 @@ class Constant(nn.Module):
         """The constant at every place; see the class."""
         shape = _output_shape(x, self.geometry, self.channels)
         if self.bias is None:
-            return x.new_zeros(1).expand(shape)
+            return x.new_zeros(shape)
         places = 0 if self.geometry == "linear" else len(shape) - 2
-        return self.bias.view(-1, *[1] * places).expand(shape)
+        values = self.bias.view(-1, *[1] * places).expand(shape)
+        return values.clone()  # what follows may work in place
 
     def extra_repr(self) -> str:
         """What `print` shows of it."""
@@ -144,7 +145,7 @@ def _output_shape(x: Tensor, geometry: Geometry, channels: int) -> list[int]:
         rows = zip(*(geometry[name] for name in _NUMBERS), strict=True)
         back = geometry["transposed"][0]
         places = [_after(n, *row, back) for n, row in zip(places, rows, strict=True)]
-    return [len(x), channels, *places]
+    return [x.shape[0], channels, *places]  # not len: ONNX keeps the batch open
 
 
 def _after(n: int, k: int, stride: int, pad: int, dilation: int, more: int, transposed: int) -> int:

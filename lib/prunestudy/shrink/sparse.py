@@ -23,11 +23,10 @@ from prunestudy.errors import InputError, require
 from prunestudy.shrink.csr import CsrLinear, csr_arrays
 from prunestudy.shrink.fold import fold
 from prunestudy.shrink.structure import Entry, restructure, structure_of
+from prunestudy.shrink.trace import LAYERS
 
 FORMAT = "prunestudy-sparse-1"
 PARTS = ("rows", "columns", "values")
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-PRUNABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED, nn.Linear)
 
 
 @dataclass(frozen=True)
@@ -183,7 +182,7 @@ def _prunable(plain: nn.Module) -> list[tuple[str, nn.Module]]:
     layers = list(plain.named_modules())
     csr = any(isinstance(layer, CsrLinear) for _, layer in layers)
     require(not csr, "model", type(plain).__name__, "store the net before to_csr")
-    return [(name, layer) for name, layer in layers if isinstance(layer, PRUNABLE)]
+    return [(name, layer) for name, layer in layers if isinstance(layer, LAYERS)]
 
 
 def _bytes(tensors: dict[str, Tensor]) -> int:

@@ -24,6 +24,7 @@ _FIELDS: dict[type[nn.Module], str] = {
     nn.BatchNorm1d: _NORM,
     nn.BatchNorm2d: _NORM,
     nn.LayerNorm: "normalized_shape eps elementwise_affine bias",
+    nn.PReLU: "num_parameters",
     nn.Identity: "",
     Constant: "channels geometry bias",
     Nothing: "geometry",

@@ -1,0 +1,92 @@
+"""Finished nets as ONNX files, and such files as nets again: what a deployment would run."""
+
+import contextlib
+import io
+import os
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from prunestudy.errors import InputError, require
+from prunestudy.shrink.fold import fold
+
+
+def export_onnx(model: nn.Module, path: str | Path, shape: tuple[int, ...]) -> None:
+    """Write `model`, folded, to `path` as ONNX: input `images` (batch, *shape), output `output`.
+
+    The batch may be of any size. The file appears whole or not at all. Raises `InputError` if the
+    folder is missing, or if the net cannot be exported (the reason in one line).
+    """
+    path = Path(path)
+    require(path.parent.is_dir(), "path", str(path), "a file in a folder that exists")
+    plain = fold(model).cpu()
+    like = next((p.dtype for p in plain.parameters()), torch.float32)
+    images = torch.zeros(2, *shape, dtype=like)  # with one, the batch would be taken for constant
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                plain,
+                (images,),
+                dynamo=True,
+                verbose=False,
+                input_names=["images"],
+                output_names=["output"],
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+            )
+        rows = program.model.graph.inputs[0].shape[0]
+        open_ = not isinstance(rows, int)
+        require(
+            open_, "model", type(model).__name__, f"no ONNX of it: takes batches of {rows} only"
+        )
+        program.save(part)
+        part.replace(path)
+    except torch.onnx.OnnxExporterError as error:
+        line = next(iter(str(error.__cause__ or error).splitlines()), "")
+        raise InputError(f"model = {type(model).__name__!r}: no ONNX of it: {line}") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+class OnnxNet(nn.Module):
+    """The net in an ONNX file, computed by ONNX Runtime on the CPU: only to be called.
+
+    Maps (batch, *shape) to its output, as the exported net does. `threads`: of the runtime's.
+    Raises `InputError` if the file is missing or not one that `export_onnx` wrote.
+    """
+
+    def __init__(self, path: str | Path, threads: int = 1) -> None:
+        super().__init__()
+        import onnxruntime  # late: it takes a while
+
+        right = type(threads) is int and threads > 0
+        require(right, "threads", threads, "a positive integer")
+        require(Path(path).is_file(), "path", str(path), "a file that export_onnx wrote")
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+        options.log_severity_level = 3
+        try:
+            self.session = onnxruntime.InferenceSession(
+                str(path), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # its errors share no base of their own
+            if not type(error).__module__.startswith("onnxruntime"):
+                raise
+            raise InputError(f"path = {str(path)!r}: not a file that export_onnx wrote") from None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The output (a tensor) for images (batch, *shape)."""
+        (output,) = self.session.run(["output"], {"images": x.detach().cpu().numpy()})
+        return torch.from_numpy(output)
+
+
+@contextlib.contextmanager
+def _quiet():
+    """The exporter talks of its own inner life, on both streams and in warnings."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings(action="ignore"))
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        yield

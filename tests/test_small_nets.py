@@ -1,0 +1,253 @@
+"""Gated nets and the small ones they leave: the same function, in memory, on disk, in ONNX.
+
+The eleven nets are those that pruning papers use, with random gates of which about half are zero.
+Batch norms are random too, but such that no signal dies out on its way to the output.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import pytest
+import torch
+import torchvision
+from conftest import one_line
+from torch import nn
+
+from prunestudy import measure, models, shrink
+from prunestudy.errors import InputError
+from prunestudy.methods.channels import Channels, scale_consumers
+from prunestudy.shrink.onnx import OnnxNet, export_onnx
+
+torchvision_net = torchvision.models.get_model
+
+
+class Autoencoder(nn.Sequential):
+    """Convolutions down to 3x3 and transposed ones up again to 1x13x13."""
+
+    def __init__(self):
+        super().__init__(
+            nn.Conv2d(1, 8, 3, stride=2),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Conv2d(8, 12, 3, stride=2, padding=1),
+            nn.PReLU(12),
+            nn.ConvTranspose2d(12, 8, 3, stride=2),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.ConvTranspose2d(8, 6, 2, stride=2, padding=1, output_padding=1, groups=2),
+            nn.ReLU(),
+            nn.Conv2d(6, 1, 1),
+        )
+
+
+NETS = {
+    "lenet5": (lambda: models.LeNet5((1, 16, 16), 10), (1, 16, 16)),
+    "mlp": (lambda: models.MLP((1, 8, 8), 10), (1, 8, 8)),
+    "vgg16_cifar": (lambda: models.VGG16((3, 8, 8), 10), (3, 8, 8)),
+    "resnet20": (lambda: models.ResNet(20, (3, 8, 8), 10), (3, 8, 8)),
+    "resnet50": (lambda: torchvision_net("resnet50", num_classes=10), (3, 32, 32)),
+    "mobilenet_v2": (lambda: torchvision_net("mobilenet_v2", num_classes=10), (3, 32, 32)),
+    "googlenet": (
+        lambda: torchvision_net("googlenet", num_classes=10, aux_logits=False, init_weights=False),
+        (3, 32, 32),
+    ),
+    "densenet121": (lambda: torchvision_net("densenet121", num_classes=10), (3, 32, 32)),
+    "alexnet": (lambda: torchvision_net("alexnet", num_classes=10), (3, 63, 63)),
+    "autoencoder": (Autoencoder, (1, 13, 13)),
+    "emptied_branches": (lambda: models.ResNet(20, (3, 8, 8), 10), (3, 8, 8)),
+}
+EMPTIED = {"emptied_branches": ("stage1.1.conv1", "stage2.0.conv1", "stage3.2.conv1")}
+IN_ONNX = ("lenet5", "mlp", "autoencoder", "resnet20", "emptied_branches")
+
+
+class Gates(nn.Module):
+    def __init__(self, values):
+        super().__init__()
+        self.register_buffer("values", values)
+
+    def forward(self):
+        return self.values
+
+
+@dataclass
+class Case:
+    """A net with `gates` (N,) in its kernels, and the small net that they leave; float64."""
+
+    dense: nn.Module
+    gated: nn.Module
+    small: nn.Module
+    gates: torch.Tensor
+    macs: Channels
+    shape: tuple[int, int, int]
+
+
+@cache
+def case(name):
+    torch.manual_seed(0)
+    build, shape = NETS[name]
+    dense = lively(build().double(), shape)
+    channels = Channels(dense, shape, "macs")
+    gates = random_gates(channels, EMPTIED.get(name, ()))
+    gated = shrink.fold(dense)
+    scale_consumers(gated, channels, Gates(gates))
+    return Case(dense, gated, channels.smaller(gated, gates != 0), gates, channels, shape)
+
+
+def random_gates(channels, emptied):
+    """Gates in 1-2, about half of them zero, all those of the groups `emptied`."""
+    gates = (1 + torch.rand(channels.size, dtype=torch.float64)) * torch.randint(
+        0, 2, (channels.size,)
+    )
+    for group, part in zip(channels.groups, channels.slices, strict=True):
+        gates[part.start] = 1.5
+        if group.name in emptied:
+            gates[part] = 0
+    return gates
+
+
+@torch.no_grad()
+def lively(net, shape):
+    """`net` in eval mode with random weights and batch norms, its output varied."""
+    for layer in net.modules():
+        if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
+            nn.init.kaiming_normal_(layer.weight)
+            if layer.bias is not None:
+                nn.init.normal_(layer.bias, std=0.1)
+    norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = 1.0  # one batch gives the statistics
+    net.train()(torch.randn(8, *shape, dtype=torch.float64))
+    for norm in norms:
+        norm.running_mean += 0.2 * torch.randn_like(norm.running_mean)
+        norm.running_var *= 0.5 + torch.rand_like(norm.running_var)
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+        nn.init.normal_(norm.bias, std=0.3)
+    return net.eval()
+
+
+def images(shape, dtype):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(3, *shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def output(net, x):
+    with torch.no_grad():
+        return net(x)
+
+
+def apart(found, expected):
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_the_small_net_is_the_gated_one(name):
+    it = case(name)
+    x = images(it.shape, torch.float64)
+    expected = output(it.gated, x)
+    assert apart(output(it.small, x), expected) < 1e-9
+    assert expected.std(0).max() / expected.abs().max() > 1e-2  # no signal died on its way
+    assert apart(output(it.dense, x), expected) > 0.1  # and the gates do matter
+    assert {type(m).__module__.partition(".")[0] for m in it.small.modules()} <= {
+        "torch",
+        "torchvision",
+        "prunestudy",
+        __name__,
+    }
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_its_cost_is_the_closed_form_of_the_gates(name):
+    it = case(name)
+    parameters = Channels(it.dense, it.shape, "parameters")
+    for channels, count in [
+        (it.macs, measure.macs(it.small, it.shape)),
+        (parameters, measure.parameters(it.small)),
+    ]:
+        assert float(channels.cost((it.gates != 0).double())) == pytest.approx(count, rel=1e-12)
+        assert count < 0.6 * channels.dense
+
+
+class TwoPaths(nn.Module):
+    """Two paths that meet in a concatenation, each with activations that work in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.left = nn.Sequential(
+            nn.Conv2d(1, 3, 3), nn.ReLU(True), nn.Conv2d(3, 2, 1), nn.ReLU(True)
+        )
+        self.right = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(True))
+        self.last = nn.Conv2d(4, 2, 1)
+
+    def forward(self, x):
+        return self.last(torch.cat([self.left(x), self.right(x)], 1))
+
+
+@pytest.mark.parametrize("emptied", ["left.0", "left.2", "right.0"])
+def test_what_follows_a_constant_may_work_in_place(emptied):
+    net, shape = lively(TwoPaths().double(), (1, 6, 6)), (1, 6, 6)
+    small = shrink.remove(net, shape, {emptied: []})
+    member = shrink.find(shrink.groups(net, shape), emptied).having("consumes")[0]
+    net.get_submodule(member.layer).weight.data[:, [i for p in member.indices for i in p]] = 0
+    x = images(shape, torch.float64)
+    expected = output(net, x)
+    for _ in range(2):  # nor may what works in place change the constant
+        assert apart(output(small, x), expected) < 1e-9
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_it_comes_back_from_disk_bit_for_bit(name, tmp_path, monkeypatch):
+    it, build = case(name), NETS[name][0]
+    entry = models._Entry(lambda shape, num_classes: build(), "a net of this test")
+    monkeypatch.setitem(models._REGISTRY, name, entry)
+    small = shrink.fold(it.small).float()
+    shrink.save_net(small, tmp_path / "net", name, it.shape, 10)
+    loaded = shrink.load_net(tmp_path / "net", name)
+    x = images(it.shape, torch.float32)
+    assert torch.equal(output(loaded, x), output(small, x))
+
+
+@pytest.mark.parametrize("name", IN_ONNX)
+def test_onnx_runtime_computes_the_same(name, tmp_path):
+    it = case(name)
+    export_onnx(shrink.fold(it.small).float(), tmp_path / "net.onnx", it.shape)
+    assert [path.name for path in tmp_path.iterdir()] == ["net.onnx"]
+    expected = output(it.gated, images(it.shape, torch.float64))
+    for count in (1, 3):
+        x = images(it.shape, torch.float32)[:count]
+        assert apart(OnnxNet(tmp_path / "net.onnx")(x), expected[:count]) < 1e-4
+
+
+def test_latency_in_onnx_runtime():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    found = measure.onnx_latency({"a": net, "b": net}, (1, 2, 2), batch=2, rounds=3)
+    assert list(found) == ["a", "b"]
+    assert all(ms > 0 for ms in found.values())
+
+
+class OneBatch(nn.Module):
+    def forward(self, x):
+        return x.flatten(1) + x.new_zeros(len(x), 1)
+
+
+class Branching(nn.Module):
+    def forward(self, x):
+        return x if x.sum() > 0 else -x
+
+
+@pytest.mark.parametrize(("net", "why"), [(OneBatch(), "batches of 2"), (Branching(), "no ONNX")])
+def test_what_cannot_be_exported_is_refused(net, why, tmp_path):
+    with pytest.raises(InputError, match=why) as caught:
+        export_onnx(net, tmp_path / "net.onnx", (1, 4, 4))
+    assert one_line(caught).startswith(f"model = '{type(net).__name__}': no ONNX of it: ")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_no_onnx_file_is_refused(tmp_path):
+    (tmp_path / "net.onnx").write_bytes(b"no net")
+    for path in (tmp_path / "net.onnx", tmp_path / "none.onnx"):
+        with pytest.raises(InputError, match=r"path = .*a file that export_onnx wrote"):
+            OnnxNet(path)
+    with pytest.raises(InputError, match="threads = 0: a positive integer"):
+        OnnxNet(tmp_path / "net.onnx", threads=0)
+    with pytest.raises(InputError, match=r"path = .*a folder that exists"):
+        export_onnx(nn.Flatten(), tmp_path / "none" / "net.onnx", (1, 2, 2))
