@@ -122,9 +122,9 @@ def test_bad_commands_that_are_found_late(refused, words, message):
 SETTINGS = [
     (["colour=red"], "setting = 'colour': allowed are batch_size, dataset, epochs"),
     (["lr"], "--set = 'lr': must be KEY=VALUE"),
-    (["model=vgg99"], "model = 'vgg99': allowed are lenet300, lenet5"),
+    (["model=vgg99"], "model = 'vgg99': allowed are autoencoder"),
     (["model=lenet5"], "shape = (1, 8, 8): lenet5 needs images of at least 16x16"),
-    (["method=lasso"], "method = 'lasso': allowed are dense"),
+    (["method=lasso"], "method = 'lasso': allowed are component_aware, dense"),
     (["dataset=cifar"], "dataset = 'cifar': allowed are cifar10"),
     (["method=scratch"], "parent = None: scratch needs the run whose shape it takes"),
     (["dataset=7"], "dataset = 7: allowed are cifar10"),
@@ -135,7 +135,7 @@ SETTINGS = [
     (["lr=fast"], "lr = 'fast': input should be a valid number"),
     (["lr=NaN"], "lr = nan: input should be a finite number"),
     (["lr=Infinity"], "lr = inf: input should be a finite number"),
-    (["epochs=0"], "epochs = 0: input should be greater than or equal to 1"),
+    (["epochs=0"], "epochs = 0: at least 1 for a run without a parent"),
     (["epochs=1.5"], "epochs = 1.5: input should be a valid integer"),
     (["epochs=true"], "epochs = True: input should be a valid integer"),
     (["epochs="], "epochs = '': input should be a valid integer"),
@@ -236,7 +236,7 @@ def test_exit_code_and_line_of_the_real_command(tmp_path):
     words = ["train", "--set", "epochs=0", "--results", str(tmp_path / "r")]
     done = subprocess.run([*command, *words], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == ("prunestudy: epochs = 0: input should be greater than or equal to 1\n")
+    assert done.stderr == ("prunestudy: epochs = 0: at least 1 for a run without a parent\n")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -93,7 +93,7 @@ def test_a_phase_may_have_a_schedule_of_its_own():
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("epochs", 0),
+        ("epochs", -1),
         ("epochs", 1.0),
         ("epochs", "3"),
         ("epochs", True),
@@ -163,6 +163,32 @@ def test_steps_of_sgd_by_hand():
     assert (made.status, made.arrays) == ("done", {})
     assert [row["validation_top1"] for row in made.history] == right
     assert right == [0, 0, 1]
+
+
+def test_steps_of_adam_by_hand():
+    """Adam's own formula; momentum is its first decay rate."""
+    net = nn.Sequential(nn.Flatten(), nn.Linear(1, 2, bias=False))
+    net[1].weight.data.copy_(torch.tensor([[0.5], [-0.25]]))
+    recipe = Recipe(epochs=2, lr=0.1, momentum=0.8, optimizer="adam", schedule="constant")
+    batches = one_pixel()
+    made = train(net, dense(), recipe, batches, batches, seed=0)
+    w, m, v = [0.5, -0.25], [0.0, 0.0], [0.0, 0.0]
+    for step in (1, 2):
+        p = 1 / (1 + math.exp(2 * (w[0] - w[1])))
+        gradient = [2 * (1 - p), -2 * (1 - p)]
+        for i, g in enumerate(gradient):
+            m[i], v[i] = 0.8 * m[i] + 0.2 * g, 0.999 * v[i] + 0.001 * g**2
+            ahead, size = m[i] / (1 - 0.8**step), v[i] / (1 - 0.999**step)
+            w[i] -= 0.1 * ahead / (math.sqrt(size) + 1e-8)
+    assert made.model[1].weight.flatten().tolist() == pytest.approx(w, abs=1e-6)
+
+
+def test_no_epoch_leaves_the_net_and_one_row_of_validation():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(1, 2, bias=False))
+    before = net[1].weight.detach().clone()
+    made = train(net, dense(), Recipe(epochs=0, lr=0.1), one_pixel(), one_pixel(), seed=0)
+    assert torch.equal(made.model[1].weight, before)
+    assert (made.status, [row["epoch"] for row in made.history]) == ("done", [0])
 
 
 def test_extra_loss_is_trained_and_counted():

@@ -7,6 +7,7 @@ from pydantic import ValidationError
 from prunestudy.errors import InputError, require_one_of
 from prunestudy.methods.base import TARGETS, Context, Method, Params, Phase, Progress
 from prunestudy.methods.channel_ranking import GroupL2, L1Filter
+from prunestudy.methods.component_aware import ComponentAware
 from prunestudy.methods.dpf import Dpf
 from prunestudy.methods.gdp import GDP
 from prunestudy.methods.hard_concrete import HardConcrete
@@ -18,6 +19,7 @@ from prunestudy.methods.random import Random
 from prunestudy.methods.scratch import Scratch
 from prunestudy.methods.snip import Snip
 from prunestudy.methods.sparse_gates import SparseGates
+from prunestudy.methods.uniform import Uniform
 
 _METHODS: dict[str, type[Method]] = {
     cls.name: cls
@@ -25,6 +27,7 @@ _METHODS: dict[str, type[Method]] = {
         *(Method, SparseGates, Magnitude, GradualMagnitude, Random, L1),
         *(MagnitudeAttention, Dpf, Snip),
         *(GDP, L1Filter, GroupL2, NetworkSlimming, HardConcrete, Scratch),
+        *(ComponentAware, Uniform),
     )
 }
 

@@ -7,15 +7,27 @@ from typing import NamedTuple
 from torch import nn
 
 from prunestudy.errors import InputError, require, require_one_of
+from prunestudy.models.autoencoder import (
+    Autoencoder,
+    AutoencoderClassifier,
+    ConvAutoencoder,
+    ConvAutoencoderClassifier,
+)
 from prunestudy.models.lenet import LeNet5, LeNet300
 from prunestudy.models.mlp import MLP
 from prunestudy.models.resnet import ResNet
+from prunestudy.models.tdmpc import TDMPC
 from prunestudy.models.vgg import VGG16
 from prunestudy.models.wide_resnet import WideResNet
 
 __all__ = [
     "MLP",
+    "TDMPC",
     "VGG16",
+    "Autoencoder",
+    "AutoencoderClassifier",
+    "ConvAutoencoder",
+    "ConvAutoencoderClassifier",
     "LeNet5",
     "LeNet300",
     "ResNet",
@@ -37,6 +49,22 @@ class _Entry(NamedTuple):
 
 
 _REGISTRY = {
+    "autoencoder": _Entry(
+        Autoencoder, "784-256-128-32 and back, 476,720 parameters on 1x28x28", "reconstruct"
+    ),
+    "autoencoder_classifier": _Entry(
+        AutoencoderClassifier,
+        "the autoencoder with a classifier on the latent vector, 479,482 parameters",
+        "reconstruct_and_classify",
+    ),
+    "conv_autoencoder": _Entry(
+        ConvAutoencoder, "16 and 32 filters, latent 32, 117,377 parameters", "reconstruct"
+    ),
+    "conv_autoencoder_classifier": _Entry(
+        ConvAutoencoderClassifier,
+        "the convolutional one with a classifier on the latent vector, 120,139 parameters",
+        "reconstruct_and_classify",
+    ),
     "lenet5": _Entry(LeNet5, "Caffe's LeNet-5, 431,080 parameters on 1x28x28 and 10 classes"),
     "lenet300": _Entry(LeNet300, "LeNet-300-100, 266,610 parameters on 1x28x28 and 10 classes"),
     "mlp": _Entry(MLP, "784-512-256-128-10, 567,434 parameters on 1x28x28 and 10 classes"),

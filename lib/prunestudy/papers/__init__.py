@@ -34,7 +34,9 @@ class Comparison(_Strict):
 
     Over the runs of `model` on `dataset` at `target`, the share removed of what `target_kind`
     counts (None: runs without a target); `metric` is a key of the records' metrics. The variants
-    are those of the two methods.
+    are those of the two methods. With `against` "" the metric itself is compared. With
+    `within` a pair counts only where `method` removed as much as `against`, or at most that share
+    less.
     """
 
     method: str
@@ -47,6 +49,7 @@ class Comparison(_Strict):
     against_variant: str = ""
     metric: str = "metric"
     at_least: float = 0.0
+    within: Annotated[float, Field(ge=0, lt=1)] | None = None
 
 
 class Claim(_Strict):
@@ -111,7 +114,7 @@ class Entry(_Strict):
     targets: tuple[float, ...] | None = None
     target_kind: TargetKind | None = None
     lr: Annotated[float, Field(gt=0)] | None = None
-    epochs: Annotated[int, Field(ge=1)] | None = None
+    epochs: Annotated[int, Field(ge=0)] | None = None
     fresh: bool = False
     after: str = ""
     after_target: float | None = None

@@ -115,6 +115,8 @@ def resolve(
         )
     except ValidationError as error:
         raise InputError(first_error(error)) from None
+    trained = settings.recipe.epochs > 0 or settings.parent is not None
+    require(trained, "epochs", settings.recipe.epochs, "at least 1 for a run without a parent")
     wanted = (target.value, target.kind) if target else ()
     _fits(settings, known, methods.build(method, settings.params, *wanted))
     return settings

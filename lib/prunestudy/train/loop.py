@@ -125,6 +125,8 @@ class _Loop:
                 self.at.seconds += time.perf_counter() - since
                 if checkpoint:
                     self._save(checkpoint, run)
+        if not self.total:
+            self.at.history = [self._end_epoch(-1)]
         # The loss of the last step says nothing of the weights that it left.
         sound = math.isfinite(self.at.history[-1]["validation_loss"])
         return "done" if sound else "diverged"
@@ -162,15 +164,16 @@ class _Loop:
 
     def _make_optimizers(self) -> None:
         name, recipe = self.phases[self.at.phase].name, self.recipe
-        sgd = torch.optim.SGD(
-            self.method.parameter_groups(self.model, name),
-            lr=recipe.lr,
-            momentum=recipe.momentum,
-            nesterov=recipe.nesterov,
-            weight_decay=recipe.weight_decay,
-        )
+        groups = self.method.parameter_groups(self.model, name)
+        common = {"lr": recipe.lr, "weight_decay": recipe.weight_decay}
+        if recipe.optimizer == "adam":
+            betas = (recipe.momentum, 0.999)
+            first = torch.optim.Adam(groups, betas=betas, **common)
+        else:
+            nesterov = recipe.nesterov
+            first = torch.optim.SGD(groups, momentum=recipe.momentum, nesterov=nesterov, **common)
         own = self.method.own_optimizer(self.model, name)
-        self.optimizers = [sgd] if own is None else [sgd, own]
+        self.optimizers = [first] if own is None else [first, own]
 
     def _set_lr(self) -> float:
         phases, index = self.phases, self.at.phase
@@ -198,7 +201,7 @@ class _Loop:
         row = {
             "epoch": epoch + 1,
             "phase": self.phases[self.at.phase].name,
-            "train_loss": self.at.loss_sum / max(self.at.loss_steps, 1),
+            "train_loss": self.at.loss_sum / self.at.loss_steps if self.at.loss_steps else math.nan,
             "validation_loss": scores.loss,
             name: scores.metric,
             "kept": self.method.kept_share(self.model),
