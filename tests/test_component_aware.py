@@ -6,8 +6,9 @@ import pytest
 import torch
 from conftest import one_line, randomise, toy_batches
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
-from prunestudy import datasets, measure, methods, models
+from prunestudy import datasets, measure, methods, models, shrink
 from prunestudy.errors import InputError
 from prunestudy.measure import Application, Metric, RefusedError
 from prunestudy.methods import Context
@@ -469,6 +470,69 @@ def test_groups_of_a_component_share_a_coefficient(digits):
     kept = [row["removed"] for row in method.pruned.report()]
     assert kept[0] == pytest.approx(kept[1], abs=1 / 8)
     assert kept[3] == pytest.approx(kept[4], abs=1 / 8)
+
+
+STORED = [
+    ("autoencoder", "reconstruct"),
+    ("autoencoder_classifier", "reconstruct_and_classify"),
+    ("conv_autoencoder", "reconstruct"),
+    ("conv_autoencoder_classifier", "reconstruct_and_classify"),
+]
+
+
+@pytest.fixture(params=STORED, ids=lambda each: each[0])
+def finished(request):
+    """A pruned autoencoder with a life of its own: name, dense net, finished net."""
+    name, task = request.param
+    torch.manual_seed(0)
+    dense = randomise(models.build(name, SMALL, 10)).eval()
+    net = copy.deepcopy(dense)
+    task = measure.task(task, (0.5,), (0.29,))
+    method = build("uniform", 0.7, ranking="global", samples=32)
+    method.attach(net, torch.Generator().manual_seed(0))
+    method.prepare(net, Context(toy_batches(), toy_batches(), task, torch.device("cpu")))
+    return name, dense, method.finish(net).eval()
+
+
+def outputs(net):
+    x = torch.randn(5, *SMALL, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        return tree_leaves(net(x))
+
+
+def test_a_pruned_autoencoder_is_the_masked_dense_one(finished):
+    _, dense, small = finished
+    groups, masks = shrink.groups(dense, SMALL), []
+    for group, score in zip(groups, shrink.group_l2(dense, groups), strict=True):
+        kept = len(small.get_submodule(group.name).bias)
+        gone = score.argsort(stable=True)[: group.channels - kept]
+        masks.append(torch.ones(group.channels).index_fill(0, gone, 0))
+    for a, b in zip(
+        outputs(lambda x: masked_output(dense, groups, masks, x)), outputs(small), strict=True
+    ):
+        assert (a - b).abs().max() <= 1e-5 * a.abs().max()
+
+
+def test_a_pruned_autoencoder_comes_back_from_disk_bit_for_bit(finished, tmp_path):
+    name, dense, small = finished
+    shrink.save_net(small, tmp_path / "net", name, SMALL, 10)
+    loaded = shrink.load_net(tmp_path / "net", name)
+    assert type(loaded) is type(dense)
+    assert measure.parameters(loaded) == measure.parameters(small) < 0.3 * measure.parameters(dense)
+    for a, b in zip(outputs(small), outputs(loaded), strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(small.encode(torch.ones(2, *SMALL)), loaded.encode(torch.ones(2, *SMALL)))
+
+
+def test_onnx_runtime_computes_every_output_of_it(finished, tmp_path):
+    _, _, small = finished
+    shrink.export_onnx(small, tmp_path / "net.onnx", SMALL)
+    net = shrink.OnnxNet(tmp_path / "net.onnx")
+    names = [each.name for each in net.session.get_outputs()]
+    expected = outputs(small)
+    assert names == ["output", "output_1"][: len(expected)]
+    for a, b in zip(expected, outputs(net), strict=True):
+        assert (a - b).abs().max() <= 1e-4 * a.abs().max()
 
 
 @pytest.mark.parametrize(
