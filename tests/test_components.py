@@ -8,8 +8,11 @@ from torch import nn
 
 from prunestudy import measure, models, shrink
 from prunestudy.errors import InputError
+from prunestudy.methods.channel_budget import Budget, listing, require_target, spread_out
+from prunestudy.methods.channel_ranking import GroupL2, importance
+from prunestudy.methods.channels import Channels
 from prunestudy.models import TDMPC, Autoencoder, AutoencoderClassifier, ConvAutoencoder
-from prunestudy.shrink import Budget, Narrow, Parameters, component_groups, narrow, spread_out
+from prunestudy.shrink import Narrow, component_groups, narrow
 
 SMALL = (1, 8, 8)
 
@@ -53,7 +56,7 @@ def test_the_latent_of_tdmpc_couples_all_five_components():
 
 def test_listing_counts_what_a_channel_costs():
     net = Autoencoder(SMALL, 10, (12, 8), 5)
-    rows = {row["group"]: row for row in shrink.listing(net, component_groups(net, SMALL))}
+    rows = {row["group"]: row for row in listing(net, SMALL, component_groups(net, SMALL))}
     assert rows["encoder.fc1"]["parameters a channel"] == 64 + 1 + 8
     assert rows["encoder.fc3"] == {
         "group": "encoder.fc3",
@@ -114,14 +117,19 @@ def test_bad_components_are_refused(components, protect, words):
 @pytest.mark.parametrize("number", range(4))
 def test_parameters_are_those_of_the_small_net(number):
     net, shape = nets()[number]
-    groups = plain(net, shape)
-    count = Parameters(net, groups)
-    assert count.total == sum(p.numel() for p in net.parameters())
+    channels = Channels(net, shape, "parameters", norms=True)
+    groups = channels.groups
+    assert groups == plain(net, shape)
+    assert channels.dense == sum(p.numel() for p in net.parameters())
     generator = torch.Generator().manual_seed(number)
     for _ in range(3):
         kept = [int(torch.randint(1, g.channels + 1, (), generator=generator)) for g in groups]
         small = narrow(net, groups, [torch.arange(k) for k in kept])
-        assert round(count.of(kept)) == sum(p.numel() for p in small.parameters())
+        assert channels.cost_at(kept) == sum(p.numel() for p in small.parameters())
+        soft = [
+            torch.full((g.channels,), k / g.channels) for g, k in zip(groups, kept, strict=True)
+        ]
+        assert float(channels.cost(torch.cat(soft))) == pytest.approx(channels.cost_at(kept))
 
 
 @pytest.mark.parametrize("number", range(4))
@@ -186,16 +194,23 @@ def test_importance_is_torch_prunings():
     x = torch.randn(3, *SMALL)
     net(x).square().mean().backward()
     graph = torch_pruning.DependencyGraph().build_dependency(net, x, verbose=False)
-    for ours, theirs in (
-        (shrink.group_l2(net, groups), torch_pruning.importance.GroupMagnitudeImportance()),
-        (shrink.taylor(net, groups), torch_pruning.importance.GroupTaylorImportance()),
-    ):
-        for group, score in zip(groups, ours, strict=True):
-            layer = net.get_submodule(group.name)
-            cut = graph.get_pruner_of_module(layer).prune_out_channels
-            every = graph.get_pruning_group(layer, cut, list(range(group.channels)))
-            torch.testing.assert_close(score, theirs(every))
-            assert score.mean().item() == pytest.approx(1, rel=1e-5)
+    theirs = torch_pruning.importance.GroupTaylorImportance()
+    for group, score in zip(groups, shrink.taylor(net, groups), strict=True):
+        layer = net.get_submodule(group.name)
+        cut = graph.get_pruner_of_module(layer).prune_out_channels
+        every = graph.get_pruning_group(layer, cut, list(range(group.channels)))
+        torch.testing.assert_close(score, theirs(every))
+        assert score.mean().item() == pytest.approx(1, rel=1e-5)
+
+
+def test_the_group_norm_of_a_latent_channel_by_hand():
+    net, shape = AutoencoderClassifier(SMALL, 10, (12, 8), 5), SMALL
+    channels = Channels(net, shape, "parameters", ["encoder.fc3"])
+    read = [net.decoder.fc1.weight, net.classifier.fc1.weight]
+    sums = [net.encoder.fc3.weight.square().sum(1), *(w.square().sum(0) for w in read)]
+    expected = torch.stack(sums).mean(0).detach()
+    score = importance(channels, net, GroupL2.measure)
+    torch.testing.assert_close(score, expected / expected.mean())
 
 
 def budget(numbers=(4, 3), **values):
@@ -205,9 +220,8 @@ def budget(numbers=(4, 3), **values):
         nn.Linear(numbers[0], numbers[1]),
         nn.Linear(numbers[1], 2),
     )
-    groups = plain(net, (2,))
     positions = spread_out([torch.arange(n).float() for n in numbers])
-    return Budget(Parameters(net, groups), positions, **values)
+    return Budget(Channels(net, (2,), "parameters"), positions, **values)
 
 
 def test_positions_are_even_ranks():
@@ -228,51 +242,47 @@ def test_channels_below_the_number_go_and_one_stays():
 
 def test_the_target_is_met_from_above_and_hardly():
     made = budget()
-    count = made.count
-    assert count.total == 12 + 15 + 8
+    assert made.channels.dense == 12 + 15 + 8
     kept = made.meet([0.0, 0.0], 0.3)
-    assert count.removed(kept) >= 0.3
+    assert made.removed(kept) >= 0.3
     for i, k in enumerate(kept):
         more = [*kept[:i], k + 1, *kept[i + 1 :]]
-        assert k == count.full[i] or count.removed(more) < 0.3
+        assert k == made.full[i] or made.removed(more) < 0.3
     assert made.meet([0.0, 0.0], 0.9) is None
     assert made.meet([0.9, 0.0], 0.3)[0] < made.meet([0.0, 0.9], 0.3)[0]
 
 
 def test_every_part_gives_up_the_target_of_its_own():
     net = models.build("autoencoder", (1, 28, 28), 10)
-    groups = plain(net, (1, 28, 28))
-    count = Parameters(net, groups)
-    positions = spread_out([torch.rand(n) for n in count.full])
-    made = Budget(count, positions, frozen=[False, False, True, False, False])
-    parts = [
-        (part, Parameters(net, groups, lambda layer, side=side: layer.startswith(side)))
-        for part, side in (([0, 1], "encoder"), ([3, 4], "decoder"))
-    ]
+    channels = Channels(net, (1, 28, 28), "parameters")
+    positions = spread_out([torch.rand(group.channels) for group in channels.groups])
+    made = Budget(channels, positions, frozen=[False, False, True, False, False])
+    sizes = [measure.parameters(part) for part in (net.encoder, net.decoder)]
+    inside = [0, 1], [3, 4]
+    parts = [(part, n / channels.dense) for part, n in zip(inside, sizes, strict=True)]
     kept = made.meet([0.5, 0.0, 0.0, 0.0, 0.0], 0.6, parts)
     assert kept[2] == 32
-    assert [part.removed(kept) for _, part in parts] == pytest.approx([0.6, 0.6], abs=0.01)
-    assert 0 <= count.removed(kept) - 0.6 < 1e-3
+    small = narrow(net, channels.groups, made.indices(kept))
+    left = [measure.parameters(part) for part in (small.encoder, small.decoder)]
+    assert [1 - a / b for a, b in zip(left, sizes, strict=True)] == pytest.approx(
+        [0.6] * 2, abs=0.01
+    )
+    assert 0 <= made.removed(kept) - 0.6 < 1e-3
 
 
 def test_parameters_of_soft_channels_are_differentiable():
-    made = budget()
-    soft = [torch.tensor(2.5, requires_grad=True), torch.tensor(3.0)]
-    made.count.of(soft).backward()
-    assert soft[0].grad.item() == pytest.approx(2 + 1 + 3)
+    soft = torch.full((7,), 0.5, requires_grad=True)
+    budget().channels.cost(soft).backward()
+    # Two inputs, a bias and half of three outputs; of the other group half of four inputs more.
+    assert soft.grad.tolist() == pytest.approx([2 + 1 + 1.5] * 4 + [2 + 1 + 2] * 3)
 
 
 @pytest.mark.parametrize("target", [0.0, 1.0, 1, -0.1, 1.5, None, float("nan")])
 def test_targets_outside_zero_to_one_are_refused(target):
     with pytest.raises(InputError, match=r"target = .*share of parameters to remove"):
-        shrink.require_target(target, 0.01)
+        require_target(target, 0.01)
 
 
 def test_a_tolerance_of_zero_is_refused():
     with pytest.raises(InputError, match=r"tolerance = 0.0: a share above 0"):
-        shrink.require_target(0.5, 0.0)
-
-
-def test_counts_agree_with_measure():
-    net = ConvAutoencoder(SMALL)
-    assert Parameters(net, plain(net, SMALL)).total == measure.parameters(net)
+        require_target(0.5, 0.0)

@@ -17,15 +17,10 @@ from torch import Tensor, nn
 from prunestudy.errors import require
 from prunestudy.measure import Application, Judgement, RefusedError
 from prunestudy.methods.base import Params
-from prunestudy.shrink import (
-    Budget,
-    ComponentGroup,
-    Narrow,
-    Parameters,
-    group_l2,
-    require_target,
-    taylor,
-)
+from prunestudy.methods.channel_budget import Budget, require_target
+from prunestudy.methods.channel_ranking import GroupL2, importance
+from prunestudy.methods.channels import Channels
+from prunestudy.shrink import ComponentGroup, Narrow, taylor
 
 Loss = Callable[[Any, Tensor, Tensor], Tensor]
 Batch = tuple[Tensor, Tensor]
@@ -84,7 +79,9 @@ class Choice:
         require(bool(self.groups), "model", name, "has no channels that could go")
         self.plain = [each.group for each in self.groups]
         self.frozen = [each.protected for each in self.groups]
-        self.count = Parameters(self.model, self.plain)
+        shape, names = tuple(self.data[0][0].shape[1:]), [each.name for each in self.groups]
+        self.channels = Channels(self.model, shape, "parameters", names, norms=True)
+        self.full = [group.channels for group in self.plain]
         self.small = Narrow(self.model, self.plain)
         self.samples = sum(len(x) for x, _ in self.data)
         self._stream = iter(self.batches)
@@ -100,7 +97,8 @@ class Choice:
     def scores(self) -> list[Tensor]:
         """The importance of each group's channels, mean 1 in each group."""
         if self.params.importance == "group_l2":
-            return group_l2(self.small.dense, self.plain)
+            score = importance(self.channels, self.small.dense, GroupL2.measure)
+            return list(score.split(self.full))
         net, total = copy.deepcopy(self.small.dense).requires_grad_(True), None
         for _ in range(self.params.taylor_batches):
             x, y = self.batch()
@@ -114,7 +112,7 @@ class Choice:
     def budget(self, positions: Sequence[Tensor], frozen: Sequence[bool] = ()) -> Budget:
         """The budget of this problem with channels in the order of `positions`."""
         still = [a or b for a, b in zip(self.frozen, frozen or self.frozen, strict=True)]
-        return Budget(self.count, positions, self.params.most, still)
+        return Budget(self.channels, positions, self.params.most, still)
 
     def judge(self, budget: Budget, kept: Sequence[int]) -> Point:
         """The point with `kept` channels; each is judged, and its passes counted, once."""
@@ -123,7 +121,7 @@ class Choice:
             small = self.small(budget.indices(kept), own=False)
             judgement = self.application.judge(small, self.data)
             self.passes += self.samples
-            self.seen[key] = Point(key, self.count.removed(kept), judgement)
+            self.seen[key] = Point(key, budget.removed(kept), judgement)
         return self.seen[key]
 
     def better(self, a: Point, b: Point | None) -> bool:
@@ -137,7 +135,7 @@ class Choice:
         """The point at `numbers` plus the offset that meets the target; refused if none does."""
         kept = budget.meet(numbers, self.target, parts)
         if kept is None:
-            most = self.count.removed(budget.least)
+            most = budget.removed(budget.least)
             raise RefusedError(
                 f"target = {self.target:g}: at most {most:.4f} of the parameters can be removed",
                 None,

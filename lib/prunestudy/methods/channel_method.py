@@ -15,8 +15,10 @@ from prunestudy import measure
 from prunestudy.measure import Application, RefusedError
 from prunestudy.measure.forward import evaluating
 from prunestudy.methods.base import Context, Method, Params
+from prunestudy.methods.channel_budget import Budget
 from prunestudy.methods.channel_choice import Batch, Choice, ChoiceParams, Loss, Point
-from prunestudy.shrink import Budget, ComponentGroup, component_groups
+from prunestudy.methods.channels import become
+from prunestudy.shrink import ComponentGroup, component_groups
 
 # Images whose outputs, and whose latent vectors, are kept for figures.
 SHOWN, LATENTS = 6, 128
@@ -38,7 +40,7 @@ class Pruned:
 
     def report(self) -> list[dict[str, Any]]:
         """One row per group: where it lies, what was removed, what that alone costs."""
-        full = list(self.choice.count.full)
+        full = self.choice.full
         before = self.choice.judge(self.budget, full).judgement
         rows = []
         for i, (each, kept) in enumerate(zip(self.choice.groups, self.point.kept, strict=True)):
@@ -86,8 +88,7 @@ class ChannelMethod(Method, ABC):
             )
         self.shown, self.task = (x[:SHOWN], x[:LATENTS], y[:LATENTS]), context.task
         self.passes = self.pruned.choice.passes
-        for name, child in self.pruned.model.named_children():
-            model.add_module(name, child.requires_grad_(True))
+        become(model, self.pruned.model)
 
     def prune(
         self,
@@ -181,7 +182,7 @@ class ChannelMethod(Method, ABC):
             "groups": {
                 each.name: kept / full
                 for each, kept, full in zip(
-                    pruned.choice.groups, pruned.point.kept, pruned.choice.count.full, strict=True
+                    pruned.choice.groups, pruned.point.kept, pruned.choice.full, strict=True
                 )
             },
             "report": pruned.report(),

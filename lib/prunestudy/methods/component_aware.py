@@ -34,7 +34,7 @@ the same images as a grid point; the best such point counts.
 | alpha | `numbers` (one per coefficient; `_spread` gives one per group) |
 | p | `positions` |
 | m | `soft_masks` |
-| S | `Parameters.removed` |
+| S | 1 - `Channels.cost` / `Channels.dense` |
 | rho, epsilon | `target`, `tolerance` |
 | c | found in `Budget.meet` |
 | n, mu | `normal`, `strength` |
@@ -56,10 +56,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from prunestudy.methods.base import Params
+from prunestudy.methods.channel_budget import Budget, spread_out
 from prunestudy.methods.channel_choice import Choice, ChoiceParams, Point
 from prunestudy.methods.channel_method import ChannelMethod
 from prunestudy.methods.soft_channels import masked_output
-from prunestudy.shrink import Budget, spread_out
 
 
 class ComponentAwareParams(ChoiceParams):
@@ -227,7 +227,7 @@ def soft_loss(
         if smooth is not None:
             short = torch.relu(constraint.share(smooth(output, x, y)))
             loss = loss + choice.params.strength * short.square()
-    return loss, choice.count.removed([m.sum() for m in masks])
+    return loss, 1 - choice.channels.cost(torch.cat(masks).cpu()) / choice.channels.dense
 
 
 def soft_masks(choice: Choice, budget: Budget, numbers: Tensor, temperature: float) -> list[Tensor]:

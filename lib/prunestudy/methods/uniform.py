@@ -9,10 +9,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from prunestudy import measure
 from prunestudy.methods.base import Params
+from prunestudy.methods.channel_budget import Budget, spread_out
 from prunestudy.methods.channel_choice import Choice, ChoiceParams, Point
 from prunestudy.methods.channel_method import ChannelMethod
-from prunestudy.shrink import Budget, ComponentGroup, Parameters, spread_out
+from prunestudy.shrink import ComponentGroup
 
 
 class UniformParams(ChoiceParams):
@@ -41,15 +43,14 @@ class Uniform(ChannelMethod):
         for name in _components(choice.groups) if self.params.aware else ():
             inside = [i for i, each in enumerate(choice.groups) if each.components == (name,)]
             layers = {m.layer for i in inside for m in choice.plain[i].members}
-            parts.append((inside, Parameters(choice.model, choice.plain, layers.__contains__)))
+            size = sum(measure.parameters(choice.model.get_submodule(name)) for name in layers)
+            parts.append((inside, size / choice.channels.dense))
         return budget, zero, choice.reach(budget, zero, [part for part in parts if part[0]])
 
     def _positions(self, choice: Choice) -> list[Tensor]:
         if self.params.ranking == "random":
             make = self.generator
-            return [
-                torch.rand(n, generator=make, device=make.device).cpu() for n in choice.count.full
-            ]
+            return [torch.rand(n, generator=make, device=make.device).cpu() for n in choice.full]
         scores = choice.scores()
         if self.params.ranking == "uniform":
             return spread_out(scores)

@@ -1,11 +1,10 @@
 """From a trained net to a smaller one: what goes together, removal, storage, export."""
 
-from prunestudy.shrink.budget import Budget, Parameters, require_target, spread_out
-from prunestudy.shrink.components import ComponentGroup, component_groups, listing
+from prunestudy.shrink.components import ComponentGroup, component_groups
 from prunestudy.shrink.csr import CsrLinear, to_csr
 from prunestudy.shrink.fold import fold
 from prunestudy.shrink.groups import Group, Member, find, groups
-from prunestudy.shrink.importance import group_l2, taylor
+from prunestudy.shrink.importance import taylor
 from prunestudy.shrink.narrow import Narrow, axis_of, narrow
 from prunestudy.shrink.onnx import OnnxNet, export_onnx
 from prunestudy.shrink.remove import Constant, Nothing, remove
@@ -13,7 +12,6 @@ from prunestudy.shrink.sparse import Storage, load_net, save_net, storage
 from prunestudy.shrink.view import describe, draw
 
 __all__ = [
-    "Budget",
     "ComponentGroup",
     "Constant",
     "CsrLinear",
@@ -22,7 +20,6 @@ __all__ = [
     "Narrow",
     "Nothing",
     "OnnxNet",
-    "Parameters",
     "Storage",
     "axis_of",
     "component_groups",
@@ -31,15 +28,11 @@ __all__ = [
     "export_onnx",
     "find",
     "fold",
-    "group_l2",
     "groups",
-    "listing",
     "load_net",
     "narrow",
     "remove",
-    "require_target",
     "save_net",
-    "spread_out",
     "storage",
     "taylor",
     "to_csr",

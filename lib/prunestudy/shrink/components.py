@@ -7,12 +7,10 @@ every component on it says or hears.
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
 from prunestudy.errors import InputError, require
-from prunestudy.shrink.budget import Parameters
 from prunestudy.shrink.groups import Group, groups
 
 INTERNAL, COUPLING = "internal", "coupling"
@@ -71,27 +69,6 @@ def component_groups(
         ComponentGroup(each.group, each.components, bool(names & set(protect)))
         for each, names in zip(made, shields, strict=True)
     ]
-
-
-def listing(model: nn.Module, found: Sequence[ComponentGroup]) -> list[dict[str, Any]]:
-    """One row per group: name, kind, place, channels, layers and the parameters at each channel."""
-    count = Parameters(model, [each.group for each in found])
-    full = [each.group.channels for each in found]
-    rows = []
-    for i, each in enumerate(found):
-        less = [n - (j == i) for j, n in enumerate(full)]
-        rows.append(
-            {
-                "group": each.name,
-                "kind": each.kind,
-                "place": each.place,
-                "channels": each.group.channels,
-                "layers": len({m.layer for m in each.group.members}),
-                "parameters a channel": round(count.of(full) - count.of(less)),
-                "protected": each.protected,
-            }
-        )
-    return rows
 
 
 def _owners(model: nn.Module, components: Components | None) -> dict[str, str]:

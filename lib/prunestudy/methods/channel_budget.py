@@ -6,63 +6,15 @@ channel of one group may cost twenty times one of another. Here parameters are c
 
 import math
 from bisect import bisect_left
-from collections import defaultdict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from prunestudy.errors import require
-from prunestudy.shrink.groups import FOLLOWS, Group
-
-
-class Parameters:
-    """The parameters of a net as a function of the channels kept in each group.
-
-    A layer's count is a product of what is left of its two axes; as a function it is exact for
-    whole channels and differentiable for soft ones. `layers` restricts it to some.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        groups: Sequence[Group],
-        layers: Callable[[str], bool] = lambda _: True,
-    ) -> None:
-        self.full = [group.channels for group in groups]
-        sides, followers = defaultdict(lambda: defaultdict(list)), set()
-        for number, group in enumerate(groups):
-            for m in group.members:
-                sides[m.layer][m.axis].append((number, len(m.indices[0]), m.size))
-                followers |= {m.layer} if m.role == FOLLOWS else set()
-        self._terms, self._fixed = [], 0
-        for name, module in model.named_modules():
-            for kind, parameter in module.named_parameters(recurse=False):
-                if not layers(name):
-                    continue
-                both = kind == "weight" and name not in followers
-                axes = [sides[name][a] for a in (("out", "in") if both else ("out",))]
-                axes = [axis for axis in axes if axis]
-                if axes:
-                    self._terms.append((parameter.numel(), axes))
-                else:
-                    self._fixed += parameter.numel()
-        self.total = self.of(self.full)
-
-    def of(self, kept: Sequence[float | Tensor]) -> float | Tensor:
-        """Parameters left with `kept` channels in each group."""
-        left = self._fixed
-        for size, axes in self._terms:
-            shares = (
-                1 - sum((self.full[g] - kept[g]) * each / width for g, each, width in axis)
-                for axis in axes
-            )
-            left = left + size * math.prod(shares)
-        return left
-
-    def removed(self, kept: Sequence[float | Tensor]) -> float | Tensor:
-        """Share (0-1) of the parameters removed."""
-        return 1 - self.of(kept) / self.total
+from prunestudy.methods.channels import Channels
+from prunestudy.shrink import ComponentGroup
 
 
 class Budget:
@@ -75,19 +27,24 @@ class Budget:
 
     def __init__(
         self,
-        count: Parameters,
+        channels: Channels,
         positions: Sequence[Tensor],
         most: float = 0.95,
         frozen: Sequence[bool] = (),
     ) -> None:
-        self.count, self.positions = count, [p.detach().cpu().double() for p in positions]
+        self.channels, self.positions = channels, [p.detach().cpu().double() for p in positions]
+        self.full = [group.channels for group in channels.groups]
         self.order = [p.argsort(stable=True) for p in self.positions]
         self._sorted = [p[o].tolist() for p, o in zip(self.positions, self.order, strict=True)]
-        frozen = frozen or [False] * len(count.full)
+        frozen = frozen or [False] * len(self.full)
         self.least = [
             n if still else max(1, math.ceil((1 - most) * n - 1e-9))
-            for n, still in zip(count.full, frozen, strict=True)
+            for n, still in zip(self.full, frozen, strict=True)
         ]
+
+    def removed(self, kept: Sequence[int]) -> float:
+        """Share (0-1) of the parameters that is gone with `kept` channels in each group."""
+        return 1 - self.channels.cost_at(kept) / self.channels.dense
 
     def kept(self, numbers: Sequence[float], offset: float = 0.0) -> list[int]:
         """Channels kept in each group at `numbers` plus `offset`."""
@@ -104,38 +61,38 @@ class Budget:
         self,
         numbers: Sequence[float],
         target: float,
-        parts: Sequence[tuple[Sequence[int], Parameters]] = (),
+        parts: Sequence[tuple[Sequence[int], float]] = (),
     ) -> list[int] | None:
         """Channels kept so that at least `target` of the parameters is removed, and hardly more.
 
-        The common offset is found by bisection. Each of `parts` (groups and the count of its own
-        layers) first gets an offset of its own that removes `target` of the part. None if even
-        the largest offset does not reach the target.
+        The common offset is found by bisection. Each of `parts` (groups, and the share of all
+        parameters that their layers have) first gets an offset of its own that removes `target`
+        of the part. None if even the largest offset does not reach the target.
         """
         numbers = list(numbers)
-        for members, count in parts:
-            offset = self.offset(numbers, target, count, set(members))
+        for members, share in parts:
+            offset = self.offset(numbers, target * share, set(members))
             numbers = [n + offset * (i in members) for i, n in enumerate(numbers)]
         offset = self.offset(numbers, target)
         kept = self.kept(numbers, offset)
-        return self._shave(kept, target) if self.count.removed(kept) >= target else None
+        return self._shave(kept, target) if self.removed(kept) >= target else None
 
     def offset(
         self,
         numbers: Sequence[float],
         target: float,
-        count: Parameters | None = None,
-        moving: Collection[int] | None = None,
+        moving: Collection[int] = (),
     ) -> float:
-        """Smallest common offset that removes `target` of `count`, or the largest there is.
+        """Smallest common offset that removes `target`, or the largest there is.
 
-        By default of all parameters, and of all groups; else of the groups `moving` alone.
+        Of all groups; or of the groups `moving` alone, while the others keep all.
         """
-        count = count or self.count
 
         def enough(offset: float) -> bool:
-            moved = [n + offset * (moving is None or i in moving) for i, n in enumerate(numbers)]
-            return count.removed(self.kept(moved)) >= target
+            kept = self.kept([n + offset for n in numbers])
+            if moving:
+                kept = [k if i in moving else self.full[i] for i, k in enumerate(kept)]
+            return self.removed(kept) >= target
 
         ends = [p[0] for p in self._sorted] + [p[-1] for p in self._sorted] + list(numbers)
         high = 2 * (max(ends) - min(ends)) + 1.0
@@ -150,12 +107,12 @@ class Budget:
     def _shave(self, kept: list[int], target: float) -> list[int]:
         """Give back channels while the target still holds, the most expensive that fits first."""
         while True:
-            slack = self.count.removed(kept) - target
+            slack = self.removed(kept) - target
             spare = {}
             for i, k in enumerate(kept):
-                if k < self.count.full[i]:
+                if k < self.full[i]:
                     more = [*kept[:i], k + 1, *kept[i + 1 :]]
-                    spare[i] = self.count.removed(more) - target
+                    spare[i] = self.removed(more) - target
             fits = {i: rest for i, rest in spare.items() if 0 <= rest < slack}
             if not fits:
                 return kept
@@ -172,6 +129,29 @@ def spread_out(scores: Sequence[Tensor]) -> list[Tensor]:
         position[score.cpu().argsort(stable=True)] = ranks
         made.append(position)
     return made
+
+
+def listing(
+    model: nn.Module, shape: tuple[int, ...], found: Sequence[ComponentGroup]
+) -> list[dict[str, Any]]:
+    """One row per group: name, kind, place, channels, layers and the parameters at each channel."""
+    channels = Channels(model, shape, "parameters", [each.name for each in found], norms=True)
+    full = [group.channels for group in channels.groups]
+    rows = []
+    for i, each in enumerate(found):
+        less = [n - (j == i) for j, n in enumerate(full)]
+        rows.append(
+            {
+                "group": each.name,
+                "kind": each.kind,
+                "place": each.place,
+                "channels": each.group.channels,
+                "layers": len({m.layer for m in each.group.members}),
+                "parameters a channel": round(channels.dense - channels.cost_at(less)),
+                "protected": each.protected,
+            }
+        )
+    return rows
 
 
 def require_target(target: float, tolerance: float) -> None:
