@@ -63,6 +63,9 @@ def _parser() -> argparse.ArgumentParser:
     study = with_data(add_planned("study", _study, "run all that is missing, as a batch"), False)
     study.add_argument("--jobs", type=int, default=2, help="jobs side by side (default 2)")
     study.add_argument("--executor", default="local", help="a Snakemake executor (default local)")
+    costs = add_planned("plan", _plan, "say what the planned runs would cost")
+    costs.add_argument("--gpu-hours", type=float, help="pick the runs that tell most within these")
+    costs.add_argument("--rate", type=float, help="10^12 MACs of training a second, as measured")
     add_planned("list", _list, "list the planned runs")
     add_planned("status", _status, "say what is done and what is missing")
     add_planned("table", _table, "write the tables from the records")
@@ -132,6 +135,24 @@ def _say_where(a: argparse.Namespace) -> None:
     folder = store.folder if a.results else os.path.relpath(store.folder)
     for name in ("tables", "figures", "notebooks", "records"):
         print(f"{name:10} {folder}/{name}")
+
+
+def _plan(a: argparse.Namespace) -> None:
+    from prunestudy.study import forecast
+
+    rate = forecast.RATE if a.rate is None else a.rate
+    planned, said = _planned(a), sys.stdout
+    if a.gpu_hours is not None:
+        planned, said = forecast.choose(planned, a.gpu_hours, rate), sys.stderr
+        print(*(item.settings.run for item in planned), sep="\n")  # names alone, for a pipe
+    table = forecast.forecast(planned, rate)
+    print(table.to_string(index=False, float_format="{:.2f}".format), file=said)
+    source = "assumed" if a.rate is None else "as given"
+    print(
+        f"hours: an estimate, at {rate:g} x 10^12 MACs of training a second ({source}); "
+        "MACs: of the dense nets, three passes a step",
+        file=said,
+    )
 
 
 def _list(a: argparse.Namespace) -> None:
