@@ -47,6 +47,12 @@ def test_one_seed_of_all_comes_before_the_next_seed(card_file):
     assert names(chosen) == 2 * ["dense, start", "magnitude, ", "random, "]
 
 
+def test_a_claim_on_one_value_needs_no_control(card_file):
+    card_file(CARD.replace('against = "random"', 'against = ""'))
+    chosen = forecast.choose(plan("quick"), 2.5 * HOUR, rate=1.0)
+    assert names(chosen) == ["dense, start", "magnitude, "]
+
+
 @pytest.mark.parametrize("value", [0.0, -1.0, float("inf"), float("nan")])
 def test_bad_numbers(toy_card, value):
     for name, numbers in (("hours", (value, 1.0)), ("rate", (1.0, value))):

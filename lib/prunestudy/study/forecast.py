@@ -123,14 +123,17 @@ def _pairs(planned: Iterable[Planned]) -> list[list[Planned]]:
     pairs = []
     for paper, test in tests:
         ours = _side(planned, paper, test, test.method, test.variant)
+        if not test.against:
+            pairs += [[item] for item in ours.values()]
+            continue
         others = _side(planned, paper, test, test.against, test.against_variant)
         pairs += [[ours[seed], others[seed]] for seed in sorted(set(ours) & set(others))]
     return sorted(pairs, key=_seed_and_price)
 
 
 def _seed_and_price(pair: list[Planned]) -> tuple[int, float, str]:
-    ours, other = (item.settings for item in pair)
-    return ours.seed, cost(ours).macs + cost(other).macs, ours.run
+    ours = pair[0].settings
+    return ours.seed, sum(cost(item.settings).macs for item in pair), ours.run
 
 
 def _side(
