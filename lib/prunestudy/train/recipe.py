@@ -9,13 +9,15 @@ from pydantic import BaseModel, ConfigDict, Field
 class Recipe(BaseModel):
     """SGD settings of a run; each phase of a method runs its own schedule from `lr` downwards.
 
-    The first `warmup_steps` rise from `warmup_from` (share of `lr`) to `lr`; `milestones` (of a
-    step schedule) are shares of the phase, `shift` is in pixels.
+    `steps` ends the training within its last epoch, as papers that count iterations do; 0 for whole
+    epochs. The first `warmup_steps` rise from `warmup_from` (share of `lr`) to `lr`; `milestones`
+    (of a step schedule) are shares of the phase, `shift` is in pixels.
     """
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
 
     epochs: Annotated[int, Field(ge=1)]
+    steps: Annotated[int, Field(ge=0)] = 0
     lr: Annotated[float, Field(gt=0)]
     batch_size: Annotated[int, Field(ge=1)] = 128
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
