@@ -7,6 +7,7 @@ from typing import NamedTuple
 from torch import nn
 
 from prunestudy.errors import InputError, require, require_one_of
+from prunestudy.models.convnet import ConvNet
 from prunestudy.models.lenet import LeNet5, LeNet300
 from prunestudy.models.mlp import MLP
 from prunestudy.models.resnet import ResNet
@@ -16,6 +17,7 @@ from prunestudy.models.wide_resnet import WideResNet
 __all__ = [
     "MLP",
     "VGG16",
+    "ConvNet",
     "LeNet5",
     "LeNet300",
     "ResNet",
@@ -37,6 +39,7 @@ class _Entry(NamedTuple):
 
 
 _REGISTRY = {
+    "convnet": _Entry(ConvNet, "Caffe's cifar10_full, 89,578 parameters on 3x32x32"),
     "lenet5": _Entry(LeNet5, "Caffe's LeNet-5, 431,080 parameters on 1x28x28 and 10 classes"),
     "lenet300": _Entry(LeNet300, "LeNet-300-100, 266,610 parameters on 1x28x28 and 10 classes"),
     "mlp": _Entry(MLP, "784-512-256-128-10, 567,434 parameters on 1x28x28 and 10 classes"),
