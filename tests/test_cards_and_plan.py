@@ -118,6 +118,7 @@ def test_what_the_cards_name_is_there(card):
     metrics = {*RUN_COLUMNS, "kept_scale", "metric"}
     metrics |= {"surviving", "layer_focus"}
     metrics |= {"polarised", "unchanged", "roughness"}
+    metrics |= {"metric_whole", "log2_rank_total", "validation_factorised"}
     for test in (test for claim in card.claims for test in claim.tests):
         assert {test.method, test.against} <= set(methods.names())
         assert test.model in models.names()
@@ -284,7 +285,7 @@ def test_unknown_profiles_and_papers_are_refused(toy_card, profile, chosen, mess
     ("old", "new", "message"),
     [
         ('{ method = "random" }', '{ method = "rnd" }', "method = 'rnd': allowed are dense"),
-        ('model = "lenet300"', 'model = "lenet"', "model = 'lenet': allowed are lenet300"),
+        ('model = "lenet300"', 'model = "lenet"', "model = 'lenet': allowed are convnet, lenet300"),
         ('dataset = "digits"', 'dataset = "digit"', "dataset = 'digit': allowed are cifar10"),
         ("validation = 200", "validation = 1437", "validation = 1437: below 1437"),
         (
@@ -530,8 +531,8 @@ def test_own_settings():
 
 BAD = [
     ({"colour": "red"}, "setting = 'colour': allowed are batch_size"),
-    ({"model": "vgg"}, "model = 'vgg': allowed are lenet300"),
-    ({"model": 5}, "model = 5: allowed are lenet300"),
+    ({"model": "vgg"}, "model = 'vgg': allowed are convnet, lenet300"),
+    ({"model": 5}, "model = 5: allowed are convnet, lenet300"),
     ({"method": "lasso"}, "method = 'lasso': allowed are dense"),
     ({"dataset": "cifar"}, "dataset = 'cifar': allowed are cifar10"),
     ({"dataset": 5}, "dataset = 5: allowed are cifar10"),
