@@ -321,6 +321,31 @@ def test_finish_equals_the_net_with_projected_weights(target, kind, params):
     assert not any(p.requires_grad for p in small.parameters())
 
 
+@pytest.mark.parametrize("params", [{}, {"fine_tune": 0.5}])
+def test_the_finished_net_comes_back_from_disk_bit_for_bit(tmp_path, params):
+    small = trained(made(target=0.7, by="rank", **params), epochs=2)[0].model
+    assert list(low_rank.pairs_of(small)) == ["conv1", "conv2", "conv3"]
+    shrink.save_net(small, tmp_path / "net", "convnet", (1, 8, 8), 10)
+    loaded, x = shrink.load_net(tmp_path / "net"), weights(4, 1, 8, 8, dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.equal(loaded(x), small(x))
+
+
+@pytest.mark.parametrize("target", [0.05, 0.7])
+def test_onnx_runtime_computes_the_same(tmp_path, target):
+    method = made(target=target, by="energy" if target < 0.5 else "rank", factorise="conv* fc")
+    net = convnet()
+    method.attach(net, torch.Generator())
+    small, x = method.finish(net), weights(3, 1, 8, 8, dtype=torch.float32)
+    assert low_rank.pairs_of(small)
+    shrink.export_onnx(small, tmp_path / "net.onnx", (1, 8, 8))
+    with torch.no_grad():
+        wanted = small(x)
+    for count in (1, 3):
+        found = shrink.OnnxNet(tmp_path / "net.onnx")(x[:count])
+        assert float((found - wanted[:count]).abs().max() / wanted.abs().max()) < 1e-5
+
+
 def test_each_kind_of_target_removes_what_it_says():
     shape = (1, 8, 8)
     net = convnet()

@@ -188,6 +188,17 @@ def test_narrowing_a_pair_keeps_what_its_basis_keeps():
     assert [tuple(p.shape) for p in narrowed.parameters()] == [(4, 3, 3, 3), (8, 2, 1, 1), (8,)]
 
 
+@pytest.mark.parametrize("channels", [1, 6])
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_pair_lies_in_memory_as_its_layer_does(channels, kernel, layout):
+    whole = nn.Conv2d(channels, 8, kernel).to(memory_format=layout)
+    pair = shrink.factorise_layer(whole, 1)
+    for part in pair:
+        like = nn.Conv2d(*part.weight.shape[1::-1], part.kernel_size).to(memory_format=layout)
+        assert part.weight.stride() == like.weight.stride()
+
+
 # --- whole nets
 
 

@@ -127,12 +127,13 @@ class PlainLowRank(Method):
         self._factorise(model, state["ranks"])
 
     def finish(self, model: nn.Module) -> nn.Module:
-        """The factorised net; a diverged one is left as it is."""
+        """The factorised net, in the layout in which it will be loaded; a diverged one as it is."""
+        plain = fold(model).to(memory_format=torch.contiguous_format)
         if self._ranks or not _is_finite(model):
-            return fold(model)
-        self._note(model)
-        self._whole = fold(model)
-        small = factorise(model, self._wanted(model), self.params.variant)
+            return plain
+        self._note(plain)
+        self._whole = plain
+        small = factorise(plain, self._wanted(plain), self.params.variant)
         self._score(small)
         return small
 

@@ -147,6 +147,11 @@ def relative_error(layer: Layer, rank: int) -> float:
     return float(lost.square().sum() / whole.square().sum())
 
 
+def _is_channels_last(weight: Tensor) -> bool:
+    # By its strides: with one channel, or 1x1, torch says yes to both layouts.
+    return weight.ndim == 4 and weight.stride(1) == 1 and weight.stride(3) == weight.shape[1]
+
+
 def _is_spatial(layer: Layer) -> bool:
     return isinstance(layer, nn.Conv2d) and max(layer.kernel_size) > 1
 
@@ -199,6 +204,6 @@ def _pair(
         second.weight.copy_(mixture.reshape(second.weight.shape))
         if bias is not None:
             second.bias.copy_(bias)
-    if layer.weight.ndim == 4 and layer.weight.is_contiguous(memory_format=torch.channels_last):
+    if _is_channels_last(layer.weight):
         pair.to(memory_format=torch.channels_last)
     return pair.train(layer.training)
