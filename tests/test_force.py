@@ -373,6 +373,9 @@ def test_measures_are_those_of_the_net_before_and_of_its_factors():
     at_error, macs = shrink.ranks_by_energy(net, 0.95), measure.layer_macs(net, (1, 8, 8))
     assert {f"rank.{n}": m for n, m in at_error.items()}.items() <= found.items()
     assert found["rank_total"] == sum(at_error.values())
+    wider = shrink.ranks_by_energy(net, 0.95, variant="svd")
+    assert found["rank_total_svd"] == sum(wider.values()) < found["rank_total"]
+    assert found["speed_up.conv2"] == shrink.speed_up(32, 32, 5, at_error["conv2"])
     ratios = [at_error[n] / full for n, full in (("conv1", 25), ("conv2", 32), ("conv3", 64))]
     assert found["rank_ratio"] == pytest.approx(sum(ratios) / 3)
     assert found["speed_up"] == pytest.approx(ranks.speed_up_at(net, macs, at_error))
@@ -674,15 +677,18 @@ def test_figures_say_what_is_missing(study, tmp_path):
     assert drawings.ranks_beside_published(nothing, empty.card).empty
 
 
-@pytest.mark.parametrize("method", ["gradual_magnitude", "dense"])
-def test_a_factorised_net_is_trained_and_pruned_further(runner, method):
+def after_force(runner, method, target=None, kind="sparsity"):
+    """Parent and child: a net at a quarter of its ranks, then `method` on it; with its metrics."""
     own = {"model": "convnet", "epochs": 1, "batch_size": 64}
     parent = own_settings(own | {"method": "force", "target": 0.75, "target_kind": "rank"})
-    target = {"target": 0.5} if method != "dense" else {}
-    child = own_settings(own | {"method": method} | target)
-    child = child.model_copy(update={"parent": parent})
-    metrics = runner.ensure(child)["metrics"]
-    before, after = runner.net(parent), runner.net(child)
+    aim = {"target": target, "target_kind": kind} if target else {}
+    child = own_settings(own | {"method": method} | aim).model_copy(update={"parent": parent})
+    return runner.net(parent), runner.net(child), runner.ensure(child)["metrics"]
+
+
+@pytest.mark.parametrize(("method", "target"), [("gradual_magnitude", 0.5), ("dense", None)])
+def test_a_factorised_net_is_trained_and_its_weights_are_pruned(runner, method, target):
+    before, after, metrics = after_force(runner, method, target)
     assert [n for n, _ in after.named_parameters()] == [n for n, _ in before.named_parameters()]
     weights = sum(w.numel() for _, w in measure.prunable_weights(before))
     kept = sum(int(w.count_nonzero()) for _, w in measure.prunable_weights(after))
@@ -690,3 +696,19 @@ def test_a_factorised_net_is_trained_and_pruned_further(runner, method):
     dense = sum(w.numel() for _, w in measure.prunable_weights(convnet()))
     assert metrics["sparsity"] == pytest.approx(1 - kept / dense)
     assert metrics["dense_parameters"] == measure.parameters(convnet())
+
+
+def test_channels_of_a_factorised_net_are_removed(runner):
+    before, after, metrics = after_force(runner, "l1_filter", 0.4, "macs")
+    shape, full, ranks_ = (1, 8, 8), low_rank.pairs_of(before), low_rank.pairs_of(after)
+    assert full.keys() == ranks_.keys()
+    macs = measure.macs(after, shape)
+    assert 0.5 * measure.macs(before, shape) < macs <= 0.6 * measure.macs(before, shape)
+    assert metrics["macs"] == macs
+    assert metrics["dense_macs"] == measure.macs(convnet(), shape)  # the whole compression
+    assert metrics["target_met"] == 1
+    # basis filters go as well as filters
+    narrower = [[len(a.weight) < len(b.weight) for a, b in zip(ranks_[n], full[n], strict=True)]
+                for n in full]  # fmt: skip
+    assert any(basis for basis, _ in narrower)
+    assert any(mixture for _, mixture in narrower)

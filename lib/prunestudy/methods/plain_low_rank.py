@@ -41,6 +41,7 @@ from prunestudy.shrink.low_rank import (
     factorise_in_place,
     factorise_layer,
     full_rank,
+    layer_speed_up,
     layers_to_factorise,
     merged,
     pairs_of,
@@ -152,7 +153,8 @@ class PlainLowRank(Method):
         """Ranks at 5% error before factorising, and the theoretical speed-up of these layers.
 
         `rank.NAME`, `rank_total`, its log2, `rank_ratio` (mean over layers of rank / full rank),
-        `speed_up` (MACs of these layers over those of their factors at those ranks);
+        `speed_up` (MACs of these layers over those of their factors at those ranks) and
+        `speed_up.NAME`; `rank_total_svd`, where 5% is meant of the norm, not of its square;
         `factor_rank.NAME`, `factor_rank_total`, `factor_speed_up` the same of the factors that the
         net has got; `validation_factorised`: the metric before any fine-tuning of them.
         """
@@ -232,8 +234,12 @@ class PlainLowRank(Method):
         ratios = [rank / full_rank(layers[name]) for name, rank in ranks.items()]
         self._measures = {f"rank.{name}": float(rank) for name, rank in ranks.items()}
         self._measures["rank_total"] = float(sum(ranks.values()))
+        by_norm = (rank_at(layer, 1 - ERROR, "svd") for layer in layers.values())
+        self._measures["rank_total_svd"] = float(sum(by_norm))
         self._measures["log2_rank_total"] = math.log2(sum(ranks.values()))
         self._measures["rank_ratio"] = sum(ratios) / len(ratios)
+        faster = {f"speed_up.{n}": layer_speed_up(layers[n], rank) for n, rank in ranks.items()}
+        self._measures |= faster
         if self.context:
             self._measures["speed_up"] = speed_up_at(model, self._macs(model), ranks)
         self._arrays |= portraits(layers, "after")

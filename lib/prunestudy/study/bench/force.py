@@ -1,10 +1,25 @@
-"""Force Regularization: what the force costs in a training step, what its closed form saves."""
+"""Force Regularization: what the force costs in a training step, what its closed form saves, and
+what factors gain: layer by layer, at ranks of the card.
+"""
+
+from functools import partial
 
 import torch
+from torch import nn
 
-from prunestudy import measure, methods, models
+from prunestudy import measure, methods, models, shrink
 from prunestudy.methods.force import force, force_by_pairs
+from prunestudy.papers import card
+from prunestudy.shrink.low_rank import layer_speed_up
 from prunestudy.study.bench import Row, ratio_text, training_step
+
+# Filters, channels, kernel, groups, and the height and width of the input.
+ALEXNET = {
+    "conv3": (384, 256, 3, 1, 13),
+    "conv4": (384, 384, 3, 2, 13),
+    "conv5": (256, 384, 3, 2, 13),
+}
+LENET = {"conv1": (20, 1, 5, 1, 28), "conv2": (50, 20, 5, 1, 12)}
 
 
 def force_step(quick: bool = False) -> Row:
@@ -32,4 +47,33 @@ def closed_form(quick: bool = False) -> Row:
     return "L2 force of 512 filters: sum over pairs / closed form", ratio_text(ratio)
 
 
-ROWS = (force_step, closed_form)
+def factors(net: str, sizes: dict[str, tuple[int, ...]], name: str, quick: bool = False) -> Row:
+    """A layer over its two factors at the rank that the card has for "`net`, L2 force".
+
+    Groups share a rank, so that an odd one is rounded down to their multiple.
+    """
+    table = next(t for t in card("force").ranks if t.text.startswith(f"{net}, L2 force"))
+    place = table.layers.index(name)
+    filters, channels, kernel, groups, side = sizes[name]
+    rank = table.ranks[place] // groups * groups
+    layer = nn.Conv2d(channels, filters, kernel, padding=kernel // 2, groups=groups)
+    nets = {"whole": layer, "factors": shrink.factorise_layer(layer, rank)}
+    found = []
+    for batch, rounds in ((1, 200), (128, 20)):
+        seconds = measure.timings(
+            nets, (channels, side, side), batch, rounds=2 if quick else rounds, threads=1
+        )
+        ratio = measure.ratio(seconds["whole"], seconds["factors"])
+        found.append(f"batch {batch}: {ratio_text(ratio)}")
+    found.append(f"by MACs {layer_speed_up(layer, rank):.2f}")
+    if table.cpu:
+        found.append(f"published, CPU: {table.cpu[place]:.2f} [{table.mark}]")
+    return f"{net} {name} at rank {rank} of {filters}: layer / factors", "; ".join(found)
+
+
+ROWS = (
+    force_step,
+    closed_form,
+    *(partial(factors, "LeNet", LENET, name) for name in LENET),
+    *(partial(factors, "AlexNet", ALEXNET, name) for name in ALEXNET),
+)
