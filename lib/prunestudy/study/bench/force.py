@@ -13,13 +13,13 @@ from prunestudy.papers import card
 from prunestudy.shrink.low_rank import layer_speed_up
 from prunestudy.study.bench import Row, ratio_text, training_step
 
-# Filters, channels, kernel, groups, and the height and width of the input.
+# Filters, channels, kernel, padding, groups, and the height and width of the input.
 ALEXNET = {
-    "conv3": (384, 256, 3, 1, 13),
-    "conv4": (384, 384, 3, 2, 13),
-    "conv5": (256, 384, 3, 2, 13),
+    "conv3": (384, 256, 3, 1, 1, 13),
+    "conv4": (384, 384, 3, 1, 2, 13),
+    "conv5": (256, 384, 3, 1, 2, 13),
 }
-LENET = {"conv1": (20, 1, 5, 1, 28), "conv2": (50, 20, 5, 1, 12)}
+LENET = {"conv1": (20, 1, 5, 0, 1, 28), "conv2": (50, 20, 5, 0, 1, 12)}
 
 
 def force_step(quick: bool = False) -> Row:
@@ -54,9 +54,9 @@ def factors(net: str, sizes: dict[str, tuple[int, ...]], name: str, quick: bool 
     """
     table = next(t for t in card("force").ranks if t.text.startswith(f"{net}, L2 force"))
     place = table.layers.index(name)
-    filters, channels, kernel, groups, side = sizes[name]
+    filters, channels, kernel, padding, groups, side = sizes[name]
     rank = table.ranks[place] // groups * groups
-    layer = nn.Conv2d(channels, filters, kernel, padding=kernel // 2, groups=groups)
+    layer = nn.Conv2d(channels, filters, kernel, padding=padding, groups=groups)
     nets = {"whole": layer, "factors": shrink.factorise_layer(layer, rank)}
     found = []
     for batch, rounds in ((1, 200), (128, 20)):
