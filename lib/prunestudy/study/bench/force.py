@@ -50,13 +50,15 @@ def closed_form(quick: bool = False) -> Row:
 def factors(net: str, sizes: dict[str, tuple[int, ...]], name: str, quick: bool = False) -> Row:
     """A layer over its two factors at the rank that the card has for "`net`, L2 force".
 
-    Groups share a rank, so that an odd one is rounded down to their multiple.
+    In channels_last, as nets are trained: in torch's other layout the 1x1 mixture of a small layer
+    takes as long as the layer. Groups share a rank, so that an odd one is rounded down.
     """
     table = next(t for t in card("force").ranks if t.text.startswith(f"{net}, L2 force"))
     place = table.layers.index(name)
     filters, channels, kernel, padding, groups, side = sizes[name]
     rank = table.ranks[place] // groups * groups
     layer = nn.Conv2d(channels, filters, kernel, padding=padding, groups=groups)
+    layer.to(memory_format=torch.channels_last)
     nets = {"whole": layer, "factors": shrink.factorise_layer(layer, rank)}
     found = []
     for batch, rounds in ((1, 200), (128, 20)):

@@ -23,8 +23,8 @@ _MOST_PANELS = 4
 def ranks_table(store: Store, planned: list[Planned]) -> pd.DataFrame:
     """One row per run and layer: rank at 5% error of the trained net, and the full rank.
 
-    Of runs whose target is a share of the energy; `whole` is the metric at which that rank was
-    measured, before factorising.
+    Of runs whose target is a share of the energy; `speed_up` is the layer's by MACs at that rank,
+    `whole` the metric at which it was measured, before factorising.
     """
     rows = []
     for item, record in _done(store, planned, "energy"):
@@ -35,8 +35,9 @@ def ranks_table(store: Store, planned: list[Planned]) -> pd.DataFrame:
             if layer != name:
                 full = len(arrays[f"energy_before.{layer}"])
                 place = (settings.model, settings.dataset, settings.method, item.variant)
-                rows.append((*place, settings.seed, layer, rank, full, metrics.get("metric_whole")))
-    columns = "model dataset method variant seed layer rank full whole".split()
+                more = (metrics[f"speed_up.{layer}"], metrics.get("metric_whole"))
+                rows.append((*place, settings.seed, layer, rank, full, *more))
+    columns = "model dataset method variant seed layer rank full speed_up whole".split()
     return pd.DataFrame(rows, columns=columns)
 
 
@@ -94,12 +95,16 @@ def filters(store: Store, run: str, layer: str, side: int) -> Figure:
     """Filters of `layer` (kernel `side` x `side`, first input channel) before and after."""
     style()
     arrays = store.arrays(run)
-    figure, panels = plt.subplots(1, 2, figsize=(9, 3.4))
-    for axes, when in zip(panels, ("before", "after"), strict=True):
+    pictures = {}
+    for when in ("before", "after"):
         rows = arrays[f"filters_{when}.{layer}"]
         unit = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
-        axes.imshow(_mosaic(unit[:, : side * side].reshape(-1, side, side)), cmap="RdBu_r",
-                    vmin=-np.abs(unit).max(), vmax=np.abs(unit).max())  # fmt: skip
+        pictures[when] = _mosaic(unit[:, : side * side].reshape(-1, side, side))
+    height, width = pictures["before"].shape
+    figure, panels = plt.subplots(1, 2, figsize=(9, 4.4 * height / width + 0.4))
+    for axes, (when, picture) in zip(panels, pictures.items(), strict=True):
+        most = np.nanmax(np.abs(picture))
+        axes.imshow(picture, cmap="RdBu_r", vmin=-most, vmax=most)
         axes.set(title=f"{layer}, {when}", xticks=[], yticks=[])
         axes.grid(visible=False)
     return figure
@@ -181,7 +186,8 @@ def speed_up(store: Store, planned: list[Planned], runs: pd.DataFrame) -> Figure
     sns.barplot(table, y="net", x="speed-up", hue="kind", ax=axes, errorbar=None, palette="Greys_r",
                 edgecolor="0.3")  # fmt: skip
     for bars in axes.containers:
-        axes.bar_label(bars, fmt="{:.2f}x", fontsize=7, padding=2)
+        labels = axes.bar_label(bars, fmt="{:.2f}x", fontsize=7, padding=2)
+        plt.setp(labels, bbox={"fc": "white", "ec": "none", "pad": 0.3})
     axes.axvline(1, color="black", ls="--", lw=1)
     axes.margins(x=0.12)
     axes.set(ylabel="", xlabel="times faster than the dense net")
@@ -211,7 +217,7 @@ def fine_tuning(store: Store, planned: list[Planned]) -> Figure:
     axes.text(cut, 0.03, " factorised", transform=axes.get_xaxis_transform(), fontsize=8)
     axes.set(xlabel="epoch", ylabel="validation accuracy, %")
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend(fontsize=8, loc="lower left")
+    figure.legend(fontsize=8, loc="outside upper center", ncols=2)
     return figure
 
 
