@@ -247,7 +247,9 @@ def strengths(store: Store, planned: list[Planned]) -> Figure:
                    label=f"{kind}, factorised")  # fmt: skip
     if plain:
         left.axhline(plain[0], color=COLOURS["plain_low_rank"], ls="--", label="no force")
-        right.axhline(plain[1], color=COLOURS["plain_low_rank"], ls="--", label="no force")
+        for value, line, net in ((plain[1], "--", "whole net"), (plain[2], ":", "factorised")):
+            colour, label = COLOURS["plain_low_rank"], f"no force, {net}"
+            right.axhline(value, color=colour, ls=line, label=label)
         right.set_ylim(plain[1] - 3, plain[1] + 0.3)
     for axes, name in ((left, "total rank at 5% error"), (right, "validation accuracy, %")):
         axes.set(xscale="log", xlabel="lambda", ylabel=name)
