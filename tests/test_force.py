@@ -573,6 +573,19 @@ def test_ranks_of_the_card_give_the_published_theory():
     assert checked == 6
 
 
+def test_lambda_of_lenet_is_one_for_each_kind_and_on_the_grid_of_the_search():
+    grid, used = set(), set()
+    for name in ("cpu", "paper"):
+        for experiment in papers.card("force").profiles[name].experiments:
+            params = [e.params for e in experiment.methods if e.method == "force"]
+            found = {(p.get("kind", "l2"), p["strength"]) for p in params}
+            if experiment.model == "lenet5":
+                (grid if experiment.purpose == "search" else used).update(found)
+    assert {kind for kind, _ in used} == set(KINDS)
+    assert len(used) == 2
+    assert used <= grid
+
+
 @pytest.mark.parametrize(("method", "derived"), [("plain_low_rank", 1.09), ("force", 2.87)])
 def test_ranks_of_the_card_fit_the_nets_that_we_have(method, derived):
     tables = [t for t in papers.card("force").ranks if t.method == method]
