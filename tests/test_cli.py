@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import CARD, small_run, tree
 
+from prunestudy import shrink
 from prunestudy.study import batch, cli, notebooks, runs
 from prunestudy.study.plan import plan
 from prunestudy.study.records import Store
@@ -248,7 +249,7 @@ def test_help_names_every_command(capsys):
         cli.main(["--help"])
     assert caught.value.code == 0
     out = capsys.readouterr().out
-    for name in "study list status table latency run job notebook show train bench".split():
+    for name in "study plan list status table latency run job notebook show export train bench".split():
         assert f"\n    {name} " in out
 
 
@@ -323,6 +324,30 @@ def test_job_and_latency(call, results):
     assert call("latency")[0] == 0
     again = {k: v for k, v in tree(results).items() if k.endswith(("json", "safetensors"))}
     assert again == after
+
+
+def test_export(call, results, tmp_path):
+    call("run", "magnitude")
+    (name,) = names_of("magnitude")
+    file, weights = tmp_path / "net.onnx", Store("quick", results).weights(name)
+    assert call("export", name, str(file)) == (0, f"{file}\n", "")
+    x = torch.rand(5, *shrink.input_shape(weights))
+    expected = shrink.load_net(weights)(x)
+    assert torch.allclose(shrink.OnnxNet(file)(x), expected, atol=1e-5)
+    weights.unlink()
+    call("run", name)
+    assert not weights.exists()
+    call("run", name, "--weights")
+    assert torch.equal(shrink.load_net(weights)(x), expected)
+
+
+def test_export_of_a_run_without_its_net(call, refused, results, tmp_path):
+    call("run", "magnitude")
+    (name,) = names_of("magnitude")
+    Store("quick", results).weights(name).unlink()
+    message = f"weights = '{name}': a run whose net is on disk (`prunestudy run RUN --weights`"
+    assert refused("export", name, str(tmp_path / "net.onnx")).startswith(message)
+    assert refused("export", "nope", "net.onnx").startswith("run = 'nope': no such run")
 
 
 def test_train_a_run_of_ones_own(call, results):

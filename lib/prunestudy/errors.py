@@ -8,6 +8,9 @@ class InputError(ValueError):
     """A parameter that cannot be used: one line with its name, its value and what is allowed."""
 
 
+_NAMED = 60  # names in one line
+
+
 def require(ok: bool, parameter: str, value: Any, allowed: str) -> None:
     """Raise `InputError` naming `parameter`, `value` and what is `allowed`, unless `ok`."""
     if not ok:
@@ -15,6 +18,7 @@ def require(ok: bool, parameter: str, value: Any, allowed: str) -> None:
 
 
 def require_one_of(parameter: str, value: Any, choices: Iterable[str]) -> None:
-    """Raise `InputError` unless `value` is one of `choices`."""
+    """Raise `InputError` unless `value` is one of `choices`; of many, it names the first."""
     names = sorted(choices)
-    require(value in names, parameter, value, f"allowed are {', '.join(names)}")
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    require(value in names, parameter, value, f"allowed are {', '.join(names[:_NAMED])}{more}")

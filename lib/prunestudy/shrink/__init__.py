@@ -8,7 +8,7 @@ from prunestudy.shrink.narrow import Narrow, axis_of, narrow
 from prunestudy.shrink.onnx import OnnxNet, export_onnx
 from prunestudy.shrink.ranks import ranks_by_energy, ranks_by_macs, ranks_by_share
 from prunestudy.shrink.remove import Constant, Nothing, remove
-from prunestudy.shrink.sparse import Storage, load_net, save_net, storage
+from prunestudy.shrink.sparse import Storage, input_shape, load_net, save_net, storage
 from prunestudy.shrink.view import describe, draw
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "find",
     "fold",
     "groups",
+    "input_shape",
     "load_net",
     "narrow",
     "ranks_by_energy",

@@ -92,6 +92,16 @@ def load_net(path: str | Path, factory: str | None = None) -> nn.Module:
     return model.eval()
 
 
+def input_shape(path: str | Path) -> tuple[int, int, int]:
+    """(channels, height, width) of the images that the net stored in `path` takes.
+
+    Raises `InputError` if the file is missing, damaged or of another kind.
+    """
+    _, metadata = _read(Path(path))
+    _, *sizes, _ = _decode(metadata)
+    return tuple(sizes)
+
+
 def storage(
     model: nn.Module, factory: str = "", shape: tuple[int, ...] = (), num_classes: int = 0
 ) -> Storage:

@@ -6,7 +6,7 @@ import os
 import sys
 from typing import Any
 
-from prunestudy.errors import InputError, require_one_of
+from prunestudy.errors import InputError, require, require_one_of
 from prunestudy.papers import PROFILES
 from prunestudy.study.plan import Planned
 
@@ -63,6 +63,9 @@ def _parser() -> argparse.ArgumentParser:
     study = with_data(add_planned("study", _study, "run all that is missing, as a batch"), False)
     study.add_argument("--jobs", type=int, default=2, help="jobs side by side (default 2)")
     study.add_argument("--executor", default="local", help="a Snakemake executor (default local)")
+    costs = add_planned("plan", _plan, "say what the planned runs would cost")
+    costs.add_argument("--gpu-hours", type=float, help="pick the runs that tell most within these")
+    costs.add_argument("--rate", type=float, help="10^12 MACs of training a second, as measured")
     add_planned("list", _list, "list the planned runs")
     add_planned("status", _status, "say what is done and what is missing")
     add_planned("table", _table, "write the tables from the records")
@@ -70,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     add_planned("latency", _latency, "time the finished nets, alone on the machine")
     run = with_data(add_planned("run", _run, "train runs by name, if they are not there"))
     run.add_argument("runs", nargs="+", metavar="RUN", help="a run's name or its beginning")
+    run.add_argument("--weights", action="store_true", help="also where only the net is missing")
     job = with_data(add_planned("job", _job, "train the runs of one job of the batch"))
     job.add_argument("job")
     note = with_data(add("notebook", _notebook, "execute a paper's notebook"), False)
@@ -80,6 +84,10 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--profile", default="quick")
     cut = "say when this weight was cut, and at what magnitude"
     show.add_argument("--weight", nargs=2, metavar=("LAYER", "INDEX"), help=cut)
+    export = add("export", _export, "write a finished net as an ONNX file")
+    export.add_argument("run_name", metavar="RUN", help="a run's name or its beginning")
+    export.add_argument("file", metavar="FILE", help="the ONNX file")
+    export.add_argument("--profile", default="quick")
     own = with_data(add("train", _train, "train one run of your own, with settings of your own"))
     own.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=_SET_HELP)
     bench = add("bench", _bench, "measure ratios side by side and write results/bench.md")
@@ -129,6 +137,24 @@ def _say_where(a: argparse.Namespace) -> None:
         print(f"{name:10} {folder}/{name}")
 
 
+def _plan(a: argparse.Namespace) -> None:
+    from prunestudy.study import forecast
+
+    rate = forecast.RATE if a.rate is None else a.rate
+    planned, said = _planned(a), sys.stdout
+    if a.gpu_hours is not None:
+        planned, said = forecast.choose(planned, a.gpu_hours, rate), sys.stderr
+        print(*(item.settings.run for item in planned), sep="\n")  # names alone, for a pipe
+    table = forecast.forecast(planned, rate)
+    print(table.to_string(index=False, float_format="{:.2f}".format), file=said)
+    source = "assumed" if a.rate is None else "as given"
+    print(
+        f"hours: an estimate, at {rate:g} x 10^12 MACs of training a second ({source}); "
+        "MACs: of the dense nets, three passes a step",
+        file=said,
+    )
+
+
 def _list(a: argparse.Namespace) -> None:
     for item in _planned(a):
         target = f"{item.settings.target.value:.3f}" if item.settings.target else "-"
@@ -172,7 +198,7 @@ def _latency(a: argparse.Namespace) -> None:
 def _run(a: argparse.Namespace) -> None:
     by_name = {item.settings.run: item.settings for item in _planned(a)}
     wanted = [_match(name, list(by_name)) for name in a.runs]
-    _ensure(a, [by_name[name] for name in wanted])
+    _ensure(a, [by_name[name] for name in wanted], a.weights)
 
 
 def _match(name: str, names: list[str]) -> str:
@@ -191,12 +217,12 @@ def _job(a: argparse.Namespace) -> None:
     _ensure(a, [item.settings for item in found[a.job]])
 
 
-def _ensure(a: argparse.Namespace, wanted: list[Any]) -> None:
+def _ensure(a: argparse.Namespace, wanted: list[Any], weights: bool = False) -> None:
     from prunestudy.study.runs import Runner
 
     runner = Runner(_store(a), a.data or None, a.device, show=sys.stderr.isatty())
     for settings in wanted:
-        record = runner.ensure(settings)
+        record = runner.ensure(settings, weights)
         score = record["metrics"].get("metric")
         print(settings.run, record["status"], "" if score is None else f"{score:.4f}", flush=True)
 
@@ -208,13 +234,29 @@ def _notebook(a: argparse.Namespace) -> None:
     print(target if a.results else os.path.relpath(target))
 
 
-def _show(a: argparse.Namespace) -> None:
-    from prunestudy.study.records import canonical
-
+def _done(a: argparse.Namespace) -> tuple[Any, str]:
+    """The store, and the name of the finished run that is asked for."""
     require_one_of("profile", a.profile, (*PROFILES, "custom"))
     store = _store(a)
     names = sorted(p.parent.name for p in store.records.glob("*/record.json"))
-    name = _match(a.run_name, names)
+    return store, _match(a.run_name, names)
+
+
+def _export(a: argparse.Namespace) -> None:
+    from prunestudy import shrink
+
+    store, name = _done(a)
+    weights = store.weights(name)
+    hint = "a run whose net is on disk (`prunestudy run RUN --weights` brings it back)"
+    require(weights.exists(), "weights", name, hint)
+    shrink.export_onnx(shrink.load_net(weights), a.file, shrink.input_shape(weights))
+    print(a.file)
+
+
+def _show(a: argparse.Namespace) -> None:
+    from prunestudy.study.records import canonical
+
+    store, name = _done(a)
     if a.weight:
         from prunestudy.study.audit import weight_line
 

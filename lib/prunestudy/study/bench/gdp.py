@@ -41,15 +41,29 @@ def resnet20_throughput(quick: bool = False) -> Row:
 
 def half_of_vgg16(quick: bool = False) -> Row:
     """VGG-16 with half of each layer's channels removed: its speed-up over its MACs ratio."""
-    dense = models.build("vgg16_cifar", SHAPE, 10).eval()
-    channels = Channels(dense, SHAPE, "macs")
-    half = torch.cat([torch.arange(group.channels) % 2 == 0 for group in channels.groups])
-    nets = {"dense": dense, "half": channels.smaller(dense, half)}
-    gain = channels.dense / float(channels.cost(half))
+    nets, gain = _half()
     seconds = measure.timings(nets, SHAPE, 128, rounds=2 if quick else 40, threads=1)
     ratio = measure.ratio(seconds["dense"], seconds["half"])
     text = f"{ratio_text(ratio)} at {gain:.2f} times fewer MACs: {ratio.median / gain:.2f} of it"
     return "VGG-16 with half its channels, batch 128: dense / small", text
+
+
+def half_in_onnx_runtime(quick: bool = False) -> Row:
+    """The same two nets as ONNX files in ONNX Runtime, one thread."""
+    nets, gain = _half()
+    milliseconds = measure.onnx_latency(nets, SHAPE, 128, rounds=2 if quick else 20)
+    gained = milliseconds["dense"] / milliseconds["half"]
+    text = f"{gained:.2f} (of medians) at {gain:.2f} times fewer MACs: {gained / gain:.2f} of it"
+    return "The same in ONNX Runtime: dense / small", text
+
+
+def _half() -> tuple[dict[str, torch.nn.Module], float]:
+    """VGG-16, dense and with every other channel, and how many times fewer MACs that is."""
+    dense = models.build("vgg16_cifar", SHAPE, 10).eval()
+    channels = Channels(dense, SHAPE, "macs")
+    half = torch.cat([torch.arange(group.channels) % 2 == 0 for group in channels.groups])
+    gain = channels.dense / float(channels.cost(half))
+    return {"dense": dense, "half": channels.smaller(dense, half)}, gain
 
 
 def _images(count: int) -> datasets.Batches:
@@ -116,4 +130,4 @@ def _has_bf16() -> bool:
     return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
-ROWS = (gdp_step, resnet20_throughput, half_of_vgg16)
+ROWS = (gdp_step, resnet20_throughput, half_of_vgg16, half_in_onnx_runtime)
