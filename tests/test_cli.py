@@ -249,7 +249,8 @@ def test_help_names_every_command(capsys):
         cli.main(["--help"])
     assert caught.value.code == 0
     out = capsys.readouterr().out
-    for name in "study plan list status table latency run job notebook show export train bench".split():
+    names = "study plan list status table latency run job notebook show export train bench"
+    for name in names.split():
         assert f"\n    {name} " in out
 
 
