@@ -20,6 +20,15 @@ def test_cost_is_the_closed_form(toy_card):
     assert forecast.cost(start).hours(2.0) == pytest.approx(HOUR / 2)
 
 
+@pytest.mark.parametrize(("steps", "samples"), [(0, 1237), (5, 5 * 128), (99, 1237)])
+def test_cost_of_a_run_that_is_counted_in_steps(toy_card, steps, samples):
+    start = plan("quick")[0].settings
+    recipe = start.recipe.model_copy(update={"steps": steps, "batch_size": 128})
+    found = forecast.cost(start.model_copy(update={"recipe": recipe}))
+    assert (found.epochs, found.samples) == (1, samples)
+    assert found.macs == pytest.approx(EPOCH * samples / 1237)
+
+
 def test_a_run_that_two_ask_for_counts_once(toy_card):
     table = forecast.forecast(plan("quick") + plan("quick"), rate=1.0)
     assert table[["paper", "experiment"]].to_numpy().tolist() == [["toy", "digits"], ["all", ""]]

@@ -110,6 +110,7 @@ def test_a_phase_may_have_a_schedule_of_its_own():
         ("warmup_steps", -1),
         ("warmup_from", -0.1),
         ("warmup_from", 1.1),
+        ("steps", -1),
         ("gamma", 0.0),
         ("gamma", 1.1),
         ("power", 0.0),
@@ -400,6 +401,41 @@ def test_checkpoints_fall_on_the_ends_of_epochs_when_steps_are_quick(tmp_path):
     assert read_checkpoint(tmp_path / "c", "r")["at"]["step"] == 4
     same(fit(**options), fit())
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
+@pytest.mark.parametrize(
+    ("steps", "made", "epochs"), [(6, 6, 2), (8, 8, 2), (1, 1, 1), (99, 16, 4)]
+)
+def test_steps_end_a_training_within_an_epoch(steps, made, epochs):
+    method = Recorder()
+    recipe = Recipe(epochs=EPOCHS, steps=steps, lr=0.1, schedule="step", milestones=(0.5,))
+    result = fit(method, recipe)
+    assert method.rates == [0.1 if step < made / 2 else 0.1 * 0.1 for step in range(made)]
+    assert [row["epoch"] for row in result.history] == list(range(1, epochs + 1))
+    assert result.status == "done"
+
+
+@pytest.mark.parametrize("step", [2, 4, 5])
+def test_a_run_counted_in_steps_resumes(step, tmp_path):
+    recipe = Recipe(epochs=EPOCHS, steps=6, lr=0.01, weight_decay=1e-3)
+    options = {"checkpoint": tmp_path / "c", "checkpoint_seconds": 0.0, "run": "r"}
+    with pytest.raises(KilledError):
+        fit(recipe=recipe, batches=Fragile(step), **options)
+    same(fit(recipe=recipe), fit(recipe=recipe, **options))
+
+
+def test_no_checkpoint_stands_between_an_epoch_and_its_row(tmp_path, monkeypatch):
+    """Killed there, a run would never write the row."""
+    seen = []
+    monkeypatch.setattr(
+        loop, "write_checkpoint", lambda path, run, state: seen.append(_rows(state))
+    )
+    fit(checkpoint=tmp_path / "c", checkpoint_seconds=0.0, run="r")
+    assert seen == [(step, step // 4) for step in range(1, 17)]
+
+
+def _rows(state):
+    return state["at"]["step"], len(state["at"]["history"])
 
 
 def test_global_random_states_are_left_alone():

@@ -13,6 +13,7 @@ from prunestudy.models.autoencoder import (
     ConvAutoencoder,
     ConvAutoencoderClassifier,
 )
+from prunestudy.models.convnet import ConvNet
 from prunestudy.models.lenet import LeNet5, LeNet300
 from prunestudy.models.mlp import MLP
 from prunestudy.models.resnet import ResNet
@@ -28,6 +29,7 @@ __all__ = [
     "AutoencoderClassifier",
     "ConvAutoencoder",
     "ConvAutoencoderClassifier",
+    "ConvNet",
     "LeNet5",
     "LeNet300",
     "ResNet",
@@ -65,6 +67,7 @@ _REGISTRY = {
         "the convolutional one with a classifier on the latent vector, 120,139 parameters",
         "reconstruct_and_classify",
     ),
+    "convnet": _Entry(ConvNet, "Caffe's cifar10_full, 89,578 parameters on 3x32x32"),
     "lenet5": _Entry(LeNet5, "Caffe's LeNet-5, 431,080 parameters on 1x28x28 and 10 classes"),
     "lenet300": _Entry(LeNet300, "LeNet-300-100, 266,610 parameters on 1x28x28 and 10 classes"),
     "mlp": _Entry(MLP, "784-512-256-128-10, 567,434 parameters on 1x28x28 and 10 classes"),

@@ -72,22 +72,55 @@ class Claim(_Strict):
 class Published(_Strict):
     """A published number: `dense` and `value` of `metric`, at the share `kept` of the weights.
 
-    `target` names our setting it stands beside (share removed), `source` where it was read.
+    `target` names our setting it stands beside (share removed), `source` where it was read,
+    `speed_up` the measured one of the whole net.
     """
 
     text: str
     method: str
     model: str
     dataset: str
-    metric: Literal["top1", "psnr", "miou"]
+    metric: Literal["top1", "top5", "psnr", "miou"]
     mark: Mark
     source: str
     value: float
+    speed_up: float | None = None
     dense: float | None = None
     kept: float | None = None
     nonzeros: int | None = None
     target: float | None = None
     target_kind: TargetKind = "sparsity"
+
+
+class PublishedRanks(_Strict):
+    """Ranks of a net's layers: `ranks` of `full`, layer by layer, with the net's top-1 accuracy.
+
+    `gpu`, `cpu` and `theory` are the speed-ups of these layers, where they were published.
+    """
+
+    text: str
+    method: str
+    model: str
+    dataset: str
+    mark: Mark
+    source: str
+    layers: tuple[str, ...]
+    full: tuple[int, ...]
+    ranks: tuple[int, ...]
+    top1: float | None = None
+    gpu: tuple[float, ...] = ()
+    cpu: tuple[float, ...] = ()
+    theory: tuple[float, ...] = ()
+
+    @model_validator(mode="after")
+    def _one_of_each(self) -> Self:
+        sizes = {len(self.layers), len(self.full), len(self.ranks)}
+        sizes |= {len(column) for column in (self.gpu, self.cpu, self.theory) if column}
+        if len(sizes) > 1:
+            raise ValueError("layers, full, ranks and speed-ups differ in length")
+        if not all(0 < rank <= full for rank, full in zip(self.ranks, self.full, strict=True)):
+            raise ValueError("a rank is above the full one, or below 1")
+        return self
 
 
 class Unknown(_Strict):
@@ -182,6 +215,7 @@ class Card(_Strict):
     arxiv: str
     claims: tuple[Claim, ...]
     published: tuple[Published, ...]
+    ranks: tuple[PublishedRanks, ...] = ()
     unknown: tuple[Unknown, ...]
     profiles: dict[Literal["quick", "cpu", "cpu-long", "paper"], Profile]
 

@@ -42,9 +42,11 @@ def cost(settings: RunSettings) -> Cost:
     info = datasets.info(settings.dataset)
     shape = (info.channels, info.height, info.width)
     macs, parameters = _dense(settings.model, shape, info.num_classes)
-    epochs = settings.recipe.epochs
-    samples = epochs * (info.train_images - settings.validation)
-    return Cost(epochs, samples, _PASSES * float(samples) * macs, 4 * parameters + _ARRAYS)
+    recipe = settings.recipe
+    samples = recipe.epochs * (info.train_images - settings.validation)
+    if recipe.steps:
+        samples = min(samples, recipe.steps * recipe.batch_size)
+    return Cost(recipe.epochs, samples, _PASSES * float(samples) * macs, 4 * parameters + _ARRAYS)
 
 
 @functools.lru_cache(maxsize=64)

@@ -150,7 +150,8 @@ def _recipe(experiment: Experiment, entry: Entry) -> Recipe:
     if entry.epochs is not None:
         changes["epochs"] = entry.epochs
     elif experiment.start and (entry.fresh or methods.method_class(entry.method).from_scratch):
-        changes["epochs"] = experiment.recipe.epochs + experiment.start.epochs
+        for name in ("epochs", "steps"):
+            changes[name] = getattr(experiment.recipe, name) + getattr(experiment.start, name)
     return experiment.recipe.model_copy(update=changes)
 
 

@@ -89,7 +89,8 @@ class _Loop:
         self.batches, self.validation, self.device = batches, validation, device
         self.precision, self.task = precision, task
         self.generator = torch.Generator(device).manual_seed(seed)
-        self.total = recipe.epochs * batches.steps
+        whole = recipe.epochs * batches.steps
+        self.total = min(recipe.steps, whole) if recipe.steps else whole
         self.phases = method.phases()
         ends = np.cumsum([phase.share for phase in self.phases])
         # A phase boundary lies on a step; the last one is the end, whatever the rounding.
@@ -100,7 +101,8 @@ class _Loop:
     def attach(self) -> None:
         self.method.attach(self.model, self.generator)
         self.model.to(self.device, memory_format=torch.channels_last)
-        context = Context(self.batches, self.validation, self.task, self.device)
+        decay = self.recipe.weight_decay
+        context = Context(self.batches, self.validation, self.task, self.device, decay)
         self.method.prepare(self.model, context)
 
     def run(self, checkpoint: Path | None, every: float, run: str, show: bool) -> str:
@@ -115,11 +117,14 @@ class _Loop:
                     if not self._step(x, y):
                         return "diverged"
                     bar.update()
-                    now = time.perf_counter()
-                    if checkpoint and now - since > every:
+                    now, ends = time.perf_counter(), self._ends_epoch()
+                    # An epoch that ends is saved with its row of the history, not before.
+                    if checkpoint and now - since > every and not ends:
                         self.at.seconds += now - since
                         self._save(checkpoint, run)
                         since = time.perf_counter()
+                    if ends:
+                        break
                 self.at.history.append(self._end_epoch(epoch))
                 bar.set_postfix({k: f"{self.at.history[-1][k]:.4f}" for k in self._shown()})
                 self.at.seconds += time.perf_counter() - since
@@ -130,6 +135,9 @@ class _Loop:
         # The loss of the last step says nothing of the weights that it left.
         sound = math.isfinite(self.at.history[-1]["validation_loss"])
         return "done" if sound else "diverged"
+
+    def _ends_epoch(self) -> bool:
+        return self.at.step % self.batches.steps == 0 or self.at.step == self.total
 
     def _step(self, x: torch.Tensor, y: torch.Tensor) -> bool:
         self._enter_phase()
