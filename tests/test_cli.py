@@ -249,7 +249,7 @@ def test_help_names_every_command(capsys):
         cli.main(["--help"])
     assert caught.value.code == 0
     out = capsys.readouterr().out
-    names = "study plan list status table latency run job notebook show export train bench"
+    names = "study plan list status table latency run job notebook show compare export train bench"
     for name in names.split():
         assert f"\n    {name} " in out
 
@@ -349,6 +349,21 @@ def test_export_of_a_run_without_its_net(call, refused, results, tmp_path):
     message = f"weights = '{name}': a run whose net is on disk (`prunestudy run RUN --weights`"
     assert refused("export", name, str(tmp_path / "net.onnx")).startswith(message)
     assert refused("export", "nope", "net.onnx").startswith("run = 'nope': no such run")
+
+
+def test_compare(call, refused, results):
+    call("run", "magnitude", "random")
+    magnitude, random = names_of("magnitude", "random")
+    code, out, err = call("compare", magnitude, random)
+    assert (code, err) == (0, "")
+    rows = [line.split() for line in out.splitlines()]
+    assert rows[0] == [magnitude, random]
+    assert ["settings.method", "magnitude", "random"] in rows
+    assert "validation.loss" in [row[0] for row in rows]
+    assert rows[-1] == "history from epoch 1 1 epochs 1 epochs".split()
+    assert not [row for row in rows if row[0] in ("settings.seed", "data.fingerprint")]
+    assert call("compare", magnitude, magnitude) == (0, f"  {magnitude}  {magnitude}\n", "")
+    assert refused("compare", magnitude, "nope").startswith("run = 'nope': no such run")
 
 
 def test_train_a_run_of_ones_own(call, results):
