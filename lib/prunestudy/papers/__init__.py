@@ -204,11 +204,12 @@ class Profile(_Strict):
 
 
 class Card(_Strict):
-    """A paper's card."""
+    """A paper's card; `short` is its name in tables, the title where empty."""
 
     id: str
     notebook: str
     title: str
+    short: str = ""
     authors: str
     venue: str
     year: int

@@ -288,8 +288,12 @@ def readable(summary: pd.DataFrame) -> pd.DataFrame:
         "verdict (margin)": [_verdict(row) for row in rows],
     }
     if summary["paper"].nunique() > 1:
-        columns = {"paper": [card(row.paper).title for row in rows]} | columns
+        columns = {"paper": [_short(card(row.paper)) for row in rows]} | columns
     return pd.DataFrame(columns)
+
+
+def _short(paper: Card) -> str:
+    return paper.short or paper.title
 
 
 def _verdict(row: Any) -> str:
