@@ -1,5 +1,6 @@
 """What a net is worth and what it costs: quality, parameters, MACs, memory, latency."""
 
+from prunestudy.measure.boundary import boundary_f1
 from prunestudy.measure.cost import (
     closed_form_macs,
     layer_macs,
@@ -22,6 +23,7 @@ __all__ = [
     "Ratio",
     "Scores",
     "Task",
+    "boundary_f1",
     "closed_form_macs",
     "evaluate",
     "interleave",
