@@ -123,7 +123,7 @@ class Batches:
         """Image, first pixel and direction of reading (1 or -1) at each place of an epoch."""
         n = len(self)
         # drawn on the CPU, so that the batches do not depend on the device
-        generator = torch.Generator().manual_seed(_mix(self.seed, epoch))
+        generator = torch.Generator().manual_seed(mix(self.seed, epoch))
         order = torch.randperm(n, generator=generator)
         top, left = torch.randint(0, 2 * self.shift + 1, (2, n), generator=generator)
         mirrored = torch.zeros(n, dtype=torch.int64)
@@ -144,9 +144,9 @@ class Batches:
         return rows.mul_(self._scale).add_(self._offset).view(shape).permute(0, 3, 1, 2)
 
 
-def _mix(seed: int, epoch: int) -> int:
+def mix(seed: int, number: int) -> int:
     """A generator's seed for (seed, epoch); neighbouring pairs do not share one, as sums would."""
-    digest = hashlib.sha256(f"{seed} {epoch}".encode()).digest()
+    digest = hashlib.sha256(f"{seed} {number}".encode()).digest()
     # 32 bits: torch's generator on the CPU uses no more of its seed
     return int.from_bytes(digest[:4], "big")
 

@@ -200,10 +200,11 @@ class Runner:
 
 
 def _fresh(settings: RunSettings, info: datasets.DatasetInfo) -> nn.Module:
-    """The dense net of a run, initialised by its seed."""
+    """The dense net of a run, initialised by its seed, or pretrained."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        return models.build(settings.model, _shape(info), info.num_classes)
+        like = settings.model, _shape(info), info.num_classes
+        return models.build(*like, settings.pretrained)
 
 
 def _method(settings: RunSettings) -> methods.Method:

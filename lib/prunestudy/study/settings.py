@@ -31,6 +31,7 @@ class RunSettings(BaseModel):
     dataset: str
     dataset_version: str
     model: str
+    pretrained: bool = False
     method: str
     revision: int
     params: dict[str, Any] = {}
@@ -115,6 +116,9 @@ def resolve(
         )
     except ValidationError as error:
         raise InputError(first_error(error)) from None
+    there = models.has_pretrained(model) and not settings.parent
+    allowed = "for a run without a parent, of a net that torchvision has weights of"
+    require(not settings.pretrained or there, "pretrained", settings.pretrained, allowed)
     wanted = (target.value, target.kind) if target else ()
     _fits(settings, known, methods.build(method, settings.params, *wanted))
     return settings
@@ -142,7 +146,7 @@ def own_settings(values: dict[str, Any], root: str = "") -> RunSettings:
     return resolve(params=params, recipe=made, target=target, root=root, **own)
 
 
-_OWN = ("dataset", "model", "method", "seed", "precision", "threads", "validation")
+_OWN = ("dataset", "model", "pretrained", "method", "seed", "precision", "threads", "validation")
 _TARGET = {"target", "target_kind"}
 
 
