@@ -38,8 +38,8 @@ class Batches:
         seed: int = 0,
         device: str | torch.device = "cpu",
     ) -> None:
-        _require_whole("batch_size", batch_size, 1, len(images))
-        _require_whole("shift", shift, 0, min(info.height, info.width) - 1)
+        require_whole("batch_size", batch_size, 1, len(images))
+        require_whole("shift", shift, 0, min(info.height, info.width) - 1)
         shape = (info.height, info.width, info.channels)
         found = tuple(images.images.shape[1:])
         require(
@@ -71,8 +71,8 @@ class Batches:
 
         Raises `InputError` unless 0 <= `epoch` and 0 <= `start` <= `steps`.
         """
-        _require_whole("epoch", epoch, 0)
-        _require_whole("start", start, 0, self.steps)
+        require_whole("epoch", epoch, 0)
+        require_whole("start", start, 0, self.steps)
         order, first, direction = (part.to(self.device) for part in self._draw(epoch))
         return (
             (self._gather(first[batch], direction[batch]), self.labels[order[batch]])
@@ -85,7 +85,7 @@ class Batches:
         Raises `InputError` if `batch_size` (by default that of the training) is below 1.
         """
         size = self.batch_size if batch_size is None else batch_size
-        _require_whole("batch_size", size, 1)
+        require_whole("batch_size", size, 1)
         first = self._first_pixel(torch.arange(len(self)), self.shift, self.shift).to(self.device)
         direction = torch.ones_like(first)
         return (
@@ -151,7 +151,8 @@ def mix(seed: int, number: int) -> int:
     return int.from_bytes(digest[:4], "big")
 
 
-def _require_whole(parameter: str, value: int, least: int, most: int | None = None) -> None:
+def require_whole(parameter: str, value: int, least: int, most: int | None = None) -> None:
+    """Raise `InputError` unless `value` is a whole number from `least` to `most`."""
     allowed = f"a whole number from {least}" + ("" if most is None else f" to {most}")
     ok = type(value) is int and value >= least and (most is None or value <= most)
     require(ok, parameter, value, allowed)

@@ -150,7 +150,7 @@ class Runner:
             model,
             method,
             recipe,
-            datasets.Batches(
+            datasets.batches_of(
                 held_in,
                 data.info,
                 recipe.batch_size,
@@ -159,7 +159,7 @@ class Runner:
                 seed=settings.seed,
                 device=self.device,
             ),
-            datasets.Batches(held_out, data.info, len(held_out), device=self.device),
+            datasets.batches_of(held_out, data.info, len(held_out), device=self.device),
             seed=settings.seed,
             task=_task(settings, data.info),
             device=self.device,
@@ -175,7 +175,7 @@ class Runner:
         images = data.test
         if settings.evaluate == "validation":
             _, images = datasets.split(data.train, settings.validation)
-        looked_at = datasets.Batches(images, data.info, len(images), device=self.device)
+        looked_at = datasets.batches_of(images, data.info, len(images), device=self.device)
         task = _task(settings, data.info)
         scores = task.evaluate(model, looked_at.ordered(512), data.info.num_classes)
         model, shape = model.cpu(), _shape(data.info)

@@ -200,6 +200,9 @@ def _shapes_of(model: str, shape: tuple[int, int, int]) -> torch.nn.Module:
 
 
 def _fits(settings: RunSettings, known: datasets.DatasetInfo, method: methods.Method) -> None:
+    fits = (models.task_of(settings.model) == "segment") == known.masks
+    allowed = f"{known.name} has {'masks' if known.masks else 'one label an image'}"
+    require(fits, "model", settings.model, allowed)
     # A net that cannot take these images says so here, and a method that cannot take the net.
     method.check(_shapes_of(settings.model, (known.channels, known.height, known.width)))
     shift, side = settings.recipe.shift, min(known.height, known.width)
