@@ -10,7 +10,7 @@ from functools import cache
 import pytest
 import torch
 import torchvision
-from conftest import one_line
+from conftest import one_line, slim
 from torch import nn
 
 from prunestudy import measure, models, shrink
@@ -38,15 +38,6 @@ class Autoencoder(nn.Sequential):
             nn.ReLU(),
             nn.Conv2d(6, 1, 1),
         )
-
-
-def slim(net):
-    """`net` with 64 hidden units in the classifier: its 4096 are slow and add nothing here."""
-    first, second, last = (m for m in net.classifier if isinstance(m, nn.Linear))
-    parts = zip((first, second, last), ((first.in_features, 64), (64, 64), (64, 10)), strict=True)
-    made = {layer: nn.Linear(*sizes) for layer, sizes in parts}
-    net.classifier = nn.Sequential(*(made.get(m, m) for m in net.classifier))
-    return net
 
 
 def registered(name, side, then=lambda net: net, channels=3):

@@ -51,7 +51,7 @@ class Batches:
         self.flip, self.seed, self.device = flip, seed, torch.device(device)
         self.labels = images.labels.to(self.device)
         self._pad(images.images)
-        self._prepare_normalisation()
+        self._normalised = Normalised(info, self.device)
 
     def __len__(self) -> int:
         """Number of images."""
@@ -110,15 +110,6 @@ class Batches:
         self._rows = torch.arange(height, device=self.device).view(-1, 1) * self._width
         self._columns = torch.arange(width, device=self.device)
 
-    def _prepare_normalisation(self) -> None:
-        """(pixel / 255 - mean) / std as pixel * scale + offset, for a whole row of pixels."""
-        mean, std = (
-            torch.tensor(part, dtype=torch.float64) for part in (self.info.mean, self.info.std)
-        )
-        # repeated along the row: broadcasting over three channels alone is four times slower
-        self._scale = (1 / (255 * std)).repeat(self.info.width).float().to(self.device)
-        self._offset = (-mean / std).repeat(self.info.width).float().to(self.device)
-
     def _draw(self, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
         """Image, first pixel and direction of reading (1 or -1) at each place of an epoch."""
         n = len(self)
@@ -139,9 +130,23 @@ class Batches:
         """Fetch and normalise a batch: first pixels (B,) and directions (B,) to (B, C, H, W)."""
         index = (first.view(-1, 1, 1) + self._rows) + direction.view(-1, 1, 1) * self._columns
         pixels = self._pixels.index_select(0, index.view(-1))
-        rows = pixels.view(-1, self.info.width * self.info.channels).float()
-        shape = (len(first), self.info.height, self.info.width, self.info.channels)
-        return rows.mul_(self._scale).add_(self._offset).view(shape).permute(0, 3, 1, 2)
+        return self._normalised(pixels)
+
+
+class Normalised:
+    """(pixel / 255 - mean) / std as pixel * scale + offset, for a whole row of pixels."""
+
+    def __init__(self, info: DatasetInfo, device: torch.device) -> None:
+        self.shape = (-1, info.height, info.width, info.channels)
+        mean, std = (torch.tensor(part, dtype=torch.float64) for part in (info.mean, info.std))
+        # repeated along the row: broadcasting over three channels alone is four times slower
+        self.scale = (1 / (255 * std)).repeat(info.width).float().to(device)
+        self.offset = (-mean / std).repeat(info.width).float().to(device)
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Pixels of whole images in order (B, H, W, C), in any shape, to (B, C, H, W) float32."""
+        rows = pixels.view(-1, len(self.scale)).float()
+        return rows.mul_(self.scale).add_(self.offset).view(self.shape).permute(0, 3, 1, 2)
 
 
 def mix(seed: int, number: int) -> int:

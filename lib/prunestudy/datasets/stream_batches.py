@@ -10,12 +10,13 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
-from prunestudy.datasets.batches import Batches, mix, require_whole
+from prunestudy.datasets.batches import Batches, Normalised, mix, require_whole
 from prunestudy.datasets.catalogue import DatasetInfo
 from prunestudy.datasets.streams import UNLABELLED, StreamSet, cores
 from prunestudy.errors import InputError, require
@@ -101,6 +102,7 @@ class StreamBatches:
         return self._read(places, looking_transforms(self.info))
 
     def _read(self, places: "_Places", transforms: Callable) -> Iterator[tuple[Tensor, Tensor]]:
+        normalised = Normalised(self.info, self.device)
         loader = DataLoader(
             _Decoded(self.images, transforms),
             batch_sampler=places,
@@ -113,28 +115,21 @@ class StreamBatches:
             if isinstance(batch, InputError):
                 raise batch
             x, y = (part.to(self.device, non_blocking=True) for part in batch)
-            yield self._normalised(x), y
-
-    def _normalised(self, x: Tensor) -> Tensor:
-        from torchvision.transforms.v2 import functional as tv
-
-        x = x.contiguous(memory_format=torch.channels_last)
-        x = tv.to_dtype(x, torch.float32, scale=True)
-        return tv.normalize_image(x, self.info.mean, self.info.std, inplace=True)
+            yield normalised(x), y.long()
 
 
 def training_transforms(info: DatasetInfo, flip: bool) -> Callable:
-    """torchvision's v2 transforms of (image, target) in training, to uint8 (3, H, W)."""
+    """torchvision's v2 transforms of (image, target) in training."""
     from torchvision.transforms import v2
 
     size = (info.height, info.width)
     mirrored = [v2.RandomHorizontalFlip()] if flip else []
     if not info.masks:
-        return v2.Compose([v2.RandomResizedCrop(size), *mirrored, v2.PILToTensor()])
+        return v2.Compose([v2.RandomResizedCrop(size), *mirrored])
     side = min(size)
     resized = v2.RandomResize(side // 2, 2 * side)
     cropped = v2.RandomCrop(size, pad_if_needed=True, fill=_fill(info))
-    return v2.Compose([resized, *mirrored, cropped, v2.PILToTensor()])
+    return v2.Compose([resized, *mirrored, cropped])
 
 
 def looking_transforms(info: DatasetInfo) -> Callable:
@@ -143,9 +138,9 @@ def looking_transforms(info: DatasetInfo) -> Callable:
 
     size = (info.height, info.width)
     if info.masks:
-        return v2.Compose([_PadTo(info), v2.CenterCrop(size), v2.PILToTensor()])
+        return v2.Compose([_PadTo(info), v2.CenterCrop(size)])
     larger = v2.Resize(round(min(size) * 256 / 224))
-    return v2.Compose([larger, v2.CenterCrop(size), v2.PILToTensor()])
+    return v2.Compose([larger, v2.CenterCrop(size)])
 
 
 class _Places:
@@ -165,12 +160,15 @@ class _Places:
 
 
 class _Decoded(torch.utils.data.Dataset):
-    """What a worker does. An error is handed on as a value: raised, it would grow a traceback."""
+    """What a worker does: images (H, W, 3) and labels, or masks (H, W), uint8.
+
+    An error is handed on as a value: raised, it would grow a traceback.
+    """
 
     def __init__(self, images: StreamSet, transforms: Callable) -> None:
         self.images, self.transforms = images, transforms
 
-    def __getitem__(self, place: tuple[int, int]) -> tuple[Tensor, Any] | InputError:
+    def __getitem__(self, place: tuple[int, int]) -> tuple[Tensor, Tensor | int] | InputError:
         index, seed = place
         try:
             pair = self.images.read(index)
@@ -178,7 +176,10 @@ class _Decoded(torch.utils.data.Dataset):
             return error
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # the transforms draw from it
-            return self.transforms(*pair)
+            image, target = self.transforms(*pair)
+        # Pixels as they lie in memory: what a batch is made of is copied once.
+        pixels = torch.from_numpy(np.array(image))
+        return pixels, target if isinstance(target, int) else target[0].as_subclass(Tensor)
 
 
 class _PadTo:
@@ -205,12 +206,6 @@ def _fill(info: DatasetInfo) -> dict[Any, Any]:
     return {tv_tensors.Mask: UNLABELLED, "others": tuple(round(255 * m) for m in info.mean)}
 
 
-def _collate(samples: list) -> tuple[Tensor, Tensor] | InputError:
+def _collate(samples: list) -> list[Tensor] | InputError:
     wrong = next((s for s in samples if isinstance(s, InputError)), None)
-    if wrong:
-        return wrong
-    images, targets = zip(*samples, strict=True)
-    if isinstance(targets[0], int):
-        return torch.stack(images), torch.tensor(targets)
-    masks = torch.stack([torch.as_tensor(mask).squeeze(0) for mask in targets])
-    return torch.stack(images), masks.as_subclass(Tensor).long()
+    return wrong or default_collate(samples)
