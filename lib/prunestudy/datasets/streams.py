@@ -7,6 +7,7 @@ is not decoded for that.
 
 import hashlib
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from prunestudy.datasets.catalogue import DatasetInfo
 from prunestudy.errors import InputError, require
 
 UNLABELLED = 255  # in a mask
+_AT_ONCE = 10_000
 
 
 @dataclass(frozen=True)
@@ -129,11 +131,10 @@ def _find_masks(details: DatasetInfo, folder: Path) -> tuple[StreamSet, StreamSe
 
 def _verify(images: StreamSet, details: DatasetInfo) -> None:
     """Open every file; see `find`."""
-    with ThreadPoolExecutor(min(32, 4 * cores())) as pool:
-        sizes = list(pool.map(lambda name: _size(images.path(name)), images.files))
-        broken = [n.decode() for n, size in zip(images.files, sizes, strict=True) if not size]
-        masks = images.targets if images.masks else ()
-        found = list(pool.map(lambda name: _mask(images.path(name), details.num_classes), masks))
+    sizes = _each(images.files, lambda name: _size(images.path(name)))
+    broken = [n.decode() for n, size in zip(images.files, sizes, strict=True) if not size]
+    masks = images.targets if images.masks else images.targets[:0]
+    found = _each(masks, lambda name: _mask(images.path(name), details.num_classes))
     broken += [n.decode() for n, (size, _) in zip(masks, found, strict=True) if not size]
     folders.refuse_broken(details.name, broken)
     for name, size, (own, strange) in zip(images.files, sizes, found, strict=False):
@@ -142,6 +143,15 @@ def _verify(images: StreamSet, details: DatasetInfo) -> None:
         require(own == size, "dataset", details.name, allowed)
         allowed = f"{named} has label {strange}, 0..{details.num_classes - 1} or 255 expected"
         require(strange is None, "dataset", details.name, allowed)
+
+
+def _each(names: np.ndarray, look: Callable[[bytes], Any]) -> list[Any]:
+    """What `look` says of each file, several at a time."""
+    seen = []
+    with ThreadPoolExecutor(min(32, 4 * cores())) as pool:
+        for begin in range(0, len(names), _AT_ONCE):  # each waiting call takes a kilobyte
+            seen += pool.map(look, names[begin : begin + _AT_ONCE])
+    return seen
 
 
 def _size(path: Path) -> tuple[int, int] | None:

@@ -15,6 +15,7 @@ import math
 
 import numpy as np
 from scipy import ndimage
+from scipy.spatial import cKDTree
 from torch import Tensor
 
 IGNORED = 255  # the label of pixels that nobody labelled
@@ -49,4 +50,6 @@ def _contour(inside: np.ndarray) -> np.ndarray:
 
 def _share_near(points: np.ndarray, others: np.ndarray, reach: float) -> float:
     """Share of `points` that are at most `reach` pixels from one of `others`."""
-    return float((ndimage.distance_transform_edt(~others)[points] <= reach).mean())
+    # Contours are thin: a tree of their pixels is much quicker than a distance for every pixel.
+    distances, _ = cKDTree(np.argwhere(others)).query(np.argwhere(points))
+    return float((distances <= reach).mean())
