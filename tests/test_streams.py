@@ -282,18 +282,24 @@ def test_masks_with_other_labels(voc):
     mask = voc / "VOCdevkit/VOC2012/SegmentationClass/train_2.png"
     Image.new("L", (30, 20), 3).save(mask)
     assert refused("voc", voc) == (
-        "dataset = 'voc': the mask of JPEGImages/train_2.jpg has label 3, 0..2 or 255 expected"
+        "dataset = 'voc': the mask of JPEGImages/train_2.jpg has labels 3, 0..2 or 255 expected"
     )
+
+
+def test_masks_in_colour(voc):
+    mask = voc / "VOCdevkit/VOC2012/SegmentationClass/train_2.png"
+    Image.new("RGB", (30, 20)).save(mask)
+    assert "train_2.jpg has labels of mode RGB, 0..2 or 255 expected" in refused("voc", voc)
 
 
 def test_masks_that_are_broken_or_missing(voc):
     folder = voc / "VOCdevkit/VOC2012"
     whole = (folder / "SegmentationClass/train_0.png").read_bytes()
     (folder / "SegmentationClass/train_0.png").write_bytes(whole[: len(whole) // 2])
-    Image.new("RGB", (30, 20)).save(folder / "SegmentationClass/train_1.png")
+    (folder / "SegmentationClass/val_1.png").write_bytes(b"no image")
     assert refused("voc", voc) == (
         "dataset = 'voc': 2 images cannot be read: SegmentationClass/train_0.png, "
-        "SegmentationClass/train_1.png"
+        "SegmentationClass/val_1.png"
     )
     (folder / "SegmentationClass/train_0.png").unlink()
     (folder / "JPEGImages/train_3.jpg").unlink()

@@ -91,8 +91,10 @@ def find(details: DatasetInfo, folder: Path) -> tuple[StreamSet, StreamSet, str]
     ):
         allowed = f"{len(images)} {part} images, {wanted} expected"
         require(len(images) == wanted, "data", str(folder), allowed)
-    _verify(train, details)
-    _verify(test, details)
+    folders.refuse_broken(details.name, _broken(train) + _broken(test))
+    if details.masks:
+        _check_masks(train, details)
+        _check_masks(test, details)
     return train, test, fingerprint
 
 
@@ -129,19 +131,26 @@ def _find_masks(details: DatasetInfo, folder: Path) -> tuple[StreamSet, StreamSe
     return *sets, digest.hexdigest()
 
 
-def _verify(images: StreamSet, details: DatasetInfo) -> None:
-    """Open every file; see `find`."""
+def _broken(images: StreamSet) -> list[str]:
+    """Names of the files that cannot be read, masks included."""
+    names = [images.files, images.targets] if images.masks else [images.files]
+    pairs = [
+        pair
+        for part in names
+        for pair in zip(part, _each(part, lambda name: _size(images.path(name))), strict=True)
+    ]
+    return [name.decode() for name, size in pairs if size is None]
+
+
+def _check_masks(images: StreamSet, details: DatasetInfo) -> None:
+    """Refuse masks of another size than their image, and labels that are no class."""
     sizes = _each(images.files, lambda name: _size(images.path(name)))
-    broken = [n.decode() for n, size in zip(images.files, sizes, strict=True) if not size]
-    masks = images.targets if images.masks else images.targets[:0]
-    found = _each(masks, lambda name: _mask(images.path(name), details.num_classes))
-    broken += [n.decode() for n, (size, _) in zip(masks, found, strict=True) if not size]
-    folders.refuse_broken(details.name, broken)
-    for name, size, (own, strange) in zip(images.files, sizes, found, strict=False):
+    found = _each(images.targets, lambda name: _mask(images.path(name), details.num_classes))
+    for name, size, (own, strange) in zip(images.files, sizes, found, strict=True):
         named = f"the mask of {name.decode()}"
         allowed = f"{named} is {_by(own)} pixels, {_by(size)} expected as the image"
         require(own == size, "dataset", details.name, allowed)
-        allowed = f"{named} has label {strange}, 0..{details.num_classes - 1} or 255 expected"
+        allowed = f"{named} has labels {strange}, 0..{details.num_classes - 1} or 255 expected"
         require(strange is None, "dataset", details.name, allowed)
 
 
@@ -172,16 +181,14 @@ def _ends_as_jpeg(path: Path) -> bool:
         return file.read() == b"\xff\xd9"
 
 
-def _mask(path: Path, classes: int) -> tuple[tuple[int, int] | None, int | None]:
+def _mask(path: Path, classes: int) -> tuple[tuple[int, int], int | str | None]:
     """Width and height of a mask, and the first label in it that is none of the classes."""
-    try:
-        with Image.open(path) as image:
-            require(image.mode in ("P", "L"), "mode", image.mode, "one number a pixel")
-            values = np.unique(np.asarray(image))
-    except Exception:  # Pillow's decoders raise many kinds
-        return None, None
-    strange = values[(values >= classes) & (values != UNLABELLED)]
-    return image.size, int(strange[0]) if len(strange) else None
+    with Image.open(path) as image:
+        if image.mode not in ("P", "L"):
+            return image.size, f"of mode {image.mode}"
+        values = np.unique(np.asarray(image))
+        strange = values[(values >= classes) & (values != UNLABELLED)]
+        return image.size, int(strange[0]) if len(strange) else None
 
 
 def _bytes(names: Any) -> np.ndarray:
