@@ -118,8 +118,10 @@ def test_what_the_cards_name_is_there(card):
     metrics = {*RUN_COLUMNS, "kept_scale", "metric"}
     metrics |= {"surviving", "layer_focus"}
     metrics |= {"polarised", "unchanged", "roughness"}
+    metrics |= {"top1", "search_saving"}
+    metrics |= {"metric_whole", "log2_rank_total", "validation_factorised"}
     for test in (test for claim in card.claims for test in claim.tests):
-        assert {test.method, test.against} <= set(methods.names())
+        assert {test.method, test.against} <= {"", *methods.names()}
         assert test.model in models.names()
         assert test.dataset in datasets.names()
         assert test.metric in metrics
@@ -283,7 +285,11 @@ def test_unknown_profiles_and_papers_are_refused(toy_card, profile, chosen, mess
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('{ method = "random" }', '{ method = "rnd" }', "method = 'rnd': allowed are dense"),
+        (
+            '{ method = "random" }',
+            '{ method = "rnd" }',
+            "method = 'rnd': allowed are component_aware, dense",
+        ),
         ('model = "lenet300"', 'model = "lenet"', "model = 'lenet': allowed are alexnet"),
         ('dataset = "digits"', 'dataset = "digit"', "dataset = 'digit': allowed are cifar10"),
         ("validation = 200", "validation = 1437", "validation = 1437: below 1437"),
@@ -549,7 +555,7 @@ BAD = [
     ({"colour": "red"}, "setting = 'colour': allowed are batch_size"),
     ({"model": "vgg"}, "model = 'vgg': allowed are alexnet"),
     ({"model": 5}, "model = 5: allowed are alexnet"),
-    ({"method": "lasso"}, "method = 'lasso': allowed are dense"),
+    ({"method": "lasso"}, "method = 'lasso': allowed are component_aware, dense"),
     ({"dataset": "cifar"}, "dataset = 'cifar': allowed are cifar10"),
     ({"dataset": 5}, "dataset = 5: allowed are cifar10"),
     ({"lr": -1.0}, "lr = -1.0: "),

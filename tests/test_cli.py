@@ -125,7 +125,7 @@ SETTINGS = [
     (["lr"], "--set = 'lr': must be KEY=VALUE"),
     (["model=vgg99"], "model = 'vgg99': allowed are alexnet, alexnet_grouped"),
     (["model=lenet5"], "shape = (1, 8, 8): lenet5 needs images of at least 16x16"),
-    (["method=lasso"], "method = 'lasso': allowed are dense"),
+    (["method=lasso"], "method = 'lasso': allowed are component_aware, dense"),
     (["dataset=cifar"], "dataset = 'cifar': allowed are cifar10"),
     (["method=scratch"], "parent = None: scratch needs the run whose shape it takes"),
     (["dataset=7"], "dataset = 7: allowed are cifar10"),
@@ -136,7 +136,7 @@ SETTINGS = [
     (["lr=fast"], "lr = 'fast': input should be a valid number"),
     (["lr=NaN"], "lr = nan: input should be a finite number"),
     (["lr=Infinity"], "lr = inf: input should be a finite number"),
-    (["epochs=0"], "epochs = 0: input should be greater than or equal to 1"),
+    (["epochs=0"], "epochs = 0: at least 1 for a run without a parent"),
     (["epochs=1.5"], "epochs = 1.5: input should be a valid integer"),
     (["epochs=true"], "epochs = True: input should be a valid integer"),
     (["epochs="], "epochs = '': input should be a valid integer"),
@@ -237,7 +237,7 @@ def test_exit_code_and_line_of_the_real_command(tmp_path):
     words = ["train", "--set", "epochs=0", "--results", str(tmp_path / "r")]
     done = subprocess.run([*command, *words], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == ("prunestudy: epochs = 0: input should be greater than or equal to 1\n")
+    assert done.stderr == ("prunestudy: epochs = 0: at least 1 for a run without a parent\n")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -249,7 +249,8 @@ def test_help_names_every_command(capsys):
         cli.main(["--help"])
     assert caught.value.code == 0
     out = capsys.readouterr().out
-    for name in "study list status table latency run job notebook show export train bench".split():
+    names = "study plan list status table latency run job notebook show compare export train bench"
+    for name in names.split():
         assert f"\n    {name} " in out
 
 
@@ -348,6 +349,21 @@ def test_export_of_a_run_without_its_net(call, refused, results, tmp_path):
     message = f"weights = '{name}': a run whose net is on disk (`prunestudy run RUN --weights`"
     assert refused("export", name, str(tmp_path / "net.onnx")).startswith(message)
     assert refused("export", "nope", "net.onnx").startswith("run = 'nope': no such run")
+
+
+def test_compare(call, refused, results):
+    call("run", "magnitude", "random")
+    magnitude, random = names_of("magnitude", "random")
+    code, out, err = call("compare", magnitude, random)
+    assert (code, err) == (0, "")
+    rows = [line.split() for line in out.splitlines()]
+    assert rows[0] == [magnitude, random]
+    assert ["settings.method", "magnitude", "random"] in rows
+    assert "validation.loss" in [row[0] for row in rows]
+    assert rows[-1] == "history from epoch 1 1 epochs 1 epochs".split()
+    assert not [row for row in rows if row[0] in ("settings.seed", "data.fingerprint")]
+    assert call("compare", magnitude, magnitude) == (0, f"  {magnitude}  {magnitude}\n", "")
+    assert refused("compare", magnitude, "nope").startswith("run = 'nope': no such run")
 
 
 def test_train_a_run_of_ones_own(call, results):

@@ -70,7 +70,7 @@ def test_the_methods_are_those_of_the_design():
     assert [methods.method_class(name).name for name in methods.names()] == list(methods.names())
     kinds = [methods.method_class(name).target_kinds for name in names]
     assert [kind[:1] for kind in kinds] == [()] + [("sparsity",)] * 8
-    with pytest.raises(InputError, match=r"^method = .lasso.: allowed are dense, "):
+    with pytest.raises(InputError, match=r"^method = .lasso.: allowed are component_aware, dense"):
         methods.method_class("lasso")
 
 

@@ -416,6 +416,44 @@ def test_claims_on_other_metrics(store, card_file):
     assert (row["difference"], row["n"], row["verdict"]) == (0.75, 1, "undecided")
 
 
+@pytest.mark.parametrize(
+    ("within", "ours", "n"),
+    [("", 0.85, 1), ("0.001", 0.8995, 1), ("0.001", 0.95, 1), ("0.001", 0.898, 0), ("0.0", 0.9, 1)],
+)
+def test_pairs_count_where_ours_removed_as_much(store, card_file, within, ours, n):
+    line = f"    target = 0.9\n    within = {within}\n" if within else "    target = 0.9\n"
+    card_file(CARD.replace("    target = 0.9\n", line))
+    planned = plan("quick")
+    for item in planned:
+        put(
+            store, item.settings, 0.5, sparsity=ours if item.settings.method == "magnitude" else 0.9
+        )
+    (row,) = tables.verdicts_table(store, planned, papers.card("toy")).to_dict("records")
+    assert row["n"] == n
+
+
+def test_equal_size_is_of_what_the_target_counts():
+    test = papers.Comparison(
+        method="uniform", against="", model="m", dataset="d", target_kind="macs", within=0.01
+    )
+    ours, theirs = {"macs": 51, "dense_macs": 100}, {"macs": 505, "dense_macs": 1000}
+    assert tables._as_sparse(ours, theirs, test)
+    assert not tables._as_sparse(ours | {"macs": 52}, theirs, test)
+
+
+def test_a_claim_on_a_value_itself(store, card_file):
+    text = CARD.replace('against = "random"\n', 'against = ""\n    at_least = 0.85\n')
+    card_file(text.replace("seeds = 1", "seeds = 3"))
+    planned = plan("quick")
+    for item in planned:
+        put(store, item.settings, METRICS[item.variant, item.settings.method][item.settings.seed])
+    (row,) = tables.verdicts_table(store, planned, papers.card("toy")).to_dict("records")
+    assert row["rule"] == "magnitude of metric >= 0.85"
+    assert (row["difference"], row["n"]) == (pytest.approx(0.9), 3)
+    # 0.88, 0.90, 0.92: 0.90 -+ 0.0497
+    assert row["verdict"] == "confirmed"
+
+
 # --- files
 
 

@@ -93,7 +93,7 @@ def test_a_phase_may_have_a_schedule_of_its_own():
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("epochs", 0),
+        ("epochs", -1),
         ("epochs", 1.0),
         ("epochs", "3"),
         ("epochs", True),
@@ -110,6 +110,7 @@ def test_a_phase_may_have_a_schedule_of_its_own():
         ("warmup_steps", -1),
         ("warmup_from", -0.1),
         ("warmup_from", 1.1),
+        ("steps", -1),
         ("gamma", 0.0),
         ("gamma", 1.1),
         ("power", 0.0),
@@ -163,6 +164,32 @@ def test_steps_of_sgd_by_hand():
     assert (made.status, made.arrays) == ("done", {})
     assert [row["validation_top1"] for row in made.history] == right
     assert right == [0, 0, 1]
+
+
+def test_steps_of_adam_by_hand():
+    """Adam's own formula; momentum is its first decay rate."""
+    net = nn.Sequential(nn.Flatten(), nn.Linear(1, 2, bias=False))
+    net[1].weight.data.copy_(torch.tensor([[0.5], [-0.25]]))
+    recipe = Recipe(epochs=2, lr=0.1, momentum=0.8, optimizer="adam", schedule="constant")
+    batches = one_pixel()
+    made = train(net, dense(), recipe, batches, batches, seed=0)
+    w, m, v = [0.5, -0.25], [0.0, 0.0], [0.0, 0.0]
+    for step in (1, 2):
+        p = 1 / (1 + math.exp(2 * (w[0] - w[1])))
+        gradient = [2 * (1 - p), -2 * (1 - p)]
+        for i, g in enumerate(gradient):
+            m[i], v[i] = 0.8 * m[i] + 0.2 * g, 0.999 * v[i] + 0.001 * g**2
+            ahead, size = m[i] / (1 - 0.8**step), v[i] / (1 - 0.999**step)
+            w[i] -= 0.1 * ahead / (math.sqrt(size) + 1e-8)
+    assert made.model[1].weight.flatten().tolist() == pytest.approx(w, abs=1e-6)
+
+
+def test_no_epoch_leaves_the_net_and_one_row_of_validation():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(1, 2, bias=False))
+    before = net[1].weight.detach().clone()
+    made = train(net, dense(), Recipe(epochs=0, lr=0.1), one_pixel(), one_pixel(), seed=0)
+    assert torch.equal(made.model[1].weight, before)
+    assert (made.status, [row["epoch"] for row in made.history]) == ("done", [0])
 
 
 def test_extra_loss_is_trained_and_counted():
@@ -392,6 +419,41 @@ def test_checkpoints_fall_on_the_ends_of_epochs_when_steps_are_quick(tmp_path):
     assert read_checkpoint(tmp_path / "c", "r")["at"]["step"] == 4
     same(fit(**options), fit())
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
+@pytest.mark.parametrize(
+    ("steps", "made", "epochs"), [(6, 6, 2), (8, 8, 2), (1, 1, 1), (99, 16, 4)]
+)
+def test_steps_end_a_training_within_an_epoch(steps, made, epochs):
+    method = Recorder()
+    recipe = Recipe(epochs=EPOCHS, steps=steps, lr=0.1, schedule="step", milestones=(0.5,))
+    result = fit(method, recipe)
+    assert method.rates == [0.1 if step < made / 2 else 0.1 * 0.1 for step in range(made)]
+    assert [row["epoch"] for row in result.history] == list(range(1, epochs + 1))
+    assert result.status == "done"
+
+
+@pytest.mark.parametrize("step", [2, 4, 5])
+def test_a_run_counted_in_steps_resumes(step, tmp_path):
+    recipe = Recipe(epochs=EPOCHS, steps=6, lr=0.01, weight_decay=1e-3)
+    options = {"checkpoint": tmp_path / "c", "checkpoint_seconds": 0.0, "run": "r"}
+    with pytest.raises(KilledError):
+        fit(recipe=recipe, batches=Fragile(step), **options)
+    same(fit(recipe=recipe), fit(recipe=recipe, **options))
+
+
+def test_no_checkpoint_stands_between_an_epoch_and_its_row(tmp_path, monkeypatch):
+    """Killed there, a run would never write the row."""
+    seen = []
+    monkeypatch.setattr(
+        loop, "write_checkpoint", lambda path, run, state: seen.append(_rows(state))
+    )
+    fit(checkpoint=tmp_path / "c", checkpoint_seconds=0.0, run="r")
+    assert seen == [(step, step // 4) for step in range(1, 17)]
+
+
+def _rows(state):
+    return state["at"]["step"], len(state["at"]["history"])
 
 
 def test_global_random_states_are_left_alone():

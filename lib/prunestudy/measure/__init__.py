@@ -1,5 +1,13 @@
 """What a net is worth and what it costs: quality, parameters, MACs, memory, latency."""
 
+from prunestudy.measure.application import (
+    Application,
+    Constraint,
+    Judgement,
+    Metric,
+    RefusedError,
+    task_metrics,
+)
 from prunestudy.measure.boundary import boundary_f1
 from prunestudy.measure.cost import (
     closed_form_macs,
@@ -19,8 +27,13 @@ from prunestudy.measure.tasks import TASKS, Scores, Task, task
 
 __all__ = [
     "TASKS",
+    "Application",
+    "Constraint",
+    "Judgement",
+    "Metric",
     "Quality",
     "Ratio",
+    "RefusedError",
     "Scores",
     "Task",
     "boundary_f1",
@@ -40,5 +53,6 @@ __all__ = [
     "ratio",
     "sparsity",
     "task",
+    "task_metrics",
     "timings",
 ]

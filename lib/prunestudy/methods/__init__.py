@@ -7,17 +7,21 @@ from pydantic import ValidationError
 from prunestudy.errors import InputError, require_one_of
 from prunestudy.methods.base import TARGETS, Context, Method, Params, Phase, Progress
 from prunestudy.methods.channel_ranking import GroupL2, L1Filter
+from prunestudy.methods.component_aware import ComponentAware
 from prunestudy.methods.dpf import Dpf
+from prunestudy.methods.force import Force
 from prunestudy.methods.gdp import GDP
 from prunestudy.methods.hard_concrete import HardConcrete
 from prunestudy.methods.l1 import L1
 from prunestudy.methods.magnitude import GradualMagnitude, Magnitude
 from prunestudy.methods.magnitude_attention import MagnitudeAttention
 from prunestudy.methods.network_slimming import NetworkSlimming
+from prunestudy.methods.plain_low_rank import PlainLowRank
 from prunestudy.methods.random import Random
 from prunestudy.methods.scratch import Scratch
 from prunestudy.methods.snip import Snip
 from prunestudy.methods.sparse_gates import SparseGates
+from prunestudy.methods.uniform import Uniform
 
 _METHODS: dict[str, type[Method]] = {
     cls.name: cls
@@ -25,6 +29,8 @@ _METHODS: dict[str, type[Method]] = {
         *(Method, SparseGates, Magnitude, GradualMagnitude, Random, L1),
         *(MagnitudeAttention, Dpf, Snip),
         *(GDP, L1Filter, GroupL2, NetworkSlimming, HardConcrete, Scratch),
+        *(ComponentAware, Uniform),
+        *(Force, PlainLowRank),
     )
 }
 

@@ -66,12 +66,16 @@ class Progress:
 
 @dataclass(frozen=True)
 class Context:
-    """What a method may look at before training: images, task, device. Never the test images."""
+    """What a method may look at before training: images, task, device. Never the test images.
+
+    `weight_decay` is the recipe's, which SGD adds to the gradient after `after_backward`.
+    """
 
     train: "Batches"
     validation: "Batches"
     task: Task
     device: torch.device
+    weight_decay: float = 0.0
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -85,7 +89,7 @@ class Method:
 
     Order of the hooks: `attach` once; `prepare` once, with data; `start` at each phase; then per
     step `extra_loss`, `after_backward`, the optimisers, `after_step`; `end` at the end of each
-    phase; `finish` once, then `measures`.
+    phase; `finish` once, then `measures` and `others`.
 
     `target_kinds` says of what the target is a share (of the weights, the MACs, ...); empty for a
     method without a target. With `from_scratch` only the shape of the parent is taken, so that
@@ -156,6 +160,10 @@ class Method:
 
     def measures(self, model: nn.Module) -> dict[str, Any]:  # noqa: ARG002
         """More metrics of the finished net `model`, for the record."""
+        return {}
+
+    def others(self, model: nn.Module) -> dict[str, nn.Module]:  # noqa: ARG002
+        """Other nets to score beside the finished `model`: `metric_NAME` of the record, by name."""
         return {}
 
     def kept_share(self, model: nn.Module) -> float:  # noqa: ARG002

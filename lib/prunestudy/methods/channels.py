@@ -12,8 +12,10 @@ costs.
 
 import math
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -32,18 +34,24 @@ class Channels:
     """Numbers the channels of all dependency groups of `model` from 0 on, group after group.
 
     `kind` is what `cost` counts: "macs" of one input of `shape`, or "parameters". With `only`
-    just the groups of these names; all other channels stay. Raises `InputError` for a net that
-    cannot be traced or has no channel that could go, and for a group that does not exist.
+    just the groups of these names; all other channels stay. A layer norm's statistics are of all
+    its channels, so that none goes without a trace: its groups are left out, but for `norms`.
+    Raises `InputError` for a net that cannot be traced or has no channel that could go, and for a
+    group that does not exist.
     """
 
     def __init__(
-        self, model: nn.Module, shape: tuple[int, ...], kind: str, only: Sequence[str] = ()
+        self,
+        model: nn.Module,
+        shape: tuple[int, ...],
+        kind: str,
+        only: Sequence[str] = (),
+        norms: bool = False,
     ) -> None:
         require_whole(model)
         self.traced, self.shape = trace(model, shape), shape
-        # A layer norm's statistics are of all its channels: none of them can go without a trace.
         found = groups_of(self.traced)
-        self.groups = [g for g in found if all(m.kind != "LayerNorm" for m in g.members)]
+        self.groups = [g for g in found if norms or all(m.kind != "LayerNorm" for m in g.members)]
         if only:
             self.groups = [shrink.find(self.groups, name) for name in only]
         require(bool(self.groups), "model", type(model).__name__, "has no channels that could go")
@@ -70,6 +78,19 @@ class Channels:
         inputs = self._fixed_in + self._in @ g
         outputs = self._fixed_out + self._out @ g
         return self._factor @ (inputs * outputs) + self._single @ g + self._constant
+
+    def cost_at(self, kept: Sequence[int]) -> float:
+        """The cost with so many channels kept of each group: all of a group cost the same."""
+        inside, outside, single = self._each
+        fixed, k = (self._fixed_in.numpy(), self._fixed_out.numpy()), np.array(kept, float)
+        kernels = self._factor.numpy() @ ((fixed[0] + inside @ k) * (fixed[1] + outside @ k))
+        return float(kernels + single @ k) + self._constant
+
+    @cached_property
+    def _each(self) -> list[np.ndarray]:
+        """What one channel of each group has of inputs, of outputs and alone."""
+        first = [part.start for part in self.slices]
+        return [each[..., first].numpy() for each in (self._in, self._out, self._single)]
 
     def shares(self, g: Tensor) -> Tensor:
         """d cost / d g at `g`, over the dense cost: each channel's share c (N,), float64."""

@@ -7,9 +7,17 @@ from typing import NamedTuple
 from torch import nn
 
 from prunestudy.errors import InputError, require, require_one_of
+from prunestudy.models.autoencoder import (
+    Autoencoder,
+    AutoencoderClassifier,
+    ConvAutoencoder,
+    ConvAutoencoderClassifier,
+)
+from prunestudy.models.convnet import ConvNet
 from prunestudy.models.lenet import LeNet5, LeNet300
 from prunestudy.models.mlp import MLP
 from prunestudy.models.resnet import ResNet
+from prunestudy.models.tdmpc import TDMPC
 from prunestudy.models.torchvision_nets import (
     DeepLabV3Plus,
     alexnet_grouped,
@@ -22,7 +30,13 @@ from prunestudy.models.wide_resnet import WideResNet
 
 __all__ = [
     "MLP",
+    "TDMPC",
     "VGG16",
+    "Autoencoder",
+    "AutoencoderClassifier",
+    "ConvAutoencoder",
+    "ConvAutoencoderClassifier",
+    "ConvNet",
     "DeepLabV3Plus",
     "LeNet5",
     "LeNet300",
@@ -48,6 +62,23 @@ class _Entry(NamedTuple):
 
 
 _REGISTRY = {
+    "autoencoder": _Entry(
+        Autoencoder, "784-256-128-32 and back, 476,720 parameters on 1x28x28", "reconstruct"
+    ),
+    "autoencoder_classifier": _Entry(
+        AutoencoderClassifier,
+        "the autoencoder with a classifier on the latent vector, 479,482 parameters",
+        "reconstruct_and_classify",
+    ),
+    "conv_autoencoder": _Entry(
+        ConvAutoencoder, "16 and 32 filters, latent 32, 117,377 parameters", "reconstruct"
+    ),
+    "conv_autoencoder_classifier": _Entry(
+        ConvAutoencoderClassifier,
+        "the convolutional one with a classifier on the latent vector, 120,139 parameters",
+        "reconstruct_and_classify",
+    ),
+    "convnet": _Entry(ConvNet, "Caffe's cifar10_full, 89,578 parameters on 3x32x32"),
     "lenet5": _Entry(LeNet5, "Caffe's LeNet-5, 431,080 parameters on 1x28x28 and 10 classes"),
     "lenet300": _Entry(LeNet300, "LeNet-300-100, 266,610 parameters on 1x28x28 and 10 classes"),
     "mlp": _Entry(MLP, "784-512-256-128-10, 567,434 parameters on 1x28x28 and 10 classes"),

@@ -34,7 +34,9 @@ class Comparison(_Strict):
 
     Over the runs of `model` on `dataset` at `target`, the share removed of what `target_kind`
     counts (None: runs without a target); `metric` is a key of the records' metrics. The variants
-    are those of the two methods.
+    are those of the two methods. With `against` "" the metric itself is compared. With
+    `within` a pair counts only where `method` removed as much as `against`, or at most that share
+    less.
     """
 
     method: str
@@ -47,6 +49,7 @@ class Comparison(_Strict):
     against_variant: str = ""
     metric: str = "metric"
     at_least: float = 0.0
+    within: Annotated[float, Field(ge=0, lt=1)] | None = None
 
 
 class Claim(_Strict):
@@ -69,22 +72,55 @@ class Claim(_Strict):
 class Published(_Strict):
     """A published number: `dense` and `value` of `metric`, at the share `kept` of the weights.
 
-    `target` names our setting it stands beside (share removed), `source` where it was read.
+    `target` names our setting it stands beside (share removed), `source` where it was read,
+    `speed_up` the measured one of the whole net.
     """
 
     text: str
     method: str
     model: str
     dataset: str
-    metric: Literal["top1", "psnr", "miou"]
+    metric: Literal["top1", "top5", "psnr", "miou"]
     mark: Mark
     source: str
     value: float
+    speed_up: float | None = None
     dense: float | None = None
     kept: float | None = None
     nonzeros: int | None = None
     target: float | None = None
     target_kind: TargetKind = "sparsity"
+
+
+class PublishedRanks(_Strict):
+    """Ranks of a net's layers: `ranks` of `full`, layer by layer, with the net's top-1 accuracy.
+
+    `gpu`, `cpu` and `theory` are the speed-ups of these layers, where they were published.
+    """
+
+    text: str
+    method: str
+    model: str
+    dataset: str
+    mark: Mark
+    source: str
+    layers: tuple[str, ...]
+    full: tuple[int, ...]
+    ranks: tuple[int, ...]
+    top1: float | None = None
+    gpu: tuple[float, ...] = ()
+    cpu: tuple[float, ...] = ()
+    theory: tuple[float, ...] = ()
+
+    @model_validator(mode="after")
+    def _one_of_each(self) -> Self:
+        sizes = {len(self.layers), len(self.full), len(self.ranks)}
+        sizes |= {len(column) for column in (self.gpu, self.cpu, self.theory) if column}
+        if len(sizes) > 1:
+            raise ValueError("layers, full, ranks and speed-ups differ in length")
+        if not all(0 < rank <= full for rank, full in zip(self.ranks, self.full, strict=True)):
+            raise ValueError("a rank is above the full one, or below 1")
+        return self
 
 
 class Unknown(_Strict):
@@ -111,7 +147,7 @@ class Entry(_Strict):
     targets: tuple[float, ...] | None = None
     target_kind: TargetKind | None = None
     lr: Annotated[float, Field(gt=0)] | None = None
-    epochs: Annotated[int, Field(ge=1)] | None = None
+    epochs: Annotated[int, Field(ge=0)] | None = None
     fresh: bool = False
     after: str = ""
     after_target: float | None = None
@@ -179,6 +215,7 @@ class Card(_Strict):
     arxiv: str
     claims: tuple[Claim, ...]
     published: tuple[Published, ...]
+    ranks: tuple[PublishedRanks, ...] = ()
     unknown: tuple[Unknown, ...]
     profiles: dict[Literal["quick", "cpu", "cpu-long", "paper"], Profile]
 

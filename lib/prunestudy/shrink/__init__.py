@@ -1,15 +1,20 @@
 """From a trained net to a smaller one: what goes together, removal, storage, export."""
 
+from prunestudy.shrink.components import ComponentGroup, component_groups
 from prunestudy.shrink.csr import CsrLinear, to_csr
 from prunestudy.shrink.fold import fold
 from prunestudy.shrink.groups import Group, Member, find, groups
+from prunestudy.shrink.importance import taylor
+from prunestudy.shrink.low_rank import factorise, factorise_layer, reduce_rank, speed_up
 from prunestudy.shrink.narrow import Narrow, axis_of, narrow
 from prunestudy.shrink.onnx import OnnxNet, export_onnx
+from prunestudy.shrink.ranks import ranks_by_energy, ranks_by_macs, ranks_by_share
 from prunestudy.shrink.remove import Constant, Nothing, remove
 from prunestudy.shrink.sparse import Storage, input_shape, load_net, save_net, storage
 from prunestudy.shrink.view import describe, draw
 
 __all__ = [
+    "ComponentGroup",
     "Constant",
     "CsrLinear",
     "Group",
@@ -19,17 +24,26 @@ __all__ = [
     "OnnxNet",
     "Storage",
     "axis_of",
+    "component_groups",
     "describe",
     "draw",
     "export_onnx",
+    "factorise",
+    "factorise_layer",
     "find",
     "fold",
     "groups",
     "input_shape",
     "load_net",
     "narrow",
+    "ranks_by_energy",
+    "ranks_by_macs",
+    "ranks_by_share",
+    "reduce_rank",
     "remove",
     "save_net",
+    "speed_up",
     "storage",
+    "taylor",
     "to_csr",
 ]

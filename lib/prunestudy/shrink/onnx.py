@@ -16,8 +16,9 @@ from prunestudy.shrink.fold import fold
 def export_onnx(model: nn.Module, path: str | Path, shape: tuple[int, ...]) -> None:
     """Write `model`, folded, to `path` as ONNX: input `images` (batch, *shape), output `output`.
 
-    The batch may be of any size. The file appears whole or not at all. Raises `InputError` if the
-    folder is missing, or if the net cannot be exported (the reason in one line).
+    More outputs are `output_1`, `output_2`, ... The batch may be of any size. The file appears
+    whole or not at all. Raises `InputError` if the folder is missing, or if the net cannot be
+    exported (the reason in one line).
     """
     path = Path(path)
     require(path.parent.is_dir(), "path", str(path), "a file in a folder that exists")
@@ -33,7 +34,6 @@ def export_onnx(model: nn.Module, path: str | Path, shape: tuple[int, ...]) -> N
                 dynamo=True,
                 verbose=False,
                 input_names=["images"],
-                output_names=["output"],
                 dynamic_shapes=({0: torch.export.Dim("batch")},),
             )
         rows = program.model.graph.inputs[0].shape[0]
@@ -41,6 +41,8 @@ def export_onnx(model: nn.Module, path: str | Path, shape: tuple[int, ...]) -> N
         require(
             open_, "model", type(model).__name__, f"no ONNX of it: takes batches of {rows} only"
         )
+        for number, value in enumerate(program.model.graph.outputs):
+            value.name = f"output_{number}" if number else "output"
         program.save(part)
         part.replace(path)
     except torch.onnx.OnnxExporterError as error:
@@ -76,10 +78,11 @@ class OnnxNet(nn.Module):
                 raise
             raise InputError(f"path = {str(path)!r}: not a file that export_onnx wrote") from None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The output (a tensor) for images (batch, *shape)."""
-        (output,) = self.session.run(["output"], {"images": x.detach().cpu().numpy()})
-        return torch.from_numpy(output)
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """The output for images (batch, *shape): a tensor, or a tuple of several."""
+        found = self.session.run(None, {"images": x.detach().cpu().numpy()})
+        outputs = tuple(torch.from_numpy(output) for output in found)
+        return outputs if len(outputs) > 1 else outputs[0]
 
 
 @contextlib.contextmanager

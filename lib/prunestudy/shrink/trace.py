@@ -28,7 +28,8 @@ from prunestudy.shrink.fold import fold
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 # One value (or none) for each channel, whatever the other channels are.
-FOLLOWERS = (nn.modules.batchnorm._BatchNorm, nn.PReLU)
+# (A layer norm's statistics are of all of them, so that they change with those removed.)
+FOLLOWERS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.PReLU)
 LAYERS = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)
 
 # Operations that keep channel c of (n, c, ...) at place c, by the name of their backward.
@@ -44,7 +45,7 @@ _ELEMENTWISE = set(
 )
 _IN_LAYERS = set(
     """accumulategrad addmm convolution cudnnbatchnorm mkldnnconvolution mm nativebatchnorm
-    prelukernel""".split()
+    nativelayernorm prelukernel""".split()
 )
 _RESHAPES = {"view", "unsafeview", "reshapealias", "alias"}
 _PIECES = {"cat", "split", "splitwithsizes", "slice"}
@@ -120,6 +121,8 @@ def is_follower(layer: nn.Module) -> bool:
 
 def channels_of(layer: nn.Module, side: str) -> int:
     """Number of channels (features) of `layer` at side "in" or "out"."""
+    if isinstance(layer, nn.LayerNorm):
+        return layer.normalized_shape[-1]
     for name in (f"{side}_channels", f"{side}_features", "num_features", "num_parameters"):
         if hasattr(layer, name):
             return getattr(layer, name)

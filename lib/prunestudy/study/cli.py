@@ -63,6 +63,9 @@ def _parser() -> argparse.ArgumentParser:
     study = with_data(add_planned("study", _study, "run all that is missing, as a batch"), False)
     study.add_argument("--jobs", type=int, default=2, help="jobs side by side (default 2)")
     study.add_argument("--executor", default="local", help="a Snakemake executor (default local)")
+    costs = add_planned("plan", _plan, "say what the planned runs would cost")
+    costs.add_argument("--gpu-hours", type=float, help="pick the runs that tell most within these")
+    costs.add_argument("--rate", type=float, help="10^12 MACs of training a second, as measured")
     add_planned("list", _list, "list the planned runs")
     add_planned("status", _status, "say what is done and what is missing")
     add_planned("table", _table, "write the tables from the records")
@@ -81,6 +84,10 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--profile", default="quick")
     cut = "say when this weight was cut, and at what magnitude"
     show.add_argument("--weight", nargs=2, metavar=("LAYER", "INDEX"), help=cut)
+    compare = add("compare", _compare, "say what differs between two runs")
+    for name in ("first", "second"):
+        compare.add_argument(name, metavar="RUN", help="a run's name or its beginning")
+    compare.add_argument("--profile", default="quick")
     export = add("export", _export, "write a finished net as an ONNX file")
     export.add_argument("run_name", metavar="RUN", help="a run's name or its beginning")
     export.add_argument("file", metavar="FILE", help="the ONNX file")
@@ -132,6 +139,24 @@ def _say_where(a: argparse.Namespace) -> None:
     folder = store.folder if a.results else os.path.relpath(store.folder)
     for name in ("tables", "figures", "notebooks", "records"):
         print(f"{name:10} {folder}/{name}")
+
+
+def _plan(a: argparse.Namespace) -> None:
+    from prunestudy.study import forecast
+
+    rate = forecast.RATE if a.rate is None else a.rate
+    planned, said = _planned(a), sys.stdout
+    if a.gpu_hours is not None:
+        planned, said = forecast.choose(planned, a.gpu_hours, rate), sys.stderr
+        print(*(item.settings.run for item in planned), sep="\n")  # names alone, for a pipe
+    table = forecast.forecast(planned, rate)
+    print(table.to_string(index=False, float_format="{:.2f}".format), file=said)
+    source = "assumed" if a.rate is None else "as given"
+    print(
+        f"hours: an estimate, at {rate:g} x 10^12 MACs of training a second ({source}); "
+        "MACs: of the dense nets, three passes a step",
+        file=said,
+    )
 
 
 def _list(a: argparse.Namespace) -> None:
@@ -213,18 +238,28 @@ def _notebook(a: argparse.Namespace) -> None:
     print(target if a.results else os.path.relpath(target))
 
 
-def _done(a: argparse.Namespace) -> tuple[Any, str]:
-    """The store, and the name of the finished run that is asked for."""
+def _done(a: argparse.Namespace, run: str) -> tuple[Any, str]:
+    """The store, and the name of the finished run that begins so."""
     require_one_of("profile", a.profile, (*PROFILES, "custom"))
     store = _store(a)
     names = sorted(p.parent.name for p in store.records.glob("*/record.json"))
-    return store, _match(a.run_name, names)
+    return store, _match(run, names)
+
+
+def _compare(a: argparse.Namespace) -> None:
+    from prunestudy.study.compare import differences
+
+    (store, first), (_, second) = (_done(a, run) for run in (a.first, a.second))
+    rows = [("", first, second), *differences(store, first, second)]
+    widths = [max(len(row[column]) for row in rows) for column in range(2)]
+    for key, one, other in rows:
+        print(f"{key:{widths[0]}}  {one:{widths[1]}}  {other}")
 
 
 def _export(a: argparse.Namespace) -> None:
     from prunestudy import shrink
 
-    store, name = _done(a)
+    store, name = _done(a, a.run_name)
     weights = store.weights(name)
     hint = "a run whose net is on disk (`prunestudy run RUN --weights` brings it back)"
     require(weights.exists(), "weights", name, hint)
@@ -235,7 +270,7 @@ def _export(a: argparse.Namespace) -> None:
 def _show(a: argparse.Namespace) -> None:
     from prunestudy.study.records import canonical
 
-    store, name = _done(a)
+    store, name = _done(a, a.run_name)
     if a.weight:
         from prunestudy.study.audit import weight_line
 

@@ -147,10 +147,11 @@ def _common(size: Profile, experiment: Experiment, seed: int) -> dict:
 
 def _recipe(experiment: Experiment, entry: Entry) -> Recipe:
     changes: dict = {"lr": entry.lr} if entry.lr else {}
-    if entry.epochs:
+    if entry.epochs is not None:
         changes["epochs"] = entry.epochs
     elif experiment.start and (entry.fresh or methods.method_class(entry.method).from_scratch):
-        changes["epochs"] = experiment.recipe.epochs + experiment.start.epochs
+        for name in ("epochs", "steps"):
+            changes[name] = getattr(experiment.recipe, name) + getattr(experiment.start, name)
     return experiment.recipe.model_copy(update=changes)
 
 

@@ -97,6 +97,8 @@ class Runner:
             if made.status == "done":
                 metrics = self._measure(settings, made.model, dense, data)
                 metrics |= method.measures(made.model)
+                for name, other in method.others(made.model).items():
+                    metrics[f"metric_{name}"] = self._score(settings, other, data).metric
             if metrics and settings.parent and _same_shapes(made.model, start):
                 metrics["kept_scale"] = kept_scale(made.model, start)
                 made.arrays.update(_kept_sample(made.model, start))
@@ -169,19 +171,24 @@ class Runner:
             show=self.show,
         )
 
-    def _measure(
-        self, settings: RunSettings, model: nn.Module, dense: nn.Module, data: datasets.Dataset
-    ) -> dict[str, Any]:
+    def _score(
+        self, settings: RunSettings, model: nn.Module, data: datasets.Dataset
+    ) -> measure.Scores:
         images = data.test
         if settings.evaluate == "validation":
             _, images = datasets.split(data.train, settings.validation)
         looked_at = datasets.batches_of(images, data.info, len(images), device=self.device)
         task = _task(settings, data.info)
-        scores = task.evaluate(model, looked_at.ordered(512), data.info.num_classes)
+        return task.evaluate(model, looked_at.ordered(512), data.info.num_classes)
+
+    def _measure(
+        self, settings: RunSettings, model: nn.Module, dense: nn.Module, data: datasets.Dataset
+    ) -> dict[str, Any]:
+        scores = self._score(settings, model, data)
         model, shape = model.cpu(), _shape(data.info)
         storage = shrink.storage(model, settings.model, shape, data.info.num_classes)
         return {
-            "metric_name": task.metric_name,
+            "metric_name": _task(settings, data.info).metric_name,
             "metric": scores.metric,
             **scores.more,
             "loss": scores.loss,

@@ -116,6 +116,8 @@ def resolve(
         )
     except ValidationError as error:
         raise InputError(first_error(error)) from None
+    trained = settings.recipe.epochs > 0 or settings.parent is not None
+    require(trained, "epochs", settings.recipe.epochs, "at least 1 for a run without a parent")
     there = models.has_pretrained(model) and not settings.parent
     allowed = "for a run without a parent, of a net that torchvision has weights of"
     require(not settings.pretrained or there, "pretrained", settings.pretrained, allowed)

@@ -179,14 +179,33 @@ def paired(store: Store, planned: list[Planned], test: Comparison) -> Interval:
 
     Pairs share model, data, seed, target (where the control has one) and total epochs.
     """
-    ours = _values(store, planned, test, (test.method, test.variant))
-    theirs = _values(store, planned, test, (test.against, test.against_variant))
-    return Interval.of([ours[key] - theirs[key] for key in sorted(ours) if key in theirs])
+    ours = _metrics(store, planned, test, (test.method, test.variant))
+    if not test.against:
+        return Interval.of([ours[key][test.metric] for key in sorted(ours)])
+    theirs = _metrics(store, planned, test, (test.against, test.against_variant))
+    pairs = [(ours[key], theirs[key]) for key in sorted(ours) if key in theirs]
+    fair = [(a, b) for a, b in pairs if _as_sparse(a, b, test)]
+    return Interval.of([a[test.metric] - b[test.metric] for a, b in fair])
 
 
-def _values(
+def _as_sparse(ours: dict[str, Any], theirs: dict[str, Any], test: Comparison) -> bool:
+    """Whether the pair is close enough in what was removed, or ours removed more."""
+    if test.within is None:
+        return True
+    more = _left(ours, test.target_kind) - _left(theirs, test.target_kind)
+    return more <= test.within
+
+
+def _left(metrics: dict[str, Any], kind: str) -> float:
+    """Share (0-1) of the parameters or MACs that is left; else of the prunable weights."""
+    if kind in ("parameters", "macs"):
+        return metrics[kind] / metrics[f"dense_{kind}"]
+    return 1 - metrics["sparsity"]
+
+
+def _metrics(
     store: Store, planned: list[Planned], test: Comparison, side: tuple[str, str]
-) -> dict[tuple[int, int], float]:
+) -> dict[tuple[int, int], dict[str, Any]]:
     found = {}
     for item in planned:
         s = item.settings
@@ -197,9 +216,8 @@ def _values(
         at_target = s.aim is None or (s.aim.value, s.aim.kind) == (test.target, test.target_kind)
         if wanted and at_target and item.purpose != "search":
             record = store.read(s)
-            value = record["metrics"].get(test.metric) if record else None
-            if value is not None:
-                found[s.seed, s.epochs] = value
+            if record and record["metrics"].get(test.metric) is not None:
+                found[s.seed, s.epochs] = record["metrics"]
     return found
 
 
@@ -218,7 +236,8 @@ def _judge(store: Store, planned: list[Planned], claim: Claim) -> list[dict[str,
         got = paired(store, planned, test)
         sides = (test.method, test.variant), (test.against, test.against_variant)
         ours, theirs = (f"{name} ({label})" if label else name for name, label in sides)
-        rule = f"{ours} - {theirs} of {test.metric} >= {test.at_least:g}"
+        minus = f" - {theirs}" if theirs else ""
+        rule = f"{ours}{minus} of {test.metric} >= {test.at_least:g}"
         where = f"{test.model}, {test.dataset}"
         if test.target:
             where += f", {removed(test.target, test.target_kind)} removed"

@@ -93,7 +93,8 @@ class _Loop:
         self.seed = seed
         self.precision, self.task = precision, task
         self.generator = torch.Generator(device).manual_seed(seed)
-        self.total = recipe.epochs * batches.steps
+        whole = recipe.epochs * batches.steps
+        self.total = min(recipe.steps, whole) if recipe.steps else whole
         self.phases = method.phases()
         ends = np.cumsum([phase.share for phase in self.phases])
         # A phase boundary lies on a step; the last one is the end, whatever the rounding.
@@ -104,7 +105,8 @@ class _Loop:
     def attach(self) -> None:
         self.method.attach(self.model, self.generator)
         self.model.to(self.device, memory_format=torch.channels_last)
-        context = Context(self.batches, self.validation, self.task, self.device)
+        decay = self.recipe.weight_decay
+        context = Context(self.batches, self.validation, self.task, self.device, decay)
         self.method.prepare(self.model, context)
 
     def run(self, checkpoint: Path | None, every: float, run: str, show: bool) -> str:
@@ -119,19 +121,27 @@ class _Loop:
                     if not self._step(x, y):
                         return "diverged"
                     bar.update()
-                    now = time.perf_counter()
-                    if checkpoint and now - since > every:
+                    now, ends = time.perf_counter(), self._ends_epoch()
+                    # An epoch that ends is saved with its row of the history, not before.
+                    if checkpoint and now - since > every and not ends:
                         self.at.seconds += now - since
                         self._save(checkpoint, run)
                         since = time.perf_counter()
+                    if ends:
+                        break
                 self.at.history.append(self._end_epoch(epoch))
                 bar.set_postfix({k: f"{self.at.history[-1][k]:.4f}" for k in self._shown()})
                 self.at.seconds += time.perf_counter() - since
                 if checkpoint:
                     self._save(checkpoint, run)
+        if not self.total:
+            self.at.history = [self._end_epoch(-1)]
         # The loss of the last step says nothing of the weights that it left.
         sound = math.isfinite(self.at.history[-1]["validation_loss"])
         return "done" if sound else "diverged"
+
+    def _ends_epoch(self) -> bool:
+        return self.at.step % self.batches.steps == 0 or self.at.step == self.total
 
     def _step(self, x: torch.Tensor, y: torch.Tensor) -> bool:
         self._enter_phase()
@@ -167,15 +177,16 @@ class _Loop:
 
     def _make_optimizers(self) -> None:
         name, recipe = self.phases[self.at.phase].name, self.recipe
-        sgd = torch.optim.SGD(
-            self.method.parameter_groups(self.model, name),
-            lr=recipe.lr,
-            momentum=recipe.momentum,
-            nesterov=recipe.nesterov,
-            weight_decay=recipe.weight_decay,
-        )
+        groups = self.method.parameter_groups(self.model, name)
+        common = {"lr": recipe.lr, "weight_decay": recipe.weight_decay}
+        if recipe.optimizer == "adam":
+            betas = (recipe.momentum, 0.999)
+            first = torch.optim.Adam(groups, betas=betas, **common)
+        else:
+            nesterov = recipe.nesterov
+            first = torch.optim.SGD(groups, momentum=recipe.momentum, nesterov=nesterov, **common)
         own = self.method.own_optimizer(self.model, name)
-        self.optimizers = [sgd] if own is None else [sgd, own]
+        self.optimizers = [first] if own is None else [first, own]
 
     def _set_lr(self) -> float:
         phases, index = self.phases, self.at.phase
@@ -203,7 +214,7 @@ class _Loop:
         row = {
             "epoch": epoch + 1,
             "phase": self.phases[self.at.phase].name,
-            "train_loss": self.at.loss_sum / max(self.at.loss_steps, 1),
+            "train_loss": self.at.loss_sum / self.at.loss_steps if self.at.loss_steps else math.nan,
             "validation_loss": scores.loss,
             name: scores.metric,
             "kept": self.method.kept_share(self.model),

@@ -1,4 +1,4 @@
-"""How the weights are trained: epochs, batches, SGD and its learning-rate schedule."""
+"""How the weights are trained: epochs, batches, optimiser and learning-rate schedule."""
 
 import math
 from typing import Annotated, Literal
@@ -7,17 +7,22 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class Recipe(BaseModel):
-    """SGD settings of a run; each phase of a method runs its own schedule from `lr` downwards.
+    """Settings of a training; each phase of a method runs its own schedule from `lr` downwards.
 
-    The first `warmup_steps` rise from `warmup_from` (share of `lr`) to `lr`; `milestones` (of a
-    step schedule) are shares of the phase, `shift` is in pixels.
+    `epochs` may be 0 where a method changes a trained net and does not train it after; `steps` ends
+    the training within its last epoch, as papers that count iterations do (0: whole epochs). With
+    `optimizer` "adam", `momentum` is its first decay rate, and `nesterov` means nothing. The first
+    `warmup_steps` rise from `warmup_from` (share of `lr`) to `lr`; `milestones` (of a step
+    schedule) are shares of the phase, `shift` is in pixels.
     """
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
 
-    epochs: Annotated[int, Field(ge=1)]
+    epochs: Annotated[int, Field(ge=0)]
+    steps: Annotated[int, Field(ge=0)] = 0
     lr: Annotated[float, Field(gt=0)]
     batch_size: Annotated[int, Field(ge=1)] = 128
+    optimizer: Literal["sgd", "adam"] = "sgd"
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     nesterov: bool = False
     weight_decay: Annotated[float, Field(ge=0)] = 0.0

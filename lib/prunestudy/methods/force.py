@@ -1,0 +1,168 @@
+r"""Force Regularization (Wen, Xu, Wu, Wang, Chen, Li: "Coordinating Filters for Faster Deep Neural
+Networks", ICCV 2017, arXiv 1703.09746).
+
+The filters of a layer attract each other while the net trains, so that fewer basis filters span
+them afterwards. With W_i a filter as a vector, w_i = W_i / |W_i|, the force of j on i is
+
+    L2:  f_ji = w_j - w_i              L1:  f_ji = (w_j - w_i) / |w_j - w_i|             [P]
+
+and only its part tangential to w_i acts, so lengths do not change to first order:
+
+    dW_i = |W_i| sum_j (f_ji - (f_ji . w_i) w_i)                                         [P]
+    W_i <- W_i - lr (dE/dW_i - lambda dW_i)                                              [P]
+
+There is no 1/N: the strength grows with the number of filters. L2 has a closed form in O(N D):
+S = sum_j w_j, dW_i = |W_i| (S - (S . w_i) w_i). Both are gradients: dW_i = -(|W_i|^2 / 2) dR/dW_i
+of R = 1/2 sum |w_j - w_i|^2 (L2) and sum |w_j - w_i| (L1), over ordered pairs [D].
+
+| paper | code |
+|---|---|
+| W_i | a row of `weight_matrix(layer)` |
+| dW | `force(weight, kind)` |
+| lambda | `strength` times the layer's factor in `strengths`; below 0 filters repel each other |
+| rank ratio, 5% error | `PlainLowRank.measures`, `shrink.ranks` |
+
+Order in a step: gradient, weight decay, force, momentum [P]. Here the force joins the gradient
+before SGD adds the decay; the sum is the same, and where the strength or the sign depends on the
+gradient it is the one with the decay.
+
+Ours, where the paper is silent: filters shorter than 1e-8 neither pull nor are pulled; two filters
+closer than rounding can tell exert no L1 force; which components "agree" (the force moves a weight
+the way descent does). Unknown: lambda for ResNet-20 and GoogLeNet.
+"""
+
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from prunestudy.methods.base import Context, Params, Progress
+from prunestudy.methods.plain_low_rank import LowRankParams, PlainLowRank
+from prunestudy.shrink.low_rank import Layer, groups_of, layers_to_factorise
+
+Kind = Literal["l2", "l1"]
+_SHORTEST = 1e-8
+
+
+def force(weight: Tensor, kind: Kind = "l2", groups: int = 1) -> Tensor:
+    """dW of a layer, in the shape of `weight` (filters first); each of `groups` by itself.
+
+    L2 takes O(N D) operations, L1 O(N^2 D) and no memory beyond N x N.
+    """
+    length, unit = _directions(weight, groups)
+    pull = unit.sum(1, keepdim=True) if kind == "l2" else _inverse_distances(unit) @ unit
+    return _tangential(pull, length, unit).reshape(weight.shape)
+
+
+def force_by_pairs(weight: Tensor, kind: Kind = "l2", groups: int = 1) -> Tensor:
+    """The same by its definition, pair by pair: what `force` is checked and timed against."""
+    length, unit = _directions(weight, groups)
+    pull = torch.zeros_like(unit)
+    for i in range(unit.shape[1]):
+        toward = (unit - unit[:, i : i + 1]) * (length > _SHORTEST)
+        if kind == "l1":
+            distance = toward.norm(dim=2, keepdim=True)
+            toward = torch.where(distance > _closest(unit), toward / distance, 0.0)
+        pull[:, i] = toward.sum(1)
+    return _tangential(pull, length, unit).reshape(weight.shape)
+
+
+def _directions(weight: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Lengths (G, N / G, 1) and unit vectors (G, N / G, D) of the filters; 0 for a short one."""
+    rows = weight.detach().reshape(groups, len(weight) // groups, -1)
+    length = torch.linalg.vector_norm(rows, dim=2, keepdim=True)
+    return length, torch.where(length > _SHORTEST, rows / length, 0.0)
+
+
+def _tangential(pull: Tensor, length: Tensor, unit: Tensor) -> Tensor:
+    """The part of `pull` that turns each filter, times its length; 0 for a short filter."""
+    along = (pull * unit).sum(2, keepdim=True)
+    return torch.where(length > _SHORTEST, length, 0.0) * (pull - along * unit)
+
+
+def _inverse_distances(unit: Tensor) -> Tensor:
+    """1 / |w_j - w_i|, with |w_j - w_i|^2 = 2 - 2 w_i . w_j; 0 where rounding hides it."""
+    squared = 2 - 2 * (unit @ unit.mT)
+    apart = squared > _closest(unit) ** 2
+    return torch.where(apart, squared, 1.0).rsqrt() * apart
+
+
+def _closest(unit: Tensor) -> float:
+    """The distance below which two unit vectors cannot be told apart: 2 - 2 w_i . w_j is noise."""
+    return 4 * torch.finfo(unit.dtype).eps ** 0.5
+
+
+class ForceParams(LowRankParams):
+    """`kind` of force; `strength`: lambda; `adaptive`: lambda times |gradient| / |force| instead,
+    layer by layer; `agree`: only components that the gradient agrees with; `stop`: share of the
+    training after which the force rests; `layers` on which it acts, as `factorise` names them
+    ("": all convolutions larger than 1x1); `strengths`: factors of lambda by layer or pattern.
+    """
+
+    kind: Kind = "l2"
+    strength: float = 1e-4
+    adaptive: bool = False
+    agree: bool = False
+    stop: Annotated[float, Field(gt=0, le=1)] = 1.0
+    layers: str = ""
+    strengths: dict[str, float] = {}
+
+
+class Force(PlainLowRank):
+    """Filters pulled together while the net trains, then low-rank factors."""
+
+    name: ClassVar[str] = "force"
+    title: ClassVar[str] = "Force Regularization"
+    Params: ClassVar[type[Params]] = ForceParams
+
+    def __init__(
+        self, params: ForceParams, target: float | None = None, target_kind: str | None = None
+    ) -> None:
+        super().__init__(params, target, target_kind)
+        self.forced: list[tuple[Layer, float]] = []
+        self.weight_decay = 0.0
+
+    def check(self, model: nn.Module) -> None:
+        """Refuse patterns that name no layer of `model`."""
+        super().check(model)
+        self._strengths(model)
+
+    def prepare(self, model: nn.Module, context: Context) -> None:
+        """Take the images' shape, and the decay that the gradient is to be seen with."""
+        super().prepare(model, context)
+        self.weight_decay = context.weight_decay
+
+    def attach(self, model: nn.Module, generator: torch.Generator) -> None:
+        """Choose the layers on which the force acts."""
+        super().attach(model, generator)
+        self.forced = self._strengths(model)
+
+    @torch.no_grad()
+    def after_backward(self, model: nn.Module, progress: Progress) -> None:  # noqa: ARG002
+        """Add -lambda dW to the gradients of the chosen layers."""
+        acts = progress.phase == "train" and progress.step < self.params.stop * progress.steps
+        for layer, strength in self.forced if acts else ():
+            pull = force(layer.weight, self.params.kind, groups_of(layer))
+            layer.weight.grad.add_(self._gradient(layer.weight, pull, strength))
+
+    def _gradient(self, weight: Tensor, pull: Tensor, strength: float) -> Tensor:
+        """What the force adds to the gradient of `weight`."""
+        if not (self.params.adaptive or self.params.agree):
+            return pull.mul_(-strength)
+        descent = weight.grad.add(weight, alpha=self.weight_decay)
+        if self.params.adaptive:
+            size = pull.norm()
+            pull = torch.where(size >= _SHORTEST, pull * (descent.norm() / size), 0.0)
+        added = pull.mul_(-strength)
+        return torch.where(added * descent > 0, added, 0.0) if self.params.agree else added
+
+    def _strengths(self, model: nn.Module) -> list[tuple[Layer, float]]:
+        """The layers on which the force acts, each with its lambda."""
+        p = self.params
+        chosen = layers_to_factorise(model, tuple(p.layers.split()), "layers")
+        factors = dict.fromkeys(chosen, 1.0)
+        for pattern, factor in p.strengths.items():
+            named = layers_to_factorise(model, (pattern,), "strengths")
+            factors.update((name, factor) for name in named if name in factors)
+        return [(layer, p.strength * factors[name]) for name, layer in chosen.items()]
