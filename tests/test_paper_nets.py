@@ -19,8 +19,8 @@ SIDES = {"alexnet": 63, "alexnet_grouped": 63, "resnet50": 64}
 RUNS = [
     ("imagenet", "alexnet", "sparse_gates", 0.5),
     ("imagenet", "vgg16", "sparse_gates", 0.5),
-    ("imagenet", "alexnet_grouped", "l1_filter", 0.3),
-    ("imagenet", "googlenet", "gdp", 0.3),
+    ("imagenet", "alexnet_grouped", "force", 0.1),
+    ("imagenet", "googlenet", "force", 0.1),
     ("imagenet", "resnet50", "gdp", 0.3),
     ("imagenet", "resnet50", "magnitude_attention", 0.9),
     ("imagenet", "mobilenet_v2", "gdp", 0.3),

@@ -16,7 +16,9 @@ from torch import nn
 from prunestudy import measure, models, shrink
 from prunestudy.errors import InputError
 from prunestudy.methods.channels import Channels, scale_consumers
+from prunestudy.shrink.low_rank import layers_to_factorise, pairs_of
 from prunestudy.shrink.onnx import OnnxNet, export_onnx
+from prunestudy.shrink.ranks import full_ranks
 
 torchvision_net = torchvision.models.get_model
 
@@ -172,6 +174,19 @@ def test_its_cost_is_the_closed_form_of_the_gates(name):
     ]:
         assert float(channels.cost((it.gates != 0).double())) == pytest.approx(count, rel=1e-12)
         assert count < 0.6 * channels.dense
+
+
+FACTORISED = sorted(set(NETS) - {"mlp", "emptied_branches", "autoencoder", "densenet121"})
+
+
+@pytest.mark.parametrize("name", FACTORISED)
+def test_at_full_rank_factors_are_the_net(name):
+    it = case(name)
+    layers = layers_to_factorise(it.small)
+    pairs = shrink.factorise(it.small, full_ranks(it.small, tuple(layers)))
+    assert set(pairs_of(pairs)) == set(layers)
+    x = images(it.shape, torch.float64)
+    assert apart(output(pairs, x), output(it.small, x)) < 1e-9
 
 
 class TwoPaths(nn.Module):
