@@ -1,14 +1,17 @@
 """What several test files share: one thread, small nets, a small card, quick runs."""
 
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from prunestudy import papers
-from prunestudy.datasets import Batches, DatasetInfo, ImageSet
+from prunestudy.datasets import Batches, DatasetInfo, ImageSet, catalogue
 from prunestudy.study import runs
 from prunestudy.study.records import Store
 from prunestudy.study.runs import Runner
@@ -173,3 +176,56 @@ def toy_batches(count=64, batch_size=16, side=8, seed=0, **values):
     info = DatasetInfo("toy", "Toy", "1", 1, side, side, 10, count, count, (0.5,), (0.29,))
     images = ImageSet(pixels, torch.randint(0, 10, (count,), generator=generator))
     return Batches(images, info, batch_size, seed=seed, **values)
+
+
+def slim(net):
+    """VGG-16 or AlexNet with 64 hidden units in the classifier, where 4096 only take time."""
+    layers = [layer for layer in net.classifier if isinstance(layer, nn.Linear)]
+    sizes = [layers[0].in_features, 64, 64, layers[2].out_features]
+    made = {layer: nn.Linear(*sizes[i : i + 2]) for i, layer in enumerate(layers)}
+    net.classifier = nn.Sequential(*(made.get(layer, layer) for layer in net.classifier))
+    return net
+
+
+def small_imagenet(monkeypatch, root, side=32, classes=3, train=4, test=2, seed=0):
+    """ImageNet of a few classes and noisy JPEGs a little larger than `side`, below `root`."""
+    generator = np.random.default_rng(seed)
+    for split, count in (("train", train), ("val", test)):
+        for name in [f"n{c:02}" for c in range(classes)]:
+            folder = root / "imagenet" / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = generator.integers(0, 256, (side + 5, side + 9, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.JPEG")
+    counts = {"train_images": classes * train, "test_images": classes * test}
+    sizes = {"height": side, "width": side, "num_classes": classes}
+    known = replace(catalogue.info("imagenet"), **counts, **sizes)
+    monkeypatch.setitem(catalogue._KNOWN, "imagenet", known)
+    return root
+
+
+def small_voc(monkeypatch, root, side=32, classes=3, train=4, test=2):
+    """Pascal VOC of 20x30 images below `root`: left of a column class 1, right of it class 2.
+
+    Class 1 is red, class 2 blue, one row is without a label.
+    """
+    folder = root / "VOCdevkit/VOC2012"
+    for name in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (folder / name).mkdir(parents=True)
+    for split, count in (("train", train), ("val", test)):
+        names = [f"{split}_{i}" for i in range(count)]
+        (folder / f"ImageSets/Segmentation/{split}.txt").write_text("\n".join(names) + "\n")
+        for i, name in enumerate(names):
+            mask = np.full((20, 30), 1, dtype=np.uint8)
+            mask[:, 8 + 4 * i :] = 2
+            colours = np.array([[0, 0, 0], [250, 0, 0], [0, 0, 250]], dtype=np.uint8)
+            Image.fromarray(colours[mask]).save(
+                folder / f"JPEGImages/{name}.jpg", quality=95, subsampling=0
+            )
+            mask[0] = 255
+            Image.fromarray(mask).save(folder / f"SegmentationClass/{name}.png")
+    counts = {"train_images": train, "test_images": test}
+    sizes = {"height": side, "width": side, "num_classes": classes}
+    known = replace(catalogue.info("voc"), **counts, **sizes)
+    monkeypatch.setitem(catalogue._KNOWN, "voc", known)
+    return root

@@ -290,7 +290,7 @@ def test_unknown_profiles_and_papers_are_refused(toy_card, profile, chosen, mess
             '{ method = "rnd" }',
             "method = 'rnd': allowed are component_aware, dense",
         ),
-        ('model = "lenet300"', 'model = "lenet"', "model = 'lenet': allowed are autoencoder"),
+        ('model = "lenet300"', 'model = "lenet"', "model = 'lenet': allowed are alexnet"),
         ('dataset = "digits"', 'dataset = "digit"', "dataset = 'digit': allowed are cifar10"),
         ("validation = 200", "validation = 1437", "validation = 1437: below 1437"),
         (
@@ -439,6 +439,23 @@ def test_settings_that_are_given_as_their_defaults_change_nothing():
     assert own_settings({"lr": 1}).run == own_settings({"lr": 1.0}).run
 
 
+def test_a_pretrained_start_is_another_run():
+    colour = {"dataset": "cifar10", "model": "mobilenet_v2_cifar"}
+    with pytest.raises(InputError, match="pretrained = True: for a run without a parent"):
+        own_settings(colour | {"pretrained": True})
+    plain, started = (
+        own_settings(colour | {"model": "mobilenet_v2", "pretrained": p}) for p in (False, True)
+    )
+    assert plain.run != started.run
+    assert plain.run == own_settings(colour | {"model": "mobilenet_v2"}).run
+    with pytest.raises(InputError, match="pretrained = True: for a run without a parent"):
+        resolve(**(started.model_dump(include=PLAIN) | {"recipe": RECIPE, "parent": started}))
+
+
+PLAIN = {"dataset", "model", "pretrained", "method", "seed"}
+RECIPE = Recipe(epochs=1, lr=0.1)
+
+
 def test_names_outlive_a_new_setting_with_a_default(monkeypatch):
     before = example()
 
@@ -536,8 +553,8 @@ def test_own_settings():
 
 BAD = [
     ({"colour": "red"}, "setting = 'colour': allowed are batch_size"),
-    ({"model": "vgg"}, "model = 'vgg': allowed are autoencoder"),
-    ({"model": 5}, "model = 5: allowed are autoencoder"),
+    ({"model": "vgg"}, "model = 'vgg': allowed are alexnet"),
+    ({"model": 5}, "model = 5: allowed are alexnet"),
     ({"method": "lasso"}, "method = 'lasso': allowed are component_aware, dense"),
     ({"dataset": "cifar"}, "dataset = 'cifar': allowed are cifar10"),
     ({"dataset": 5}, "dataset = 5: allowed are cifar10"),
@@ -554,6 +571,8 @@ BAD = [
     ({"validation": 1437}, "validation = 1437: below 1437, the training images"),
     ({"batch_size": 1238}, "batch_size = 1238: at most 1237, the training images left"),
     ({"shift": 8}, "shift = 8: "),
+    ({"pretrained": True}, "pretrained = True: for a run without a parent, of a net that"),
+    ({"pretrained": 1}, "pretrained = 1: "),
     ({"model": "lenet5"}, "shape = \\(1, 8, 8\\): lenet5 needs images of at least 16x16"),
     ({"target": 0.5}, "target = .*: dense takes no target"),
     ({"method": "magnitude"}, "target = None: magnitude takes the share"),

@@ -123,7 +123,7 @@ def test_bad_commands_that_are_found_late(refused, words, message):
 SETTINGS = [
     (["colour=red"], "setting = 'colour': allowed are batch_size, dataset, epochs"),
     (["lr"], "--set = 'lr': must be KEY=VALUE"),
-    (["model=vgg99"], "model = 'vgg99': allowed are autoencoder"),
+    (["model=vgg99"], "model = 'vgg99': allowed are alexnet, alexnet_grouped"),
     (["model=lenet5"], "shape = (1, 8, 8): lenet5 needs images of at least 16x16"),
     (["method=lasso"], "method = 'lasso': allowed are component_aware, dense"),
     (["dataset=cifar"], "dataset = 'cifar': allowed are cifar10"),

@@ -21,7 +21,7 @@ from prunestudy.datasets import Batches, DatasetInfo, ImageSet, catalogue, cifar
 from prunestudy.errors import InputError
 
 IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
-ALL = "digits, mnist, fashion_mnist, cifar10, cifar10_jpeg, cifar100"
+ALL = "digits, mnist, fashion_mnist, cifar10, cifar10_jpeg, cifar100, imagenet, voc"
 TEST_IMAGES, TEST_LABELS = "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"
 
 

@@ -57,6 +57,17 @@ def test_quality_by_hand():
     assert found.macro_f1 == pytest.approx(2 / 3, rel=1e-12)  # both 2 / 3; class 2 does not occur
 
 
+def test_top5_by_hand():
+    falling = torch.arange(7, 0, -1.0).repeat(4, 1)  # the likeliest class is 0, then 1, ...
+    found = measure.evaluate(Fixed(), [(falling, torch.tensor([0, 4, 5, 6]))], 7)
+    assert (found.top1, found.top5) == (0.25, 0.5)
+    batches = [(falling, torch.tensor([0, 4, 5, 6]))]
+    assert measure.task("classify").evaluate(Fixed(), batches, 7).more["top5"] == 0.5
+    few = [(falling[:, :5], torch.tensor([0, 1, 3, 4]))]
+    assert measure.evaluate(Fixed(), few, 5).top5 == 1.0
+    assert "top5" not in measure.task("classify").evaluate(Fixed(), few, 5).more
+
+
 @pytest.mark.parametrize("classes", [3, 10])
 def test_macro_f1_is_that_of_torchmetrics(classes):
     torch.manual_seed(0)

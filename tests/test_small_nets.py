@@ -1,6 +1,6 @@
 """Gated nets and the small ones they leave: the same function, in memory, on disk, in ONNX.
 
-The eleven nets are those that pruning papers use, with random gates of which about half are zero.
+The nets are those that pruning papers use, with random gates of which about half are zero.
 Batch norms are random too, but such that no signal dies out on its way to the output.
 """
 
@@ -10,13 +10,15 @@ from functools import cache
 import pytest
 import torch
 import torchvision
-from conftest import one_line
+from conftest import one_line, slim
 from torch import nn
 
 from prunestudy import measure, models, shrink
 from prunestudy.errors import InputError
 from prunestudy.methods.channels import Channels, scale_consumers
+from prunestudy.shrink.low_rank import layers_to_factorise, pairs_of
 from prunestudy.shrink.onnx import OnnxNet, export_onnx
+from prunestudy.shrink.ranks import full_ranks
 
 torchvision_net = torchvision.models.get_model
 
@@ -40,21 +42,28 @@ class Autoencoder(nn.Sequential):
         )
 
 
+def registered(name, side, then=lambda net: net, channels=3):
+    shape = (channels, side, side)
+    return lambda: then(models.build(name, shape, 10)), shape
+
+
 NETS = {
-    "lenet5": (lambda: models.LeNet5((1, 16, 16), 10), (1, 16, 16)),
-    "mlp": (lambda: models.MLP((1, 8, 8), 10), (1, 8, 8)),
-    "vgg16_cifar": (lambda: models.VGG16((3, 8, 8), 10), (3, 8, 8)),
-    "resnet20": (lambda: models.ResNet(20, (3, 8, 8), 10), (3, 8, 8)),
-    "resnet50": (lambda: torchvision_net("resnet50", num_classes=10), (3, 32, 32)),
-    "mobilenet_v2": (lambda: torchvision_net("mobilenet_v2", num_classes=10), (3, 32, 32)),
-    "googlenet": (
-        lambda: torchvision_net("googlenet", num_classes=10, aux_logits=False, init_weights=False),
-        (3, 32, 32),
-    ),
+    "lenet5": registered("lenet5", 16, channels=1),
+    "mlp": registered("mlp", 8, channels=1),
+    "vgg16_cifar": registered("vgg16_cifar", 8),
+    "resnet20": registered("resnet20", 8),
+    "wrn28_2": registered("wrn28_2", 8),
+    "mobilenet_v2_cifar": registered("mobilenet_v2_cifar", 16),
+    "resnet50": registered("resnet50", 32),
+    "mobilenet_v2": registered("mobilenet_v2", 32),
+    "googlenet": registered("googlenet", 32),
+    "alexnet": registered("alexnet", 63, slim),
+    "alexnet_grouped": registered("alexnet_grouped", 63, slim),
+    "vgg16": registered("vgg16", 32, slim),
+    "deeplabv3plus_resnet50": registered("deeplabv3plus_resnet50", 32),
     "densenet121": (lambda: torchvision_net("densenet121", num_classes=10), (3, 32, 32)),
-    "alexnet": (lambda: torchvision_net("alexnet", num_classes=10), (3, 63, 63)),
     "autoencoder": (Autoencoder, (1, 13, 13)),
-    "emptied_branches": (lambda: models.ResNet(20, (3, 8, 8), 10), (3, 8, 8)),
+    "emptied_branches": registered("resnet20", 8),
 }
 EMPTIED = {"emptied_branches": ("stage1.1.conv1", "stage2.0.conv1", "stage3.2.conv1")}
 IN_ONNX = ("lenet5", "mlp", "autoencoder", "resnet20", "emptied_branches")
@@ -167,6 +176,19 @@ def test_its_cost_is_the_closed_form_of_the_gates(name):
         assert count < 0.6 * channels.dense
 
 
+FACTORISED = sorted(set(NETS) - {"mlp", "emptied_branches", "autoencoder", "densenet121"})
+
+
+@pytest.mark.parametrize("name", FACTORISED)
+def test_at_full_rank_factors_are_the_net(name):
+    it = case(name)
+    layers = layers_to_factorise(it.small)
+    pairs = shrink.factorise(it.small, full_ranks(it.small, tuple(layers)))
+    assert set(pairs_of(pairs)) == set(layers)
+    x = images(it.shape, torch.float64)
+    assert apart(output(pairs, x), output(it.small, x)) < 1e-9
+
+
 class TwoPaths(nn.Module):
     """Two paths that meet in a concatenation, each with activations that work in place."""
 
@@ -198,10 +220,10 @@ def test_what_follows_a_constant_may_work_in_place(emptied):
 def test_it_comes_back_from_disk_bit_for_bit(name, tmp_path, monkeypatch):
     it, build = case(name), NETS[name][0]
     entry = models._Entry(lambda shape, num_classes: build(), "a net of this test")
-    monkeypatch.setitem(models._REGISTRY, name, entry)
+    monkeypatch.setitem(models._REGISTRY, "of_this_test", entry)
     small = shrink.fold(it.small).float()
-    shrink.save_net(small, tmp_path / "net", name, it.shape, 10)
-    loaded = shrink.load_net(tmp_path / "net", name)
+    shrink.save_net(small, tmp_path / "net", "of_this_test", it.shape, 10)
+    loaded = shrink.load_net(tmp_path / "net", "of_this_test")
     x = images(it.shape, torch.float32)
     assert torch.equal(output(loaded, x), output(small, x))
 

@@ -377,6 +377,24 @@ def test_an_interrupted_run_ends_like_an_undisturbed_one(variant, step, tmp_path
     assert resumed.left == 10**9 - (16 - step)
 
 
+def dropping():
+    """The same weights each time; the draws of its dropout come from torch's own generator."""
+    head = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.Dropout(0.5), nn.Linear(32, 10))
+    return randomise(head).train()
+
+
+@pytest.mark.parametrize("step", [1, 6])
+def test_a_net_with_dropout_is_resumed_as_exactly(step, tmp_path):
+    straight = fit(net=dropping())
+    same(straight, fit(net=dropping()))
+    assert differ(straight, fit(net=dropping(), seed=4))
+    options = {"checkpoint": tmp_path / "c", "checkpoint_seconds": 0.0, "run": "r"}
+    with pytest.raises(KilledError):
+        fit(net=dropping(), batches=Fragile(step), **options)
+    torch.manual_seed(step)
+    same(straight, fit(net=dropping(), **options))
+
+
 def test_a_run_interrupted_at_every_step(tmp_path):
     options = {"checkpoint": tmp_path / "c", "checkpoint_seconds": 0.0, "run": "r"}
     for _ in range(15):

@@ -1,12 +1,13 @@
 """Where images come from, and how batches are made of them.
 
-A data set is one uint8 tensor in memory. `info` says what a set looks like (without reading it and
-without torch, so that planning a study stays light), `load` reads and verifies it, `split` takes
-validation images from the training images, `Batches` makes batches.
+A data set is one uint8 tensor in memory, or a list of files to be streamed. `info` says what a set
+looks like (without reading it and without torch, so that planning a study stays light), `load`
+reads and verifies it, `split` takes validation images from the training images, `batches_of` makes
+batches of either.
 
     data = load("mnist")
     train, validation = split(data.train, 5000)
-    for x, y in Batches(train, data.info, 128, shift=2, seed=1).epoch(0):
+    for x, y in batches_of(train, data.info, 128, shift=2, seed=1).epoch(0):
         ...
 """
 
@@ -18,12 +19,17 @@ from prunestudy.datasets.catalogue import DatasetInfo, data_root, info, names
 if TYPE_CHECKING:
     from prunestudy.datasets.batches import Batches
     from prunestudy.datasets.sources import Dataset, ImageSet, load, split
+    from prunestudy.datasets.stream_batches import StreamBatches, batches_of
+    from prunestudy.datasets.streams import StreamSet
 
 __all__ = [
     "Batches",
     "Dataset",
     "DatasetInfo",
     "ImageSet",
+    "StreamBatches",
+    "StreamSet",
+    "batches_of",
     "data_root",
     "info",
     "load",
@@ -36,6 +42,9 @@ _WITH_TORCH = {
     "Batches": "batches",
     "Dataset": "sources",
     "ImageSet": "sources",
+    "StreamBatches": "stream_batches",
+    "StreamSet": "streams",
+    "batches_of": "stream_batches",
     "load": "sources",
     "split": "sources",
 }

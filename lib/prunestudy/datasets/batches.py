@@ -38,8 +38,8 @@ class Batches:
         seed: int = 0,
         device: str | torch.device = "cpu",
     ) -> None:
-        _require_whole("batch_size", batch_size, 1, len(images))
-        _require_whole("shift", shift, 0, min(info.height, info.width) - 1)
+        require_whole("batch_size", batch_size, 1, len(images))
+        require_whole("shift", shift, 0, min(info.height, info.width) - 1)
         shape = (info.height, info.width, info.channels)
         found = tuple(images.images.shape[1:])
         require(
@@ -51,7 +51,7 @@ class Batches:
         self.flip, self.seed, self.device = flip, seed, torch.device(device)
         self.labels = images.labels.to(self.device)
         self._pad(images.images)
-        self._prepare_normalisation()
+        self._normalised = Normalised(info, self.device)
 
     def __len__(self) -> int:
         """Number of images."""
@@ -71,8 +71,8 @@ class Batches:
 
         Raises `InputError` unless 0 <= `epoch` and 0 <= `start` <= `steps`.
         """
-        _require_whole("epoch", epoch, 0)
-        _require_whole("start", start, 0, self.steps)
+        require_whole("epoch", epoch, 0)
+        require_whole("start", start, 0, self.steps)
         order, first, direction = (part.to(self.device) for part in self._draw(epoch))
         return (
             (self._gather(first[batch], direction[batch]), self.labels[order[batch]])
@@ -85,7 +85,7 @@ class Batches:
         Raises `InputError` if `batch_size` (by default that of the training) is below 1.
         """
         size = self.batch_size if batch_size is None else batch_size
-        _require_whole("batch_size", size, 1)
+        require_whole("batch_size", size, 1)
         first = self._first_pixel(torch.arange(len(self)), self.shift, self.shift).to(self.device)
         direction = torch.ones_like(first)
         return (
@@ -110,20 +110,11 @@ class Batches:
         self._rows = torch.arange(height, device=self.device).view(-1, 1) * self._width
         self._columns = torch.arange(width, device=self.device)
 
-    def _prepare_normalisation(self) -> None:
-        """(pixel / 255 - mean) / std as pixel * scale + offset, for a whole row of pixels."""
-        mean, std = (
-            torch.tensor(part, dtype=torch.float64) for part in (self.info.mean, self.info.std)
-        )
-        # repeated along the row: broadcasting over three channels alone is four times slower
-        self._scale = (1 / (255 * std)).repeat(self.info.width).float().to(self.device)
-        self._offset = (-mean / std).repeat(self.info.width).float().to(self.device)
-
     def _draw(self, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
         """Image, first pixel and direction of reading (1 or -1) at each place of an epoch."""
         n = len(self)
         # drawn on the CPU, so that the batches do not depend on the device
-        generator = torch.Generator().manual_seed(_mix(self.seed, epoch))
+        generator = torch.Generator().manual_seed(mix(self.seed, epoch))
         order = torch.randperm(n, generator=generator)
         top, left = torch.randint(0, 2 * self.shift + 1, (2, n), generator=generator)
         mirrored = torch.zeros(n, dtype=torch.int64)
@@ -139,19 +130,34 @@ class Batches:
         """Fetch and normalise a batch: first pixels (B,) and directions (B,) to (B, C, H, W)."""
         index = (first.view(-1, 1, 1) + self._rows) + direction.view(-1, 1, 1) * self._columns
         pixels = self._pixels.index_select(0, index.view(-1))
-        rows = pixels.view(-1, self.info.width * self.info.channels).float()
-        shape = (len(first), self.info.height, self.info.width, self.info.channels)
-        return rows.mul_(self._scale).add_(self._offset).view(shape).permute(0, 3, 1, 2)
+        return self._normalised(pixels)
 
 
-def _mix(seed: int, epoch: int) -> int:
+class Normalised:
+    """(pixel / 255 - mean) / std as pixel * scale + offset, for a whole row of pixels."""
+
+    def __init__(self, info: DatasetInfo, device: torch.device) -> None:
+        self.shape = (-1, info.height, info.width, info.channels)
+        mean, std = (torch.tensor(part, dtype=torch.float64) for part in (info.mean, info.std))
+        # repeated along the row: broadcasting over three channels alone is four times slower
+        self.scale = (1 / (255 * std)).repeat(info.width).float().to(device)
+        self.offset = (-mean / std).repeat(info.width).float().to(device)
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Pixels of whole images in order (B, H, W, C), in any shape, to (B, C, H, W) float32."""
+        rows = pixels.view(-1, len(self.scale)).float()
+        return rows.mul_(self.scale).add_(self.offset).view(self.shape).permute(0, 3, 1, 2)
+
+
+def mix(seed: int, number: int) -> int:
     """A generator's seed for (seed, epoch); neighbouring pairs do not share one, as sums would."""
-    digest = hashlib.sha256(f"{seed} {epoch}".encode()).digest()
+    digest = hashlib.sha256(f"{seed} {number}".encode()).digest()
     # 32 bits: torch's generator on the CPU uses no more of its seed
     return int.from_bytes(digest[:4], "big")
 
 
-def _require_whole(parameter: str, value: int, least: int, most: int | None = None) -> None:
+def require_whole(parameter: str, value: int, least: int, most: int | None = None) -> None:
+    """Raise `InputError` unless `value` is a whole number from `least` to `most`."""
     allowed = f"a whole number from {least}" + ("" if most is None else f" to {most}")
     ok = type(value) is int and value >= least and (most is None or value <= most)
     require(ok, parameter, value, allowed)

@@ -12,6 +12,8 @@ from prunestudy.errors import require
 FOLDER = "folder:"
 # Known sets that are image folders, by their folder below the data root.
 IMAGE_FOLDERS = {"cifar10_jpeg": "cifar10-jpeg"}
+# Sets that are too large for memory, by their folder below the data root.
+STREAMED = {"imagenet": "imagenet", "voc": "VOCdevkit/VOC2012"}
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,8 @@ class DatasetInfo:
     `mean` and `std` have one value per channel, of pixels scaled to 0..1, over all training images.
     They are empty for an image folder that has not been loaded: `load(...).info` has them.
     `checksums` maps the name of each unpacked file to its md5. `version` changes whenever the
-    images or our split of them do.
+    images or our split of them do. With `masks` each pixel has a label, 255 for none. Height and
+    width of a streamed set are those that its images are cut to.
     """
 
     name: str
@@ -36,7 +39,11 @@ class DatasetInfo:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     checksums: Mapping[str, str] = field(default_factory=dict, hash=False)
+    masks: bool = False
 
+
+# What torchvision's pretrained nets expect.
+_IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 # Every mean and std below was computed from the training images; tests compute them again.
 _KNOWN = {
@@ -142,6 +149,31 @@ _KNOWN = {
             "train": "16019d7e3df5f24257cddd939b257f8d",
             "test": "f0ef6b0ae62326f3e7ffdfab6717acfc",
         },
+    ),
+    "imagenet": DatasetInfo(
+        name="imagenet",
+        title="ImageNet",
+        version="1",
+        channels=3,
+        height=224,
+        width=224,
+        num_classes=1000,
+        train_images=1_281_167,
+        test_images=50_000,
+        **_IMAGENET,
+    ),
+    "voc": DatasetInfo(
+        name="voc",
+        title="Pascal VOC 2012",
+        version="1",
+        channels=3,
+        height=513,
+        width=513,
+        num_classes=21,
+        train_images=1464,
+        test_images=1449,
+        masks=True,
+        **_IMAGENET,
     ),
 }
 

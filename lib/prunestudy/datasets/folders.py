@@ -6,7 +6,7 @@ silently: a file that is no such image is refused. Only names starting with a do
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,20 +48,34 @@ def scan(dataset: str, path: Path) -> Layout:
     `dataset` is what the user asked for; errors name it. Raises `InputError` for a missing folder,
     a class without images in one of the splits, files that are no images, a broken first image.
     """
+    classes, files, digest = list_files(dataset, path)
+    channels, height, width = _header(dataset, path / files["train"][0][0])
+    return Layout(dataset, path, classes, files, channels, height, width, digest[:12])
+
+
+def list_files(
+    dataset: str, path: Path, splits: tuple[str, str] = SPLITS
+) -> tuple[tuple[str, ...], dict[str, tuple[tuple[str, int], ...]], str]:
+    """Classes, files and the digest of `Layout`, of sub-folders called `splits`.
+
+    Raises `InputError` as `scan` does.
+    """
     try:
-        sizes = {split: _list_split(dataset, path, split) for split in SPLITS}
+        sizes = {split: _list_split(dataset, path, split) for split in splits}
     except OSError as error:
         raise InputError(f"dataset = {dataset!r}: {path} cannot be read ({error})") from error
-    classes = tuple(sorted(set(sizes["train"]) | set(sizes["test"])))
-    require(classes != (), "dataset", dataset, f"{path}/train has no sub-folders, one per class")
+    train, test = splits
+    classes = tuple(sorted(set(sizes[train]) | set(sizes[test])))
+    none = f"{path}/{train} has no sub-folders, one per class"
+    require(classes != (), "dataset", dataset, none)
     empty = [
-        f"{split}/{name}" for name in classes for split in SPLITS if not sizes[split].get(name)
+        f"{split}/{name}" for name in classes for split in splits if not sizes[split].get(name)
     ]
     require(
         not empty,
         "dataset",
         dataset,
-        f"no images in {_some(empty)}; every class has images in train and in test",
+        f"no images in {some(empty)}; every class has images in {train} and in {test}",
     )
     files = {
         split: tuple(
@@ -69,10 +83,9 @@ def scan(dataset: str, path: Path) -> Layout:
             for label, name in enumerate(classes)
             for file in sorted(sizes[split][name])
         )
-        for split in SPLITS
+        for split in splits
     }
-    channels, height, width = _header(dataset, path / files["train"][0][0])
-    return Layout(dataset, path, classes, files, channels, height, width, _digest(sizes))
+    return classes, files, _digest(sizes)
 
 
 def read(layout: Layout) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -83,13 +96,14 @@ def read(layout: Layout) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """
     broken: list[str] = []
     arrays = {split: _read_split(layout, split, broken) for split in SPLITS}
-    require(
-        not broken,
-        "dataset",
-        layout.dataset,
-        f"{len(broken)} image{'s' * (len(broken) > 1)} cannot be read: {_some(broken)}",
-    )
+    refuse_broken(layout.dataset, broken)
     return arrays
+
+
+def refuse_broken(dataset: str, broken: Sequence[str]) -> None:
+    """Raise `InputError`, counting and naming them, if there are files that cannot be read."""
+    count = f"{len(broken)} image{'s' * (len(broken) > 1)} cannot be read"
+    require(not broken, "dataset", dataset, f"{count}: {some(broken)}")
 
 
 def _list_split(dataset: str, path: Path, split: str) -> dict[str, dict[str, int]]:
@@ -112,7 +126,7 @@ def _list_split(dataset: str, path: Path, split: str) -> dict[str, dict[str, int
         not strays,
         "dataset",
         dataset,
-        f"not {', '.join(SUFFIXES)} in a class's folder: {_some(sorted(strays))}",
+        f"not {', '.join(SUFFIXES)} in a class's folder: {some(sorted(strays))}",
     )
     return listing
 
@@ -130,19 +144,20 @@ def _digest(sizes: Mapping[str, Mapping[str, Mapping[str, int]]]) -> str:
         for name, images in classes.items()
         for file, size in images.items()
     )
-    return hashlib.sha256("".join(lines).encode()).hexdigest()[:12]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def _header(dataset: str, file: Path) -> tuple[int, int, int]:
     """Channels, height and width of one image, without decoding it."""
     try:
         with Image.open(file) as image:
-            return _channels(image), image.height, image.width
+            return channels_of(image), image.height, image.width
     except Exception as error:  # Pillow's decoders raise many kinds
         raise InputError(f"dataset = {dataset!r}: 1 image cannot be read: {file}") from error
 
 
-def _channels(image: Image.Image) -> int:
+def channels_of(image: Image.Image) -> int:
+    """1 or 3; `ValueError` for an image that has not 8 bits a channel."""
     if image.mode not in _CHANNELS:
         raise ValueError(f"mode {image.mode} is not 8 bits a channel")
     return _CHANNELS[image.mode]
@@ -156,7 +171,7 @@ def _read_split(layout: Layout, split: str, broken: list[str]) -> tuple[np.ndarr
     for row, (file, _) in enumerate(files):
         try:
             with Image.open(layout.path / file) as image:
-                channels, size = _channels(image), (image.height, image.width)
+                channels, size = channels_of(image), (image.height, image.width)
                 pixels = np.asarray(image.convert("L" if layout.channels == 1 else "RGB"))
         except Exception:  # Pillow's decoders raise many kinds
             broken.append(file)
@@ -183,7 +198,7 @@ def _check(layout: Layout, file: str, channels: int, size: tuple[int, int]) -> N
     )
 
 
-def _some(items: Iterable[str]) -> str:
+def some(items: Iterable[str]) -> str:
     """The first few items, and how many more there are."""
     items = list(items)
     rest = len(items) - _NAMED_AT_MOST

@@ -1,4 +1,4 @@
-"""Reading data sets: scikit-learn's digits, MNIST, Fashion-MNIST, CIFAR, image folders.
+"""Reading data sets: scikit-learn's digits, MNIST, Fashion-MNIST, CIFAR, image folders, streams.
 
 Every byte of a downloaded set is verified by md5 at each loading.
 """
@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prunestudy.datasets import cifar, folders
+from prunestudy.datasets import cifar, folders, streams
 from prunestudy.datasets.catalogue import (
     FOLDER,
     IMAGE_FOLDERS,
+    STREAMED,
     DatasetInfo,
     data_root,
     folder_layout,
@@ -65,11 +66,15 @@ class ImageSet:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set in memory; `fingerprint` is the sha256 of all its images and labels."""
+    """A data set in memory or on disk.
+
+    `fingerprint` is the sha256 of all its images and labels, of a streamed set that of the names
+    and sizes of its files.
+    """
 
     info: DatasetInfo
-    train: ImageSet
-    test: ImageSet
+    train: "ImageSet | streams.StreamSet"
+    test: "ImageSet | streams.StreamSet"
     fingerprint: str
 
 
@@ -85,12 +90,18 @@ def load(name: str, root: str | Path | None = None, download: bool = True) -> Da
     - `cifar10`, `cifar100`: the files of the Python version, in `<root>/cifar-10-batches-py` and
       `<root>/cifar-100-python`; fetched likewise.
     - `cifar10_jpeg`: a copy of CIFAR-10 as JPEG files, an image folder `<root>/cifar10-jpeg`.
+    - `imagenet`: `<root>/imagenet/{train,val}/<class>/*.JPEG`; `voc`: `<root>/VOCdevkit/VOC2012`,
+      the masks of the classes, trained on `train` and tested on `val`. These stay on disk: what is
+      there is verified, see `streams.py`.
     - `folder:PATH`: see `info`; its `mean` and `std` are computed here.
 
     Raises `InputError` for an unknown name, missing files that cannot be downloaded, a wrong md5
     and, for folders, whatever is not a well-formed set of images of one size.
     """
     details = info(name, root)
+    if name in STREAMED:
+        train, test, fingerprint = streams.find(details, data_root(root) / STREAMED[name])
+        return Dataset(details, train, test, fingerprint)
     if name == "digits":
         train, test = _digits()
     elif name.startswith(FOLDER):
@@ -107,7 +118,9 @@ def load(name: str, root: str | Path | None = None, download: bool = True) -> Da
     return Dataset(details, train, test, _fingerprint(train, test))
 
 
-def split(train: ImageSet, validation: int) -> tuple[ImageSet, ImageSet]:
+def split(
+    train: "ImageSet | streams.StreamSet", validation: int
+) -> tuple["ImageSet | streams.StreamSet", "ImageSet | streams.StreamSet"]:
     """Training images without the last `validation` of a fixed permutation, and those.
 
     The permutation depends on the number of images only, not on the seed of a run: all runs are

@@ -8,6 +8,7 @@ from prunestudy.measure.application import (
     RefusedError,
     task_metrics,
 )
+from prunestudy.measure.boundary import boundary_f1
 from prunestudy.measure.cost import (
     closed_form_macs,
     layer_macs,
@@ -35,6 +36,7 @@ __all__ = [
     "RefusedError",
     "Scores",
     "Task",
+    "boundary_f1",
     "closed_form_macs",
     "evaluate",
     "interleave",

@@ -13,12 +13,16 @@ from prunestudy.measure.forward import device_of, evaluating
 
 @dataclass(frozen=True)
 class Quality:
-    """Scores over `count` samples: `top1` and `macro_f1` in 0-1, `loss` the mean cross-entropy."""
+    """Scores over `count` samples: `loss` is the mean cross-entropy, the others are in 0-1.
+
+    `top5`: share whose class is among the five most likely; 1 for up to five classes.
+    """
 
     top1: float
     macro_f1: float
     loss: float
     count: int
+    top5: float
 
 
 def evaluate(
@@ -35,17 +39,20 @@ def evaluate(
     device = device_of(model)
     confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
     loss = torch.zeros((), dtype=torch.float64, device=device)
+    among = torch.zeros((), dtype=torch.int64, device=device)
     with evaluating(model), torch.inference_mode():
         for inputs, labels in batches:
             logits, y = model(inputs.to(device)), labels.to(device)
             _check(logits, y, num_classes)
             loss += F.cross_entropy(logits.double(), y, reduction="sum")
+            among += (logits.topk(min(5, num_classes), 1).indices == y[:, None]).sum()
             cells = y * num_classes + logits.argmax(1)
             confusion += torch.bincount(cells, minlength=num_classes**2).view_as(confusion)
     count = int(confusion.sum())
     require(count > 0, "batches", count, "at least one sample")
     right = int(confusion.diagonal().sum())
-    return Quality(right / count, _macro_f1(confusion.cpu()), float(loss) / count, count)
+    f1 = _macro_f1(confusion.cpu())
+    return Quality(right / count, f1, float(loss) / count, count, int(among) / count)
 
 
 def _check(logits: Tensor, y: Tensor, num_classes: int) -> None:

@@ -4,8 +4,11 @@
 - `reconstruct`: output is images (batch, C, H, W) of pixels in 0-1; mean squared error; PSNR.
 - `reconstruct_and_classify`: output is a pair (images, logits); the sum of both losses; PSNR, and
   top-1 beside it.
+- `segment`: output is logits (batch, classes, H, W), labels are masks (batch, H, W), 255 for pixels
+  without one; cross-entropy over the labelled pixels; mean IoU, and boundary F1 beside it.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -13,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prunestudy.errors import require_one_of
+from prunestudy.errors import require, require_one_of
+from prunestudy.measure.boundary import IGNORED, boundary_f1
 from prunestudy.measure.forward import device_of, evaluating
 from prunestudy.measure.quality import evaluate
 
@@ -50,6 +54,8 @@ class Task:
         """Score `model` in eval mode on batches of inputs and labels; see `measure.evaluate`."""
         quality = evaluate(model, batches, num_classes)
         more = {"macro_f1": quality.macro_f1}
+        if num_classes > 5:
+            more["top5"] = quality.top5
         return Scores(quality.top1, quality.loss, quality.count, more)
 
     def pixels(self, x: Tensor) -> Tensor:
@@ -105,6 +111,48 @@ class ReconstructAndClassify(Reconstruct):
         return Scores(images.metric, loss, images.count, more)
 
 
+class Segment(Task):
+    """A class for every pixel."""
+
+    name = "segment"
+    metric_name = "miou"
+
+    def loss(self, output: Tensor, x: Tensor, y: Tensor) -> Tensor:  # noqa: ARG002
+        """Mean cross-entropy of the pixels of masks `y` (batch, H, W) that have a label."""
+        return self._cross_entropy(output, y, "mean")
+
+    def evaluate(self, model: nn.Module, batches: Iterable[Batch], num_classes: int) -> Scores:
+        """Mean IoU over all pixels with a label, of the classes that occur or are predicted.
+
+        `more` has `boundary_f1` (see `boundary.py`), the mean over the images, and the accuracy
+        of the pixels. Raises `InputError` if no pixel has a label.
+        """
+        confusion = _confusion(num_classes)
+        device, contours, loss, count = device_of(model), [], 0.0, 0
+        with evaluating(model), torch.inference_mode():
+            for inputs, masks in batches:
+                output, y = model(inputs.to(device)), masks.to(device)
+                loss += float(self._cross_entropy(output, y, "sum"))
+                guess = output.argmax(1)
+                confusion.update(guess.cpu(), masks.cpu())
+                contours += [boundary_f1(a, b) for a, b in zip(guess, masks, strict=True)]
+                count += len(y)
+        cells = confusion.confmat.double()
+        pixels, right = float(cells.sum()), cells.diagonal()
+        require(pixels > 0, "batches", count, "at least one pixel with a label")
+        seen = [value for value in contours if not math.isnan(value)]
+        more = {
+            "boundary_f1": sum(seen) / len(seen) if seen else math.nan,
+            "pixel_accuracy": float(right.sum()) / pixels,
+        }
+        return Scores(float(confusion.compute()), loss / pixels, count, more)
+
+    def _cross_entropy(self, output: Tensor, y: Tensor, reduction: str) -> Tensor:
+        # As rows: of pixels in an image the loss has no deterministic backward pass on CUDA.
+        rows = output.movedim(1, -1).flatten(0, -2)
+        return F.cross_entropy(rows, y.flatten(), ignore_index=IGNORED, reduction=reduction)
+
+
 class _Part(nn.Module):
     """One of several outputs of a net."""
 
@@ -123,7 +171,13 @@ def _psnr():
     return PeakSignalNoiseRatio(data_range=1.0)
 
 
-TASKS = {cls.name: cls for cls in (Task, Reconstruct, ReconstructAndClassify)}
+def _confusion(num_classes: int):
+    from torchmetrics.classification import MulticlassJaccardIndex  # late: it takes seconds
+
+    return MulticlassJaccardIndex(num_classes, ignore_index=IGNORED)
+
+
+TASKS = {cls.name: cls for cls in (Task, Reconstruct, ReconstructAndClassify, Segment)}
 
 
 def task(name: str, mean: tuple[float, ...] = (), std: tuple[float, ...] = ()) -> Task:

@@ -152,7 +152,7 @@ class Runner:
             model,
             method,
             recipe,
-            datasets.Batches(
+            datasets.batches_of(
                 held_in,
                 data.info,
                 recipe.batch_size,
@@ -161,7 +161,7 @@ class Runner:
                 seed=settings.seed,
                 device=self.device,
             ),
-            datasets.Batches(held_out, data.info, len(held_out), device=self.device),
+            datasets.batches_of(held_out, data.info, len(held_out), device=self.device),
             seed=settings.seed,
             task=_task(settings, data.info),
             device=self.device,
@@ -177,7 +177,7 @@ class Runner:
         images = data.test
         if settings.evaluate == "validation":
             _, images = datasets.split(data.train, settings.validation)
-        looked_at = datasets.Batches(images, data.info, len(images), device=self.device)
+        looked_at = datasets.batches_of(images, data.info, len(images), device=self.device)
         task = _task(settings, data.info)
         return task.evaluate(model, looked_at.ordered(512), data.info.num_classes)
 
@@ -207,10 +207,11 @@ class Runner:
 
 
 def _fresh(settings: RunSettings, info: datasets.DatasetInfo) -> nn.Module:
-    """The dense net of a run, initialised by its seed."""
+    """The dense net of a run, initialised by its seed, or pretrained."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        return models.build(settings.model, _shape(info), info.num_classes)
+        like = settings.model, _shape(info), info.num_classes
+        return models.build(*like, settings.pretrained)
 
 
 def _method(settings: RunSettings) -> methods.Method:

@@ -31,6 +31,7 @@ class RunSettings(BaseModel):
     dataset: str
     dataset_version: str
     model: str
+    pretrained: bool = False
     method: str
     revision: int
     params: dict[str, Any] = {}
@@ -117,6 +118,9 @@ def resolve(
         raise InputError(first_error(error)) from None
     trained = settings.recipe.epochs > 0 or settings.parent is not None
     require(trained, "epochs", settings.recipe.epochs, "at least 1 for a run without a parent")
+    there = models.has_pretrained(model) and not settings.parent
+    allowed = "for a run without a parent, of a net that torchvision has weights of"
+    require(not settings.pretrained or there, "pretrained", settings.pretrained, allowed)
     wanted = (target.value, target.kind) if target else ()
     _fits(settings, known, methods.build(method, settings.params, *wanted))
     return settings
@@ -144,7 +148,7 @@ def own_settings(values: dict[str, Any], root: str = "") -> RunSettings:
     return resolve(params=params, recipe=made, target=target, root=root, **own)
 
 
-_OWN = ("dataset", "model", "method", "seed", "precision", "threads", "validation")
+_OWN = ("dataset", "model", "pretrained", "method", "seed", "precision", "threads", "validation")
 _TARGET = {"target", "target_kind"}
 
 
@@ -198,6 +202,9 @@ def _shapes_of(model: str, shape: tuple[int, int, int]) -> torch.nn.Module:
 
 
 def _fits(settings: RunSettings, known: datasets.DatasetInfo, method: methods.Method) -> None:
+    fits = (models.task_of(settings.model) == "segment") == known.masks
+    allowed = f"{known.name} has {'masks' if known.masks else 'one label an image'}"
+    require(fits, "model", settings.model, allowed)
     # A net that cannot take these images says so here, and a method that cannot take the net.
     method.check(_shapes_of(settings.model, (known.channels, known.height, known.width)))
     shift, side = settings.recipe.shift, min(known.height, known.width)

@@ -1,8 +1,9 @@
 """The one training loop: phases, hooks, validation, checkpoints and exact resume.
 
 A run that is killed and started again goes on from its last checkpoint and ends with the same
-numbers: batches depend on (seed, epoch, step) only, every draw comes from one generator, and
-model, optimisers, method, generator and history are in the checkpoint.
+numbers: batches depend on (seed, epoch, step) only, a method's draws come from one generator, a
+net's (dropout) from torch's own, which is seeded at each step, and model, optimisers, method,
+generator and history are in the checkpoint.
 """
 
 import math
@@ -17,6 +18,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from prunestudy.datasets import Batches
+from prunestudy.datasets.batches import mix
 from prunestudy.measure import Scores, Task
 from prunestudy.methods.base import Context, Method, Progress
 from prunestudy.train.checkpoint import read_checkpoint, write_checkpoint
@@ -77,7 +79,8 @@ def train(
     saved = read_checkpoint(checkpoint, run) if checkpoint else None
     if saved:
         loop.load(saved)
-    status = loop.run(checkpoint, checkpoint_seconds, run, show)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        status = loop.run(checkpoint, checkpoint_seconds, run, show)
     return TrainResult(
         method.finish(model), loop.at.history, method.arrays(), loop.at.seconds, status
     )
@@ -87,6 +90,7 @@ class _Loop:
     def __init__(self, model, method, recipe, batches, validation, seed, task, device, precision):
         self.model, self.method, self.recipe = model, method, recipe
         self.batches, self.validation, self.device = batches, validation, device
+        self.seed = seed
         self.precision, self.task = precision, task
         self.generator = torch.Generator(device).manual_seed(seed)
         whole = recipe.epochs * batches.steps
@@ -142,6 +146,7 @@ class _Loop:
     def _step(self, x: torch.Tensor, y: torch.Tensor) -> bool:
         self._enter_phase()
         progress, lr = self._progress(), self._set_lr()
+        torch.manual_seed(mix(self.seed, self.at.step))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             loss = self.task.loss(self.model(x), x, y)
         extra = self.method.extra_loss(self.model, progress)

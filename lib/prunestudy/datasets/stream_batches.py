@@ -1,0 +1,211 @@
+"""Batches of images that are on disk, decoded by worker processes.
+
+torchvision's v2 transforms cut and flip each image (of ImageNet as its reference recipes for
+classification do, of VOC as those for segmentation). What is drawn for an image depends on (seed,
+epoch, place in the epoch) alone, so that batches do not depend on the number of workers, nor on
+where in an epoch a run goes on. Normalisation is done on the device.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, default_collate
+
+from prunestudy.datasets.batches import Batches, Normalised, mix, require_whole
+from prunestudy.datasets.catalogue import DatasetInfo
+from prunestudy.datasets.streams import UNLABELLED, StreamSet, cores
+from prunestudy.errors import InputError, require
+
+_MOST_VALUES = 2**24  # in the images of one batch that is only looked at
+_MOST_WORKERS = 8
+
+
+def batches_of(
+    images: Any, info: DatasetInfo, batch_size: int, **options: Any
+) -> "Batches | StreamBatches":
+    """`Batches` of an `ImageSet`, `StreamBatches` of a `StreamSet`; `options` as theirs."""
+    kind = StreamBatches if isinstance(images, StreamSet) else Batches
+    return kind(images, info, batch_size, **options)
+
+
+class StreamBatches:
+    """Normalised batches of a `StreamSet`; the interface is that of `Batches`.
+
+    Training images are cut out at random, in size and place (`RandomResizedCrop`; with masks
+    resized to 0.5-2 times the side, padded and cropped), with `flip` mirrored with probability
+    1/2. `workers` processes decode them (by default one a core, at most 8; 0: none).
+
+    Raises `InputError` if `batch_size` does not fit, and for a `shift`.
+    """
+
+    def __init__(
+        self,
+        images: StreamSet,
+        info: DatasetInfo,
+        batch_size: int,
+        *,
+        shift: int = 0,
+        flip: bool = False,
+        seed: int = 0,
+        device: str | torch.device = "cpu",
+        workers: int | None = None,
+    ) -> None:
+        require_whole("batch_size", batch_size, 1, len(images))
+        require(shift == 0, "shift", shift, f"0: images of {info.name} are cut out at random")
+        self.workers = min(_MOST_WORKERS, cores()) if workers is None else workers
+        require_whole("workers", self.workers, 0)
+        self.images, self.info, self.batch_size = images, info, batch_size
+        self.flip, self.seed, self.device = flip, seed, torch.device(device)
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.images)
+
+    @property
+    def steps(self) -> int:
+        """Batches in an epoch; the images that do not fill a last one are left out of it."""
+        return len(self) // self.batch_size
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Training batches of epoch number `epoch` (from 0), from batch `start` on.
+
+        Yields x (B, 3, H, W) float32, channels_last, normalised, and labels y (B,), or masks
+        (B, H, W), int64. Raises `InputError` unless 0 <= `epoch` and 0 <= `start` <= `steps`, and
+        for an image that cannot be decoded.
+        """
+        require_whole("epoch", epoch, 0)
+        require_whole("start", start, 0, self.steps)
+        generator = torch.Generator().manual_seed(mix(self.seed, epoch))
+        order = torch.randperm(len(self), generator=generator)
+        seeds = torch.randint(2**31, (len(self),), generator=generator)
+        places = _Places(order, seeds, self.batch_size, start, self.steps)
+        return self._read(places, training_transforms(self.info, self.flip))
+
+    def ordered(self, batch_size: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """All images once, in order, their middle cut out; with masks the whole image, padded.
+
+        `batch_size` (by default that of the training) is a wish: batches are as small as it takes
+        to keep what a net makes of them in memory. The last one may be short. Raises `InputError`
+        as `epoch` does.
+        """
+        size = self.batch_size if batch_size is None else batch_size
+        require_whole("batch_size", size, 1)
+        values = self.info.channels * self.info.height * self.info.width
+        size = min(size, max(1, _MOST_VALUES // values))
+        order = torch.arange(len(self))
+        places = _Places(order, torch.zeros_like(order), size, 0, math.ceil(len(self) / size))
+        return self._read(places, looking_transforms(self.info))
+
+    def _read(self, places: "_Places", transforms: Callable) -> Iterator[tuple[Tensor, Tensor]]:
+        normalised = Normalised(self.info, self.device)
+        loader = DataLoader(
+            _Decoded(self.images, transforms),
+            batch_sampler=places,
+            num_workers=min(self.workers, len(places)),
+            collate_fn=_collate,
+            pin_memory=self.device.type == "cuda",
+            generator=torch.Generator(),  # else it would draw from torch's own
+        )
+        for batch in loader:
+            if isinstance(batch, InputError):
+                raise batch
+            x, y = (part.to(self.device, non_blocking=True) for part in batch)
+            yield normalised(x), y.long()
+
+
+def training_transforms(info: DatasetInfo, flip: bool) -> Callable:
+    """torchvision's v2 transforms of (image, target) in training."""
+    from torchvision.transforms import v2
+
+    size = (info.height, info.width)
+    mirrored = [v2.RandomHorizontalFlip()] if flip else []
+    if not info.masks:
+        return v2.Compose([v2.RandomResizedCrop(size), *mirrored])
+    side = min(size)
+    resized = v2.RandomResize(side // 2, 2 * side)
+    cropped = v2.RandomCrop(size, pad_if_needed=True, fill=_fill(info))
+    return v2.Compose([resized, *mirrored, cropped])
+
+
+def looking_transforms(info: DatasetInfo) -> Callable:
+    """The same for images that are only looked at; draws nothing."""
+    from torchvision.transforms import v2
+
+    size = (info.height, info.width)
+    if info.masks:
+        return v2.Compose([_PadTo(info), v2.CenterCrop(size)])
+    larger = v2.Resize(round(min(size) * 256 / 224))
+    return v2.Compose([larger, v2.CenterCrop(size)])
+
+
+class _Places:
+    """Batches of (index, seed of its draws), made when they are asked for."""
+
+    def __init__(self, order: Tensor, seeds: Tensor, size: int, start: int, steps: int) -> None:
+        self.order, self.seeds, self.size = order, seeds, size
+        self.start, self.steps = start, steps
+
+    def __len__(self) -> int:
+        return self.steps - self.start
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for step in range(self.start, self.steps):
+            at = slice(step * self.size, (step + 1) * self.size)
+            yield list(zip(self.order[at].tolist(), self.seeds[at].tolist(), strict=True))
+
+
+class _Decoded(torch.utils.data.Dataset):
+    """What a worker does: images (H, W, 3) and labels, or masks (H, W), uint8.
+
+    An error is handed on as a value: raised, it would grow a traceback.
+    """
+
+    def __init__(self, images: StreamSet, transforms: Callable) -> None:
+        self.images, self.transforms = images, transforms
+
+    def __getitem__(self, place: tuple[int, int]) -> tuple[Tensor, Tensor | int] | InputError:
+        index, seed = place
+        try:
+            pair = self.images.read(index)
+        except InputError as error:
+            return error
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)  # the transforms draw from it
+            image, target = self.transforms(*pair)
+        # Pixels as they lie in memory: what a batch is made of is copied once.
+        pixels = torch.from_numpy(np.array(image))
+        return pixels, target if isinstance(target, int) else target[0].as_subclass(Tensor)
+
+
+class _PadTo:
+    """Pads an image and its mask, to the right and below, to the size of `info`."""
+
+    def __init__(self, info: DatasetInfo) -> None:
+        self.size, self.fill = (info.width, info.height), _fill(info)
+
+    def __call__(self, image: Image.Image, mask: Any) -> tuple[Image.Image, Any]:
+        from torchvision.transforms.v2 import functional as tv
+
+        more = [max(0, want - have) for want, have in zip(self.size, image.size, strict=True)]
+        fills = self.fill["others"], self.fill[type(mask)]
+        return tuple(
+            tv.pad(part, [0, 0, *more], fill=fill)
+            for part, fill in zip((image, mask), fills, strict=True)
+        )
+
+
+def _fill(info: DatasetInfo) -> dict[Any, Any]:
+    """What borders are filled with: the mean colour, and no label."""
+    from torchvision import tv_tensors
+
+    return {tv_tensors.Mask: UNLABELLED, "others": tuple(round(255 * m) for m in info.mean)}
+
+
+def _collate(samples: list) -> list[Tensor] | InputError:
+    wrong = next((s for s in samples if isinstance(s, InputError)), None)
+    return wrong or default_collate(samples)

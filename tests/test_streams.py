@@ -1,0 +1,348 @@
+"""Sets that stay on disk: what is refused, and batches that depend on (seed, epoch) alone."""
+
+import itertools
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from conftest import one_line, small_imagenet, small_voc
+from PIL import Image
+
+from prunestudy import datasets, methods, models
+from prunestudy.datasets import StreamBatches, batches_of
+from prunestudy.errors import InputError
+from prunestudy.study.bench import stream as bench
+from prunestudy.study.settings import own_settings
+from prunestudy.train import Recipe, train
+
+
+@pytest.fixture
+def imagenet(monkeypatch, tmp_path):
+    return small_imagenet(monkeypatch, tmp_path)
+
+
+@pytest.fixture
+def voc(monkeypatch, tmp_path):
+    return small_voc(monkeypatch, tmp_path)
+
+
+def refused(name, root):
+    with pytest.raises(InputError) as caught:
+        datasets.load(name, root)
+    return one_line(caught)
+
+
+def stream(data, size=4, part="train", **options):
+    return batches_of(getattr(data, part), data.info, size, **options)
+
+
+def equal(found, expected):
+    pairs = itertools.zip_longest(found, expected)
+    return all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in pairs)
+
+
+# --- batches
+
+
+def test_an_epoch_has_every_image_once(imagenet):
+    data = datasets.load("imagenet", imagenet)
+    batches = stream(data, 5, seed=1, workers=0)
+    assert (type(batches), len(batches), batches.steps) == (StreamBatches, 12, 2)
+    seen = list(batches.epoch(0))
+    assert [tuple(x.shape) for x, _ in seen] == [(5, 3, 32, 32)] * 2
+    assert all(x.is_contiguous(memory_format=torch.channels_last) for x, _ in seen)
+    assert {x.dtype for x, _ in seen} == {torch.float32}
+    (_, labels), *rest = stream(data, 12, workers=0).epoch(3)
+    assert (labels.bincount().tolist(), rest) == ([4, 4, 4], [])
+
+
+@pytest.mark.parametrize("name", ["imagenet", "voc"])
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_batches_depend_on_seed_and_epoch_alone(name, workers, request):
+    data = datasets.load(name, request.getfixturevalue(name))
+    options = {"size": 2, "flip": True, "seed": 3}
+    torch.manual_seed(0)
+    expected = list(stream(data, workers=0, **options).epoch(1))
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    again = stream(data, workers=workers, **options)
+    assert equal(again.epoch(1), expected)
+    assert equal(again.epoch(1, start=1), expected[1:])
+    assert list(again.epoch(1, start=len(expected))) == []
+    assert torch.equal(before, torch.get_rng_state())
+    if workers == 0:
+        assert not equal(again.epoch(0), expected)
+        assert not equal(stream(data, workers=0, size=2, flip=True).epoch(1), expected)
+        assert not equal(stream(data, workers=0, size=2, seed=3).epoch(1), expected)
+
+
+def test_images_that_are_looked_at_are_resized_and_cut_in_the_middle(imagenet):
+    data = datasets.load("imagenet", imagenet)
+    (x, y), *rest = stream(data, 6, "test", workers=0).ordered()
+    assert (x.shape, y.tolist(), rest) == ((6, 3, 32, 32), [0, 0, 1, 1, 2, 2], [])
+    with Image.open(imagenet / "imagenet/val/n01/1.JPEG") as image:
+        # The shorter side, 37, becomes 32 * 256 / 224 = 37; the middle is 32x32.
+        pixels = np.asarray(image)[2:34, 4:36]
+    assert image.size == (41, 37)
+    mean, std = np.array(data.info.mean), np.array(data.info.std)
+    np.testing.assert_allclose(
+        x[3].permute(1, 2, 0), (pixels / 255 - mean) / std, rtol=1e-5, atol=1e-6
+    )
+    sizes = [len(y) for _, y in stream(data, 5, "test", workers=0).ordered(4)]
+    assert sizes == [4, 2]
+
+
+def test_batches_to_look_at_stay_small(monkeypatch, imagenet):
+    monkeypatch.setattr("prunestudy.datasets.stream_batches._MOST_VALUES", 3 * 3 * 32 * 32)
+    data = datasets.load("imagenet", imagenet)
+    assert [len(y) for _, y in stream(data, 6, "test", workers=0).ordered(512)] == [3, 3]
+
+
+def test_image_and_mask_move_together(voc):
+    """Where the mask says 1 it is red, where 2 blue, where nothing was it is the mean colour."""
+    data = datasets.load("voc", voc)
+    seen = set()
+    for epoch in range(6):
+        for x, y in stream(data, 4, flip=True, workers=0).epoch(epoch):
+            assert (x.shape, y.shape, y.dtype) == ((4, 3, 32, 32), (4, 32, 32), torch.int64)
+            red, blue = x[:, 0] > x[:, 2] + 1, x[:, 2] > x[:, 0] + 1
+            # Resizing blends the column where the colours meet, and not so the labels.
+            assert (red & (y == 2)).float().mean() < 0.05
+            assert (blue & (y == 1)).float().mean() < 0.05
+            assert (y == 1).sum() > 0
+            border = (x.abs().amax(1) < 0.02) & (y == 255)
+            seen.add(bool(border.any()))
+            assert set(y.unique().tolist()) <= {1, 2, 255}
+    assert True in seen
+
+
+def test_masks_that_are_looked_at_are_whole(voc):
+    data = datasets.load("voc", voc)
+    ((x, y),) = stream(data, 2, "test", workers=0).ordered()
+    for i in range(2):
+        mask = y[i, :20, :30]
+        assert mask[0].tolist() == [255] * 30
+        assert mask[1:].eq(1).sum(1).tolist() == [8 + 4 * i] * 19
+        assert mask[1:].eq(2).sum(1).tolist() == [22 - 4 * i] * 19
+        assert (y[i] != 255).sum() == 19 * 30
+        assert x[i, :, 20:].abs().max() < 0.02
+
+
+def test_split_takes_the_images_that_it_takes_of_others(imagenet):
+    data = datasets.load("imagenet", imagenet)
+    train, validation = datasets.split(data.train, 5)
+    assert (len(train), len(validation)) == (7, 5)
+    both = sorted([*train.files.tolist(), *validation.files.tolist()])
+    assert both == sorted(data.train.files.tolist())
+    assert [f.split(b"/")[1] for f in train.files] == [b"n%02d" % y for y in train.targets]
+
+
+def test_memory_does_not_grow_with_the_set(imagenet):
+    data = datasets.load("imagenet", imagenet)
+    many = data.train.subset(np.arange(4000) % 12)
+    process, batches = psutil.Process(), batches_of(many, data.info, 8, workers=0)
+    sizes = []
+    for step, (x, _) in enumerate(batches.epoch(0)):
+        if step in (50, 450):
+            sizes.append(process.memory_info().rss)
+        del x
+    # All images would be 49 MB.
+    assert sizes[1] - sizes[0] < 15e6
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"size": 13}, "batch_size = 13: a whole number from 1 to 12"),
+        ({"shift": 2}, "shift = 2: 0: images of imagenet are cut out at random"),
+        ({"workers": -1}, "workers = -1: a whole number from 0"),
+    ],
+)
+def test_bad_options_of_a_stream(imagenet, options, message):
+    data = datasets.load("imagenet", imagenet)
+    with pytest.raises(InputError) as caught:
+        stream(data, **options)
+    assert one_line(caught) == message
+    with pytest.raises(InputError, match="start = 4: a whole number from 0 to 3"):
+        next(stream(data, workers=0).epoch(0, start=4))
+    with pytest.raises(InputError, match="batch_size = 0"):
+        next(stream(data, workers=0).ordered(0))
+
+
+class KilledError(Exception):
+    pass
+
+
+def broken_off(batches, step):
+    """`batches` that end before step `step` of an epoch."""
+    whole = batches.epoch
+
+    def epoch(number, start=0):
+        for at, batch in enumerate(whole(number, start), start):
+            if at == step:
+                raise KilledError
+            yield batch
+
+    batches.epoch = epoch
+    return batches
+
+
+def test_a_training_goes_on_inside_an_epoch(imagenet, tmp_path):
+    data = datasets.load("imagenet", imagenet)
+
+    def fit(batches, **options):
+        torch.manual_seed(0)
+        net = models.build("lenet300", (3, 32, 32), 3)
+        looked_at = stream(data, 6, "test", workers=0)
+        recipe = Recipe(epochs=2, lr=0.01)
+        return train(net, methods.build("dense", {}), recipe, batches, looked_at, seed=1, **options)
+
+    straight = fit(stream(data, flip=True, workers=0))
+    options = {"checkpoint": tmp_path / "checkpoint", "checkpoint_seconds": 0.0, "run": "r"}
+    with pytest.raises(KilledError):
+        fit(broken_off(stream(data, flip=True, workers=1), 2), **options)
+    resumed = fit(stream(data, flip=True, workers=2), **options)
+    assert resumed.history == straight.history
+    for a, b in zip(resumed.model.parameters(), straight.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+# --- what is refused before a training
+
+
+def test_what_is_known_and_found(imagenet):
+    data = datasets.load("imagenet", imagenet)
+    assert (len(data.train), len(data.test), len(data.fingerprint)) == (12, 6, 64)
+    assert datasets.load("imagenet", imagenet).fingerprint == data.fingerprint
+    target = imagenet / "imagenet/train/n00/0.JPEG"
+    Image.new("RGB", (50, 40)).save(target)
+    assert datasets.load("imagenet", imagenet).fingerprint != data.fingerprint
+
+
+def test_missing_classes_and_images(imagenet):
+    folder = imagenet / "imagenet"
+    held = (folder / "val/n01").rename(folder / "held")
+    assert refused("imagenet", imagenet) == (
+        "dataset = 'imagenet': no images in val/n01; every class has images in train and in val"
+    )
+    (folder / "train/n01").rename(folder / "also held")
+    assert refused("imagenet", imagenet) == (
+        f"data = {str(folder)!r}: 2 classes in train and val, 3 expected"
+    )
+    (folder / "also held").rename(folder / "train/n01")
+    held.rename(folder / "val/n01")
+    (folder / "train/n02/3.JPEG").unlink()
+    assert refused("imagenet", imagenet) == (
+        f"data = {str(folder)!r}: 11 training images, 12 expected"
+    )
+    nowhere = imagenet / "nowhere"
+    assert refused("imagenet", nowhere) == (
+        f"data = {str(nowhere / 'imagenet')!r}: imagenet needs this folder"
+    )
+
+
+def test_broken_images_are_counted_and_named(imagenet):
+    folder = imagenet / "imagenet"
+    whole = (folder / "train/n00/1.JPEG").read_bytes()
+    (folder / "train/n00/1.JPEG").write_bytes(whole[: len(whole) // 2])
+    (folder / "train/n02/0.JPEG").write_bytes(b"no image")
+    (folder / "train/n02/2.JPEG").write_bytes(b"")
+    assert refused("imagenet", imagenet) == (
+        "dataset = 'imagenet': 3 images cannot be read: train/n00/1.JPEG, train/n02/0.JPEG, "
+        "train/n02/2.JPEG"
+    )
+
+
+def test_what_follows_the_end_of_an_image_is_no_fault(imagenet):
+    file = imagenet / "imagenet/val/n00/1.JPEG"
+    file.write_bytes(file.read_bytes() + b"\0\0")
+    assert len(datasets.load("imagenet", imagenet).test) == 6
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_breaks_later_is_named_in_one_line(imagenet, workers):
+    data = datasets.load("imagenet", imagenet)
+    (imagenet / "imagenet/train/n01/2.JPEG").write_bytes(b"no image")
+    with pytest.raises(InputError) as caught:
+        list(stream(data, workers=workers).epoch(0))
+    assert one_line(caught) == ("dataset = 'imagenet': 1 image cannot be read: train/n01/2.JPEG")
+
+
+def test_masks_of_another_size(voc):
+    mask = voc / "VOCdevkit/VOC2012/SegmentationClass/val_1.png"
+    Image.new("L", (30, 21)).save(mask)
+    assert refused("voc", voc) == (
+        "dataset = 'voc': the mask of JPEGImages/val_1.jpg is 21x30 pixels, 20x30 expected as the "
+        "image"
+    )
+
+
+def test_masks_with_other_labels(voc):
+    mask = voc / "VOCdevkit/VOC2012/SegmentationClass/train_2.png"
+    Image.new("L", (30, 20), 3).save(mask)
+    assert refused("voc", voc) == (
+        "dataset = 'voc': the mask of JPEGImages/train_2.jpg has labels 3, 0..2 or 255 expected"
+    )
+
+
+def test_masks_in_colour(voc):
+    mask = voc / "VOCdevkit/VOC2012/SegmentationClass/train_2.png"
+    Image.new("RGB", (30, 20)).save(mask)
+    assert "train_2.jpg has labels of mode RGB, 0..2 or 255 expected" in refused("voc", voc)
+
+
+def test_masks_that_are_broken_or_missing(voc):
+    folder = voc / "VOCdevkit/VOC2012"
+    whole = (folder / "SegmentationClass/train_0.png").read_bytes()
+    (folder / "SegmentationClass/train_0.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "SegmentationClass/val_1.png").write_bytes(b"no image")
+    assert refused("voc", voc) == (
+        "dataset = 'voc': 2 images cannot be read: SegmentationClass/train_0.png, "
+        "SegmentationClass/val_1.png"
+    )
+    (folder / "SegmentationClass/train_0.png").unlink()
+    (folder / "JPEGImages/train_3.jpg").unlink()
+    assert refused("voc", voc) == (
+        f"data = {str(folder)!r}: 2 files are missing: JPEGImages/train_3.jpg, "
+        "SegmentationClass/train_0.png"
+    )
+    (folder / "ImageSets/Segmentation/train.txt").unlink()
+    assert refused("voc", voc).startswith(f"data = {str(folder)!r}: no list of images (")
+
+
+# --- settings
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"dataset": "voc", "model": "resnet50"}, "model = 'resnet50': voc has masks"),
+        (
+            {"dataset": "imagenet", "model": "deeplabv3plus_resnet50"},
+            "model = 'deeplabv3plus_resnet50': imagenet has one label an image",
+        ),
+    ],
+)
+def test_nets_for_masks_need_masks(values, message):
+    with pytest.raises(InputError) as caught:
+        own_settings(values)
+    assert one_line(caught) == message
+
+
+def test_planning_needs_no_data():
+    assert own_settings({"dataset": "imagenet", "model": "resnet50"}).dataset_version == "1"
+    voc = {"dataset": "voc", "model": "deeplabv3plus_resnet50", "pretrained": True}
+    assert own_settings(voc).run.startswith("dense-deeplabv3plus_resnet50-voc-")
+
+
+def test_both_sides_of_the_bench_do_their_work(tmp_path, monkeypatch):
+    images = bench._photos(tmp_path, 3, 2)
+    assert len(images) == 6
+    assert images.read(5)[0].size == (500, 375)
+    bench._bare(images)()
+    monkeypatch.setattr("prunestudy.study.bench.stream._BATCH", 2)
+    bench._stream(images)()
+    (tmp_path / "2.jpg").write_bytes(b"no image")
+    with pytest.raises(InputError, match=r"1 image cannot be read: 2\.jpg"):
+        bench._stream(images)()
