@@ -569,6 +569,7 @@ BAD = [
     ({"precision": "fp16"}, "precision = 'fp16': "),
     ({"validation": 0}, "validation = 0: "),
     ({"validation": 1437}, "validation = 1437: below 1437, the training images"),
+    ({"batch_size": 8, "pieces": 9}, "pieces = 9: at most 8, the images of a batch"),
     ({"batch_size": 1238}, "batch_size = 1238: at most 1237, the training images left"),
     ({"shift": 8}, "shift = 8: "),
     ({"pretrained": True}, "pretrained = True: for a run without a parent, of a net that"),

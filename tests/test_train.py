@@ -102,6 +102,7 @@ def test_a_phase_may_have_a_schedule_of_its_own():
         ("lr", math.inf),
         ("lr", "fast"),
         ("batch_size", 0),
+        ("pieces", 0),
         ("momentum", 1.0),
         ("momentum", -0.1),
         ("nesterov", 1),
@@ -205,6 +206,30 @@ def test_extra_loss_is_trained_and_counted():
     # softmax 1/2: gradient +-2/2, and 3
     assert made.model[1].weight.flatten().tolist() == pytest.approx([-0.4, -0.2])
     assert made.history[0]["train_loss"] == pytest.approx(math.log(2))
+
+
+@pytest.mark.parametrize("pieces", [2, 5, 16])
+def test_a_batch_in_pieces_is_the_same_step(pieces):
+    class Pull(Method):
+        def extra_loss(self, model, progress):
+            return 0.1 * model[1].weight.square().sum()
+
+    made = []
+    for number in (1, pieces):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+        recipe = Recipe(epochs=2, lr=0.1, pieces=number)
+        made.append(fit(Pull(Params()), recipe, net=net))
+    for whole, part in zip(*(one.model.parameters() for one in made), strict=True):
+        assert torch.allclose(whole, part, atol=1e-6)
+    whole, part = ([row["train_loss"] for row in one.history] for one in made)
+    assert part == pytest.approx(whole, rel=1e-5)
+
+
+def test_a_piece_with_a_loss_that_is_not_finite_ends_the_run():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    net[1].weight.data[0, 0] = math.nan
+    assert fit(net=net, recipe=Recipe(epochs=1, lr=0.1, pieces=4)).status == "diverged"
 
 
 # --- phases

@@ -215,3 +215,5 @@ def _fits(settings: RunSettings, known: datasets.DatasetInfo, method: methods.Me
     left = total - held_out
     size = settings.recipe.batch_size
     require(size <= left, "batch_size", size, f"at most {left}, the training images left")
+    pieces = settings.recipe.pieces
+    require(pieces <= size, "pieces", pieces, f"at most {size}, the images of a batch")

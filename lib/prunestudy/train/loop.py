@@ -147,16 +147,10 @@ class _Loop:
         self._enter_phase()
         progress, lr = self._progress(), self._set_lr()
         torch.manual_seed(mix(self.seed, self.at.step))
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            loss = self.task.loss(self.model(x), x, y)
-        extra = self.method.extra_loss(self.model, progress)
-        value = loss.item() if extra is None else (loss + extra).item()
+        value = self._backward(x, y, progress)
         if not math.isfinite(value):
             return False
         progress = replace(progress, loss=value)
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        (loss if extra is None else loss + extra).backward()
         self.method.after_backward(self.model, progress)
         for optimizer in self.optimizers:
             optimizer.step()
@@ -167,6 +161,25 @@ class _Loop:
         if self.at.step == self.ends[self.at.phase]:
             self.method.end(self.model, self.phases[self.at.phase].name)
         return True
+
+    def _backward(self, x: torch.Tensor, y: torch.Tensor, progress: Progress) -> float:
+        """Leave the batch's gradients; its loss, not finite as soon as a piece's is not."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        value, left = 0.0, len(x)
+        pieces = (each.chunk(self.recipe.pieces) for each in (x, y))
+        for part, labels in zip(*pieces, strict=True):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+                loss = self.task.loss(self.model(part), part, labels)
+            left -= len(part)
+            total = loss if len(part) == len(x) else loss * (len(part) / len(x))
+            extra = None if left else self.method.extra_loss(self.model, progress)
+            total = total if extra is None else total + extra
+            value += total.item()
+            if not math.isfinite(value):
+                break
+            total.backward()
+        return value
 
     def _enter_phase(self) -> None:
         phase = next(i for i, end in enumerate(self.ends) if self.at.step < end)

@@ -13,7 +13,9 @@ class Recipe(BaseModel):
     the training within its last epoch, as papers that count iterations do (0: whole epochs). With
     `optimizer` "adam", `momentum` is its first decay rate, and `nesterov` means nothing. The first
     `warmup_steps` rise from `warmup_from` (share of `lr`) to `lr`; `milestones` (of a step
-    schedule) are shares of the phase, `shift` is in pixels.
+    schedule) are shares of the phase, `shift` is in pixels. A batch goes through the net in
+    `pieces`, one after the other, where memory is short; the step is the whole batch's, but batch
+    norm sees each piece by itself.
     """
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
@@ -22,6 +24,7 @@ class Recipe(BaseModel):
     steps: Annotated[int, Field(ge=0)] = 0
     lr: Annotated[float, Field(gt=0)]
     batch_size: Annotated[int, Field(ge=1)] = 128
+    pieces: Annotated[int, Field(ge=1)] = 1
     optimizer: Literal["sgd", "adam"] = "sgd"
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     nesterov: bool = False
