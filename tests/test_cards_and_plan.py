@@ -163,7 +163,8 @@ def test_plans_need_no_data_and_list_parents_first(paper, profile, no_data, monk
         seen.add(item.settings.run)
     assert list(no_data.iterdir()) == []
     size = papers.card(paper).profiles[profile]
-    assert {p.settings.precision for p in planned} == {size.precision}
+    precision = {e.precision or size.precision for e in size.experiments}
+    assert {p.settings.precision for p in planned} == precision
     assert {p.settings.threads for p in planned} == {size.threads}
 
 

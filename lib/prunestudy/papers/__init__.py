@@ -161,7 +161,9 @@ class Entry(_Strict):
 class Experiment(_Strict):
     """Methods side by side on one net and data set, all from the same dense start.
 
-    `start` trains the dense parent (None: from random weights), `recipe` everything after it.
+    `start` trains the dense parent (None: from random weights), with `pretrained` from
+    torchvision's weights (0 epochs: they are the parent); `recipe` everything after it.
+    `precision` replaces the profile's.
     `purpose` "search" looks at the validation split only.
     """
 
@@ -171,6 +173,8 @@ class Experiment(_Strict):
     model: str
     recipe: Recipe
     start: Recipe | None = None
+    pretrained: bool = False
+    precision: Literal["fp32", "bf16"] | None = None
     targets: tuple[float, ...]
     target_kind: TargetKind = "sparsity"
     seeds: Annotated[int, Field(ge=1)]

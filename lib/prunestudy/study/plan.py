@@ -130,7 +130,12 @@ def _parent(
         return _settings(size, experiment, before, seed, there)
     if not experiment.start or entry.fresh:
         return None
-    return resolve(method="dense", recipe=experiment.start, **_common(size, experiment, seed))
+    return resolve(
+        method="dense",
+        recipe=experiment.start,
+        pretrained=experiment.pretrained,
+        **_common(size, experiment, seed),
+    )
 
 
 def _common(size: Profile, experiment: Experiment, seed: int) -> dict:
@@ -138,7 +143,7 @@ def _common(size: Profile, experiment: Experiment, seed: int) -> dict:
         "dataset": experiment.dataset,
         "model": experiment.model,
         "seed": seed,
-        "precision": size.precision,
+        "precision": experiment.precision or size.precision,
         "threads": size.threads,
         "validation": experiment.validation,
         "evaluate": "validation" if experiment.purpose == "search" else "test",

@@ -116,8 +116,9 @@ def resolve(
         )
     except ValidationError as error:
         raise InputError(first_error(error)) from None
-    trained = settings.recipe.epochs > 0 or settings.parent is not None
-    require(trained, "epochs", settings.recipe.epochs, "at least 1 for a run without a parent")
+    trained = settings.recipe.epochs > 0 or settings.parent is not None or settings.pretrained
+    allowed = "at least 1 for a run without a parent or pretrained weights"
+    require(trained, "epochs", settings.recipe.epochs, allowed)
     there = models.has_pretrained(model) and not settings.parent
     allowed = "for a run without a parent, of a net that torchvision has weights of"
     require(not settings.pretrained or there, "pretrained", settings.pretrained, allowed)
