@@ -142,13 +142,16 @@ def variants(summary: pd.DataFrame, method: str) -> Figure:
     figure, axes = plt.subplots(figsize=(7, 0.45 * len(rows) + 1.4))
     style_of = {"fmt": "o", "color": COLOURS[method], "capsize": 3}
     axes.errorbar(factor * rows.difference, labels, xerr=factor * np.array(error), **style_of)
-    axes.axvline(0, color="black", ls="--", lw=1)
+    spread = factor * rows.difference
+    near = spread.max() > -3  # else the line of the dense net would press all points together
+    if near:
+        axes.axvline(0, color="black", ls="--", lw=1)
     points = "points" if unit == "%" else "dB"
     axes.set(xlabel=f"{_NAMES[unit]} minus dense, {points} (mean and 95% interval)")
     data = tables.datasets_title(first.dataset)
     removed = tables.removed(first.target, first.target_kind)
     axes.set_title(f"{first.model} on {data}, {removed} removed")
-    if factor * rows.difference.min() < -3:
+    if near and spread.min() < -3:
         axes.set_xscale("symlog", linthresh=1)
     return figure
 
