@@ -14,8 +14,6 @@ images that have contours.
 import math
 
 import numpy as np
-from scipy import ndimage
-from scipy.spatial import cKDTree
 from torch import Tensor
 
 IGNORED = 255  # the label of pixels that nobody labelled
@@ -45,11 +43,15 @@ def _f1(guess: np.ndarray, truth: np.ndarray, reach: float) -> float:
 
 
 def _contour(inside: np.ndarray) -> np.ndarray:
+    from scipy import ndimage  # late: it takes a while
+
     return inside & ~ndimage.binary_erosion(inside, border_value=1)
 
 
 def _share_near(points: np.ndarray, others: np.ndarray, reach: float) -> float:
     """Share of `points` that are at most `reach` pixels from one of `others`."""
     # Contours are thin: a tree of their pixels is much quicker than a distance for every pixel.
+    from scipy.spatial import cKDTree  # late, as above
+
     distances, _ = cKDTree(np.argwhere(others)).query(np.argwhere(points))
     return float((distances <= reach).mean())

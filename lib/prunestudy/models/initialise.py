@@ -12,5 +12,6 @@ class HeInitialised(nn.Module):
     def initialise(self) -> None:
         """Draw the convolutions' weights, normal by fan-out, from torch's own generator."""
         for layer in self.modules():
-            if isinstance(layer, nn.Conv2d):
+            # A net of shapes alone has no numbers, and torch takes seconds to find that out.
+            if isinstance(layer, nn.Conv2d) and not layer.weight.is_meta:
                 nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
