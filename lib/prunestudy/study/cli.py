@@ -80,6 +80,9 @@ def _parser() -> argparse.ArgumentParser:
     note = with_data(add("notebook", _notebook, "execute a paper's notebook"), False)
     note.add_argument("paper")
     note.add_argument("--profile", default="quick")
+    report = add("report", _report, "write the report: a static site that needs no network")
+    report.add_argument("--profile", default="quick", help=f"one of {', '.join(PROFILES)}")
+    report.add_argument("--out", default="", help="folder (default results/PROFILE/report)")
     show = add("show", _show, "print a run's settings, metrics, environment and history")
     show.add_argument("run_name", metavar="RUN", help="a run's name or its beginning")
     show.add_argument("--profile", default="quick")
@@ -239,6 +242,13 @@ def _notebook(a: argparse.Namespace) -> None:
     print(target if a.results else os.path.relpath(target))
 
 
+def _report(a: argparse.Namespace) -> None:
+    from prunestudy.study import report
+
+    made = report.build(a.profile, a.results, a.out) / "index.html"
+    print(made if a.out or a.results else os.path.relpath(made))
+
+
 def _done(a: argparse.Namespace, run: str) -> tuple[Any, str]:
     """The store, and the name of the finished run that begins so."""
     require_one_of("profile", a.profile, (*PROFILES, "custom"))
@@ -269,17 +279,13 @@ def _export(a: argparse.Namespace) -> None:
 
 
 def _show(a: argparse.Namespace) -> None:
-    from prunestudy.study.records import canonical
-
     store, name = _done(a, a.run_name)
     if a.weight:
         from prunestudy.study.audit import weight_line
 
         print(weight_line(store, name, *a.weight))
         return
-    print(canonical(store.load(name)))
-    for row in store.history(name):
-        print(*(f"{key}={value}" for key, value in row.items() if value != ""))
+    print(store.shown(name), end="")
 
 
 def _train(a: argparse.Namespace) -> None:
