@@ -83,6 +83,10 @@ def _parser() -> argparse.ArgumentParser:
     report = add("report", _report, "write the report: a static site that needs no network")
     report.add_argument("--profile", default="quick", help=f"one of {', '.join(PROFILES)}")
     report.add_argument("--out", default="", help="folder (default results/PROFILE/report)")
+    slides = add("slides", _slides, "write slides of executed notebooks, for a class")
+    slides.add_argument("names", nargs="*", metavar="NOTEBOOK", help="or PAPER, or a path; or all")
+    slides.add_argument("--profile", default="quick", help=f"one of {', '.join(PROFILES)}")
+    slides.add_argument("--out", default="", help="folder (default results/PROFILE/slides)")
     show = add("show", _show, "print a run's settings, metrics, environment and history")
     show.add_argument("run_name", metavar="RUN", help="a run's name or its beginning")
     show.add_argument("--profile", default="quick")
@@ -247,6 +251,13 @@ def _report(a: argparse.Namespace) -> None:
 
     made = report.build(a.profile, a.results, a.out) / "index.html"
     print(made if a.out or a.results else os.path.relpath(made))
+
+
+def _slides(a: argparse.Namespace) -> None:
+    from prunestudy.study.report import slides
+
+    for page in slides.build(a.profile, a.names, a.results, a.out):
+        print(page if a.out or a.results else os.path.relpath(page))
 
 
 def _done(a: argparse.Namespace, run: str) -> tuple[Any, str]:

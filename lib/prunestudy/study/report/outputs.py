@@ -2,6 +2,7 @@
 
 import base64
 import re
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from markupsafe import escape
 _ENDING = {"image/png": "png", "image/jpeg": "jpg", "image/svg+xml": "svg"}
 # A picture from elsewhere would be a request; its link stays.
 _REMOTE_PICTURE = re.compile(r"!\[([^\]]*)\]\(https?:[^)]*\)")
+_LOCAL_LINK = re.compile(r"(?<!!)\[([^\]]+)\]\((?!https?:|#)([^)]+)\)")
 
 
 def read(path: Path) -> Any:
@@ -23,22 +25,34 @@ def tags(cell: Any) -> list[str]:
     return cell.metadata.get("tags", [])
 
 
-def with_figure_files(notebook: Any, folder: Path, stem: str, address: str) -> Any:
+def without_dead_links(markdown: str, there: Container[str]) -> str:
+    """Links to files become their text, unless the file is one of those `there`; no pictures."""
+
+    def keep(link: re.Match[str]) -> str:
+        return link[0] if link[2] in there else link[1]
+
+    return _LOCAL_LINK.sub(keep, _REMOTE_PICTURE.sub(r"\1", markdown))
+
+
+def with_figure_files(
+    notebook: Any, folder: Path, stem: str, address: str, there: Container[str] = ()
+) -> Any:
     """Write every figure of `notebook` into `folder` and put an HTML image in its place.
 
     Files are named after `stem`; pages find them below `address`. The alternative text is the one
-    the figure carries (`figures.inline`), else the first sentence of the text above it.
+    the figure carries (`figures.inline`), else the first sentence of the text above it. Links to
+    files that are not `there` become text.
     """
     folder.mkdir(parents=True, exist_ok=True)
     count, above = 0, ""
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
-            cell.source = _REMOTE_PICTURE.sub(r"\1", cell.source)
+            cell.source = without_dead_links(cell.source, there)
             above = _first_sentence(cell.source) or above
         for output in cell.get("outputs", []):
             data = output.get("data", {})
             if "text/markdown" in data:
-                data["text/markdown"] = _REMOTE_PICTURE.sub(r"\1", data["text/markdown"])
+                data["text/markdown"] = without_dead_links(data["text/markdown"], there)
             kind = next((kind for kind in _ENDING if kind in data), None)
             if kind:
                 count += 1

@@ -19,6 +19,7 @@ from prunestudy.study.report import HERE, outputs
 from prunestudy.study.session import Session
 
 _NUMBER = re.compile(r"[+-]?\d+(\.\d+)?(e[+-]?\d+)?")
+_VERDICTS = ("confirmed", "contradicted", "undecided", "not testable here")
 _BELOW_ALL = "-999999999"  # where an empty cell goes among numbers
 
 
@@ -125,9 +126,10 @@ class Paper:
         return Table.of(shown.astype({"n": int}))
 
     def counts(self) -> str:
-        """How many comparisons got which verdict, for people."""
-        found = self.verdicts["verdict"].value_counts() if len(self.verdicts) else {}
-        return ", ".join(f"{count} {verdict}" for verdict, count in found.items())
+        """How many comparisons with runs in this profile got which verdict, for people."""
+        found = list(self.verdicts["verdict"]) if len(self.verdicts) else []
+        counted = [(found.count(verdict), verdict) for verdict in _VERDICTS]
+        return ", ".join(f"{count} {verdict}" for count, verdict in counted if count)
 
 
 def _quoted(number: Published) -> dict[str, Any]:
@@ -168,10 +170,11 @@ def write(source: Path, store: Store, profile: str, notebooks: list[Path]) -> No
     for paper in papers:
         for name in ("papers", "runs") if paper.runs.rows else ("papers",):
             _page(source / name / f"{paper.card.id}.md", name, paper=paper, **known)
+    there = [path.name for path in notebooks]
     for path in notebooks:
-        _notebook(source, path)
+        _notebook(source, path, there)
     text = (repository() / "notebooks/README.md").read_text(encoding="utf-8")
-    write_text(source / "notebooks/README.md", _without_dead_links(text, stems))
+    write_text(source / "notebooks/README.md", outputs.without_dead_links(text, there))
     for run in sorted(set(made[0]["run"])):
         write_text(source / f"files/records/{run}.txt", store.shown(run))
 
@@ -263,16 +266,7 @@ def _front(figures: Path) -> dict[str, str]:
     return {"alt": alt, "figure": picture.name, "says": after.partition("\n\n")[0]}
 
 
-def _notebook(source: Path, path: Path) -> None:
+def _notebook(source: Path, path: Path, there: list[str]) -> None:
     notebook = outputs.read(path)
-    outputs.with_figure_files(notebook, source / "files/figures", path.stem, "../figures")
+    outputs.with_figure_files(notebook, source / "files/figures", path.stem, "../figures", there)
     write_text(source / "notebooks" / path.name, nbformat.writes(notebook))
-
-
-def _without_dead_links(markdown: str, stems: list[str]) -> str:
-    """Links to notebooks that are not part of the report become their text."""
-
-    def keep(link: re.Match[str]) -> str:
-        return link[0] if link[2] in stems else link[1]
-
-    return re.sub(r"\[([^\]]+)\]\(([\w]+)\.ipynb\)", keep, markdown)
