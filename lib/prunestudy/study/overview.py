@@ -1,0 +1,303 @@
+"""The five papers side by side: what each setting costs and gains, said in words, claim by claim.
+
+Everything is made from the rows of runs.csv and from records. A sentence is made from the row that
+it rests on, so that the two cannot disagree.
+"""
+
+import math
+from collections.abc import Iterator
+
+import pandas as pd
+
+from prunestudy.errors import InputError, require_one_of
+from prunestudy.methods import method_class
+from prunestudy.papers import Card, cards
+from prunestudy.study import tables
+from prunestudy.study.plan import Tiny, plan
+from prunestudy.study.records import Store
+from prunestudy.study.tables import KEYS, Interval
+
+# Each paper's method with its strongest control: what chooses by rule where the paper learns.
+DUELS = {
+    "sparse_gates": "gradual_magnitude",
+    "force": "plain_low_rank",
+    "gdp": "group_l2",
+    "magnitude_attention": "gradual_magnitude",
+    "component_aware": "uniform",
+}
+# What may matter about a net, as a share of the dense one, and how a sentence calls it.
+COSTS = {
+    "weights": "weights",
+    "macs": "MACs",
+    "nonzero_macs": "MACs with non-zero weights",
+    "time_b1": "time for one image",
+    "time_b128": "time for 128 images",
+    "memory": "peak memory",
+    "bytes": "bytes on disk",
+    "training": "training time",
+}
+# A combination's rival may be so much larger, since targets are met to a channel only.
+SLACK = 0.1
+
+
+def settings_table(runs: pd.DataFrame) -> pd.DataFrame:
+    """One row per setting that is done: metric, difference to dense, and `COSTS`.
+
+    `label` names it for people; `combined` marks two methods, one after the other. Costs are
+    shares of the dense net of the same model, data and total epochs: means over seeds, times of
+    seed 0, training (parents included) a median over seeds with its range `training_low` to
+    `training_high`. Raises `InputError` if no run is done.
+    """
+    done = runs[(runs["status"] == "done") & ~runs["variant"].isin(["start", "half"])]
+    if done.empty:
+        raise InputError("overview: no run is done yet")
+    shares = done.assign(**_shares(done, _total_seconds(runs)))
+    rows = [_setting(group) for _, group in shares.groupby(KEYS, dropna=False, sort=False)]
+    table = pd.DataFrame(rows)
+    order = table["method"].map(list(dict.fromkeys([*DUELS, *table["method"]])).index)
+    table = table.assign(order=order).sort_values(["dataset", "combined", "order", "target"])
+    return table.drop(columns="order").reset_index(drop=True)
+
+
+def _setting(group: pd.DataFrame) -> dict:
+    first = group.iloc[0]
+    difference = Interval.of(list((group["metric"] - group["dense_metric"]).dropna()))
+    return {
+        "label": _label(first),
+        **{key: first[key] for key in KEYS},
+        "combined": first["variant"].startswith("after "),
+        "n": len(group),
+        "metric": group["metric"].mean(),
+        "metric_sd": group["metric"].std(),
+        "difference": difference.mean,
+        "difference_sd": difference.sd,
+        "low": difference.low,
+        "high": difference.high,
+        **{name: group[name].mean() for name in COSTS if name != "training"},
+        "training": group["training"].median(),
+        "training_low": group["training"].min(),
+        "training_high": group["training"].max(),
+    }
+
+
+def _label(row: pd.Series) -> str:
+    title = method_class(row["method"]).title
+    if row["variant"]:
+        title += f" {row['variant']}"
+    if pd.isna(row["target"]):
+        return title
+    return f"{title}, {tables.removed(row['target'], row['target_kind'])} removed"
+
+
+def _shares(done: pd.DataFrame, seconds: pd.Series) -> dict[str, pd.Series]:
+    dense = done[(done["method"] == "dense") & (done["variant"] == "")]
+    where = ["model", "dataset", "epochs"]
+    size = dense.groupby(where)[["peak_memory_mb", "bytes"]].mean()
+    like = size.reindex(pd.MultiIndex.from_frame(done[where])).set_index(done.index)
+    own = seconds[dense["run"]].set_axis(pd.MultiIndex.from_frame(dense[[*where, "seed"]]))
+    same = own.reindex(pd.MultiIndex.from_frame(done[[*where, "seed"]])).to_numpy()
+    return {
+        "weights": done["nonzeros"] / done["dense_parameters"],
+        "macs": done["macs"] / done["dense_macs"],
+        "nonzero_macs": done["nonzero_macs"] / done["dense_macs"],
+        "time_b1": done["latency_b1_ms"] / done["dense_latency_b1_ms"],
+        "time_b128": done["latency_b128_ms"] / done["dense_latency_b128_ms"],
+        "memory": done["peak_memory_mb"] / like["peak_memory_mb"],
+        "bytes": done["bytes"] / like["bytes"],
+        "training": pd.Series(seconds[done["run"]].to_numpy() / same, done.index),
+    }
+
+
+def _total_seconds(runs: pd.DataFrame) -> pd.Series:
+    """Training seconds of each run (by name) and of all that had to be trained before it."""
+    parent = dict(zip(runs["run"], runs["parent"], strict=True))
+    own = dict(zip(runs["run"], runs["train_seconds"], strict=True))
+
+    def total(run: str) -> float:
+        return own.get(run, math.nan) + (total(parent[run]) if parent.get(run) else 0.0)
+
+    return pd.Series({run: total(run) for run in own}, dtype=float)
+
+
+def smallest(rows: pd.DataFrame, cost: str, at_least: float) -> pd.Series | None:
+    """The setting that needs the least of `cost` and loses at most `-at_least` on average.
+
+    None if there is no such setting, or none that has been measured. Raises `InputError` for a
+    cost that is not one of `COSTS`.
+    """
+    require_one_of("cost", cost, COSTS)
+    able = rows[(rows["method"] != "dense") & (rows["difference"] >= at_least)]
+    able = able[able[cost].notna()]
+    return able.loc[able[cost].idxmin()] if len(able) else None
+
+
+def which_when(rows: pd.DataFrame, at_least: float = -0.01) -> pd.DataFrame:
+    """One sentence for each cost that may matter, with the numbers of the row that it rests on.
+
+    `rows` are of one net and data set; `at_least` is the smallest mean difference to dense that
+    is accepted. A sentence says whether the 95% interval lies above it as well.
+    """
+    made = []
+    for cost, words in COSTS.items():
+        row = smallest(rows, cost, at_least)
+        if row is not None:
+            made.append({"if it is about": words, "then": _advice(row, cost, at_least)})
+    return pd.DataFrame(made, columns=["if it is about", "then"])
+
+
+def _advice(row: pd.Series, cost: str, at_least: float) -> str:
+    sure = _of(row).verdict(at_least) == "confirmed"
+    certainty = "sure" if sure else "not sure"
+    return (
+        f"{row['label']}: {_percent(row[cost])} of dense, at {_points(row)} points against dense "
+        f"(n = {row['n']}); {certainty} to lose at most {-100 * at_least:g}"
+    )
+
+
+def _of(row: pd.Series) -> Interval:
+    return Interval(row["n"], row["difference"], math.nan, row["low"], row["high"])
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g}%"
+
+
+def _points(row: pd.Series) -> str:
+    return tables.bracket(100 * row["difference"], 100 * row["low"], 100 * row["high"])
+
+
+def against(runs: pd.DataFrame, ours: pd.Series, theirs: pd.Series) -> Interval:
+    """Paired per-seed difference of the metric between two rows of `settings_table`."""
+    values = [_by_seed(runs, row) for row in (ours, theirs)]
+    return Interval.of(list((values[0] - values[1]).dropna()))
+
+
+def _by_seed(runs: pd.DataFrame, row: pd.Series) -> pd.Series:
+    same = runs["status"] == "done"
+    for key in KEYS:
+        same &= runs[key].isna() if pd.isna(row[key]) else runs[key] == row[key]
+    return runs[same].set_index("seed")["metric"]
+
+
+def verdict(difference: Interval) -> str:
+    """ "better" or "worse" if the 95% interval lies on one side of zero, else "not told apart"."""
+    if difference.n >= 2 and difference.low > 0:
+        return "better"
+    return "worse" if difference.n >= 2 and difference.high < 0 else "not told apart"
+
+
+def duels(runs: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
+    """Each paper's method against all others at the same target, seed by seed; a pair once."""
+    plain = rows[~rows["combined"] & (rows["method"] != "dense")]
+    made = []
+    for place, ours in plain[plain["method"].isin(DUELS)].iterrows():
+        later = plain["method"].isin(DUELS) & (plain.index <= place)
+        for _, theirs in plain[~later].iterrows():
+            if _same(ours, theirs, "model", "dataset", "epochs", "target_kind", "target"):
+                made.append(_duel(ours, theirs, against(runs, ours, theirs)))
+    columns = ["data", "setting", "against", "its control", "n", "points", "verdict"]
+    return pd.DataFrame(made, columns=columns)
+
+
+def _same(ours: pd.Series, theirs: pd.Series, *keys: str) -> bool:
+    return all(ours[key] == theirs[key] for key in keys)
+
+
+def _duel(ours: pd.Series, theirs: pd.Series, found: Interval) -> dict:
+    return {
+        "data": tables.datasets_title(ours["dataset"]),
+        "setting": ours["label"],
+        "against": method_class(theirs["method"]).title,
+        "its control": "strongest" if DUELS[ours["method"]] == theirs["method"] else "",
+        "n": found.n,
+        "points": tables.bracket(*(100 * x for x in (found.mean, found.low, found.high))),
+        "verdict": verdict(found),
+    }
+
+
+def rival(rows: pd.DataFrame, combination: pd.Series) -> pd.Series | None:
+    """The best single setting that is as small as `combination`: in weights, or in MACs.
+
+    The combination's last target says in which; the rival may be larger by `SLACK`.
+    """
+    cost = "weights" if combination["target_kind"] == "sparsity" else "macs"
+    like = rows[~rows["combined"] & (rows["method"] != "dense")]
+    like = like[
+        [_same(combination, row, "model", "dataset", "epochs") for _, row in like.iterrows()]
+    ]
+    like = like[like[cost] <= (1 + SLACK) * combination[cost]]
+    return like.loc[like["metric"].idxmax()] if len(like) else None
+
+
+def combinations(runs: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
+    """Two methods, one after the other, against the best single one of that size, in words."""
+    made = []
+    for _, ours in rows[rows["combined"]].iterrows():
+        single = rival(rows, ours)
+        if single is not None:
+            found = against(runs, ours, single)
+            made.append(
+                {
+                    "combination": ours["label"],
+                    "points against dense": _points(ours),
+                    "best single of that size": single["label"],
+                    "n": found.n,
+                    "points against it": tables.bracket(
+                        *(100 * x for x in (found.mean, found.low, found.high))
+                    ),
+                    "so": _verdict_of_pair(ours, single, found),
+                }
+            )
+    return pd.DataFrame(made)
+
+
+def _verdict_of_pair(ours: pd.Series, single: pd.Series, found: Interval) -> str:
+    sizes = " and ".join(
+        f"{_percent(ours[cost])} of the {words} instead of {_percent(single[cost])}"
+        for cost, words in (("weights", "weights"), ("macs", "MACs"))
+    )
+    return f"the pair is {verdict(found)}, with {sizes}"
+
+
+def claims(profile: str, store: Store, tiny: Tiny = Tiny()) -> pd.DataFrame:
+    """Every claim of every paper: its rule, the verdict in `profile`, and the record to look at.
+
+    `record` names the compared runs of the first seed.
+    """
+    found = [_claims_of(paper, profile, store, tiny) for paper in cards() if paper.is_paper]
+    return pd.concat(found, ignore_index=True)
+
+
+def _claims_of(paper: Card, profile: str, store: Store, tiny: Tiny) -> pd.DataFrame:
+    planned = plan(profile, (paper.id,), tiny) if profile in paper.profiles else []
+    table = tables.verdicts_table(store, planned, paper)
+    shown = []
+    for claim in paper.claims:
+        shown += [_first(tables.pairs(store, planned, test)) for test in claim.tests] or [""]
+    table.insert(0, "paper", paper.short or paper.title)
+    return table.assign(record=shown)
+
+
+def _first(found: list[tuple[dict, dict | None]]) -> str:
+    return " - ".join(side["run"] for side in found[0] if side) if found else ""
+
+
+def readable_claims(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Paper by paper, the claims for people: numbers in the unit of the metric compared."""
+    for paper, part in table.groupby("paper", sort=False):
+        rows = []
+        for row in part.to_dict("records"):
+            tested = isinstance(row.get("rule"), str)
+            numbers = [row[key] for key in ("difference", "low", "high")] if tested else []
+            rows.append(
+                {
+                    "claim": f"{row['says']} [{row['mark']}]",
+                    "verdict": row["verdict"],
+                    "rule": row["rule"] if tested else row["why"],
+                    "where": row["where"] if tested else "",
+                    "difference": tables.bracket(*numbers, digits=4) if tested else "",
+                    "n": int(row["n"]) if tested else "",
+                    "record": row["record"],
+                }
+            )
+        yield str(paper), pd.DataFrame(rows)
