@@ -259,7 +259,7 @@ def _verdict_of_pair(ours: pd.Series, single: pd.Series, found: Interval) -> str
     return f"the pair is {verdict(found)}, with {sizes}"
 
 
-def claims(profile: str, store: Store, tiny: Tiny = Tiny()) -> pd.DataFrame:
+def claims(profile: str, store: Store, tiny: Tiny) -> pd.DataFrame:
     """Every claim of every paper: its rule, the verdict in `profile`, and the record to look at.
 
     `record` names the compared runs of the first seed.

@@ -14,6 +14,7 @@ from prunestudy.study.figures import COLOURS, MARKERS, style, title_of
 from prunestudy.study.overview import COSTS, DUELS
 
 _GONE = "#ececec"
+_RANK = 3  # of the drawing
 _VERDICTS = {
     "confirmed": "#029e73",
     "undecided": "#d9c77c",
@@ -31,26 +32,41 @@ def five_ways(size: int = 16) -> Figure:
     style()
     generator = np.random.default_rng(3)
     weight = generator.normal(size=(size, size)) * generator.gamma(2, 0.5, size=(size, 1))
+    large, gates = np.abs(weight), generator.random(weight.shape)
     figure, axes = plt.subplots(1, 6, figsize=(12.6, 2.9))
-    drawn = {
-        "dense": weight,
-        "gate variables": np.where(generator.random(weight.shape) < 0.25, weight, np.nan),
-        "magnitude attention": np.where(
-            np.abs(weight) > np.quantile(np.abs(weight), 0.75), weight, np.nan
+    drawn = (
+        ("dense", "darker: larger", weight),
+        (
+            "gate variables",
+            "2016: single weights,\nby gates that train",
+            np.where(gates < 0.25, weight, np.nan),
         ),
-        "GDP": _without_channels(weight, rows=9, columns=8),
-        "component-aware": _by_component(weight),
-    }
-    places = (("dense", 0), ("gate variables", 1), ("GDP", 3))
-    places += (("magnitude attention", 4), ("component-aware", 5))
-    for name, place in places:
-        _matrix(axes[place], drawn[name], name)
-    _factors(axes[2], weight)
-    below = ("darker: larger", "2016: single weights,\nby gates that train")
-    below += ("2017: all filters from\na few basis filters", "2021: whole channels,\nby gates that polarise")
-    below += ("2023: single weights,\nby size, while they train", "2025: channels, each part\nto a degree of its own")
-    for panel, text in zip(axes, below, strict=True):
-        panel.set_xlabel(text, fontsize=8.5)
+        (
+            "coordinating filters",
+            "2017: all filters from\na few basis filters",
+            _factors(weight, _RANK),
+        ),
+        (
+            "GDP",
+            "2021: whole channels,\nby gates that polarise",
+            _without_channels(weight, rows=9, columns=8),
+        ),
+        (
+            "magnitude attention",
+            "2023: single weights,\nby size, while they train",
+            np.where(large > np.quantile(large, 0.75), weight, np.nan),
+        ),
+        (
+            "component-aware",
+            "2025: channels, each part\nto a degree of its own",
+            _by_component(weight),
+        ),
+    )
+    for panel, (name, below, values) in zip(axes, drawn, strict=True):
+        _matrix(panel, values, name)
+        panel.set_xlabel(below, fontsize=8.5)
+    _mark_product(axes[2], size, _RANK)
+    axes[5].axhline(size / 2 - 0.5, color="black", lw=1.5)
     return figure
 
 
@@ -71,28 +87,28 @@ def _by_component(weight: np.ndarray) -> np.ndarray:
     return np.concatenate([upper, lower])
 
 
+def _factors(weight: np.ndarray, rank: int) -> np.ndarray:
+    """The two factors of a matrix of `rank` around an empty place: mixture left, basis on top."""
+    left, values, right = np.linalg.svd(weight)
+    size, root = len(weight), 2 * np.sqrt(values[:rank])
+    canvas = np.full((size + rank + 1, size + rank + 1), np.nan)
+    canvas[rank + 1 :, :rank] = left[:, :rank] * root
+    canvas[:rank, rank + 1 :] = right[:rank] * root[:, None]
+    return canvas
+
+
+def _mark_product(axes: Axes, size: int, rank: int) -> None:
+    corner, middle = rank + 0.5, rank + size / 2 + 0.5
+    axes.add_patch(Rectangle((corner, corner), size, size, fill=False, ls=":", color="0.5"))
+    axes.text(middle, middle, "their product", ha="center", va="center", fontsize=8, color="0.35")
+
+
 def _matrix(axes: Axes, values: np.ndarray, name: str) -> None:
     colour = ListedColormap(plt.get_cmap("GnBu")(np.linspace(0.35, 1, 64)))
     colour.set_bad(_GONE)
     axes.imshow(np.abs(values), cmap=colour, vmin=0, vmax=3)
     axes.set(title=name, xticks=[], yticks=[])
     axes.grid(visible=False)
-    if name == "component-aware":
-        axes.axhline(len(values) / 2 - 0.5, color="black", lw=1.5)
-
-
-def _factors(axes: Axes, weight: np.ndarray, rank: int = 3) -> None:
-    """The two factors of a matrix of `rank`: mixture on the left, basis on top."""
-    left, values, right = np.linalg.svd(weight)
-    size = len(weight)
-    canvas = np.full((size + rank + 1, size + rank + 1), np.nan)
-    canvas[rank + 1 :, :rank] = 2 * left[:, :rank] * np.sqrt(values[:rank])
-    canvas[:rank, rank + 1 :] = 2 * right[:rank] * np.sqrt(values[:rank])[:, None]
-    _matrix(axes, canvas, "coordinating filters")
-    corner = (rank + 0.5, rank + 0.5)
-    axes.add_patch(Rectangle(corner, size, size, fill=False, ls=":", color="0.5"))
-    middle = rank + size / 2 + 0.5
-    axes.text(middle, middle, "their product", ha="center", va="center", fontsize=8, color="0.35")
 
 
 def pareto(rows: pd.DataFrame, dataset: str) -> Figure:
@@ -193,7 +209,7 @@ def training_against_gain(rows: pd.DataFrame, dataset: str, gain: str = "time_b1
     for method, points in part.groupby("method", sort=False):
         for both, chosen in points.groupby("combined"):
             spread = [chosen.training - chosen.training_low, chosen.training_high - chosen.training]
-                        name = title_of(method) + both * f" {chosen.variant.iloc[0]}"
+            name = title_of(method) + both * f" {chosen.variant.iloc[0]}"
             look = {"marker": "*" if both else _SHAPES[method], "ms": 12 if both else 7}
             look |= {"color": COLOURS[method], "label": name, "ls": "", "elinewidth": 0.8}
             axes.errorbar(chosen.training, 1 / chosen[gain], xerr=np.array(spread), **look)
@@ -201,7 +217,9 @@ def training_against_gain(rows: pd.DataFrame, dataset: str, gain: str = "time_b1
     axes.axvline(1, color=COLOURS["dense"], ls="--", lw=1)
     axes.set_yscale("log")
     low, high = axes.get_ylim()
-    ticks = [t for t in (0.2, 0.5, 1, 2, 3, 5, 10, 20) if low <= t <= high]
+    ticks = [
+        t for t in (0.2, 0.4, 0.6, 0.8, 1, 1.25, 1.5, 2, 3, 4, 5, 6, 8, 10, 20) if low <= t <= high
+    ]
     axes.set_yticks(ticks, [f"{t:g}" for t in ticks])
     axes.minorticks_off()
     axes.set(xlabel="training time, times dense (median, range)")
