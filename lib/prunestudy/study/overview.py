@@ -13,7 +13,7 @@ from prunestudy.errors import InputError, require_one_of
 from prunestudy.methods import method_class
 from prunestudy.papers import Card, cards
 from prunestudy.study import tables
-from prunestudy.study.plan import Tiny, plan
+from prunestudy.study.plan import Planned, Tiny, plan
 from prunestudy.study.records import Store
 from prunestudy.study.tables import KEYS, Interval
 
@@ -117,6 +117,32 @@ def _total_seconds(runs: pd.DataFrame) -> pd.Series:
         return own.get(run, math.nan) + (total(parent[run]) if parent.get(run) else 0.0)
 
     return pd.Series({run: total(run) for run in own}, dtype=float)
+
+
+def readable(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows of `settings_table` for people; costs in percent of dense, empty if not measured."""
+    told = {
+        "setting": rows["label"],
+        "n": rows["n"],
+        "result": [tables.result(row) for row in rows.itertuples()],
+        "minus dense": [_points(row) for _, row in rows.iterrows()],
+        **{f"{words}, %": [_cell(x) for x in rows[cost]] for cost, words in COSTS.items()},
+    }
+    return pd.DataFrame(told)
+
+
+def _cell(share: float) -> str:
+    return "" if pd.isna(share) else f"{100 * share:.3g}"
+
+
+def shared(planned: list[Planned], tiny: Tiny, profile: str) -> pd.DataFrame:
+    """How many runs of each of the overview's experiments are a paper's own, how many are added."""
+    papers = tuple(each.id for each in cards() if each.is_paper and profile in each.profiles)
+    theirs = {item.settings.run for item in plan(profile, papers, tiny)}
+    runs = {item.settings.run: item.experiment for item in reversed(planned)}
+    table = pd.DataFrame({"experiment": runs.values(), "theirs": [run in theirs for run in runs]})
+    count = table.groupby("experiment")["theirs"].agg(runs="count", shared="sum")
+    return count.assign(added=count["runs"] - count["shared"]).reset_index()
 
 
 def smallest(rows: pd.DataFrame, cost: str, at_least: float) -> pd.Series | None:

@@ -293,7 +293,7 @@ def readable(summary: pd.DataFrame) -> pd.DataFrame:
             "" if pd.isna(row.target) else removed(row.target, row.target_kind) for row in rows
         ],
         "n": [row.n for row in rows],
-        "result": [_result(row) for row in rows],
+        "result": [result(row) for row in rows],
         "minus dense": [_minus_dense(row) for row in rows],
         "published": [_published(row) for row in rows],
         "verdict (margin)": [_verdict(row) for row in rows],
@@ -318,7 +318,8 @@ def _verdict(row: Any) -> str:
 UNITS = {"top1": (100, "%"), "miou": (100, "%"), "psnr": (1, " dB")}
 
 
-def _result(row: Any) -> str:
+def result(row: Any) -> str:
+    """Mean and sd of a row's metric for people: "99.20 ± 0.05%"."""
     factor, unit = UNITS[row.metric_name]
     sd = "" if math.isnan(row.metric_sd) else f" ± {factor * row.metric_sd:.2f}"
     return f"{factor * row.metric:.2f}{sd}{unit}"
