@@ -54,9 +54,10 @@ def settings_table(runs: pd.DataFrame) -> pd.DataFrame:
     shares = done.assign(**_shares(done, _total_seconds(runs)))
     rows = [_setting(group) for _, group in shares.groupby(KEYS, dropna=False, sort=False)]
     table = pd.DataFrame(rows)
-    order = table["method"].map(list(dict.fromkeys([*DUELS, *table["method"]])).index)
-    table = table.assign(order=order).sort_values(["dataset", "combined", "order", "target"])
-    return table.drop(columns="order").reset_index(drop=True)
+    order = table["method"].map(list(dict.fromkeys(["dense", *DUELS, *table["method"]])).index)
+    by = ["dataset", "combined", "order", "target_kind", "target"]
+    table = table.assign(order=order).sort_values(by, ignore_index=True)
+    return table.drop(columns="order")
 
 
 def _setting(group: pd.DataFrame) -> dict:
@@ -146,42 +147,38 @@ def shared(planned: list[Planned], tiny: Tiny, profile: str) -> pd.DataFrame:
 
 
 def smallest(rows: pd.DataFrame, cost: str, at_least: float) -> pd.Series | None:
-    """The setting that needs the least of `cost` and loses at most `-at_least` on average.
+    """The setting to take if it is about `cost` and the mean may differ from dense by `at_least`.
 
-    None if there is no such setting, or none that has been measured. Raises `InputError` for a
+    Of those that stay above the limit the one of smallest cost; of all within `SLACK` of it the
+    most accurate. None if there is none, or none that has been measured. Raises `InputError` for a
     cost that is not one of `COSTS`.
     """
     require_one_of("cost", cost, COSTS)
     able = rows[(rows["method"] != "dense") & (rows["difference"] >= at_least)]
-    able = able[able[cost].notna()]
-    return able.loc[able[cost].idxmin()] if len(able) else None
+    near = able[able[cost] <= (1 + SLACK) * able[cost].min()]
+    return near.loc[near["difference"].idxmax()] if len(near) else None
 
 
-def which_when(rows: pd.DataFrame, at_least: float = -0.01) -> pd.DataFrame:
-    """One sentence for each cost that may matter, with the numbers of the row that it rests on.
+def which_when(rows: pd.DataFrame, at_least: float) -> list[str]:
+    """One sentence for each of `COSTS`, made of the numbers of the row that it rests on.
 
-    `rows` are of one net and data set; `at_least` is the smallest mean difference to dense that
-    is accepted. A sentence says whether the 95% interval lies above it as well.
+    `rows` are of one net and data set; see `smallest`. Each says whether the 95% interval lies
+    above the limit as well.
     """
-    made = []
-    for cost, words in COSTS.items():
-        row = smallest(rows, cost, at_least)
-        if row is not None:
-            made.append({"if it is about": words, "then": _advice(row, cost, at_least)})
-    return pd.DataFrame(made, columns=["if it is about", "then"])
+    chosen = {words: (cost, smallest(rows, cost, at_least)) for cost, words in COSTS.items()}
+    return [
+        f"For the least {words}: {row['label']}. It leaves {_percent(row[cost])}, at "
+        f"{_points(row)} points against dense (n = {row['n']}); {_certainty(row, at_least)}."
+        for words, (cost, row) in chosen.items()
+        if row is not None
+    ]
 
 
-def _advice(row: pd.Series, cost: str, at_least: float) -> str:
-    sure = _of(row).verdict(at_least) == "confirmed"
-    certainty = "sure" if sure else "not sure"
-    return (
-        f"{row['label']}: {_percent(row[cost])} of dense, at {_points(row)} points against dense "
-        f"(n = {row['n']}); {certainty} to lose at most {-100 * at_least:g}"
-    )
-
-
-def _of(row: pd.Series) -> Interval:
-    return Interval(row["n"], row["difference"], math.nan, row["low"], row["high"])
+def _certainty(row: pd.Series, at_least: float) -> str:
+    if row["n"] < 2:
+        return "one seed, no interval"
+    above = row["low"] >= at_least
+    return "the interval stays above the limit" if above else "the interval reaches below the limit"
 
 
 def _percent(share: float) -> str:
@@ -217,28 +214,55 @@ def duels(runs: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     plain = rows[~rows["combined"] & (rows["method"] != "dense")]
     made = []
     for place, ours in plain[plain["method"].isin(DUELS)].iterrows():
-        later = plain["method"].isin(DUELS) & (plain.index <= place)
-        for _, theirs in plain[~later].iterrows():
-            if _same(ours, theirs, "model", "dataset", "epochs", "target_kind", "target"):
-                made.append(_duel(ours, theirs, against(runs, ours, theirs)))
-    columns = ["data", "setting", "against", "its control", "n", "points", "verdict"]
+        earlier = plain["method"].isin(DUELS) & (plain.index <= place)
+        like = plain[~earlier]
+        for key in ("model", "dataset", "epochs", "target_kind", "target"):
+            like = like[like[key] == ours[key]]
+        made += [_duel(runs, ours, theirs) for _, theirs in like.iterrows()]
+    columns = "dataset label method other strongest n mean low high verdict".split()
     return pd.DataFrame(made, columns=columns)
 
 
-def _same(ours: pd.Series, theirs: pd.Series, *keys: str) -> bool:
-    return all(ours[key] == theirs[key] for key in keys)
-
-
-def _duel(ours: pd.Series, theirs: pd.Series, found: Interval) -> dict:
+def _duel(runs: pd.DataFrame, ours: pd.Series, theirs: pd.Series) -> dict:
+    found = against(runs, ours, theirs)
     return {
-        "data": tables.datasets_title(ours["dataset"]),
-        "setting": ours["label"],
-        "against": method_class(theirs["method"]).title,
-        "its control": "strongest" if DUELS[ours["method"]] == theirs["method"] else "",
-        "n": found.n,
-        "points": tables.bracket(*(100 * x for x in (found.mean, found.low, found.high))),
+        "dataset": ours["dataset"],
+        "label": ours["label"],
+        "method": ours["method"],
+        "other": theirs["method"],
+        "strongest": DUELS[ours["method"]] == theirs["method"],
+        **{"n": found.n, "mean": found.mean, "low": found.low, "high": found.high},
         "verdict": verdict(found),
     }
+
+
+def readable_duels(table: pd.DataFrame) -> pd.DataFrame:
+    """Rows of `duels` for people; differences in points."""
+    numbers = 100 * table[["mean", "low", "high"]]
+    return pd.DataFrame(
+        {
+            "data": table["dataset"].map(tables.datasets_title),
+            "setting": table["label"],
+            "against": [method_class(name).title for name in table["other"]],
+            "its control": table["strongest"].map({True: "strongest", False: ""}),
+            "n": table["n"],
+            "points": [tables.bracket(*row) for row in numbers.itertuples(index=False)],
+            "verdict": table["verdict"],
+        }
+    )
+
+
+def what_learning_gains(table: pd.DataFrame) -> list[str]:
+    """One sentence per paper: its method against its strongest control, counted in `duels`."""
+    sentences = []
+    for (method, other), part in table[table["strongest"]].groupby(["method", "other"], sort=False):
+        count = part["verdict"].value_counts()
+        sentences.append(
+            f"{method_class(method).title} against {method_class(other).title}: better in "
+            f"{count.get('better', 0)}, worse in {count.get('worse', 0)}, "
+            f"not told apart in {count.get('not told apart', 0)} of {len(part)} settings."
+        )
+    return sentences
 
 
 def rival(rows: pd.DataFrame, combination: pd.Series) -> pd.Series | None:
@@ -248,41 +272,34 @@ def rival(rows: pd.DataFrame, combination: pd.Series) -> pd.Series | None:
     """
     cost = "weights" if combination["target_kind"] == "sparsity" else "macs"
     like = rows[~rows["combined"] & (rows["method"] != "dense")]
-    like = like[
-        [_same(combination, row, "model", "dataset", "epochs") for _, row in like.iterrows()]
-    ]
+    for key in ("model", "dataset", "epochs"):
+        like = like[like[key] == combination[key]]
     like = like[like[cost] <= (1 + SLACK) * combination[cost]]
     return like.loc[like["metric"].idxmax()] if len(like) else None
 
 
 def combinations(runs: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
-    """Two methods, one after the other, against the best single one of that size, in words."""
-    made = []
-    for _, ours in rows[rows["combined"]].iterrows():
-        single = rival(rows, ours)
-        if single is not None:
-            found = against(runs, ours, single)
-            made.append(
-                {
-                    "combination": ours["label"],
-                    "points against dense": _points(ours),
-                    "best single of that size": single["label"],
-                    "n": found.n,
-                    "points against it": tables.bracket(
-                        *(100 * x for x in (found.mean, found.low, found.high))
-                    ),
-                    "so": _verdict_of_pair(ours, single, found),
-                }
-            )
-    return pd.DataFrame(made)
+    """Two methods, one after the other, against the best single one of that size, for people."""
+    found = [(ours, rival(rows, ours)) for _, ours in rows[rows["combined"]].iterrows()]
+    made = [_pair(runs, ours, single) for ours, single in found if single is not None]
+    columns = ["pair", "minus dense", "best single of that size", "n", "minus single", "so"]
+    return pd.DataFrame(made, columns=columns)
 
 
-def _verdict_of_pair(ours: pd.Series, single: pd.Series, found: Interval) -> str:
+def _pair(runs: pd.DataFrame, ours: pd.Series, single: pd.Series) -> dict:
+    found = against(runs, ours, single)
     sizes = " and ".join(
-        f"{_percent(ours[cost])} of the {words} instead of {_percent(single[cost])}"
-        for cost, words in (("weights", "weights"), ("macs", "MACs"))
+        f"{_percent(ours[cost])} of the {COSTS[cost]} instead of {_percent(single[cost])}"
+        for cost in ("weights", "macs")
     )
-    return f"the pair is {verdict(found)}, with {sizes}"
+    return {
+        "pair": ours["label"],
+        "minus dense": _points(ours),
+        "best single of that size": single["label"],
+        "n": found.n,
+        "minus single": tables.bracket(*(100 * x for x in (found.mean, found.low, found.high))),
+        "so": f"the pair is {verdict(found)}, with {sizes}",
+    }
 
 
 def claims(profile: str, store: Store, tiny: Tiny) -> pd.DataFrame:
@@ -309,21 +326,25 @@ def _first(found: list[tuple[dict, dict | None]]) -> str:
 
 
 def readable_claims(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Paper by paper, the claims for people: numbers in the unit of the metric compared."""
+    """Paper by paper, the claims for people, in the metric's own unit; a claim's text once."""
     for paper, part in table.groupby("paper", sort=False):
-        rows = []
-        for row in part.to_dict("records"):
-            tested = isinstance(row.get("rule"), str)
-            numbers = [row[key] for key in ("difference", "low", "high")] if tested else []
-            rows.append(
-                {
-                    "claim": f"{row['says']} [{row['mark']}]",
-                    "verdict": row["verdict"],
-                    "rule": row["rule"] if tested else row["why"],
-                    "where": row["where"] if tested else "",
-                    "difference": tables.bracket(*numbers, digits=4) if tested else "",
-                    "n": int(row["n"]) if tested else "",
-                    "record": row["record"],
-                }
-            )
-        yield str(paper), pd.DataFrame(rows)
+        rows = [_claim(row) for row in part.to_dict("records")]
+        shown = pd.DataFrame(rows)
+        yield str(paper), shown.assign(claim=shown["claim"].mask(shown["claim"].duplicated(), ""))
+
+
+def _claim(row: dict) -> dict:
+    told = {"claim": f"{row['says']} [{row['mark']}]", "verdict": row["verdict"]}
+    if not isinstance(row.get("rule"), str):
+        return told | {"rule": row["why"], **dict.fromkeys(_TESTED, ""), "record": ""}
+    numbers = (row[key] for key in ("difference", "low", "high"))
+    difference = tables.bracket(*numbers, digits=4)
+    values = (row["where"], difference, int(row["n"]))
+    return (
+        told
+        | {"rule": row["rule"], **dict(zip(_TESTED, values, strict=True))}
+        | {"record": row["record"]}
+    )
+
+
+_TESTED = ("where", "difference", "n")

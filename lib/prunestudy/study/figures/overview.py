@@ -104,8 +104,7 @@ def _mark_product(axes: Axes, size: int, rank: int) -> None:
 
 
 def _matrix(axes: Axes, values: np.ndarray, name: str) -> None:
-    colour = ListedColormap(plt.get_cmap("GnBu")(np.linspace(0.35, 1, 64)))
-    colour.set_bad(_GONE)
+    colour = ListedColormap(plt.get_cmap("GnBu")(np.linspace(0.35, 1, 64)), bad=_GONE)
     axes.imshow(np.abs(values), cmap=colour, vmin=0, vmax=3)
     axes.set(title=name, xticks=[], yticks=[])
     axes.grid(visible=False)
