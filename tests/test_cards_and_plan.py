@@ -409,11 +409,24 @@ def test_jobs_hold_every_run_once_and_need_no_circle(paper, profile):
     found = jobs(profile, planned)
     assert [p for group in found.values() for p in group] != []
     assert Counter(id(p) for group in found.values() for p in group) == Counter(map(id, planned))
+    assert _no_circle(found)
+
+
+@pytest.mark.parametrize("profile", papers.PROFILES)
+def test_jobs_of_all_papers_wait_for_each_other_in_no_circle(profile):
+    found = jobs(profile, plan(profile))
+    assert _no_circle(found)
+    needs, trained = needed_jobs(found), {}
+    for name, group in found.items():
+        for run in {p.settings.run for p in group}:
+            assert trained.setdefault(run, name) in {name, *needs[name]}
+
+
+def _no_circle(found):
     needs, done = needed_jobs(found), set()
-    while len(done) < len(found):
-        ready = {name for name in found if name not in done and needs[name] <= done}
-        assert ready
+    while ready := {name for name in found if name not in done and needs[name] <= done}:
         done |= ready
+    return done == set(found)
 
 
 def test_a_run_of_two_experiments_and_its_parents_job(card_file):

@@ -149,13 +149,13 @@ def test_of_settings_about_as_small_the_most_accurate_is_taken(rows):
 def test_a_sentence_is_made_of_the_numbers_of_its_row(rows):
     said = overview.which_when(rows, -0.02)
     assert said[1] == (
-        "For the least MACs: GDP (ours), 70% of MACs removed. It leaves 30%, at -1.00 "
+        "If it is about MACs: GDP (ours), 70% of MACs removed. That is 30% of dense, at -1.00 "
         "[-1.00, -1.00] points against dense (n = 2); the interval stays above the limit."
     )
     assert len(said) == 6  # nothing was timed
     gates = rows.assign(difference=rows.difference.mask(rows.method == "gdp", -0.03))
-    (other,) = (s for s in overview.which_when(gates, -0.02) if "least MACs:" in s)
-    assert other.startswith("For the least MACs: found shape, from scratch, 70% of MACs removed.")
+    (other,) = (s for s in overview.which_when(gates, -0.02) if "about MACs:" in s)
+    assert other.startswith("If it is about MACs: found shape, from scratch, 70% of MACs removed.")
     assert other.endswith("; the interval reaches below the limit.")
     assert overview.which_when(rows[rows.method == "dense"], -1.0) == []
     one = overview.which_when(rows[rows.method == "gdp"].assign(n=1), -0.02)

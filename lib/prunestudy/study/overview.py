@@ -167,7 +167,7 @@ def which_when(rows: pd.DataFrame, at_least: float) -> list[str]:
     """
     chosen = {words: (cost, smallest(rows, cost, at_least)) for cost, words in COSTS.items()}
     return [
-        f"For the least {words}: {row['label']}. It leaves {_percent(row[cost])}, at "
+        f"If it is about {words}: {row['label']}. That is {_percent(row[cost])} of dense, at "
         f"{_points(row)} points against dense (n = {row['n']}); {_certainty(row, at_least)}."
         for words, (cost, row) in chosen.items()
         if row is not None
