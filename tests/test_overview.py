@@ -96,7 +96,7 @@ def test_one_row_per_setting_in_shares_of_dense(rows):
     half = T1 * 0.01 / math.sqrt(2) / math.sqrt(2)
     assert [gates.difference, gates.low] == pytest.approx([-0.005, -0.005 - half])
     pair = row_of(rows, "sparse_gates", combined=True)
-    assert pair.label == "gate variables (ours) after GDP, 80% of weights removed"
+    assert pair.label == "GDP + gate variables (ours), 80% of weights removed"
 
 
 def test_training_counts_what_had_to_be_trained_before(runs, rows):
@@ -312,7 +312,7 @@ def test_training_and_gain(runs):
 def test_pairs_stand_above_their_parts(rows):
     axes = drawings.pairs(rows, "mnist").axes[0]
     labels = [text.get_text() for text in axes.get_yticklabels()]
-    assert labels[-1] == "gate variables (ours) after GDP, 80% of weights removed"
+    assert labels[-1] == "GDP + gate variables (ours), 80% of weights removed"
     assert len(labels) == 3
     assert "10% of the weights, 50% of the MACs" in {text.get_text() for text in axes.texts}
 

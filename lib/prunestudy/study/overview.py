@@ -38,6 +38,9 @@ COSTS = {
 }
 # A combination's rival may be so much larger, since targets are met to a channel only.
 SLACK = 0.1
+_AFTER = "after "
+# Runs that others begin with; they have seen fewer epochs than what is compared.
+_BEGINNINGS = ["start", "half"]
 
 
 def settings_table(runs: pd.DataFrame) -> pd.DataFrame:
@@ -48,7 +51,7 @@ def settings_table(runs: pd.DataFrame) -> pd.DataFrame:
     seed 0, training (parents included) a median over seeds with its range `training_low` to
     `training_high`. Raises `InputError` if no run is done.
     """
-    done = runs[(runs["status"] == "done") & ~runs["variant"].isin(["start", "half"])]
+    done = runs[(runs["status"] == "done") & ~runs["variant"].isin(_BEGINNINGS)]
     if done.empty:
         raise InputError("overview: no run is done yet")
     shares = done.assign(**_shares(done, _total_seconds(runs)))
@@ -66,7 +69,7 @@ def _setting(group: pd.DataFrame) -> dict:
     return {
         "label": _label(first),
         **{key: first[key] for key in KEYS},
-        "combined": first["variant"].startswith("after "),
+        "combined": first["variant"].startswith(_AFTER),
         "n": len(group),
         "metric": group["metric"].mean(),
         "metric_sd": group["metric"].std(),
@@ -82,12 +85,18 @@ def _setting(group: pd.DataFrame) -> dict:
 
 
 def _label(row: pd.Series) -> str:
-    title = method_class(row["method"]).title
-    if row["variant"]:
-        title += f" {row['variant']}"
+    name = name_of(row["method"], row["variant"])
     if pd.isna(row["target"]):
-        return title
-    return f"{title}, {tables.removed(row['target'], row['target_kind'])} removed"
+        return name
+    return f"{name}, {tables.removed(row['target'], row['target_kind'])} removed"
+
+
+def name_of(method: str, variant: str) -> str:
+    """A method for people; of a combination ("after GDP") also what came first."""
+    first, title = variant.removeprefix(_AFTER), method_class(method).title
+    if variant.startswith(_AFTER):
+        return f"{first} + {title}"
+    return f"{title}, {variant}" if variant else title
 
 
 def _shares(done: pd.DataFrame, seconds: pd.Series) -> dict[str, pd.Series]:

@@ -11,7 +11,7 @@ from matplotlib.patches import Rectangle
 from prunestudy.errors import InputError, require_one_of
 from prunestudy.study import tables
 from prunestudy.study.figures import COLOURS, MARKERS, style, title_of
-from prunestudy.study.overview import COSTS, DUELS
+from prunestudy.study.overview import COSTS, DUELS, name_of
 
 _GONE = "#ececec"
 _RANK = 3  # of the drawing
@@ -208,7 +208,7 @@ def training_against_gain(rows: pd.DataFrame, dataset: str, gain: str = "time_b1
     for method, points in part.groupby("method", sort=False):
         for both, chosen in points.groupby("combined"):
             spread = [chosen.training - chosen.training_low, chosen.training_high - chosen.training]
-            name = title_of(method) + both * f" {chosen.variant.iloc[0]}"
+            name = name_of(method, chosen.variant.iloc[0])
             look = {"marker": "*" if both else _SHAPES[method], "ms": 12 if both else 7}
             look |= {"color": COLOURS[method], "label": name, "ls": "", "elinewidth": 0.8}
             axes.errorbar(chosen.training, 1 / chosen[gain], xerr=np.array(spread), **look)
@@ -256,6 +256,8 @@ def pairs(rows: pd.DataFrame, dataset: str) -> Figure:
     lowest = factor * shown.difference.min()
     axes.set_xlim(min(1.3 * lowest, factor * shown.low.max()), max(0.5, -0.25 * lowest))
     axes.set_xlabel("minus dense, points (mean and 95% interval)")
+    where = f"{both.model.iloc[0]} on {tables.datasets_title(dataset)}"
+    axes.set_title(f"{where}: two methods (stars), and each alone", fontsize=10)
     return figure
 
 
