@@ -268,6 +268,17 @@ def test_all_that_is_compared_has_the_same_total_epochs(profile, epochs):
     assert {p.settings.method for p in compared} >= {*overview.DUELS, *overview.DUELS.values()}
 
 
+@pytest.mark.parametrize("profile", ["quick", "cpu", "cpu-long", "paper"])
+def test_the_force_is_as_strong_as_its_own_card_has_it(profile):
+    def strengths(paper):
+        for item in plan(profile, (paper,)):
+            s = item.settings
+            if s.method == "force" and item.purpose == "results" and item.variant in ("", "half"):
+                yield s.model, s.params["strength"], s.params["layers"]
+
+    assert set(strengths("overview")) <= set(strengths("force"))
+
+
 def test_most_runs_of_profile_cpu_are_the_papers_own():
     table = overview.shared(plan("cpu", ("overview",)), Tiny(), "cpu")
     assert table.runs.sum() == table.shared.sum() + table.added.sum()
