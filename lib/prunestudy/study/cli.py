@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from prunestudy.errors import InputError, require, require_one_of
@@ -69,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     add_planned("list", _list, "list the planned runs")
     add_planned("status", _status, "say what is done and what is missing")
     add_planned("table", _table, "write the tables from the records")
-    readme = add("readme", _readme, "write README's table from a profile's summary")
+    readme = add("readme", _readme, "write README's table, and the instructors' page")
     readme.add_argument("--profile", default="cpu", help=f"one of {', '.join(PROFILES)}")
     add_planned("latency", _latency, "time the finished nets, alone on the machine")
     run = with_data(add_planned("run", _run, "train runs by name, if they are not there"))
@@ -80,13 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     note = with_data(add("notebook", _notebook, "execute a paper's notebook"), False)
     note.add_argument("paper")
     note.add_argument("--profile", default="quick")
-    report = add("report", _report, "write the report: a static site that needs no network")
-    report.add_argument("--profile", default="quick", help=f"one of {', '.join(PROFILES)}")
-    report.add_argument("--out", default="", help="folder (default results/PROFILE/report)")
-    slides = add("slides", _slides, "write slides of executed notebooks, for a class")
-    slides.add_argument("names", nargs="*", metavar="NOTEBOOK", help="or PAPER, or a path; or all")
-    slides.add_argument("--profile", default="quick", help=f"one of {', '.join(PROFILES)}")
-    slides.add_argument("--out", default="", help="folder (default results/PROFILE/slides)")
+    _add_pages(add)
     show = add("show", _show, "print a run's settings, metrics, environment and history")
     show.add_argument("run_name", metavar="RUN", help="a run's name or its beginning")
     show.add_argument("--profile", default="quick")
@@ -105,6 +100,15 @@ def _parser() -> argparse.ArgumentParser:
     bench = add("bench", _bench, "measure ratios side by side and write results/bench.md")
     bench.add_argument("--quick", action="store_true", help="few rounds: a look, not a result")
     return parser
+
+
+def _add_pages(add: Callable[..., argparse.ArgumentParser]) -> None:
+    report = add("report", _report, "write the report: a static site that needs no network")
+    slides = add("slides", _slides, "write slides of executed notebooks, for a class")
+    slides.add_argument("names", nargs="*", metavar="NOTEBOOK", help="or PAPER, or a path; or all")
+    for name, command in (("report", report), ("slides", slides)):
+        command.add_argument("--profile", default="quick", help=f"one of {', '.join(PROFILES)}")
+        command.add_argument("--out", default="", help=f"folder (default results/PROFILE/{name})")
 
 
 _SET_HELP = (
@@ -196,9 +200,12 @@ def _table(a: argparse.Namespace) -> None:
 def _readme(a: argparse.Namespace) -> None:
     from prunestudy.study import tables
     from prunestudy.study.records import repository
+    from prunestudy.study.report import lessons
 
     summary = tables.read_table(_store(a).folder / "tables" / "summary.csv")
     tables.fill_readme(repository() / "README.md", summary)
+    notebooks = repository() / "notebooks"
+    tables.fill(notebooks / "README.md", "lessons", lessons.page(notebooks))
 
 
 def _latency(a: argparse.Namespace) -> None:

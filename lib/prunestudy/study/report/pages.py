@@ -1,5 +1,6 @@
 """The pages of the report as Markdown, and the files that lie beside them."""
 
+import itertools
 import math
 import re
 import shutil
@@ -13,10 +14,10 @@ import pandas as pd
 
 from prunestudy import methods
 from prunestudy.papers import MARKS, Card, Published, cards
-from prunestudy.study import tables
+from prunestudy.study import overview, tables
+from prunestudy.study.plan import Tiny
 from prunestudy.study.records import Store, repository, write_text
 from prunestudy.study.report import HERE, outputs
-from prunestudy.study.session import Session
 
 _NUMBER = re.compile(r"[+-]?\d+(\.\d+)?(e[+-]?\d+)?")
 _VERDICTS = ("confirmed", "contradicted", "undecided", "not testable here")
@@ -67,7 +68,9 @@ def _cells(column: pd.Series, links: list[str] | None) -> list[Cell]:
 
 def _text(value: Any) -> str:
     if isinstance(value, float):
-        return "" if math.isnan(value) else f"{value:.4g}"
+        if math.isnan(value):
+            return ""
+        return str(int(value)) if value.is_integer() else f"{value:.4g}"
     return "" if value is None else str(value)
 
 
@@ -117,17 +120,26 @@ class Paper:
         return Table.of(pd.DataFrame(rows))
 
     def judged(self, claim: str) -> Table:
-        """The comparisons that judge a claim; empty for one that is not testable."""
+        """The comparisons that judge a claim, with the records of their first seed.
+
+        Empty for a claim that is not testable.
+        """
         rows = self.verdicts[self.verdicts["claim"] == claim].dropna(subset="rule")
         numbers = zip(rows["difference"], rows["low"], rows["high"], strict=True)
         shown = rows[["rule", "where"]].assign(
-            difference=[_interval(*each) for each in numbers], n=rows["n"], verdict=rows["verdict"]
+            difference=[tables.bracket(*each, digits=4) for each in numbers],
+            n=rows["n"].astype(int),
+            verdict=rows["verdict"],
         )
-        return Table.of(shown.astype({"n": int}))
+        links = {}
+        for name, runs in zip(("run", "against"), _compared(rows), strict=True):
+            shown[name] = [run and run.rpartition("-")[2] for run in runs]
+            links[name] = [run and f"../records/{run}.txt" for run in runs]
+        return Table.of(shown, **links)
 
     def counts(self) -> str:
         """How many comparisons with runs in this profile got which verdict, for people."""
-        found = list(self.verdicts["verdict"]) if len(self.verdicts) else []
+        found = list(self.verdicts["verdict"])
         counted = [(found.count(verdict), verdict) for verdict in _VERDICTS]
         return ", ".join(f"{count} {verdict}" for count, verdict in counted if count)
 
@@ -151,31 +163,34 @@ def _percent(share: float | None) -> float | None:
     return None if share is None else 100 * share
 
 
-def _interval(mean: float, low: float, high: float) -> str:
-    if math.isnan(mean):
-        return ""
-    return f"{mean:+.4g}" + ("" if math.isnan(low) else f" [{low:+.4g}, {high:+.4g}]")
+def _compared(verdicts: pd.DataFrame) -> tuple[list[str], list[str]]:
+    """The runs of the first seed that each comparison is of; "" where there is none."""
+    sides = [record.partition(" - ") for record in verdicts["record"]]
+    return [ours for ours, _, _ in sides], [theirs for _, _, theirs in sides]
 
 
 def write(source: Path, store: Store, profile: str, notebooks: list[Path]) -> None:
     """Write all pages and files of the report below `source`."""
     made = [tables.read_table(store.folder / f"tables/{name}.csv") for name in ("runs", "summary")]
     stems = [path.stem for path in notebooks]
-    papers = [_paper(each, store, profile, stems, *made) for each in cards()]
+    claims = overview.claims(profile, store, Tiny())
+    papers = [_paper(each, stems, claims, *made) for each in cards()]
     titles = {each.card.notebook: f"{each.card.notebook[:2]} {each.name}" for each in papers}
     known = {"profile": profile, "papers": papers, "marks": MARKS, "stems": stems}
     known["titles"] = {stem: titles.get(stem, stem) for stem in stems}
     _page(source / "index.md", "index", front=_front(source / "files/figures"), **known)
     _page(source / "tables.md", "tables", **known)
     for paper in papers:
-        for name in ("papers", "runs") if paper.runs.rows else ("papers",):
-            _page(source / name / f"{paper.card.id}.md", name, paper=paper, **known)
+        for name, wanted in (("papers", paper.card.is_paper), ("runs", paper.runs.rows)):
+            if wanted:
+                _page(source / name / f"{paper.card.id}.md", name, paper=paper, **known)
     there = [path.name for path in notebooks]
     for path in notebooks:
         _notebook(source, path, there)
     text = (repository() / "notebooks/README.md").read_text(encoding="utf-8")
     write_text(source / "notebooks/README.md", outputs.without_dead_links(text, there))
-    for run in sorted(set(made[0]["run"])):
+    named = itertools.chain(made[0]["run"], *_compared(claims))
+    for run in sorted({run for run in named if run}):
         write_text(source / f"files/records/{run}.txt", store.shown(run))
 
 
@@ -189,19 +204,17 @@ def _page(path: Path, template: str, **values: Any) -> None:
 
 
 def _paper(
-    card: Card, store: Store, profile: str, stems: list[str], runs: pd.DataFrame, summary: pd.DataFrame
+    card: Card, stems: list[str], claims: pd.DataFrame, runs: pd.DataFrame, summary: pd.DataFrame
 ) -> Paper:
     runs, summary = (table[table["paper"] == card.id] for table in (runs, summary))
-    verdicts = pd.DataFrame()
-    if profile in card.profiles:
-        verdicts = Session(card.id, profile, results=store.folder.parent).verdicts()
+    name = card.short or card.title
     names = {key: f"setting-{count}" for count, key in enumerate(_settings(summary))}
     own = (summary["variant"] == "") & (summary["method"] == summary["paper"])
     return Paper(
         card,
         card.notebook if card.notebook in stems else "",
         *(_summary(table, names) for table in (summary[own], summary)),
-        verdicts,
+        claims[claims["paper"] == name],
         _runs(runs, names),
     )
 
@@ -221,7 +234,7 @@ def _runs(runs: pd.DataFrame, names: dict[tuple[Any, ...], str]) -> Table:
     """The runs, setting by setting; each leads to its record, the first of a setting is named."""
     order = {name: count for count, name in enumerate(names.values())}
     runs = runs.assign(setting=[names.get(key, "") for key in _settings(runs)])
-    runs = runs.sort_values(["setting", "seed"], key=lambda c: c.map(order) if c.name == "setting" else c)
+    runs = runs.assign(place=runs["setting"].map(order)).sort_values(["place", "seed"])
     factor = [tables.UNITS.get(name, (1, ""))[0] for name in runs["metric_name"]]
     shown = pd.DataFrame(
         {

@@ -13,6 +13,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from nbformat import NotebookNode
+
 from prunestudy.errors import InputError, require
 from prunestudy.papers import cards
 from prunestudy.study.records import Store, write_text
@@ -122,14 +124,19 @@ def arrange(notebook: Any) -> Any:
 
 
 def _parts(cell: Any) -> list[Any]:
-    """A text cell with several headings is as many cells."""
-    if cell.cell_type != "markdown" or "solution" in outputs.tags(cell):
+    """A text cell with several headings is as many cells; so are several tables or figures."""
+    if "solution" in outputs.tags(cell):
         return [cell]
-    texts = re.split(r"\n(?=#{1,2} )", cell.source)
-    parts = [type(cell)(cell, source=text, metadata=cell.metadata.copy()) for text in texts]
-    for count, part in enumerate(parts[1:], 1):
-        part.id = f"{cell.get('id', 'part')}-{count}"
-    return parts
+    if cell.cell_type == "markdown":
+        changes = [{"source": text} for text in re.split(r"\n(?=#{1,2} )", cell.source)]
+    elif _is_output_only(cell):
+        changes = [{"outputs": [output]} for output in cell.outputs]
+    else:
+        return [cell]
+    return [
+        NotebookNode(cell, **change, metadata=cell.metadata.copy(), id=f"{cell.get('id', '')}-{i}")
+        for i, change in enumerate(changes)
+    ]
 
 
 def _place(cell: Any, used: float) -> str:

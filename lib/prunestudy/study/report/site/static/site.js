@@ -7,7 +7,7 @@ document.addEventListener("DOMContentLoaded", () => {
     ],
     throwOnError: false,
   });
-  for (const table of document.querySelectorAll("table.sortable, table.dataframe")) {
+  for (const table of document.querySelectorAll(".sortable, .dataframe, .output table.docutils")) {
     if (table.tHead?.rows.length === 1 && table.rows.length > 2) new Tablesort(table);
   }
 });
