@@ -70,8 +70,6 @@ def _parser() -> argparse.ArgumentParser:
     add_planned("list", _list, "list the planned runs")
     add_planned("status", _status, "say what is done and what is missing")
     add_planned("table", _table, "write the tables from the records")
-    readme = add("readme", _readme, "write README's table, and the instructors' page")
-    readme.add_argument("--profile", default="cpu", help=f"one of {', '.join(PROFILES)}")
     add_planned("latency", _latency, "time the finished nets, alone on the machine")
     run = with_data(add_planned("run", _run, "train runs by name, if they are not there"))
     run.add_argument("runs", nargs="+", metavar="RUN", help="a run's name or its beginning")
@@ -106,6 +104,8 @@ def _add_pages(add: Callable[..., argparse.ArgumentParser]) -> None:
     report = add("report", _report, "write the report: a static site that needs no network")
     slides = add("slides", _slides, "write slides of executed notebooks, for a class")
     slides.add_argument("names", nargs="*", metavar="NOTEBOOK", help="or PAPER, or a path; or all")
+    readme = add("readme", _readme, "write README's table, and the instructors' page")
+    readme.add_argument("--profile", default="cpu", help=f"one of {', '.join(PROFILES)}")
     for name, command in (("report", report), ("slides", slides)):
         command.add_argument("--profile", default="quick", help=f"one of {', '.join(PROFILES)}")
         command.add_argument("--out", default="", help=f"folder (default results/PROFILE/{name})")

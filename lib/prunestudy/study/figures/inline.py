@@ -2,6 +2,7 @@
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
 
 
 def show_well() -> None:
@@ -31,6 +32,7 @@ def _display(figure: Figure) -> tuple[bytes, dict[str, object]] | None:
 def alt_text(figure: Figure) -> str:
     """What the figure shows, for who cannot see it: titles, axes, and what the legends name."""
     parts = [figure.get_suptitle(), *(_panel(axes) for axes in figure.axes)]
+    parts += [_named(legend) for legend in figure.legends]
     return ". ".join(dict.fromkeys(part for part in parts if part))
 
 
@@ -39,7 +41,10 @@ def _panel(axes: Axes) -> str:
         " ".join(text.split()) for text in (axes.get_title(), axes.get_xlabel(), axes.get_ylabel())
     )
     against = f"{up} against {across}" if up and across else up or across
-    legend = axes.get_legend()
-    named = ", ".join(text.get_text() for text in legend.get_texts()) if legend else ""
+    named = _named(axes.get_legend())
     drawn = ": ".join(part for part in (title, against) if part)
     return f"{drawn} ({named})" if drawn and named else drawn or named
+
+
+def _named(legend: Legend | None) -> str:
+    return ", ".join(text.get_text() for text in legend.get_texts()) if legend else ""

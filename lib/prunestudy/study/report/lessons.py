@@ -3,6 +3,7 @@
 import ast
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def lesson(path: Path) -> Lesson:
     texts = [cell.source for cell in cells if cell.cell_type == "markdown"]
     exercises = tuple(
         _exercise(before.source, cell.source)
-        for before, cell in zip(cells, cells[1:], strict=False)
+        for before, cell in pairwise(cells)
         if "exercise" in outputs.tags(cell)
     )
     code = [c.source for c in cells if c.cell_type == "code" and "exercise" not in outputs.tags(c)]
