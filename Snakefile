@@ -9,6 +9,8 @@ PROFILE = config.get("profile", "quick")
 PAPERS = tuple(config.get("papers", "").split())
 RESULTS, DATA = config.get("results", ""), config.get("data", "")
 STAGE = Path(config.get("stage", "results/stage"))
+# What a cluster is asked for (minutes, MB); the papers' own nets are trained on a GPU each.
+GPU = PROFILE == "paper"
 
 study = Batch(PROFILE, PAPERS, RESULTS)
 options = f"--profile {PROFILE}" + "".join(
@@ -38,17 +40,27 @@ rule train:
         lambda wildcards: [marker(f"train.{job}") for job in study.needs(wildcards.job)],
     output:
         temp(touch(marker("train.{job}"))),
+    # the worker processes of a stream; on one machine, one such run at a time
+    threads: 8 if GPU else 1
+    resources:
+        gpu=int(GPU),
+        mem_mb=32000 if GPU else 4000,
+        runtime=24 * 60 if GPU else 4 * 60,
     shell:
         "prunestudy job {wildcards.job} {options}"
 
 
-# Alone on the machine: it takes every core there is.
+# Alone on the machine: it takes every core there is, on a cluster a whole node.
 rule latency:
     input:
         [marker(f"train.{job}") for job in sorted(study.open)],
     output:
         touch(marker("latency")),
-    threads: workflow.cores or 1
+    threads: workflow.resource_settings.cores or 1
+    resources:
+        mem_mb=8000,
+        runtime=4 * 60,
+        slurm_extra="--exclusive",
     shell:
         "prunestudy latency {options}{papers}"
 
@@ -58,6 +70,7 @@ rule tables:
         marker("latency") if study.latency_is_open() else [],
     output:
         touch(marker("tables")),
+    localrule: True
     shell:
         "prunestudy table {options}"
 
@@ -67,5 +80,8 @@ rule notebook:
         marker("tables"),
     output:
         touch(marker("notebook.{paper}")),
+    resources:
+        mem_mb=8000,
+        runtime=60,
     shell:
         "prunestudy notebook {wildcards.paper} {options}"
