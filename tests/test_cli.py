@@ -120,6 +120,19 @@ def test_bad_commands_that_are_found_late(refused, words, message):
     assert refused(*words).startswith(message)
 
 
+@pytest.mark.parametrize(
+    ("plugin", "message"),
+    [
+        (True, "executor = 'slurm': where Slurm is: sbatch is found and sinfo answers"),
+        (None, "executor = 'slurm': local, or one whose package snakemake_executor_plugin_slurm"),
+    ],
+)
+def test_slurm_is_asked_for_where_it_is_not(refused, monkeypatch, plugin, message):
+    monkeypatch.setattr(batch, "find_spec", lambda name: plugin)
+    monkeypatch.setattr(batch.shutil, "which", lambda name: None)
+    assert refused("study", "--executor", "slurm").startswith(message)
+
+
 SETTINGS = [
     (["colour=red"], "setting = 'colour': allowed are batch_size, dataset, epochs"),
     (["lr"], "--set = 'lr': must be KEY=VALUE"),
