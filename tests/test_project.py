@@ -73,18 +73,27 @@ def test_every_card_has_its_notebook():
         assert (ROOT / "notebooks" / f"{each.notebook}.ipynb").exists()
 
 
-def test_readme_table_is_made_from_the_summary(tmp_path):
-    page = tmp_path / "README.md"
-    page.write_text((ROOT / "README.md").read_text())
-    summary = tables.summary_table(tables.runs_table(Store("quick", tmp_path), plan("quick")))
-    assert summary.empty
+def test_readme_table_is_made_from_the_committed_summary(tmp_path):
+    page, committed = tmp_path / "README.md", (ROOT / "README.md").read_text()
+    page.write_text(
+        re.sub(r"(`prunestudy readme[^>]*-->).*(<!-- end)", r"\1\n\2", committed, flags=re.S)
+    )
+    assert len(page.read_text()) < len(committed)
+    summary = tables.read_table(ROOT / "results/cpu/tables/summary.csv")
     tables.fill_readme(page, summary)
-    before, _, rest = page.read_text().partition("<!-- results")
-    assert (ROOT / "README.md").read_text().startswith(before)
-    assert "| LeNet" not in rest.partition("<!-- end of results -->")[0]
+    assert page.read_text() == committed
+    tables.fill_readme(page, summary[summary["method"] != summary["paper"]])
+    assert "| MNIST |" not in page.read_text()
     with pytest.raises(InputError, match="no pair of results comments"):
         page.write_text("nothing")
         tables.fill_readme(page, summary)
+
+
+def test_committed_tables_are_those_of_the_records():
+    made = tables.build(Store("cpu", ROOT / "results"), plan("cpu"))
+    for name, table in zip(("runs", "summary"), made, strict=True):
+        path = ROOT / f"results/cpu/tables/{name}.csv"
+        assert path.read_text(encoding="utf-8") == tables.text_of(table), name
 
 
 def test_tracked_results_hold_no_path_or_name_of_a_machine():

@@ -69,7 +69,8 @@ def _parser() -> argparse.ArgumentParser:
     add_planned("list", _list, "list the planned runs")
     add_planned("status", _status, "say what is done and what is missing")
     add_planned("table", _table, "write the tables from the records")
-    add_planned("readme", _readme, "write README's table from the records")
+    readme = add("readme", _readme, "write README's table from a profile's summary")
+    readme.add_argument("--profile", default="cpu", help=f"one of {', '.join(PROFILES)}")
     add_planned("latency", _latency, "time the finished nets, alone on the machine")
     run = with_data(add_planned("run", _run, "train runs by name, if they are not there"))
     run.add_argument("runs", nargs="+", metavar="RUN", help="a run's name or its beginning")
@@ -192,7 +193,7 @@ def _readme(a: argparse.Namespace) -> None:
     from prunestudy.study import tables
     from prunestudy.study.records import repository
 
-    _, summary = tables.build(_store(a), _planned(a))
+    summary = tables.read_table(_store(a).folder / "tables" / "summary.csv")
     tables.fill_readme(repository() / "README.md", summary)
 
 

@@ -367,11 +367,12 @@ def markdown(table: pd.DataFrame) -> str:
 
 
 def fill_readme(path: Path, summary: pd.DataFrame) -> None:
-    """Put the readable summary between the two `results` comments of the page at `path`."""
-    begin, end = "<!-- results: made by `prunestudy readme` -->\n", "<!-- end of results -->"
+    """Put what each paper's own method reached between the two `results` comments of `path`."""
+    begin = "<!-- results: made by `prunestudy readme` -->\n"
+    end = "<!-- end of results -->"
     before, found, rest = path.read_text(encoding="utf-8").partition(begin)
     _, closed, after = rest.partition(end)
     if not (found and closed):
         raise InputError(f"readme = {path.name}: has no pair of results comments")
-    plain = summary[summary["variant"] == ""]
-    write_text(path, f"{before}{begin}\n{markdown(readable(plain))}\n{end}{after}")
+    own = summary[(summary["variant"] == "") & (summary["method"] == summary["paper"])]
+    write_text(path, f"{before}{begin}\n{markdown(readable(own))}\n{end}{after}")

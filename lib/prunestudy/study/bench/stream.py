@@ -19,9 +19,10 @@ _WORKERS, _BATCH = 2, 32
 def stream(quick: bool = False) -> Row:
     """Training batches for ImageNet with two workers, over the bare work in two processes."""
     with tempfile.TemporaryDirectory() as folder:
-        images = _photos(Path(folder), 32 if quick else 256, 1 if quick else 4)
+        # Enough images that starting and ending workers weighs as little as in a real epoch.
+        images = _photos(Path(folder), 32 if quick else 256, 1 if quick else 16)
         both = {"stream": _stream(images), "bare": _bare(images)}
-        seconds = measure.interleave(both, rounds=2 if quick else 9, warmup=1)
+        seconds = measure.interleave(both, rounds=2 if quick else 5, warmup=1)
     ratio = measure.ratio(seconds["bare"], seconds["stream"])
     return "ImageNet-sized JPEGs, two workers: rate of the stream / bare decoding", ratio_text(
         ratio
