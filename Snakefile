@@ -64,7 +64,7 @@ rule latency:
         markers("train", sorted(study.open) if study else ()),
     output:
         touch(marker("latency")),
-    threads: workflow.resource_settings.cores or 1
+    threads: 1 if workflow.remote_exec else workflow.resource_settings.cores or 1
     resources:
         mem_mb=8000,
         runtime=4 * 60,
