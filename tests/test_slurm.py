@@ -23,8 +23,10 @@ ROOT = repository()
 PLUGIN = find_spec("snakemake_executor_plugin_slurm") is not None
 METHODS = '[{ method = "dense" }, { method = "magnitude" }, { method = "random" }]'
 # One job: a dense start, and a run of a few seconds, long enough to be killed in the middle.
-LONG = CARD.replace("recipe = { epochs = 1,", "recipe = { epochs = 100,").replace(
-    METHODS, '[{ method = "magnitude" }]'
+LONG = (
+    CARD.replace("start = { epochs = 1,", "start = { epochs = 10,")
+    .replace("recipe = { epochs = 1,", "recipe = { epochs = 100,")
+    .replace(METHODS, '[{ method = "magnitude" }]')
 )
 
 
@@ -110,5 +112,6 @@ def test_a_study_over_slurm_outlives_the_kill_of_a_job(call, checkout, tmp_path,
         (f"{notebook}_wildcards_toy", "COMPLETED"),
     ]
     assert records(killed) == records(calm)
+    assert min(record["metrics"]["metric"] for record in records(calm).values()) > 0.8
     assert sorted(records(calm)) == sorted(names)
     assert (killed / "quick/notebooks/99_toy.ipynb").exists()
