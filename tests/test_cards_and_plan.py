@@ -106,6 +106,46 @@ def test_a_claim_that_cannot_be_tested(card_file):
     assert (card.claims[0].tests, card.claims[0].not_testable) == ((), "why")
 
 
+def _without(text, *names):
+    lines = [line for line in text.splitlines() if line.split(" = ")[0].strip() not in names]
+    return "\n".join(lines) + "\n"
+
+
+CITATION = ("authors", "venue", "year", "arxiv")
+
+
+def test_a_card_without_a_citation_has_runs_and_no_claims_and_comes_last(card_file):
+    """What compares the papers is no paper."""
+    start, end = CARD.index("    [[claims]]"), CARD.index("    [profiles.quick]")
+    text = _without(CARD[:start], *CITATION).replace("99_toy", "00_sum") + "    claims = []\n"
+    card_file()
+    card_file((text + CARD[end:]).replace('"toy"', '"sum"'), "sum")
+    assert papers.names() == ("toy", "sum")
+    assert [card.is_paper for card in papers.cards()] == [True, False]
+    assert papers.card("sum").year is None
+
+
+@pytest.mark.parametrize(
+    ("gone", "message"),
+    [
+        (("year",), "card toy.toml: as a whole: value error, the citation lacks year"),
+        (
+            ("authors", "venue", "year"),
+            "card toy.toml: as a whole: value error, the citation lacks authors, venue, year",
+        ),
+        (
+            CITATION,
+            "card toy.toml: as a whole: value error, claims, published numbers and unknowns are a "
+            "paper's: cite it",
+        ),
+    ],
+)
+def test_a_citation_is_whole_and_claims_have_one(card_file, gone, message):
+    with pytest.raises(InputError) as caught:
+        papers.read_card(card_file(_without(CARD, *gone)))
+    assert one_line(caught) == message
+
+
 def test_a_card_that_is_no_toml_is_refused_in_one_line(card_file):
     with pytest.raises(InputError) as caught:
         papers.read_card(card_file("id = [\n"))
@@ -257,7 +297,7 @@ def test_the_toy_plan(toy_card):
 
 def test_entries_may_differ_from_their_experiment(card_file):
     entries = """methods = [
-        { method = "dense", fresh = true, variant = "fresh", lr = 0.2 },
+        { method = "dense", fresh = true, variant = "fresh", lr = 0.2, weight_decay = 0.5 },
         { method = "magnitude", seeds = 2, targets = [0.5, 0.8] },
         { method = "gradual_magnitude", variant = "period", params = { period = 4 }, seeds = 1 },
     ]"""
@@ -273,6 +313,7 @@ def test_entries_may_differ_from_their_experiment(card_file):
     }
     fresh = planned[0].settings
     assert (fresh.parent, fresh.epochs, fresh.recipe.lr) == (None, 2, 0.2)
+    assert [p.settings.recipe.weight_decay for p in planned[:4]] == [0.5, 0.5, 0.5, 0.0]
     last = planned[-1].settings
     assert last.params["period"] == 4
     assert last.recipe.lr == 0.05
@@ -386,21 +427,34 @@ def test_jobs_hold_every_run_once_and_need_no_circle(paper, profile):
     found = jobs(profile, planned)
     assert [p for group in found.values() for p in group] != []
     assert Counter(id(p) for group in found.values() for p in group) == Counter(map(id, planned))
+    assert _no_circle(found)
+
+
+@pytest.mark.parametrize("profile", papers.PROFILES)
+def test_jobs_of_all_papers_wait_for_each_other_in_no_circle(profile):
+    found = jobs(profile, plan(profile))
+    assert _no_circle(found)
+    needs, trained = needed_jobs(found), {}
+    for name, group in found.items():
+        for run in {p.settings.run for p in group}:
+            assert trained.setdefault(run, name) in {name, *needs[name]}
+
+
+def _no_circle(found):
     needs, done = needed_jobs(found), set()
-    while len(done) < len(found):
-        ready = {name for name in found if name not in done and needs[name] <= done}
-        assert ready
+    while ready := {name for name in found if name not in done and needs[name] <= done}:
         done |= ready
+    return done == set(found)
 
 
 def test_a_run_of_two_experiments_and_its_parents_job(card_file):
-    """The shared start belongs to one job; the others wait for it."""
+    """Shared runs are trained by the first job that has them; the others wait for it."""
     half = CARD[CARD.index("    [[profiles.quick.experiments]]") :]
     card_file(CARD + half.replace('name = "digits"', 'name = "again"'))
     found = jobs("quick", plan("quick"))
     assert list(found) == ["toy.digits.s0", "toy.again.s0"]
     needs = needed_jobs(found)
-    assert sorted(map(sorted, needs.values())) in ([[], []], [[], ["toy.again.s0"]])
+    assert needs == {"toy.digits.s0": set(), "toy.again.s0": {"toy.digits.s0"}}
 
 
 # --- names of runs

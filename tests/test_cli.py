@@ -345,6 +345,16 @@ def test_job_and_latency(call, results):
     assert again == after
 
 
+def test_nets_from_random_weights_are_timed_too_but_not_the_dense_ones(call, results, card_file):
+    fresh = '{ method = "dense", fresh = true }, { method = "magnitude", fresh = true }'
+    card_file(CARD.replace('{ method = "dense" }, { method = "magnitude" }', fresh))
+    call("job", "toy.digits.s0")
+    assert call("latency")[0] == 0
+    timed = [path.parent.name for path in results.glob("quick/records/*/latency.json")]
+    pruned = [p.settings.run for p in plan("quick") if p.settings.method != "dense"]
+    assert sorted(timed) == sorted(pruned)
+
+
 def test_export(call, results, tmp_path):
     call("run", "magnitude")
     (name,) = names_of("magnitude")

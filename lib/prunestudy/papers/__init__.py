@@ -1,6 +1,7 @@
 """One card per paper: citation, claims, published numbers with their marks, experiments.
 
-A card is a TOML file beside this one; every key is checked, an unknown one is refused.
+A card is a TOML file beside this one; every key is checked, an unknown one is refused. The
+overview's card has no citation: it compares the papers and has runs of its own only.
 """
 
 import json
@@ -134,10 +135,10 @@ class Unknown(_Strict):
 class Entry(_Strict):
     """A method in an experiment; `variant` labels other settings than its defaults.
 
-    `seeds`, `targets`, `target_kind`, `lr` and `epochs` replace the experiment's; `fresh` starts
-    from random weights with the epochs of the dense start added. `after` is the label ("method"
-    or "method, variant") of the entry whose run, of same seed and target (or `after_target`), is
-    the parent.
+    `seeds`, `targets`, `target_kind`, `lr`, `weight_decay` and `epochs` replace the experiment's;
+    `fresh` starts from random weights with the epochs of the dense start added. `after` is the
+    label ("method" or "method, variant") of the entry whose run, of same seed and target (or
+    `after_target`), is the parent.
     """
 
     method: str
@@ -147,6 +148,7 @@ class Entry(_Strict):
     targets: tuple[float, ...] | None = None
     target_kind: TargetKind | None = None
     lr: Annotated[float, Field(gt=0)] | None = None
+    weight_decay: Annotated[float, Field(ge=0)] | None = None
     epochs: Annotated[int, Field(ge=0)] | None = None
     fresh: bool = False
     after: str = ""
@@ -208,21 +210,40 @@ class Profile(_Strict):
 
 
 class Card(_Strict):
-    """A paper's card; `short` is its name in tables, the title where empty."""
+    """A paper's card; `short` is its name in tables, the title where empty.
+
+    Without authors, venue, year and arXiv number it is no paper's: it claims and publishes nothing.
+    """
 
     id: str
     notebook: str
     title: str
     short: str = ""
-    authors: str
-    venue: str
-    year: int
-    arxiv: str
+    authors: str = ""
+    venue: str = ""
+    year: int | None = None
+    arxiv: str = ""
     claims: tuple[Claim, ...]
     published: tuple[Published, ...]
     ranks: tuple[PublishedRanks, ...] = ()
     unknown: tuple[Unknown, ...]
     profiles: dict[Literal["quick", "cpu", "cpu-long", "paper"], Profile]
+
+    @property
+    def is_paper(self) -> bool:
+        """Whether the card is that of a publication."""
+        return bool(self.arxiv)
+
+    @model_validator(mode="after")
+    def _cited_or_silent(self) -> Self:
+        citation = {"authors": self.authors, "venue": self.venue, "year": self.year}
+        citation |= {"arxiv": self.arxiv}
+        missing = [name for name, value in citation.items() if not value]
+        if 0 < len(missing) < len(citation):
+            raise ValueError(f"the citation lacks {', '.join(missing)}")
+        if missing and (self.claims or self.published or self.ranks or self.unknown):
+            raise ValueError("claims, published numbers and unknowns are a paper's: cite it")
+        return self
 
 
 PROFILES = ("quick", "cpu", "cpu-long", "paper")
@@ -239,19 +260,19 @@ def read_card(path: Path) -> Card:
         return Card.model_validate_json(json.dumps(values))
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
+        where = ".".join(str(part) for part in first["loc"]) or "as a whole"
         raise InputError(f"card {path.name}: {where}: {first['msg'].lower()}") from None
 
 
 def names() -> tuple[str, ...]:
-    """Names of all papers that have a card, in the order of their notebooks."""
+    """Names of all cards, in their order."""
     return tuple(card.id for card in cards())
 
 
 def cards() -> tuple[Card, ...]:
-    """All cards, in the order of their notebooks."""
-    folder = Path(str(files(__name__)))
-    return tuple(sorted(map(read_card, folder.glob("*.toml")), key=lambda card: card.notebook))
+    """All cards: papers in the order of their notebooks, then what compares them."""
+    found = map(read_card, Path(str(files(__name__))).glob("*.toml"))
+    return tuple(sorted(found, key=lambda card: (not card.is_paper, card.notebook)))
 
 
 def card(name: str) -> Card:

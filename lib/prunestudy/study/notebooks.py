@@ -25,9 +25,10 @@ def executed(store: Store, paper: str) -> Path:
 
 
 def stamp(store: Store, profile: str, paper: str) -> dict[str, str]:
-    """What an executed notebook was made from: its source and the records."""
+    """What an executed notebook was made from: its source and the records, of a paper or of all."""
     source = hashlib.sha256(source_of(paper).read_bytes()).hexdigest()
-    return {"source": source, "records": state_of(store, plan(profile, (paper,)))}
+    papers = (paper,) if card(paper).is_paper else ()
+    return {"source": source, "records": state_of(store, plan(profile, papers))}
 
 
 def is_current(store: Store, profile: str, paper: str) -> bool:

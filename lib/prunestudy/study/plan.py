@@ -151,7 +151,8 @@ def _common(size: Profile, experiment: Experiment, seed: int) -> dict:
 
 
 def _recipe(experiment: Experiment, entry: Entry) -> Recipe:
-    changes: dict = {"lr": entry.lr} if entry.lr else {}
+    own = {"lr": entry.lr, "weight_decay": entry.weight_decay}
+    changes: dict = {name: value for name, value in own.items() if value is not None}
     if entry.epochs is not None:
         changes["epochs"] = entry.epochs
     elif experiment.start and (entry.fresh or methods.method_class(entry.method).from_scratch):
@@ -174,13 +175,18 @@ def jobs(profile: str, planned: list[Planned]) -> dict[str, list[Planned]]:
 
 
 def needed_jobs(groups: dict[str, list[Planned]]) -> dict[str, set[str]]:
-    """For each job, the jobs that train parents of its runs."""
-    owner = {run.settings.run: name for name, runs in groups.items() for run in runs}
+    """For each job, the jobs before it that train its runs, or parents of them."""
+    owner: dict[str, str] = {}
+    for name, runs in groups.items():
+        for run in runs:
+            owner.setdefault(run.settings.run, name)
     return {
         name: {
-            owner[run.settings.parent.run]
+            owner.get(each.run, name)
             for run in runs
-            if run.settings.parent and owner.get(run.settings.parent.run, name) != name
+            for each in (run.settings, run.settings.parent)
+            if each
         }
+        - {name}
         for name, runs in groups.items()
     }

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from tqdm.auto import tqdm
 
-from prunestudy import datasets, measure, shrink
+from prunestudy import datasets, measure, models, shrink
 from prunestudy.errors import InputError
 from prunestudy.papers import Card, card
 from prunestudy.study import tables
@@ -98,10 +98,10 @@ class Session:
 
 
 def measure_latency(store: Store, planned: list[Planned], rounds: int = 30) -> int:
-    """Time the nets of seed 0 against their dense start, interleaved; return how many.
+    """Time the nets of seed 0 against the dense net, interleaved; return how many.
 
-    Weight-sparse linear layers compute from compressed rows. One thread. Nets whose weights are
-    not on disk are left out.
+    Weight-sparse linear layers compute from compressed rows. One thread. The dense net is a fresh
+    one: what its weights are takes no time. Nets that are not on disk are left out.
     """
     waiting = [item.settings for item in planned if is_untimed(store, item)]
     for settings in tqdm(waiting, desc="latency", unit="net", disable=not waiting):
@@ -112,13 +112,13 @@ def measure_latency(store: Store, planned: list[Planned], rounds: int = 30) -> i
 def is_untimed(store: Store, item: Planned) -> bool:
     """Whether the net of `item` is there and still to be timed (seed 0 of results only)."""
     settings, run = item.settings, item.settings.run
-    wanted = settings.seed == 0 and settings.parent and item.purpose == "results"
+    wanted = settings.seed == 0 and item.purpose == "results"
+    wanted = wanted and (settings.parent or settings.method != "dense")
     if not wanted or (store.path(run) / "latency.json").exists():
         return False
     record = store.read(settings)
     done = record is not None and record["status"] == "done"
-    start = dense_start(settings).run
-    return done and store.weights(run).exists() and store.weights(start).exists()
+    return done and store.weights(run).exists()
 
 
 def dense_start(settings: RunSettings) -> RunSettings:
@@ -127,11 +127,11 @@ def dense_start(settings: RunSettings) -> RunSettings:
 
 
 def _latency(store: Store, settings: RunSettings, rounds: int) -> str:
-    small = shrink.load_net(store.weights(settings.run), settings.model)
-    dense = shrink.load_net(store.weights(dense_start(settings).run), settings.model)
-    nets = {"latency": shrink.to_csr(small, _CSR_FROM), "dense_latency": dense}
     info = datasets.info(settings.dataset)
     shape = (info.channels, info.height, info.width)
+    small = shrink.load_net(store.weights(settings.run), settings.model)
+    dense = models.build(settings.model, shape, info.num_classes)
+    nets = {"latency": shrink.to_csr(small, _CSR_FROM), "dense_latency": dense}
     times = {}
     for batch in (1, 128):
         median = measure.latency(nets, shape, batch, rounds=rounds, threads=1)

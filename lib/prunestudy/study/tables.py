@@ -175,17 +175,28 @@ class Interval:
 
 
 def paired(store: Store, planned: list[Planned], test: Comparison) -> Interval:
-    """Paired per-seed difference `test.method - test.against` of `test.metric`.
+    """Paired per-seed difference `test.method - test.against` of `test.metric`."""
+    return Interval.of(
+        [
+            ours["metrics"][test.metric] - (theirs["metrics"][test.metric] if theirs else 0)
+            for ours, theirs in pairs(store, planned, test)
+        ]
+    )
+
+
+def pairs(
+    store: Store, planned: list[Planned], test: Comparison
+) -> list[tuple[dict[str, Any], dict[str, Any] | None]]:
+    """The records that `test` compares, by seed; without a control the second is None.
 
     Pairs share model, data, seed, target (where the control has one) and total epochs.
     """
-    ours = _metrics(store, planned, test, (test.method, test.variant))
+    ours = _records(store, planned, test, (test.method, test.variant))
     if not test.against:
-        return Interval.of([ours[key][test.metric] for key in sorted(ours)])
-    theirs = _metrics(store, planned, test, (test.against, test.against_variant))
-    pairs = [(ours[key], theirs[key]) for key in sorted(ours) if key in theirs]
-    fair = [(a, b) for a, b in pairs if _as_sparse(a, b, test)]
-    return Interval.of([a[test.metric] - b[test.metric] for a, b in fair])
+        return [(ours[key], None) for key in sorted(ours)]
+    theirs = _records(store, planned, test, (test.against, test.against_variant))
+    both = [(ours[key], theirs[key]) for key in sorted(ours) if key in theirs]
+    return [(a, b) for a, b in both if _as_sparse(a["metrics"], b["metrics"], test)]
 
 
 def _as_sparse(ours: dict[str, Any], theirs: dict[str, Any], test: Comparison) -> bool:
@@ -203,7 +214,7 @@ def _left(metrics: dict[str, Any], kind: str) -> float:
     return 1 - metrics["sparsity"]
 
 
-def _metrics(
+def _records(
     store: Store, planned: list[Planned], test: Comparison, side: tuple[str, str]
 ) -> dict[tuple[int, int], dict[str, Any]]:
     found = {}
@@ -217,7 +228,7 @@ def _metrics(
         if wanted and at_target and item.purpose != "search":
             record = store.read(s)
             if record and record["metrics"].get(test.metric) is not None:
-                found[s.seed, s.epochs] = record["metrics"]
+                found[s.seed, s.epochs] = record
     return found
 
 
@@ -282,7 +293,7 @@ def readable(summary: pd.DataFrame) -> pd.DataFrame:
             "" if pd.isna(row.target) else removed(row.target, row.target_kind) for row in rows
         ],
         "n": [row.n for row in rows],
-        "result": [_result(row) for row in rows],
+        "result": [result(row) for row in rows],
         "minus dense": [_minus_dense(row) for row in rows],
         "published": [_published(row) for row in rows],
         "verdict (margin)": [_verdict(row) for row in rows],
@@ -307,7 +318,8 @@ def _verdict(row: Any) -> str:
 UNITS = {"top1": (100, "%"), "miou": (100, "%"), "psnr": (1, " dB")}
 
 
-def _result(row: Any) -> str:
+def result(row: Any) -> str:
+    """Mean and sd of a row's metric for people: "99.20 ± 0.05%"."""
     factor, unit = UNITS[row.metric_name]
     sd = "" if math.isnan(row.metric_sd) else f" ± {factor * row.metric_sd:.2f}"
     return f"{factor * row.metric:.2f}{sd}{unit}"
@@ -315,9 +327,7 @@ def _result(row: Any) -> str:
 
 def _minus_dense(row: Any) -> str:
     factor, _ = UNITS[row.metric_name]
-    return _bracket(
-        *(factor * x for x in (row.difference, row.difference_low, row.difference_high))
-    )
+    return bracket(*(factor * x for x in (row.difference, row.difference_low, row.difference_high)))
 
 
 def _published(row: Any) -> str:
@@ -335,10 +345,12 @@ def datasets_title(name: str) -> str:
     return name.removeprefix("folder:") if ":" in name else datasets.info(name).title
 
 
-def _bracket(mean: float, low: float, high: float) -> str:
+def bracket(mean: float, low: float, high: float, digits: int = 2) -> str:
+    """A difference for people, with its interval: "+0.10 [-0.02, +0.22]"; "" for NaN."""
     if math.isnan(mean):
         return ""
-    return f"{mean:+.2f}" + ("" if math.isnan(low) else f" [{low:+.2f}, {high:+.2f}]")
+    interval = "" if math.isnan(low) else f" [{low:+.{digits}f}, {high:+.{digits}f}]"
+    return f"{mean:+.{digits}f}{interval}"
 
 
 def read_table(path: Path) -> pd.DataFrame:

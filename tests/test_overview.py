@@ -1,0 +1,355 @@
+"""The five side by side: costs, sentences and claims follow from the rows, whatever they say."""
+
+import math
+
+import pandas as pd
+import pytest
+from conftest import CARD, one_line
+from matplotlib import pyplot as plt
+
+from prunestudy import papers
+from prunestudy.errors import InputError
+from prunestudy.study import notebooks, overview
+from prunestudy.study.figures import overview as drawings
+from prunestudy.study.plan import Tiny, plan
+from prunestudy.study.records import Store
+from prunestudy.study.runs import Runner
+from prunestudy.study.session import state_of
+from prunestudy.study.tables import RUN_COLUMNS
+
+T1 = 12.706204736174698  # the 97.5% point of t with one degree
+
+
+@pytest.fixture(autouse=True)
+def closed():
+    yield
+    plt.close("all")
+
+
+def run(method, seed, metric, dense=0.9, kind="", target=math.nan, variant="", **more):
+    """A row of runs.csv: a net of 1000 parameters and MACs, trained in ten seconds."""
+    name = f"{method}-{variant}-{kind}-{target}-{seed}"
+    row = {"run": name, "parent": "", "paper": "overview", "method": method, "variant": variant}
+    row |= {"model": "lenet5", "dataset": "mnist", "seed": seed, "epochs": 10, "status": "done"}
+    row |= {"precision": "fp32", "threads": 1, "target_kind": kind, "target": target}
+    row |= {"metric_name": "top1", "metric": metric, "dense_metric": dense}
+    row |= {"nonzeros": 1000, "macs": 1000, "nonzero_macs": 1000, "bytes": 4000}
+    row |= {"dense_parameters": 1000, "dense_macs": 1000, "peak_memory_mb": 2.0}
+    return row | {"train_seconds": 10.0} | more
+
+
+def table(*rows):
+    return pd.DataFrame(rows).reindex(columns=RUN_COLUMNS)
+
+
+def small(share):
+    """What a channel method leaves at `share`."""
+    left = int(1000 * share)
+    sizes = {"nonzeros": left, "macs": left, "nonzero_macs": left, "bytes": 4 * left}
+    return sizes | {"peak_memory_mb": 2 * share}
+
+
+@pytest.fixture
+def runs():
+    """Two seeds of dense, GDP with its strongest control, its shape anew, gates, and a pair."""
+    rows = []
+    for seed in (0, 1):
+        up = seed / 100
+        aim = {"kind": "macs", "target": 0.7}
+        rows += [
+            run("dense", seed, 0.9 + up, 0.9 + up),
+            run("gdp", seed, 0.89 + up, 0.9 + up, **aim, **small(0.3), train_seconds=12.0),
+            run("group_l2", seed, 0.87 + up, 0.9 + up, **aim, **small(0.29), train_seconds=5.0),
+            run("scratch", seed, 0.88 + 2 * up, 0.9 + up, **aim, **small(0.3), train_seconds=8.0)
+            | {"parent": f"gdp--macs-0.7-{seed}"},
+            run("sparse_gates", seed, 0.9, 0.9 + up, "sparsity", 0.9, nonzeros=100),
+            run("gdp", seed, 0.5, math.nan, "macs", 0.5, "half", epochs=8, train_seconds=6.0),
+            run("sparse_gates", seed, 0.85 + up, 0.9 + up, "sparsity", 0.8, "after GDP")
+            | {"nonzeros": 100, "macs": 500, "parent": f"gdp-half-macs-0.5-{seed}"},
+        ]
+    return table(*rows)
+
+
+@pytest.fixture
+def rows(runs):
+    return overview.settings_table(runs)
+
+
+def row_of(rows, method, combined=False):
+    (row,) = (r for _, r in rows.iterrows() if (r.method, r.combined) == (method, combined))
+    return row
+
+
+# --- settings
+
+
+def test_one_row_per_setting_in_shares_of_dense(rows):
+    order = ["dense", "sparse_gates", "gdp", "group_l2", "scratch", "sparse_gates"]
+    assert rows.method.tolist() == order
+    gdp = row_of(rows, "gdp")
+    assert gdp.label == "GDP (ours), 70% of MACs removed"
+    assert (gdp.n, gdp.weights, gdp.macs, gdp.memory, gdp.bytes) == (2, 0.3, 0.3, 0.3, 0.3)
+    assert [gdp.difference, gdp.low, gdp.high] == pytest.approx([-0.01] * 3)
+    assert math.isnan(gdp.time_b1)
+    gates = row_of(rows, "sparse_gates")
+    assert (gates.weights, gates.macs) == (0.1, 1)
+    half = T1 * 0.01 / math.sqrt(2) / math.sqrt(2)
+    assert [gates.difference, gates.low] == pytest.approx([-0.005, -0.005 - half])
+    pair = row_of(rows, "sparse_gates", combined=True)
+    assert pair.label == "GDP + gate variables (ours), 80% of weights removed"
+
+
+def test_training_counts_what_had_to_be_trained_before(runs, rows):
+    assert row_of(rows, "gdp").training == 1.2
+    assert row_of(rows, "scratch").training == 2.0  # the shape's search and its own
+    assert row_of(rows, "sparse_gates", combined=True).training == pytest.approx(1.6)
+    runs.loc[(runs.method == "gdp") & (runs.seed == 1), "train_seconds"] = 22.0
+    gdp = row_of(overview.settings_table(runs), "gdp")
+    assert [gdp.training, gdp.training_low, gdp.training_high] == pytest.approx([1.7, 1.2, 2.2])
+
+
+def test_times_are_those_of_the_seed_that_was_timed(runs):
+    timed = (runs.method == "group_l2") & (runs.seed == 0)
+    runs.loc[timed, ["latency_b1_ms", "dense_latency_b1_ms"]] = [0.6, 0.8]
+    assert row_of(overview.settings_table(runs), "group_l2").time_b1 == pytest.approx(0.75)
+
+
+def test_what_did_not_finish_is_left_out(runs):
+    runs.loc[runs.method == "gdp", "status"] = "diverged"
+    assert "gdp" not in set(overview.settings_table(runs).method)
+    with pytest.raises(InputError) as caught:
+        overview.settings_table(runs.assign(status="diverged"))
+    assert one_line(caught) == "overview: no run is done yet"
+
+
+def test_the_readable_table_leaves_empty_what_was_not_measured(rows):
+    line = overview.readable(rows).set_index("setting").loc["GDP (ours), 70% of MACs removed"]
+    assert line["minus dense"] == "-1.00 [-1.00, -1.00]"
+    assert [line[f"{words}, %"] for words in ("weights", "training time")] == ["30", "120"]
+    assert line["time for one image, %"] == ""
+    assert line["result"] == "89.50 ± 0.71%"
+
+
+# --- sentences
+
+
+def test_of_settings_about_as_small_the_most_accurate_is_taken(rows):
+    """group L2 is a little smaller than GDP, and worse; the gates lose less, and leave all MACs."""
+    assert overview.smallest(rows, "macs", -0.05).label == "GDP (ours), 70% of MACs removed"
+    assert overview.smallest(rows, "weights", -0.05).method == "sparse_gates"
+    assert overview.smallest(rows, "macs", -0.007).method == "sparse_gates"
+    worse = rows.assign(difference=rows.difference.mask(rows.method == "gdp", -0.04))
+    assert overview.smallest(worse, "macs", -0.05).method == "scratch"
+    assert overview.smallest(rows, "macs", 0.5) is None
+    assert overview.smallest(rows, "time_b1", -0.5) is None
+    with pytest.raises(InputError, match="cost = 'colour': allowed are"):
+        overview.smallest(rows, "colour", -0.5)
+
+
+def test_a_sentence_is_made_of_the_numbers_of_its_row(rows):
+    said = overview.which_when(rows, -0.02)
+    assert said[1] == (
+        "If it is about MACs: GDP (ours), 70% of MACs removed. That is 30% of dense, at -1.00 "
+        "[-1.00, -1.00] points against dense (n = 2); the interval stays above the limit."
+    )
+    assert len(said) == 6  # nothing was timed
+    gates = rows.assign(difference=rows.difference.mask(rows.method == "gdp", -0.03))
+    (other,) = (s for s in overview.which_when(gates, -0.02) if "about MACs:" in s)
+    assert other.startswith("If it is about MACs: found shape, from scratch, 70% of MACs removed.")
+    assert other.endswith("; the interval reaches below the limit.")
+    assert overview.which_when(rows[rows.method == "dense"], -1.0) == []
+    one = overview.which_when(rows[rows.method == "gdp"].assign(n=1), -0.02)
+    assert all(sentence.endswith("(n = 1); one seed, no interval.") for sentence in one)
+
+
+def test_duels_pair_seeds_and_say_who_is_ahead(runs, rows):
+    duels = overview.duels(runs, rows).set_index(["method", "other"])
+    assert list(duels.index) == [("gdp", "group_l2"), ("gdp", "scratch")]
+    control, shape = duels.loc[("gdp", "group_l2")], duels.loc[("gdp", "scratch")]
+    assert [control.n, control["mean"], control.low] == pytest.approx([2, 0.02, 0.02])
+    assert (control.verdict, control.strongest) == ("better", True)
+    assert (shape.verdict, shape.strongest) == ("not told apart", False)
+    runs.loc[runs.method == "group_l2", "metric"] += 0.05
+    turned = overview.duels(runs, overview.settings_table(runs))
+    assert turned.verdict.tolist() == ["worse", "not told apart"]
+    assert overview.what_learning_gains(turned) == [
+        "GDP (ours) against group L2, one shot: better in 0, worse in 1, "
+        "not told apart in 0 of 1 settings."
+    ]
+    shown = overview.readable_duels(turned)
+    assert shown.iloc[0]["points"] == "-3.00 [-3.00, -3.00]"
+
+
+def test_two_papers_meet_once():
+    made = [
+        run(method, seed, metric + seed / 100, kind="sparsity", target=0.9)
+        for method, metric in (("sparse_gates", 0.8), ("magnitude_attention", 0.7))
+        for seed in (0, 1)
+    ]
+    runs = table(*made, run("dense", 0, 0.9), run("dense", 1, 0.9))
+    duels = overview.duels(runs, overview.settings_table(runs))
+    assert duels[["method", "other"]].to_numpy().tolist() == [
+        ["sparse_gates", "magnitude_attention"]
+    ]
+
+
+def test_a_pair_is_compared_with_the_best_single_one_of_its_size(runs, rows):
+    pair = row_of(rows, "sparse_gates", combined=True)
+    assert overview.rival(rows, pair).label == "gate variables (ours), 90% of weights removed"
+    by_macs = pair.copy()
+    by_macs["target_kind"] = "macs"
+    assert overview.rival(rows, by_macs).method == "gdp"
+    assert overview.rival(rows, by_macs.replace(by_macs.macs, 0.1)) is None
+    (line,) = overview.combinations(runs, rows).to_dict("records")
+    assert line["so"] == (
+        "the pair is not told apart, with 10% of the weights instead of 10% and "
+        "50% of the MACs instead of 100%"
+    )
+    runs.loc[(runs.variant == "after GDP"), "metric"] = [0.93, 0.93]
+    (line,) = overview.combinations(runs, overview.settings_table(runs)).to_dict("records")
+    assert line["so"].startswith("the pair is better, with")
+    assert list(overview.combinations(runs, rows[~rows.combined])) == list(line)
+
+
+# --- claims
+
+
+def test_every_claim_of_every_paper_with_its_record(store, card_file):
+    """A dense start, dense, magnitude and random; a second paper has no runs in this profile."""
+    card_file()
+    untested = 'not_testable = "no time"'
+    start, end = CARD.index("    [[claims.tests]]"), CARD.index("    [profiles.quick]")
+    other = CARD[:start] + untested + "\n" + CARD[end:].replace("quick", "cpu")
+    card_file(other.replace('"toy"', '"other"').replace("A toy", "Other"), "other")
+    plain = CARD[: CARD.index("    [[claims]]")].replace('"toy"', '"sum"')
+    for line in ('authors = "Nobody"', 'venue = "Nowhere"', "year = 2000", 'arxiv = "0000.00000"'):
+        plain = plain.replace(f"    {line}\n", "")
+    card_file(plain + "    claims = []\n" + CARD[end:], "sum")
+    assert papers.names() == ("toy", "other", "sum")
+
+    nothing = overview.claims("quick", store, Tiny())
+    assert nothing[["paper", "verdict", "record"]].to_numpy().tolist() == [
+        ["A toy", "no runs in this profile", ""],
+        ["Other", "not testable here", ""],
+    ]
+    planned = plan("quick", ("toy",))
+    for item in planned:
+        Runner(store, device="cpu").ensure(item.settings)
+    found = overview.claims("quick", store, Tiny())
+    ours, theirs = (item.settings.run for item in planned[-2:])
+    assert found.record.tolist() == [f"{ours} - {theirs}", ""]
+    shown = dict(overview.readable_claims(found))
+    (row,) = shown["A toy"].to_dict("records")
+    assert (row["rule"], row["n"]) == ("magnitude - random of metric >= 0", 1)
+    assert shown["Other"].iloc[0]["rule"] == "no time"
+    counted = overview.shared(plan("quick", ("sum",)), Tiny(), "quick").to_dict("records")
+    assert counted == [{"experiment": "digits", "runs": 4, "shared": 4, "added": 0}]
+
+
+def test_a_claim_with_several_tests_is_said_once():
+    rows = [
+        {"paper": "A", "says": "x", "mark": "P", "rule": r, "where": "w", "difference": 0.5}
+        | {"low": 0.4, "high": 0.6, "n": 3.0, "verdict": "confirmed", "why": None, "record": "r"}
+        for r in ("a >= 0", "b >= 0")
+    ]
+    ((_, shown),) = overview.readable_claims(pd.DataFrame(rows))
+    assert shown.claim.tolist() == ["x [P]", ""]
+    assert shown.difference.tolist() == ["+0.5000 [+0.4000, +0.6000]"] * 2
+
+
+# --- the card and its notebook
+
+
+@pytest.mark.parametrize(("profile", "epochs"), [("quick", 24), ("cpu", 10), ("paper", 400)])
+def test_all_that_is_compared_has_the_same_total_epochs(profile, epochs):
+    planned = [p for p in plan(profile, ("overview",)) if p.purpose == "results"]
+    compared = [p for p in planned if p.variant not in ("start", "half")]
+    assert {p.settings.epochs for p in compared} == {epochs}
+    assert {p.settings.method for p in compared} >= {*overview.DUELS, *overview.DUELS.values()}
+
+
+@pytest.mark.parametrize("profile", ["quick", "cpu", "cpu-long", "paper"])
+def test_the_force_is_as_strong_as_its_own_card_has_it(profile):
+    def strengths(paper):
+        for item in plan(profile, (paper,)):
+            s = item.settings
+            if s.method == "force" and item.purpose == "results" and item.variant in ("", "half"):
+                yield s.model, s.params["strength"], s.params["layers"]
+
+    assert set(strengths("overview")) <= set(strengths("force"))
+
+
+def test_most_runs_of_profile_cpu_are_the_papers_own():
+    table = overview.shared(plan("cpu", ("overview",)), Tiny(), "cpu")
+    assert table.runs.sum() == table.shared.sum() + table.added.sum()
+    assert table.set_index("experiment").loc["lenet5_mnist_macs", "added"] == 10
+    assert table.shared.sum() > table.added.sum()
+
+
+def test_the_executed_overview_is_as_old_as_the_records_of_all(tmp_path):
+    store = Store("quick", tmp_path)
+    state = notebooks.stamp(store, "quick", "overview")["records"]
+    assert state == state_of(store, plan("quick"))
+    assert state != state_of(store, plan("quick", ("overview",)))
+
+
+# --- figures
+
+
+def test_the_front_holds_what_no_smaller_one_beats():
+    rows = pd.DataFrame({"macs": [0.3, 0.1, 0.2, 0.4], "difference": [-0.1, -0.2, -0.3, 0.0]})
+    assert drawings.frontier(rows, "macs").macs.tolist() == [0.1, 0.3, 0.4]
+    level = pd.DataFrame({"macs": [0.1, 0.1, 0.2], "difference": [-0.2, -0.1, -0.1]})
+    assert drawings.frontier(level, "macs").index.tolist() == [1]
+
+
+def test_points_are_what_is_left_and_what_is_lost(rows):
+    figure = drawings.pareto(rows, "mnist")
+    first = figure.axes[0]
+    places = {c.get_label(): c[0].get_xydata().tolist() for c in first.containers}
+    assert places["GDP (ours)"] == [[30, pytest.approx(-1)]]
+    assert len(places) == 4  # combinations and dense are no points
+    assert [len(panel.containers) for panel in figure.axes] == [4, 4, 0, 0, 4, 4]
+
+
+def test_training_and_gain(runs):
+    runs.loc[(runs.method == "gdp") & (runs.variant == ""), "latency_b128_ms"] = 2.0
+    rows = overview.settings_table(runs.assign(dense_latency_b128_ms=5.0))
+    axes = drawings.training_against_gain(rows, "mnist").axes[0]
+    ((point,),) = (c[0].get_xydata().tolist() for c in axes.containers)
+    assert point == pytest.approx([1.2, 2.5])
+
+
+def test_pairs_stand_above_their_parts(rows):
+    axes = drawings.pairs(rows, "mnist").axes[0]
+    labels = [text.get_text() for text in axes.get_yticklabels()]
+    assert labels[-1] == "GDP + gate variables (ours), 80% of weights removed"
+    assert len(labels) == 3
+    assert "10% of the weights, 50% of the MACs" in {text.get_text() for text in axes.texts}
+
+
+def test_verdicts_are_counted():
+    claims = pd.DataFrame(
+        {"paper": ["A", "A", "B"], "verdict": ["confirmed", "undecided", "confirmed"]}
+    )
+    axes = drawings.verdicts(claims).axes[0]
+    widths = [[bar.get_width() for bar in bars] for bars in axes.containers]
+    assert widths == [[1, 1], [0, 1]]  # of B and A
+
+
+def test_the_drawing_has_a_panel_for_each_paper():
+    figure = drawings.five_ways()
+    assert len([a for a in figure.axes if a.images]) == 1 + sum(c.is_paper for c in papers.cards())
+
+
+def test_figures_of_nothing_are_refused_in_one_line(rows):
+    single = rows[~rows.combined]
+    for draw in (
+        lambda: drawings.pareto(rows, "fashion_mnist"),
+        lambda: drawings.training_against_gain(rows, "mnist"),
+        lambda: drawings.training_against_gain(rows, "mnist", "weight"),
+        lambda: drawings.pairs(single, "mnist"),
+    ):
+        with pytest.raises(InputError) as caught:
+            draw()
+        assert one_line(caught).startswith(("figure = ", "gain = 'weight'"))
