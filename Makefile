@@ -10,7 +10,7 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 papers := $(foreach paper,$(PAPER),--paper $(paper))
 
-.PHONY: help study test lab report slides bench status lint clean
+.PHONY: help study test lab report slides bench gpu status lint clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -33,6 +33,9 @@ slides: .venv/ready  ## write slides of the executed notebooks, of all or of PAP
 
 bench: .venv/ready  ## measure ratios side by side, write results/bench.md
 	@prunestudy bench
+
+gpu: .venv/ready  ## on a CUDA device: its tests, ratios, a short CIFAR study; write results/gpu
+	@prunestudy gpu --check && $(BIN)/python -m pytest -m cuda && prunestudy gpu
 
 status: .venv/ready  ## say what is done and what is missing
 	@prunestudy status --profile $(PROFILE) $(papers)

@@ -124,6 +124,25 @@ def test_both_metrics_of_an_autoencoder_with_a_classifier():
     assert alone.function(lambda_net(sure), [(x, y)]) == 1.0
 
 
+def test_metrics_of_a_segmentation_leave_out_pixels_without_a_label():
+    task = measure.task("segment")
+    metrics = task_metrics(task, 3)
+    assert [metric.name for metric in metrics] == ["miou", "accuracy"]
+    # Row by row: class 0 is found in 1 of 2 pixels, class 1 in all, and one pixel has no label.
+    y = torch.tensor([[[0, 0, 1], [1, 1, 255]]])
+    guess = torch.tensor([[[0, 1, 1], [1, 1, 2]]])
+    sure = nn.functional.one_hot(guess, 3).movedim(-1, 1) * 100.0
+    x = torch.zeros(1, 3, 2, 3)
+    values = Application(metrics).judge(lambda_net(sure), [(x, y)]).values
+    assert values == pytest.approx({"miou": (1 / 2 + 3 / 4) / 2, "accuracy": 4 / 5})
+    for metric in metrics:
+        assert float(metric.smooth(sure, x, y)) == pytest.approx(values[metric.name])
+    unsure = sure.div(100).requires_grad_()
+    metrics[0].smooth(unsure, x, y).backward()
+    assert unsure.grad[0, :, 1, 2].abs().max() == 0
+    assert unsure.grad[0, 0, 0, 1] > 0
+
+
 def lambda_net(output):
     net = nn.Identity()
     net.forward = lambda x: output

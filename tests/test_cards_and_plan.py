@@ -176,6 +176,24 @@ def test_what_the_cards_name_is_there(card):
         assert unknown.reading
 
 
+@pytest.mark.parametrize("card", papers.cards(), ids=papers.names())
+def test_both_sides_of_a_claim_are_planned_in_some_profile(card):
+    planned = [item for profile in card.profiles for item in plan(profile, (card.id,))]
+    sides = set()
+    for item in planned:
+        s, aim = item.settings, item.settings.aim
+        at = (aim.value, aim.kind) if aim else None
+        sides.add((s.method, item.variant, s.model, s.dataset, at))
+    for test in (test for claim in card.claims for test in claim.tests):
+        for method, variant in (
+            (test.method, test.variant),
+            (test.against, test.against_variant),
+        ):
+            here = (method, variant, test.model, test.dataset)
+            at = (test.target, test.target_kind) if test.target else None
+            assert not method or {(*here, at), (*here, None)} & sides, test
+
+
 @pytest.mark.parametrize(("paper", "profile"), PROFILES)
 def test_every_setting_of_an_experiment_has_a_label_of_its_own(paper, profile):
     """Two settings under one label would be averaged as seeds of one."""

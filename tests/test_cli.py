@@ -94,6 +94,8 @@ def names_of(*labels):
         (["study", "--profile", "fast"], "profile = 'fast': allowed are"),
         (["study", "--paper", "nope"], "paper = 'nope': allowed are toy"),
         (["bench", "--fast"], "unrecognized arguments: --fast"),
+        (["gpu"], "device = 'cuda': no CUDA device here"),
+        (["gpu", "--check"], "device = 'cuda': no CUDA device here"),
     ],
 )
 def test_bad_commands(refused, words, message, monkeypatch):
@@ -118,6 +120,19 @@ def test_a_command_is_needed(capsys):
 )
 def test_bad_commands_that_are_found_late(refused, words, message):
     assert refused(*words).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("plugin", "message"),
+    [
+        (True, "executor = 'slurm': where Slurm is: sbatch is found and sinfo answers"),
+        (None, "executor = 'slurm': local, or one whose package snakemake_executor_plugin_slurm"),
+    ],
+)
+def test_slurm_is_asked_for_where_it_is_not(refused, monkeypatch, plugin, message):
+    monkeypatch.setattr(batch, "find_spec", lambda name: plugin)
+    monkeypatch.setattr(batch.shutil, "which", lambda name: None)
+    assert refused("study", "--executor", "slurm").startswith(message)
 
 
 SETTINGS = [
@@ -250,7 +265,9 @@ def test_help_names_every_command(capsys):
         cli.main(["--help"])
     assert caught.value.code == 0
     out = capsys.readouterr().out
-    names = "study plan list status table latency run job notebook show compare export train bench"
+    names = (
+        "study plan list status table latency run job notebook show compare export train bench gpu"
+    )
     for name in names.split():
         assert f"\n    {name} " in out
 

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from prunestudy.errors import InputError, require, require_one_of
+from prunestudy.measure.boundary import IGNORED
 from prunestudy.measure.tasks import Task
 
 Data = Sequence[tuple[Tensor, Tensor]]
@@ -185,27 +186,56 @@ class Application:
 
 
 def task_metrics(task: Task, num_classes: int) -> tuple[Metric, ...]:
-    """The metrics of a `measure.task`, its own first: psnr in dB (of the mean MSE), accuracy."""
+    """The metrics of a `measure.task`, its own first.
 
-    def psnr(model: nn.Module, data: Data) -> float:
+    psnr in dB (of the mean MSE); accuracy, of the images or of the pixels that have a label; miou.
+    """
+
+    def own(model: nn.Module, data: Data) -> float:
         return task.evaluate(model, data, num_classes).metric
 
     def accuracy(model: nn.Module, data: Data) -> float:
         scores = task.evaluate(model, data, num_classes)
-        return scores.metric if task.name == "classify" else scores.more["top1"]
+        return scores.metric if task.name == "classify" else scores.more[_ACCURACY[task.name]]
 
     def smooth_psnr(output: object, x: Tensor, y: Tensor) -> Tensor:  # noqa: ARG001
         images = output[0] if task.name == "reconstruct_and_classify" else output
         return -10 * (images - task.pixels(x)).square().mean().log10()
 
     def smooth_accuracy(output: object, x: Tensor, y: Tensor) -> Tensor:  # noqa: ARG001
-        logits = output if task.name == "classify" else output[1]
+        logits = output[1] if task.name == "reconstruct_and_classify" else output
         # The probability of the true class stands in for being right, which has no gradient.
-        return logits.softmax(1).gather(1, y[:, None]).mean()
+        chances, true = _labelled(logits, y)
+        return chances.gather(1, true[:, None]).mean()
+
+    def smooth_miou(output: object, x: Tensor, y: Tensor) -> Tensor:  # noqa: ARG001
+        # As the metric, of probabilities: of the classes that occur.
+        chances, true = _labelled(output, y)
+        here = nn.functional.one_hot(true, num_classes).to(chances.dtype)
+        both = (chances * here).sum(0)
+        shares = both / (chances.sum(0) + here.sum(0) - both)
+        return shares[here.sum(0) > 0].mean()
 
     found = {
-        "psnr": Metric("psnr", "higher", psnr, "dB", smooth_psnr),
+        "psnr": Metric("psnr", "higher", own, "dB", smooth_psnr),
+        "miou": Metric("miou", "higher", own, "", smooth_miou),
         "accuracy": Metric("accuracy", "higher", accuracy, "", smooth_accuracy),
     }
-    names = {"classify": ("accuracy",), "reconstruct": ("psnr",)}
-    return tuple(found[name] for name in names.get(task.name, ("psnr", "accuracy")))
+    return tuple(found[name] for name in _METRICS[task.name])
+
+
+_METRICS = {
+    "classify": ("accuracy",),
+    "reconstruct": ("psnr",),
+    "reconstruct_and_classify": ("psnr", "accuracy"),
+    "segment": ("miou", "accuracy"),
+}
+# Where the accuracy stands among a task's further scores.
+_ACCURACY = {"reconstruct_and_classify": "top1", "segment": "pixel_accuracy"}
+
+
+def _labelled(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities (n, classes) and true classes (n,) of all images or pixels with a label."""
+    rows, true = logits.movedim(1, -1).flatten(0, -2), y.flatten()
+    known = true != IGNORED
+    return rows.softmax(1)[known], true[known]

@@ -117,18 +117,20 @@ def onnx_latency(
     batch: int,
     rounds: int = 100,
     threads: int = 1,
+    device: str = "cpu",
 ) -> dict[str, float]:
-    """Median milliseconds of each model's forward pass on one batch in ONNX Runtime, on the CPU.
+    """Median milliseconds of each model's forward pass on one batch in ONNX Runtime.
 
     Each is exported into a file of its own, for the while; then as `latency`, with `threads` of
-    the runtime's. Raises `InputError` for a net that cannot be exported, a bad shape or number.
+    the runtime's, on `device` ("cpu" or "cuda"; the way there and back is counted). Raises
+    `InputError` for a net that cannot be exported, a bad shape or number.
     """
     with tempfile.TemporaryDirectory() as folder:
         nets = {}
         for number, (name, model) in enumerate(models.items()):
             path = Path(folder) / f"{number}.onnx"
             export_onnx(model, path, shape)
-            nets[name] = OnnxNet(path, threads)
+            nets[name] = OnnxNet(path, threads, device)
         return latency(nets, shape, batch, rounds, threads)
 
 

@@ -7,7 +7,7 @@ from prunestudy.shrink.groups import Group, Member, find, groups
 from prunestudy.shrink.importance import taylor
 from prunestudy.shrink.low_rank import factorise, factorise_layer, reduce_rank, speed_up
 from prunestudy.shrink.narrow import Narrow, axis_of, narrow
-from prunestudy.shrink.onnx import OnnxNet, export_onnx
+from prunestudy.shrink.onnx import OnnxNet, export_onnx, onnx_runs_on
 from prunestudy.shrink.ranks import ranks_by_energy, ranks_by_macs, ranks_by_share
 from prunestudy.shrink.remove import Constant, Nothing, remove
 from prunestudy.shrink.sparse import Storage, input_shape, load_net, save_net, storage
@@ -36,6 +36,7 @@ __all__ = [
     "input_shape",
     "load_net",
     "narrow",
+    "onnx_runs_on",
     "ranks_by_energy",
     "ranks_by_macs",
     "ranks_by_share",

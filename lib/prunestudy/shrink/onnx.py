@@ -52,17 +52,29 @@ def export_onnx(model: nn.Module, path: str | Path, shape: tuple[int, ...]) -> N
         part.unlink(missing_ok=True)
 
 
-class OnnxNet(nn.Module):
-    """The net in an ONNX file, computed by ONNX Runtime on the CPU: only to be called.
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
-    Maps (batch, *shape) to its output, as the exported net does. `threads`: of the runtime's.
-    Raises `InputError` if the file is missing or not one that `export_onnx` wrote.
+
+def onnx_runs_on(device: str) -> bool:
+    """Whether ONNX Runtime, as it is installed, computes on `device`, "cpu" or "cuda"."""
+    import onnxruntime  # late: it takes a while
+
+    return _PROVIDERS.get(device) in onnxruntime.get_available_providers()
+
+
+class OnnxNet(nn.Module):
+    """The net in an ONNX file, computed by ONNX Runtime: only to be called.
+
+    Maps (batch, *shape) to its output, as the exported net does, both on the CPU. `threads`: of
+    the runtime's; `device`: where it computes, "cpu" or "cuda". Raises `InputError` if the file
+    is missing or not one that `export_onnx` wrote, and for a device that the runtime has not.
     """
 
-    def __init__(self, path: str | Path, threads: int = 1) -> None:
+    def __init__(self, path: str | Path, threads: int = 1, device: str = "cpu") -> None:
         super().__init__()
         import onnxruntime  # late: it takes a while
 
+        require(onnx_runs_on(device), "device", device, "one that ONNX Runtime was built for")
         right = type(threads) is int and threads > 0
         require(right, "threads", threads, "a positive integer")
         require(Path(path).is_file(), "path", str(path), "a file that export_onnx wrote")
@@ -71,7 +83,7 @@ class OnnxNet(nn.Module):
         options.log_severity_level = 3
         try:
             self.session = onnxruntime.InferenceSession(
-                str(path), options, providers=["CPUExecutionProvider"]
+                str(path), options, providers=[_PROVIDERS[device]]
             )
         except Exception as error:  # its errors share no base of their own
             if not type(error).__module__.startswith("onnxruntime"):

@@ -77,9 +77,7 @@ def run(
     Raises `InputError` before anything starts for bad settings, records or data.
     """
     require(count >= 1, "jobs", count, "at least 1")
-    plugin = f"snakemake_executor_plugin_{executor.replace('-', '_')}"
-    there = executor == "local" or find_spec(plugin) is not None
-    require(there, "executor", executor, f"local, or one whose package {plugin} is installed")
+    _require_executor(executor)
     batch = Batch(profile, papers, results)
     if batch.finished():
         return
@@ -95,11 +93,29 @@ def run(
         raise InputError(f"study = {profile}: a job failed, see above; finished runs are kept")
 
 
+def _require_executor(name: str) -> None:
+    plugin = f"snakemake_executor_plugin_{name.replace('-', '_')}"
+    there = name == "local" or find_spec(plugin) is not None
+    require(there, "executor", name, f"local, or one whose package {plugin} is installed")
+    allowed = "where Slurm is: sbatch is found and sinfo answers"
+    require(name != "slurm" or _slurm_answers(), "executor", name, allowed)
+
+
+def _slurm_answers() -> bool:
+    if not shutil.which("sbatch"):
+        return False
+    return subprocess.run(["sinfo", "--noheader"], capture_output=True, check=False).returncode == 0
+
+
 def _command(stage: Path, count: int, executor: str, config: dict[str, str]) -> list[str]:
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(repository() / "Snakefile")]
     command += ["--directory", str(stage), "--nolock", "--keep-going", "--quiet", "rules"]
-    command += ["--executor", executor] if executor != "local" else []
-    command += ["--jobs" if executor != "local" else "--cores", str(count)]
+    if executor == "local":
+        command += ["--cores", str(count)]
+    else:
+        command += ["--executor", executor, "--jobs", str(count)]
+    own = repository() / "profiles" / executor
+    command += ["--workflow-profile", str(own)] if own.is_dir() else []
     return [*command, "--config", *(f"{key}={value}" for key, value in config.items() if value)]
 
 

@@ -78,25 +78,25 @@ def _parser() -> argparse.ArgumentParser:
     job.add_argument("job")
     note = with_data(add("notebook", _notebook, "execute a paper's notebook"), False)
     note.add_argument("paper")
-    note.add_argument("--profile", default="quick")
     _add_pages(add)
     show = add("show", _show, "print a run's settings, metrics, environment and history")
     show.add_argument("run_name", metavar="RUN", help="a run's name or its beginning")
-    show.add_argument("--profile", default="quick")
-    cut = "say when this weight was cut, and at what magnitude"
-    show.add_argument("--weight", nargs=2, metavar=("LAYER", "INDEX"), help=cut)
+    show.add_argument("--weight", nargs=2, metavar=("LAYER", "INDEX"), help=_WEIGHT_HELP)
     compare = add("compare", _compare, "say what differs between two runs")
     for name in ("first", "second"):
         compare.add_argument(name, metavar="RUN", help="a run's name or its beginning")
-    compare.add_argument("--profile", default="quick")
     export = add("export", _export, "write a finished net as an ONNX file")
     export.add_argument("run_name", metavar="RUN", help="a run's name or its beginning")
     export.add_argument("file", metavar="FILE", help="the ONNX file")
-    export.add_argument("--profile", default="quick")
+    for each in (note, show, compare, export):
+        each.add_argument("--profile", default="quick")
     own = with_data(add("train", _train, "train one run of your own, with settings of your own"))
     own.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=_SET_HELP)
     bench = add("bench", _bench, "measure ratios side by side and write results/bench.md")
-    bench.add_argument("--quick", action="store_true", help="few rounds: a look, not a result")
+    gpu = with_data(add("gpu", _gpu, "measure nets and a short study on a CUDA device"), False)
+    for each in (bench, gpu):
+        each.add_argument("--quick", action="store_true", help="few rounds: a look, not a result")
+    gpu.add_argument("--check", action="store_true", help="only say which device there is")
     return parser
 
 
@@ -111,6 +111,7 @@ def _add_pages(add: Callable[..., argparse.ArgumentParser]) -> None:
         command.add_argument("--out", default="", help=f"folder (default results/PROFILE/{name})")
 
 
+_WEIGHT_HELP = "say when this weight was cut, and at what magnitude"
 _SET_HELP = (
     "dataset, model, method, target, seed, validation, epochs, lr, batch_size, ... or a parameter"
     " of the method as params.NAME"
@@ -330,6 +331,20 @@ def _bench(a: argparse.Namespace) -> None:
     from prunestudy.study import bench
 
     bench.run(a.results, quick=a.quick)
+
+
+def _gpu(a: argparse.Namespace) -> None:
+    import torch
+
+    from prunestudy.study.runs import device_of
+
+    device = device_of("cuda")
+    if a.check:
+        print(torch.cuda.get_device_name(device))
+        return
+    from prunestudy.study import gpu
+
+    gpu.run(a.results, a.data, quick=a.quick)
 
 
 if __name__ == "__main__":

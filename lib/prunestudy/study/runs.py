@@ -87,6 +87,8 @@ class Runner:
     def _train(self, settings: RunSettings) -> dict[str, Any]:
         started = time.perf_counter()
         data = self._load(settings)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
         with _deterministic(settings.threads):
             model = self._start(settings, data.info)
             start = {name: w.detach().clone() for name, w in measure.prunable_weights(model)}
@@ -120,6 +122,7 @@ class Runner:
                 "train_seconds": round(made.seconds, 3),
                 "seconds": round(time.perf_counter() - started, 3),
                 "process_peak_mb": _process_peak_mb(),
+                **_device_peak_mb(self.device),
             },
         }
         weights = self.store.work(settings.run) / "weights.safetensors"
@@ -327,3 +330,9 @@ def commit() -> str:
 def _process_peak_mb() -> float:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
+
+
+def _device_peak_mb(device: torch.device) -> dict[str, float]:
+    if device.type != "cuda":
+        return {}
+    return {"device_peak_mb": round(torch.cuda.max_memory_allocated(device) / 1e6, 1)}
