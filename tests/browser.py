@@ -53,6 +53,7 @@ class Browser:
 
     def screen(self, width, dark=False):
         """Set the width of the window in pixels, and the theme that the reader prefers."""
+        self.width = width
         size = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width < 500}
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
         theme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
@@ -69,8 +70,8 @@ class Browser:
         return [url for url in urls if not url.startswith(("file:", "data:", "blob:"))]
 
     def overflow(self):
-        """By how many pixels the page is wider than the window."""
-        return self.run("return document.documentElement.scrollWidth - window.innerWidth")
+        """By how many pixels the page is wider than the screen, to which a phone zooms out."""
+        return self.run("return document.documentElement.scrollWidth") - self.width
 
     def background(self):
         """Brightness of the page's background, 0 to 255."""

@@ -8,6 +8,7 @@ from hashlib import sha256
 from pathlib import Path
 from urllib.parse import unquote
 
+import matplotlib.pyplot as plt
 import nbformat
 import pytest
 from browser import CHROMIUM, DRIVER, Browser
@@ -17,6 +18,7 @@ from conftest import one_line, tree
 from prunestudy.errors import InputError
 from prunestudy.papers import card
 from prunestudy.study import report, tables
+from prunestudy.study.figures import inline
 from prunestudy.study.records import Store, repository
 from prunestudy.study.report import lessons, outputs, slides
 
@@ -123,7 +125,7 @@ def test_slides_are_whole_with_the_network_off(shown, browser):
         seen = browser.open(page)
         for wrong in ("console", "outside", "marks", "wrong", "unloaded", "silent"):
             assert seen[wrong] == [], page.name
-        assert seen["drawn"] > 20
+        assert seen["drawn"] > 5
         count = browser.run("return Reveal.getTotalSlides()")
         assert count > 20
         steps = "for (let i = 0; i < 999; i++) Reveal.next(); return Reveal.isLastSlide()"
@@ -139,7 +141,8 @@ def test_slides_are_whole_with_the_network_off(shown, browser):
 def test_the_browser_sees_what_is_wrong(browser, tmp_path):
     page = tmp_path / "bad.html"
     page.write_text(
-        """<!DOCTYPE html><p>$$x$$ and \\(y\\)</p><code>$$code$$</code>
+        """<!DOCTYPE html><meta name="viewport" content="width=device-width">
+        <p>$$x$$ and \\(y\\)</p><code>$$code$$</code>
         <img src="none.png" alt=" "><img src="https://elsewhere.test/x.png" alt="x">
         <span class="katex-error">z</span><div style="width: 500px">wide</div>
         <script>console.error("oh")</script>"""
@@ -211,26 +214,18 @@ def test_a_paper_s_page_has_every_claim_with_its_rule_and_every_published_number
 def test_figures_say_what_they_carry_or_what_stands_above_them(tmp_path):
     pixel = "iVBORw0KGgo="
     picture = {"output_type": "display_data", "data": {"image/png": pixel}}
+    remote = "[![Open](https://elsewhere/x.svg)](https://elsewhere)"
     about = {"image/png": {"alt": 'a <b> & "c"', "width": 7, "height": 5}}
     cells = [
         {"cell_type": "markdown", "source": "## Head\n\nSee *what* [is](a.ipynb) here. More."},
         {"cell_type": "code", "outputs": [{**picture, "metadata": about}]},
         {"cell_type": "code", "outputs": [{**picture, "metadata": {}}]},
-        {
-            "cell_type": "code",
-            "outputs": [
-                {
-                    "output_type": "display_data",
-                    "metadata": {},
-                    "data": {
-                        "text/markdown": "[![Open](https://elsewhere/x.svg)](https://elsewhere)"
-                    },
-                }
-            ],
-        },
+        {"cell_type": "code", "outputs": [said(**{"text/markdown": remote})]},
+        {"cell_type": "code", "outputs": [said(**{"text/markdown": ""})]},
     ]
     notebook = nbformat.from_dict({"cells": [{"metadata": {}, **cell} for cell in cells]})
     outputs.with_figure_files(notebook, tmp_path / "f", "nb", "../f", ())
+    assert notebook.cells.pop().outputs == []
     first, second, badge = (cell.outputs[0].data for cell in notebook.cells[1:])
     assert first["text/html"] == (
         '<a class="figure" href="../f/nb-1.png"><img src="../f/nb-1.png" '
@@ -240,6 +235,22 @@ def test_figures_say_what_they_carry_or_what_stands_above_them(tmp_path):
     assert badge["text/markdown"] == "[Open](https://elsewhere)"
     assert notebook.cells[0].source == "## Head\n\nSee *what* is here. More."
     assert (tmp_path / "f/nb-2.png").read_bytes() == b"\x89PNG\r\n\x1a\n"
+
+
+def test_alternative_text_is_made_of_titles_axes_and_legends():
+    figure, (left, right) = plt.subplots(1, 2)
+    assert inline.alt_text(figure) == ""
+    left.set(title="gates\nof fc1", xlabel="step", ylabel="gate g")
+    left.plot([1, 2], label="kept")
+    left.legend()
+    right.set(xlabel="layer")
+    assert inline.alt_text(figure) == "gates of fc1: gate g against step (kept). layer"
+    figure.suptitle("LeNet")
+    right.set(xlabel="")
+    right.plot([1, 2], label="of all")
+    figure.legend(handles=right.lines)
+    assert inline.alt_text(figure) == "LeNet. gates of fc1: gate g against step (kept). of all"
+    plt.close(figure)
 
 
 # --- bad input
@@ -266,6 +277,8 @@ def test_a_folder_of_others_is_not_replaced(results, tmp_path):
     with pytest.raises(InputError, match=r"out = '.*': a folder"):
         slides.build("cpu", [], str(results), str(tmp_path / "mine.txt"))
     assert tree(tmp_path) == before
+    (tmp_path / ".buildinfo").touch()
+    report.require_own(tmp_path, ".buildinfo")
 
 
 @pytest.mark.parametrize(
@@ -287,7 +300,7 @@ def test_tables_that_are_missing_and_records_that_are_gone(results, tmp_path):
     shutil.copytree(results / "cpu/notebooks", tmp_path / "cpu/notebooks")
     before = tree(tmp_path)
     with pytest.raises(InputError, match=r"table = runs\.csv: not there; run the study first"):
-        report.build("cpu", str(tmp_path))
+        report.build("cpu", str(tmp_path), str(tmp_path / "new/site"))
     assert tree(tmp_path) == before
     with pytest.raises(InputError, match=r"run = dense-x: has no record in cpu"):
         Store("cpu", tmp_path).shown("dense-x")

@@ -49,10 +49,11 @@ def build(profile: str, results: str = "", out: str = "") -> Path:
     notebooks = executed_notebooks(store, profile)
     target = Path(out) if out else store.folder / "report"
     require_own(target, _MADE)
+    known = pages.read_tables(store)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".report-") as folder:
         source, made = Path(folder) / "source", Path(folder) / "site"
-        pages.write(source, store, profile, notebooks)
+        pages.write(source, store, profile, notebooks, known)
         _sphinx(source, made, profile)
         shutil.copytree(source / "files", made, dirs_exist_ok=True)
         if target.exists():

@@ -49,6 +49,8 @@ def with_figure_files(
         if cell.cell_type == "markdown":
             cell.source = without_dead_links(cell.source, there)
             above = _first_sentence(cell.source) or above
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if _is_seen(output)]
         for output in cell.get("outputs", []):
             data = output.get("data", {})
             if "text/markdown" in data:
@@ -61,6 +63,11 @@ def with_figure_files(
                 about = output.metadata.get(kind, {})
                 output.data = {"text/html": _image(f"{address}/{name}", about, above)}
     return notebook
+
+
+def _is_seen(output: Any) -> bool:
+    """Whether there is something to see: not the badge of a repository without an address."""
+    return output.get("data", {}).get("text/markdown") != ""
 
 
 def _bytes(data: str) -> bytes:

@@ -169,9 +169,15 @@ def _compared(verdicts: pd.DataFrame) -> tuple[list[str], list[str]]:
     return [ours for ours, _, _ in sides], [theirs for _, _, theirs in sides]
 
 
-def write(source: Path, store: Store, profile: str, notebooks: list[Path]) -> None:
-    """Write all pages and files of the report below `source`."""
-    made = [tables.read_table(store.folder / f"tables/{name}.csv") for name in ("runs", "summary")]
+def read_tables(store: Store) -> list[pd.DataFrame]:
+    """The tables of runs and of settings; raises `InputError` if one is not there."""
+    return [tables.read_table(store.folder / f"tables/{name}.csv") for name in ("runs", "summary")]
+
+
+def write(
+    source: Path, store: Store, profile: str, notebooks: list[Path], made: list[pd.DataFrame]
+) -> None:
+    """Write all pages and files of the report below `source`; `made` are the profile's tables."""
     stems = [path.stem for path in notebooks]
     claims = overview.claims(profile, store, Tiny())
     papers = [_paper(each, stems, claims, *made) for each in cards()]
@@ -273,7 +279,9 @@ def _front(figures: Path) -> dict[str, str]:
     text = readme.read_text(encoding="utf-8")
     alt, path = re.search(r"!\[([^\]]+)\]\(([^)]+)\)", text).groups()
     figures.mkdir(parents=True)
-    picture = (readme.parent / path).with_suffix(".svg")
+    picture = readme.parent / path
+    drawn = picture.with_suffix(".svg")  # crisp at any size
+    picture = drawn if drawn.exists() else picture
     shutil.copy(picture, figures / picture.name)
     after = text.partition(f"({path})")[2].strip()
     return {"alt": alt, "figure": picture.name, "says": after.partition("\n\n")[0]}
