@@ -22,7 +22,8 @@ from prunestudy.study.report import HERE, executed_notebooks, need, outputs
 
 _LINES = 17  # that fit on a slide
 _LONGEST_CODE = 12
-_FIGURE_LINES = 13
+_FIGURE_LINES = 13  # at most, and as many as a figure of full width that is as high
+_FULL_WIDTH_LINES = 30
 _CHARACTERS = 85  # in a line of text
 _OUTPUT_ONLY = "output-only"
 
@@ -114,7 +115,7 @@ def arrange(notebook: Any) -> Any:
         kind = cell.metadata["slideshow"]["slide_type"]
         if kind in ("slide", "subslide"):
             used = lines
-        elif kind != "skip":
+        elif kind not in ("skip", "notes"):
             used += lines
         if _is_output_only(cell):
             cell.metadata["tags"] = [*outputs.tags(cell), _OUTPUT_ONLY]
@@ -130,13 +131,26 @@ def _parts(cell: Any) -> list[Any]:
     if cell.cell_type == "markdown":
         changes = [{"source": text} for text in re.split(r"\n(?=#{1,2} )", cell.source)]
     elif _is_output_only(cell):
-        changes = [{"outputs": [output]} for output in cell.outputs]
+        changes = [{"outputs": group} for group in _with_captions(cell.outputs)]
     else:
         return [cell]
     return [
         NotebookNode(cell, **change, metadata=cell.metadata.copy(), id=f"{cell.get('id', '')}-{i}")
         for i, change in enumerate(changes)
     ]
+
+
+def _with_captions(shown: list[Any]) -> list[list[Any]]:
+    """Each output alone, but a line of text together with what it stands above."""
+    groups: list[list[Any]] = []
+    for output in shown:
+        under_caption = groups and all(map(_is_caption, groups[-1]))
+        groups = [*groups[:-1], [*groups[-1], output]] if under_caption else [*groups, [output]]
+    return groups
+
+
+def _is_caption(output: Any) -> bool:
+    return "text/markdown" in output.get("data", {}) and _output_lines(output) <= 1
 
 
 def _place(cell: Any, used: float) -> str:
@@ -175,7 +189,8 @@ def _lines(cell: Any) -> float:
 def _output_lines(output: Any) -> float:
     data = output.get("data", {})
     if any(kind.startswith("image/") for kind in data):
-        return _FIGURE_LINES
+        size = output.metadata.get("image/png", {})
+        return min(_FIGURE_LINES, _FULL_WIDTH_LINES * size.get("height", 1) / size.get("width", 1))
     if "text/html" in data:
         return 1.2 * data["text/html"].count("<tr")
     shown = output.get("text") or data.get("text/markdown", data.get("text/plain", ""))
