@@ -333,6 +333,7 @@ NOTES = [
     cell("markdown", "## One\n\nwords\n## Two\n\n" + "line\n" * 9),
     cell("code", "short()", outputs=[said(**{"text/plain": "3"})]),
     cell("code", "draw()", outputs=[said(**{"image/png": ""}), said(**{"image/png": ""})]),
+    cell("markdown", "about"),
     cell("code", "flat()", outputs=[said(size=(9, 1), **{"image/png": ""})]),
     cell("code", "named()", outputs=[said(**{"text/markdown": t}) for t in ("**a**", "|\n" * 20)]),
     cell("markdown", "own place", slideshow={"slide_type": "notes"}),
@@ -368,6 +369,7 @@ def test_every_cell_has_its_place_on_the_slides():
         ("short()", "-", False),
         ("draw()", "subslide", True),
         ("draw()", "subslide", True),
+        ("about", "subslide", False),
         ("flat()", "-", True),
         ("named()", "subslide", True),
         ("own place", "notes", False),
@@ -382,7 +384,7 @@ def test_a_lesson_is_counted_in_its_notebook(tmp_path, monkeypatch):
     nbformat.write(notes(), tmp_path / "07_toy.ipynb")
     for name, value in (("WORDS", 10), ("LINES", 5)):
         monkeypatch.setattr(lessons, f"_{name}_A_MINUTE", value)
-    # 33 words, 19 lines of code, one exercise: 3.3 + 3.8 + 8, rounded to 5.
+    # 34 words, 19 lines of code, one exercise: 3.4 + 3.8 + 8, rounded to 5.
     exercise = lessons.Exercise("f", "What is `x | y`? Say.", 2)
     assert lessons.lesson(tmp_path / "07_toy.ipynb") == lessons.Lesson(
         "07_toy", "A title", 15, (exercise,)

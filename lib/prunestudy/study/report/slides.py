@@ -10,6 +10,7 @@ import math
 import re
 import shutil
 from importlib.resources import files
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -109,8 +110,8 @@ def arrange(notebook: Any) -> Any:
     """Give every cell its place: its own `slideshow` metadata, else the rule of this module."""
     notebook.cells = [part for cell in notebook.cells for part in _parts(cell)]
     used = 0.0
-    for cell in notebook.cells:
-        kind, lines = _place(cell, used), _lines(cell)
+    for cell, after in zip_longest(notebook.cells, notebook.cells[1:]):
+        kind, lines = _place(cell, used, after), _lines(cell)
         cell.metadata["slideshow"] = {"slide_type": kind} | cell.metadata.get("slideshow", {})
         kind = cell.metadata["slideshow"]["slide_type"]
         if kind in ("slide", "subslide"):
@@ -153,7 +154,7 @@ def _is_caption(output: Any) -> bool:
     return "text/markdown" in output.get("data", {}) and _output_lines(output) <= 1
 
 
-def _place(cell: Any, used: float) -> str:
+def _place(cell: Any, used: float, after: Any) -> str:
     tags = outputs.tags(cell)
     if cell.cell_type == "code":
         if "exercise" in tags:
@@ -166,7 +167,10 @@ def _place(cell: Any, used: float) -> str:
         return "fragment"
     elif re.match(r"\*\*\d+\.\*\*", cell.source):
         return "subslide"
-    return "subslide" if used and used + _lines(cell) > _LINES else "-"
+    # Text goes to the next slide with the figure that it is about.
+    is_about = cell.cell_type == "markdown" and after is not None and after.cell_type == "code"
+    wanted = _lines(cell) + (_lines(after) if is_about else 0)
+    return "subslide" if used and used + wanted > _LINES else "-"
 
 
 def _is_output_only(cell: Any) -> bool:
