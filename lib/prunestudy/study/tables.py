@@ -31,8 +31,8 @@ KEYS = (
 SUMMARY_COLUMNS = (
     KEYS
     + (
-        "n diverged metric metric_sd dense_metric difference_n difference difference_sd difference_low "
-        "difference_high sparsity nonzeros published mark source verdict"
+        "n diverged metric metric_sd dense_metric difference_n difference difference_sd "
+        "difference_low difference_high sparsity nonzeros published mark source verdict"
     ).split()
 )
 
