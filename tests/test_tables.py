@@ -258,6 +258,18 @@ def test_the_difference_is_paired_by_seed_and_counts_pairs_only(store, filled):
     assert row.difference == pytest.approx((-0.40 - 0.42) / 2)
 
 
+def test_a_diverged_seed_is_counted_beside_n(store, filled):
+    runs = tables.build(store, filled)[0]
+    lost = (runs.method == "random") & (runs.seed == 1)
+    runs.loc[lost, "status"] = "diverged"
+    runs.loc[lost, ["metric", "metric_name"]] = [math.nan, ""]
+    summary = tables.summary_table(runs)
+    row = summary[summary.method == "random"].iloc[0]
+    assert (row.n, row.diverged) == (2, 1)
+    assert (summary[summary.method != "random"].diverged == 0).all()
+    assert "2, 1 diverged" in set(tables.readable(summary).n)
+
+
 @pytest.mark.parametrize("kept", [0, 1])
 def test_one_seed_has_no_interval(store, filled, kept):
     summary = tables.build(store, [p for p in filled if p.settings.seed == kept])[1]

@@ -31,8 +31,8 @@ KEYS = (
 SUMMARY_COLUMNS = (
     KEYS
     + (
-        "n metric metric_sd dense_metric difference_n difference difference_sd difference_low "
-        "difference_high sparsity nonzeros published mark source verdict"
+        "n diverged metric metric_sd dense_metric difference_n difference difference_sd "
+        "difference_low difference_high sparsity nonzeros published mark source verdict"
     ).split()
 )
 
@@ -90,19 +90,26 @@ def _with_dense(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def summary_table(runs: pd.DataFrame) -> pd.DataFrame:
-    """One row per setting: mean, sd and n over seeds, and the paired difference to dense."""
-    done = runs[runs["status"] == "done"]
-    rows = [_summary(group) for _, group in done.groupby(KEYS, dropna=False, sort=True)]
+    """One row per setting: mean, sd and n over seeds, and the paired difference to dense.
+
+    `diverged` counts the seeds that n lacks; a setting of which none is done has no row.
+    """
+    # A diverged run has no metric, nor its name.
+    keys = [key for key in KEYS if key != "metric_name"]
+    groups = [group for _, group in runs.groupby(keys, dropna=False, sort=True)]
+    rows = [_summary(group) for group in groups if (group["status"] == "done").any()]
     return pd.DataFrame(rows, columns=SUMMARY_COLUMNS)
 
 
-def _summary(group: pd.DataFrame) -> dict[str, Any]:
+def _summary(all_seeds: pd.DataFrame) -> dict[str, Any]:
+    group = all_seeds[all_seeds["status"] == "done"]
     first = group.iloc[0]
     row = {key: first[key] for key in KEYS}
     difference = Interval.of(list((group["metric"] - group["dense_metric"]).dropna()))
     published = _beside(card(first["paper"]), first)
     return row | {
         "n": len(group),
+        "diverged": len(all_seeds) - len(group),
         "metric": group["metric"].mean(),
         "metric_sd": group["metric"].std(),
         "dense_metric": group["dense_metric"].mean(),
@@ -292,7 +299,7 @@ def readable(summary: pd.DataFrame) -> pd.DataFrame:
         "removed": [
             "" if pd.isna(row.target) else removed(row.target, row.target_kind) for row in rows
         ],
-        "n": [row.n for row in rows],
+        "n": [f"{row.n}, {row.diverged} diverged" if row.diverged else row.n for row in rows],
         "result": [result(row) for row in rows],
         "minus dense": [_minus_dense(row) for row in rows],
         "published": [_published(row) for row in rows],

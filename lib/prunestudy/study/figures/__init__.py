@@ -138,7 +138,9 @@ def variants(summary: pd.DataFrame, method: str) -> Figure:
     keys = ["model", "dataset", "target_kind", "target"]
     first = others.iloc[0]
     rows = ours[(ours[keys] == first[keys]).all(axis=1)].sort_values("difference")
-    labels = rows.variant.replace("", "our reading")
+    names = rows.variant.replace("", "our reading")
+    lost = rows.diverged.map(lambda count: f" ({count} diverged)" if count else "")
+    labels = names + lost
     error = [rows.difference - rows.difference_low, rows.difference_high - rows.difference]
     factor, unit = tables.UNITS[first.metric_name]
     figure, axes = plt.subplots(figsize=(7, 0.45 * len(rows) + 1.4))
@@ -155,6 +157,7 @@ def variants(summary: pd.DataFrame, method: str) -> Figure:
     axes.set_title(f"{first.model} on {data}, {removed} removed")
     if near and spread.min() < -3:
         axes.set_xscale("symlog", linthresh=1)
+        axes.xaxis.set_major_formatter("{x:g}")
     return figure
 
 
