@@ -10,7 +10,7 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 papers := $(foreach paper,$(PAPER),--paper $(paper))
 
-.PHONY: help study test lab bench gpu status lint clean
+.PHONY: help study test lab report slides bench gpu status lint clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -24,6 +24,12 @@ test: .venv/ready  ## run the tests
 
 lab: .venv/ready  ## open JupyterLab on the notebooks
 	@$(BIN)/jupyter lab --notebook-dir=notebooks
+
+report: .venv/ready  ## write the study as a site that needs no network
+	@prunestudy report --profile $(PROFILE)
+
+slides: .venv/ready  ## write slides of the executed notebooks, of all or of PAPER
+	@prunestudy slides $(PAPER) --profile $(PROFILE)
 
 bench: .venv/ready  ## measure ratios side by side, write results/bench.md
 	@prunestudy bench

@@ -1,5 +1,7 @@
 """Notebooks through papermill, with tiny settings; bad parameters change nothing on disk."""
 
+import base64
+
 import nbformat
 import papermill
 import pytest
@@ -33,10 +35,16 @@ def test_runs_alone_with_tiny_settings(paper, tmp_path):
     assert len(found) >= 5
     assert list((tmp_path / "custom" / "figures").glob("*.png"))
     cells = nbformat.read(tmp_path / "out.ipynb", as_version=4).cells
-    errors = [
-        o for c in cells if c.cell_type == "code" for o in c.outputs if o.output_type == "error"
-    ]
-    assert not errors
+    outputs = [output for cell in cells if cell.cell_type == "code" for output in cell.outputs]
+    assert not [output for output in outputs if output.output_type == "error"]
+    drawn = [output for output in outputs if "image/png" in output.get("data", {})]
+    assert drawn
+    for output in drawn:
+        about = output.metadata["image/png"]
+        assert about["alt"], output
+        # Twice the pixels of the size on the page: the width is in bytes 16 to 19 of a PNG.
+        pixels = int.from_bytes(base64.b64decode(output.data["image/png"])[16:20])
+        assert about["width"] == pixels // 2
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from prunestudy.study import tables
 from prunestudy.study.exercises import exercise
 from prunestudy.study.plan import plan
 from prunestudy.study.records import Store, repository
+from prunestudy.study.report import lessons
 
 ROOT = repository()
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -89,6 +90,14 @@ def test_readme_table_is_made_from_the_committed_summary(tmp_path):
         tables.fill_readme(page, summary)
 
 
+def test_instructors_page_is_made_from_the_notebooks(tmp_path):
+    page, committed = tmp_path / "README.md", (ROOT / "notebooks/README.md").read_text()
+    page.write_text(re.sub(r"(made by[^>]*-->).*(<!-- end)", r"\1\n\2", committed, flags=re.S))
+    assert len(page.read_text()) < len(committed)
+    tables.fill(page, "lessons", lessons.page(ROOT / "notebooks"))
+    assert page.read_text() == committed
+
+
 def test_committed_tables_are_those_of_the_records():
     made = tables.build(Store("cpu", ROOT / "results"), plan("cpu"))
     for name, table in zip(("runs", "summary"), made, strict=True):
@@ -109,7 +118,7 @@ def test_tracked_results_hold_no_path_or_name_of_a_machine():
 
 def test_make_help_lists_the_targets():
     said = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
-    for target in ("study", "test", "lab", "bench"):
+    for target in ("study", "test", "lab", "report", "slides", "bench"):
         assert re.search(rf"^{target}\s+\w", said.stdout, re.MULTILINE)
 
 

@@ -6,6 +6,8 @@ overview's card has no citation: it compares the papers and has runs of its own 
 
 import json
 import tomllib
+from collections.abc import Callable
+from functools import lru_cache, wraps
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -249,6 +251,22 @@ class Card(_Strict):
 PROFILES = ("quick", "cpu", "cpu-long", "paper")
 
 
+def _once(read: Callable[[Path], Card]) -> Callable[[Path], Card]:
+    """Read a card once, and again when its file changes: tables ask for it row by row."""
+
+    @lru_cache
+    def cached(path: Path, _changed: int, _size: int) -> Card:
+        return read(path)
+
+    @wraps(read)
+    def wrapped(path: Path) -> Card:
+        state = path.stat()
+        return cached(path, state.st_mtime_ns, state.st_size)
+
+    return wrapped
+
+
+@_once
 def read_card(path: Path) -> Card:
     """Read and check the card at `path`; raises `InputError` naming a key that is wrong."""
     try:

@@ -39,6 +39,7 @@ def draw(groups: Sequence[Group]) -> "Figure":
     names = [f"{g.name} ({g.channels})" for g in groups]
     axes.set_yticks(range(len(groups)), names, fontsize=8)
     axes.set_ylim(len(groups) - 0.4, -0.6)
+    axes.set(xlabel="layer, in order of execution", ylabel="group (its channels)")
     axes.grid(False)
     figure.legend(loc="outside upper left", ncols=3, frameon=False, fontsize=8)
     return figure

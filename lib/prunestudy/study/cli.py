@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from prunestudy.errors import InputError, require, require_one_of
@@ -69,8 +70,6 @@ def _parser() -> argparse.ArgumentParser:
     add_planned("list", _list, "list the planned runs")
     add_planned("status", _status, "say what is done and what is missing")
     add_planned("table", _table, "write the tables from the records")
-    readme = add("readme", _readme, "write README's table from a profile's summary")
-    readme.add_argument("--profile", default="cpu", help=f"one of {', '.join(PROFILES)}")
     add_planned("latency", _latency, "time the finished nets, alone on the machine")
     run = with_data(add_planned("run", _run, "train runs by name, if they are not there"))
     run.add_argument("runs", nargs="+", metavar="RUN", help="a run's name or its beginning")
@@ -79,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     job.add_argument("job")
     note = with_data(add("notebook", _notebook, "execute a paper's notebook"), False)
     note.add_argument("paper")
+    _add_pages(add)
     show = add("show", _show, "print a run's settings, metrics, environment and history")
     show.add_argument("run_name", metavar="RUN", help="a run's name or its beginning")
     show.add_argument("--weight", nargs=2, metavar=("LAYER", "INDEX"), help=_WEIGHT_HELP)
@@ -98,6 +98,17 @@ def _parser() -> argparse.ArgumentParser:
         each.add_argument("--quick", action="store_true", help="few rounds: a look, not a result")
     gpu.add_argument("--check", action="store_true", help="only say which device there is")
     return parser
+
+
+def _add_pages(add: Callable[..., argparse.ArgumentParser]) -> None:
+    report = add("report", _report, "write the report: a static site that needs no network")
+    slides = add("slides", _slides, "write slides of executed notebooks, for a class")
+    slides.add_argument("names", nargs="*", metavar="NOTEBOOK", help="or PAPER, or a path; or all")
+    readme = add("readme", _readme, "write README's table, and the instructors' page")
+    readme.add_argument("--profile", default="cpu", help=f"one of {', '.join(PROFILES)}")
+    for name, command in (("report", report), ("slides", slides)):
+        command.add_argument("--profile", default="quick", help=f"one of {', '.join(PROFILES)}")
+        command.add_argument("--out", default="", help=f"folder (default results/PROFILE/{name})")
 
 
 _WEIGHT_HELP = "say when this weight was cut, and at what magnitude"
@@ -190,9 +201,12 @@ def _table(a: argparse.Namespace) -> None:
 def _readme(a: argparse.Namespace) -> None:
     from prunestudy.study import tables
     from prunestudy.study.records import repository
+    from prunestudy.study.report import lessons
 
     summary = tables.read_table(_store(a).folder / "tables" / "summary.csv")
     tables.fill_readme(repository() / "README.md", summary)
+    notebooks = repository() / "notebooks"
+    tables.fill(notebooks / "README.md", "lessons", lessons.page(notebooks))
 
 
 def _latency(a: argparse.Namespace) -> None:
@@ -240,6 +254,20 @@ def _notebook(a: argparse.Namespace) -> None:
     print(target if a.results else os.path.relpath(target))
 
 
+def _report(a: argparse.Namespace) -> None:
+    from prunestudy.study import report
+
+    made = report.build(a.profile, a.results, a.out) / "index.html"
+    print(made if a.out or a.results else os.path.relpath(made))
+
+
+def _slides(a: argparse.Namespace) -> None:
+    from prunestudy.study.report import slides
+
+    for page in slides.build(a.profile, a.names, a.results, a.out):
+        print(page if a.out or a.results else os.path.relpath(page))
+
+
 def _done(a: argparse.Namespace, run: str) -> tuple[Any, str]:
     """The store, and the name of the finished run that begins so."""
     require_one_of("profile", a.profile, (*PROFILES, "custom"))
@@ -270,17 +298,13 @@ def _export(a: argparse.Namespace) -> None:
 
 
 def _show(a: argparse.Namespace) -> None:
-    from prunestudy.study.records import canonical
-
     store, name = _done(a, a.run_name)
     if a.weight:
         from prunestudy.study.audit import weight_line
 
         print(weight_line(store, name, *a.weight))
         return
-    print(canonical(store.load(name)))
-    for row in store.history(name):
-        print(*(f"{key}={value}" for key, value in row.items() if value != ""))
+    print(store.shown(name), end="")
 
 
 def _train(a: argparse.Namespace) -> None:

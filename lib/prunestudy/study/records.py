@@ -140,6 +140,17 @@ class Store:
             raise InputError(_refusal(run, "was edited or damaged (checksum)"))
         return record
 
+    def shown(self, run: str) -> str:
+        """The record of `run` and its history, a line per epoch; raises `InputError` if missing."""
+        record = self.load(run)
+        if record is None:
+            raise InputError(f"run = {run}: has no record in {self.folder.name}")
+        lines = [
+            " ".join(f"{key}={value}" for key, value in row.items() if value != "")
+            for row in self.history(run)
+        ]
+        return canonical(record) + "".join(f"{line}\n" for line in lines)
+
     def history(self, run: str) -> list[dict[str, Any]]:
         """Rows of the run's history, numbers as floats."""
         with (self.path(run) / "history.csv").open(newline="", encoding="utf-8") as file:

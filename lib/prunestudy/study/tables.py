@@ -387,11 +387,18 @@ def markdown(table: pd.DataFrame) -> str:
 
 def fill_readme(path: Path, summary: pd.DataFrame) -> None:
     """Put what each paper's own method reached between the two `results` comments of `path`."""
-    begin = "<!-- results: made by `prunestudy readme` -->\n"
-    end = "<!-- end of results -->"
+    own = summary[(summary["variant"] == "") & (summary["method"] == summary["paper"])]
+    fill(path, "results", markdown(readable(own)))
+
+
+def fill(path: Path, name: str, text: str) -> None:
+    """Put `text` between the two comments called `name` of the Markdown page `path`.
+
+    Raises `InputError` if the page has no such pair.
+    """
+    begin, end = f"<!-- {name}: made by `prunestudy readme` -->\n", f"<!-- end of {name} -->"
     before, found, rest = path.read_text(encoding="utf-8").partition(begin)
     _, closed, after = rest.partition(end)
     if not (found and closed):
-        raise InputError(f"readme = {path.name}: has no pair of results comments")
-    own = summary[(summary["variant"] == "") & (summary["method"] == summary["paper"])]
-    write_text(path, f"{before}{begin}\n{markdown(readable(own))}\n{end}{after}")
+        raise InputError(f"readme = {path.name}: has no pair of {name} comments")
+    write_text(path, f"{before}{begin}\n{text}\n{end}{after}")

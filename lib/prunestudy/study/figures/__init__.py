@@ -17,6 +17,7 @@ from prunestudy import datasets, methods
 from prunestudy.errors import InputError
 from prunestudy.papers import Card
 from prunestudy.study import tables
+from prunestudy.study.figures.inline import show_well
 from prunestudy.study.plan import Planned
 from prunestudy.study.records import Store
 
@@ -49,6 +50,7 @@ MARKERS = {method: marker for method, (_, marker) in _LOOK.items()}
 
 def style() -> None:
     """Set the study's look for figures."""
+    show_well()
     sns.set_theme(context="notebook", style="whitegrid", font_scale=0.9)
     # Text stays text in an SVG, and its ids do not change from one drawing to the next.
     mpl.rcParams.update({"svg.hashsalt": "prunestudy", "svg.fonttype": "none"})
