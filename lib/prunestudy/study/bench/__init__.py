@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from prunestudy import measure, methods, models
 from prunestudy.measure import Ratio
 from prunestudy.methods import Context, Method, Progress
 from prunestudy.study import tables
@@ -84,6 +85,25 @@ def training_step(
         method.after_step(net, progress, 1e-4)
 
     return step
+
+
+def step_cost(
+    net: str,
+    shape: tuple[int, ...],
+    method: Method,
+    rounds: int,
+    warmup: int = 2,
+    context: Context | None = None,
+) -> str:
+    """A training step of `net` with `method`, batch 128 of `shape`, over a dense one, for a row."""
+    x, y = torch.randn(128, *shape), torch.randint(10, (128,))
+    x = x.contiguous(memory_format=torch.channels_last)
+    both = {
+        name: training_step(models.build(net, shape, 10), each, x, y, context)
+        for name, each in (("dense", methods.build("dense", {})), ("method", method))
+    }
+    seconds = measure.interleave(both, rounds=rounds, warmup=warmup)
+    return ratio_text(measure.ratio(seconds["method"], seconds["dense"]))
 
 
 def ratio_text(ratio: Ratio) -> str:

@@ -7,11 +7,11 @@ from functools import partial
 import torch
 from torch import nn
 
-from prunestudy import measure, methods, models, shrink
+from prunestudy import measure, methods, shrink
 from prunestudy.methods.force import force, force_by_pairs
 from prunestudy.papers import card
 from prunestudy.shrink.low_rank import layer_speed_up
-from prunestudy.study.bench import Row, ratio_text, training_step
+from prunestudy.study.bench import Row, ratio_text, step_cost
 
 # Filters, channels, kernel, padding, groups, and the height and width of the input.
 ALEXNET = {
@@ -24,18 +24,9 @@ LENET = {"conv1": (20, 1, 5, 0, 1, 28), "conv2": (50, 20, 5, 0, 1, 12)}
 
 def force_step(quick: bool = False) -> Row:
     """A ResNet-20 training step, batch 128 of 3x32x32, with L2 force over a dense one."""
-    x, y = torch.randn(128, 3, 32, 32), torch.randint(10, (128,))
-    x = x.contiguous(memory_format=torch.channels_last)
-    targets = {"dense": None, "force": 0.05}
-    both = {
-        name: training_step(
-            models.build("resnet20", (3, 32, 32), 10), methods.build(name, {}, target), x, y
-        )
-        for name, target in targets.items()
-    }
-    seconds = measure.interleave(both, rounds=3 if quick else 100, warmup=2)
-    ratio = measure.ratio(seconds["force"], seconds["dense"])
-    return "ResNet-20 training step: with L2 force / dense", ratio_text(ratio)
+    method = methods.build("force", {}, 0.05)
+    cost = step_cost("resnet20", (3, 32, 32), method, rounds=3 if quick else 100)
+    return "ResNet-20 training step: with L2 force / dense", cost
 
 
 def closed_form(quick: bool = False) -> Row:

@@ -9,24 +9,17 @@ from prunestudy import datasets, measure, methods, models
 from prunestudy.measure import Task
 from prunestudy.methods.base import Context
 from prunestudy.methods.channels import Channels
-from prunestudy.study.bench import Row, ratio_text, training_step
+from prunestudy.study.bench import Row, ratio_text, step_cost
 
 SHAPE = (3, 32, 32)
 
 
 def gdp_step(quick: bool = False) -> Row:
     """A ResNet-20 training step, batch 128, with GDP's gates over a dense one."""
-    x, y = torch.randn(128, *SHAPE), torch.randint(10, (128,))
-    x = x.contiguous(memory_format=torch.channels_last)
     context = Context(_images(128), _images(128), Task(), torch.device("cpu"))
-    both = {}
-    for name, target in (("dense", ()), ("gdp", (0.5, "macs"))):
-        method = methods.build(name, {}, *target)
-        net = models.build("resnet20", SHAPE, 10)
-        both[name] = training_step(net, method, x, y, context)
-    seconds = measure.interleave(both, rounds=2 if quick else 60, warmup=1)
-    ratio = measure.ratio(seconds["gdp"], seconds["dense"])
-    return "ResNet-20 training step: with GDP's gates / dense", ratio_text(ratio)
+    method = methods.build("gdp", {}, 0.5, "macs")
+    cost = step_cost("resnet20", SHAPE, method, 2 if quick else 60, 1, context)
+    return "ResNet-20 training step: with GDP's gates / dense", cost
 
 
 def resnet20_throughput(quick: bool = False) -> Row:

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from prunestudy import measure, methods, models
-from prunestudy.study.bench import Row, ratio_text, training_step
+from prunestudy import measure, methods
+from prunestudy.study.bench import Row, ratio_text, step_cost
 
 
 def mask_update(quick: bool = False) -> Row:
@@ -20,18 +20,9 @@ def mask_update(quick: bool = False) -> Row:
 
 def attended_step(quick: bool = False) -> Row:
     """A ResNet-20 training step, batch 128, with a new mask at each step, over a dense one."""
-    x, y = torch.randn(128, 3, 32, 32), torch.randint(10, (128,))
-    x = x.contiguous(memory_format=torch.channels_last)
-    wanted = {"dense": ({}, None), "magnitude_attention": ({"period": 1}, 0.95)}
-    both = {
-        name: training_step(
-            models.build("resnet20", (3, 32, 32), 10), methods.build(name, params, target), x, y
-        )
-        for name, (params, target) in wanted.items()
-    }
-    seconds = measure.interleave(both, rounds=10 if quick else 200, warmup=2)
-    ratio = measure.ratio(seconds["magnitude_attention"], seconds["dense"])
-    return "ResNet-20 training step: MAP, a new mask at every step / dense", ratio_text(ratio)
+    method = methods.build("magnitude_attention", {"period": 1}, 0.95)
+    cost = step_cost("resnet20", (3, 32, 32), method, rounds=10 if quick else 200)
+    return "ResNet-20 training step: MAP, a new mask at every step / dense", cost
 
 
 def _resnet50() -> nn.Module:

@@ -6,26 +6,17 @@ import pandas as pd
 import torch
 from torch import nn
 
-from prunestudy import measure, methods, models, shrink
-from prunestudy.study.bench import Row, ratio_text, training_step
+from prunestudy import measure, methods, shrink
+from prunestudy.study.bench import Row, step_cost
 
 WIDTHS, SPARSITIES, BATCHES = (512, 1024, 2048, 4096), (0.90, 0.95, 0.98, 0.99), (1, 128)
 
 
 def gate_step(quick: bool = False) -> Row:
     """A LeNet-5 training step, batch 128, with gates over a dense one."""
-    x, y = torch.randn(128, 1, 28, 28), torch.randint(10, (128,))
-    x = x.contiguous(memory_format=torch.channels_last)
-    targets = {"dense": None, "sparse_gates": 0.95}
-    both = {
-        name: training_step(
-            models.build("lenet5", (1, 28, 28), 10), methods.build(name, {}, target), x, y
-        )
-        for name, target in targets.items()
-    }
-    seconds = measure.interleave(both, rounds=20 if quick else 300, warmup=5)
-    ratio = measure.ratio(seconds["sparse_gates"], seconds["dense"])
-    return "LeNet-5 training step: with gates / dense", ratio_text(ratio)
+    method = methods.build("sparse_gates", {}, 0.95)
+    cost = step_cost("lenet5", (1, 28, 28), method, rounds=20 if quick else 300, warmup=5)
+    return "LeNet-5 training step: with gates / dense", cost
 
 
 def sparse_linear(quick: bool = False) -> pd.DataFrame:
