@@ -370,6 +370,15 @@ def test_export(call, results, tmp_path):
     assert torch.equal(shrink.load_net(weights)(x), expected)
 
 
+def test_export_of_another_runs_net(call, refused, results, tmp_path):
+    call("run", "magnitude", "random")
+    store, (ours, other) = Store("quick", results), names_of("magnitude", "random")
+    store.weights(ours).write_bytes(store.weights(other).read_bytes())
+    file = tmp_path / "net.onnx"
+    assert refused("export", ours, str(file)).startswith(f"weights = {ours}: not those of its")
+    assert not file.exists()
+
+
 def test_export_of_a_run_without_its_net(call, refused, results, tmp_path):
     call("run", "magnitude")
     (name,) = names_of("magnitude")

@@ -105,6 +105,15 @@ def test_committed_tables_are_those_of_the_records():
         assert path.read_text(encoding="utf-8") == tables.text_of(table), name
 
 
+def test_files_of_committed_records_are_whole():
+    store = Store("cpu", ROOT / "results")
+    runs = {item.settings.run for item in plan("cpu")}
+    assert {path.name for path in store.records.iterdir()} == runs
+    for run in runs:
+        assert store.history(run) or store.load(run)["status"] == "diverged"
+        store.arrays(run)
+
+
 def test_tracked_results_hold_no_path_or_name_of_a_machine():
     files = subprocess.run(
         ["git", "-C", str(ROOT), "ls-files", "results"], capture_output=True, text=True, check=False

@@ -374,11 +374,21 @@ def test_a_record_in_anothers_folder_is_refused(store, done):
         store.read(other)
 
 
-def test_a_record_without_its_history_is_refused_by_name(store, done):
-    assert store.history(done.run)[0]["epoch"] == 1
-    (store.path(done.run) / "history.csv").unlink()
-    with pytest.raises(FileNotFoundError, match="history"):
-        store.history(done.run)
+@pytest.mark.parametrize("name", ["history.csv", "arrays.safetensors"])
+def test_a_missing_or_changed_file_of_a_record_is_refused_by_name(store, done, name):
+    read = store.history if name == "history.csv" else store.arrays
+    path, before = store.path(done.run) / name, read(done.run)
+    data = path.read_bytes()
+    for changed in (data + b"9", data[:-1], b""):
+        path.write_bytes(changed)
+        with pytest.raises(InputError, match=f"{done.run}: its {name} was edited or damaged") as it:
+            read(done.run)
+        assert one_line(it)
+    path.write_bytes(data)
+    assert str(read(done.run)) == str(before)
+    path.unlink()
+    with pytest.raises(InputError, match=f"{done.run}: its {name} is missing"):
+        read(done.run)
 
 
 def test_a_bad_parent_is_refused_before_the_child_trains(runner, store, monkeypatch):

@@ -293,7 +293,9 @@ def _export(a: argparse.Namespace) -> None:
     weights = store.weights(name)
     hint = "a run whose net is on disk (`prunestudy run RUN --weights` brings it back)"
     require(weights.exists(), "weights", name, hint)
-    shrink.export_onnx(shrink.load_net(weights), a.file, shrink.input_shape(weights))
+    net = shrink.load_net(weights)
+    store.require_weights(name)
+    shrink.export_onnx(net, a.file, shrink.input_shape(weights))
     print(a.file)
 
 

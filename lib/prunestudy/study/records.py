@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 from pydantic import ValidationError
-from safetensors.numpy import load_file, save
+from safetensors.numpy import load, load_file, save
 
 import prunestudy
 from prunestudy.errors import InputError
@@ -152,13 +152,23 @@ class Store:
         return canonical(record) + "".join(f"{line}\n" for line in lines)
 
     def history(self, run: str) -> list[dict[str, Any]]:
-        """Rows of the run's history, numbers as floats."""
-        with (self.path(run) / "history.csv").open(newline="", encoding="utf-8") as file:
-            return [{k: _number(v) for k, v in row.items()} for row in csv.DictReader(file)]
+        """Rows of the run's history, numbers as floats; raises `InputError` if it was changed."""
+        rows = csv.DictReader(io.StringIO(self._verified(run, "history.csv").decode()))
+        return [{key: _number(text) for key, text in row.items()} for row in rows]
 
     def arrays(self, run: str) -> dict[str, np.ndarray]:
-        """Arrays that the run left for figures."""
-        return load_file(self.path(run) / "arrays.safetensors")
+        """Arrays that the run left for figures; raises `InputError` if they were changed."""
+        return load(self._verified(run, "arrays.safetensors"))
+
+    def _verified(self, run: str, name: str) -> bytes:
+        """File `name` of the finished `run`, its SHA-256 compared with the record's."""
+        try:
+            data = (self.path(run) / name).read_bytes()
+        except FileNotFoundError:
+            raise InputError(_refusal(run, f"its {name} is missing")) from None
+        if _sha256(data) != self.load(run)["files"][name]:
+            raise InputError(_refusal(run, f"its {name} was edited or damaged (checksum)"))
+        return data
 
     def write(
         self,
