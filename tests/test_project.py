@@ -98,6 +98,15 @@ def test_instructors_page_is_made_from_the_notebooks(tmp_path):
     assert page.read_text() == committed
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_links_of_notebooks_hold_in_executed_copies_too(path):
+    """A copy lies in another folder: it can link to other notebooks and to the web only."""
+    cells = nbformat.read(path, as_version=4).cells
+    text = "".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    links = {link for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link}
+    assert links <= {each.name for each in NOTEBOOKS}
+
+
 def test_committed_tables_are_those_of_the_records():
     made = tables.build(Store("cpu", ROOT / "results"), plan("cpu"))
     for name, table in zip(("runs", "summary"), made, strict=True):
