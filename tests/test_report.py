@@ -178,6 +178,19 @@ def test_links_and_files_hold(made, request):
                 assert anchor in named[target], f"{page.name}: {address}"
 
 
+@pytest.mark.parametrize("changed", [False, True])
+def test_the_first_page_names_notebooks_older_than_their_records(
+    changed, results, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(report.pages, "is_current", lambda *_: not changed)
+    monkeypatch.setattr(report.pages, "_front", lambda _: dict.fromkeys(("says", "figure", "alt")))
+    store = Store("cpu", results)
+    notebooks = sorted((results / "cpu/notebooks").iterdir())
+    report.pages.write(tmp_path, store, "cpu", notebooks, report.pages.read_tables(store))
+    line = "Executed before their text or their records became what they are now: [01](notebooks/"
+    assert (line in (tmp_path / "index.md").read_text()) == changed
+
+
 def test_a_row_leads_to_its_runs_and_a_run_to_its_record(site, results):
     summary = tables.read_table(results / "cpu/tables/summary.csv")
     soup = BeautifulSoup((site / "tables.html").read_bytes(), "html.parser")

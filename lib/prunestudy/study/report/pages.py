@@ -15,6 +15,7 @@ import pandas as pd
 from prunestudy import methods
 from prunestudy.papers import MARKS, Card, Published, cards
 from prunestudy.study import overview, tables
+from prunestudy.study.notebooks import is_current
 from prunestudy.study.plan import Tiny
 from prunestudy.study.records import Store, repository, write_text
 from prunestudy.study.report import HERE, outputs
@@ -184,7 +185,8 @@ def write(
     titles = {each.card.notebook: f"{each.card.notebook[:2]} {each.name}" for each in papers}
     known = {"profile": profile, "papers": papers, "marks": MARKS, "stems": stems}
     known["titles"] = {stem: titles.get(stem, stem) for stem in stems}
-    _page(source / "index.md", "index", front=_front(source / "files/figures"), **known)
+    old = [p.notebook for p in papers if p.notebook and not is_current(store, profile, p.card.id)]
+    _page(source / "index.md", "index", front=_front(source / "files/figures"), old=old, **known)
     _page(source / "tables.md", "tables", **known)
     for paper in papers:
         for name, wanted in (("papers", paper.card.is_paper), ("runs", paper.runs.rows)):
