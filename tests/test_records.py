@@ -24,6 +24,7 @@ from torch import nn
 from prunestudy import datasets, measure, models, shrink
 from prunestudy.errors import InputError
 from prunestudy.study import records, runs
+from prunestudy.study.compare import differences
 from prunestudy.study.records import Store, canonical, checksum
 from prunestudy.study.runs import Runner, kept_scale
 
@@ -378,6 +379,7 @@ def test_a_record_in_anothers_folder_is_refused(store, done):
 def test_a_missing_or_changed_file_of_a_record_is_refused_by_name(store, done, name):
     read = store.history if name == "history.csv" else store.arrays
     path, before = store.path(done.run) / name, read(done.run)
+    assert store.history(done.run)[0]["epoch"] == 1
     data = path.read_bytes()
     for changed in (data + b"9", data[:-1], b""):
         path.write_bytes(changed)
@@ -389,6 +391,19 @@ def test_a_missing_or_changed_file_of_a_record_is_refused_by_name(store, done, n
     path.unlink()
     with pytest.raises(InputError, match=f"{done.run}: its {name} is missing"):
         read(done.run)
+
+
+def test_files_without_their_record_are_refused_by_the_name_of_the_run(store, done):
+    (store.path(done.run) / "record.json").unlink()
+    other = small_run(seed=1).run
+    for run, asks in (
+        (done.run, (store.history, store.arrays, store.shown, store.require_weights)),
+        (other, (store.history, store.require_weights, lambda r: differences(store, r, r))),
+    ):
+        for ask in asks:
+            with pytest.raises(InputError) as caught:
+                ask(run)
+            assert one_line(caught) == f"run = {run}: has no record in custom"
 
 
 def test_a_bad_parent_is_refused_before_the_child_trains(runner, store, monkeypatch):

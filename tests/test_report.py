@@ -1,5 +1,6 @@
 """The report and the slides: made from committed records, looked at in Chromium, network off."""
 
+import io
 import os
 import shutil
 import subprocess
@@ -10,10 +11,13 @@ from urllib.parse import unquote
 
 import matplotlib.pyplot as plt
 import nbformat
+import numpy as np
 import pytest
 from browser import CHROMIUM, DRIVER, Browser
 from bs4 import BeautifulSoup
 from conftest import one_line, tree
+from IPython.core.pylabtools import retina_figure
+from PIL import Image
 
 from prunestudy.errors import InputError
 from prunestudy.papers import card
@@ -263,6 +267,23 @@ def test_alternative_text_is_made_of_titles_axes_and_legends():
     right.plot([1, 2], label="of all")
     figure.legend(handles=right.lines)
     assert inline.alt_text(figure) == "LeNet. gates of fc1: gate g against step (kept). of all"
+    plt.close(figure)
+
+
+def test_figures_in_notebooks_have_a_palette_and_show_the_same():
+    figure, axes = plt.subplots()
+    axes.imshow(np.linspace(0, 1, 400).reshape(20, 20))
+    plain, _ = retina_figure(figure)
+    png, shown = inline._display(figure)
+    assert (shown["alt"], len(png) < 0.6 * len(plain)) == ("", True)
+    small, large = (Image.open(io.BytesIO(data)) for data in (png, plain))
+    assert (small.mode, small.size) == ("P", large.size)
+    pixels = [np.asarray(picture.convert("RGB"), int) for picture in (small, large)]
+    assert np.abs(pixels[0] - pixels[1]).mean() < 0.5
+    assert (pixels[0][0, 0] == 255).all()
+    figure.patch.set_alpha(0)
+    clear, _ = inline._display(figure)
+    assert Image.open(io.BytesIO(clear)).mode == "RGBA"
     plt.close(figure)
 
 

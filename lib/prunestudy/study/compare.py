@@ -17,7 +17,7 @@ def differences(store: Store, a: str, b: str) -> list[tuple[str, str, str]]:
     The last row says at which epoch the two histories part. Raises `InputError` for a record that
     is missing or damaged.
     """
-    first, second = (_flat(store.load(run)) for run in (a, b))
+    first, second = (_flat(store.require(run)) for run in (a, b))
     keys = list(dict.fromkeys((*first, *second)))
     keys.sort(key=lambda key: _PARTS.index(key.split(".")[0]))
     rows = [(key, first.get(key, _ABSENT), second.get(key, _ABSENT)) for key in keys]

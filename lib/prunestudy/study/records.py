@@ -97,8 +97,8 @@ class Store:
 
     def require_weights(self, run: str) -> None:
         """Raise `InputError` unless the net on disk is the one of the run's record."""
-        found = _content(self.weights(run))
-        if found != self.load(run)["files"]["weights.safetensors"]:
+        noted = self.require(run)["files"]["weights.safetensors"]
+        if _content(self.weights(run)) != noted:
             raise InputError(f"weights = {run}: not those of its record; delete them")
 
     @contextlib.contextmanager
@@ -140,11 +140,16 @@ class Store:
             raise InputError(_refusal(run, "was edited or damaged (checksum)"))
         return record
 
-    def shown(self, run: str) -> str:
-        """The record of `run` and its history, a line per epoch; raises `InputError` if missing."""
+    def require(self, run: str) -> dict[str, Any]:
+        """Return the record of the run named `run` as `load` does; `InputError` if it has none."""
         record = self.load(run)
         if record is None:
             raise InputError(f"run = {run}: has no record in {self.folder.name}")
+        return record
+
+    def shown(self, run: str) -> str:
+        """The record of `run` and its history, a line per epoch; raises `InputError` if missing."""
+        record = self.require(run)
         lines = [
             " ".join(f"{key}={value}" for key, value in row.items() if value != "")
             for row in self.history(run)
@@ -162,11 +167,12 @@ class Store:
 
     def _verified(self, run: str, name: str) -> bytes:
         """File `name` of the finished `run`, its SHA-256 compared with the record's."""
+        noted = self.require(run)["files"][name]
         try:
             data = (self.path(run) / name).read_bytes()
         except FileNotFoundError:
             raise InputError(_refusal(run, f"its {name} is missing")) from None
-        if _sha256(data) != self.load(run)["files"][name]:
+        if _sha256(data) != noted:
             raise InputError(_refusal(run, f"its {name} was edited or damaged (checksum)"))
         return data
 
