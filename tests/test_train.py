@@ -1,5 +1,6 @@
 import hashlib
 import math
+import platform
 from itertools import pairwise
 
 import pytest
@@ -12,7 +13,15 @@ from prunestudy.datasets import Batches, DatasetInfo, ImageSet
 from prunestudy.errors import InputError
 from prunestudy.methods import Method, Params, Phase
 from prunestudy.study.settings import recipe as checked_recipe
-from prunestudy.train import Recipe, loop, read_checkpoint, train, write_checkpoint
+from prunestudy.train import (
+    Recipe,
+    keep_freed_memory,
+    loop,
+    memory,
+    read_checkpoint,
+    train,
+    write_checkpoint,
+)
 
 EPOCHS = 4  # of 4 steps
 
@@ -630,3 +639,31 @@ def test_the_seconds_of_a_resumed_run_add_up(tmp_path, monkeypatch):
     assert saved >= 6
     made = fit(**options)
     assert made.seconds >= saved + 10
+
+
+# --- memory
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library than glibc")
+def test_a_training_keeps_the_memory_of_a_step_for_the_next():
+    import resource
+
+    def faults():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+    fit()
+    pages = []
+    for _ in range(3):
+        before = faults()
+        torch.empty(2**24).fill_(1.0)
+        pages.append(faults() - before)
+    assert pages[-1] < 2**26 // resource.getpagesize() / 100
+
+
+@pytest.mark.parametrize("error", [AttributeError, OSError, TypeError])
+def test_other_c_libraries_are_left_alone(monkeypatch, error):
+    def none(name):
+        raise error(name)
+
+    monkeypatch.setattr(memory.ctypes, "CDLL", none)
+    assert keep_freed_memory() is False

@@ -2,6 +2,14 @@
 
 from prunestudy.train.checkpoint import read_checkpoint, write_checkpoint
 from prunestudy.train.loop import TrainResult, train
+from prunestudy.train.memory import keep_freed_memory
 from prunestudy.train.recipe import Recipe
 
-__all__ = ["Recipe", "TrainResult", "read_checkpoint", "train", "write_checkpoint"]
+__all__ = [
+    "Recipe",
+    "TrainResult",
+    "keep_freed_memory",
+    "read_checkpoint",
+    "train",
+    "write_checkpoint",
+]

@@ -22,6 +22,7 @@ from prunestudy.datasets.batches import mix
 from prunestudy.measure import Scores, Task
 from prunestudy.methods.base import Context, Method, Progress
 from prunestudy.train.checkpoint import read_checkpoint, write_checkpoint
+from prunestudy.train.memory import keep_freed_memory
 from prunestudy.train.recipe import Recipe
 
 
@@ -73,6 +74,7 @@ def train(
     "bf16" (autocast). A loss that is not finite ends the training with status "diverged".
     Raises `InputError` for a checkpoint that cannot be used.
     """
+    keep_freed_memory()
     device, task = torch.device(device), task or Task()
     loop = _Loop(model, method, recipe, batches, validation, seed, task, device, precision)
     loop.attach()

@@ -21,6 +21,7 @@ from prunestudy.measure import Ratio
 from prunestudy.methods import Context, Method, Progress
 from prunestudy.study import tables
 from prunestudy.study.records import repository, write_text
+from prunestudy.train import keep_freed_memory
 
 Row = tuple[str, str]
 
@@ -30,6 +31,7 @@ def run(results: str = "", quick: bool = False) -> None:
     from prunestudy.study.bench import sparse_gates
 
     folder = Path(results or repository() / "results")
+    keep_freed_memory()  # as in a training
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
