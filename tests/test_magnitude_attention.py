@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import BatchNormNet, child_run, one_line, randomise, small_run, toy_batches, tree
@@ -14,7 +15,8 @@ from prunestudy.errors import InputError
 from prunestudy.methods import Context, Progress
 from prunestudy.methods.masks import cubic_sparsity, dense_weights, kept_count, layers_in
 from prunestudy.methods.trail import Trail
-from prunestudy.study import cli, settings
+from prunestudy.papers import card
+from prunestudy.study import cli, figures, settings
 from prunestudy.study.audit import weight_line
 from prunestudy.study.bench import magnitude_attention as bench
 from prunestudy.study.figures import magnitude_attention as drawings
@@ -721,8 +723,10 @@ def test_figures_of_a_run(done, store):
     arrays = store.arrays(run)
     assert drawings.layers_of(arrays) == ["fc1", "fc2", "fc3"]
     top, bottom = drawings.flow(store, run).axes
-    bars = np.array([bar.get_height() for bar in top.patches]) * arrays["trail_size"].sum() / 100
-    returned, cut = np.split(bars.round().astype(int), 2)
+    steps = [part.get_data() for part in top.patches]
+    assert [s.edges.tolist() for s in steps] == [[0, *arrays["trail_step"].tolist()]] * 2
+    heights = np.array([s.values for s in steps]) * arrays["trail_size"].sum() / 100
+    returned, cut = heights.round().astype(int)
     assert returned.tolist() == arrays["trail_returned"].sum(1).tolist()
     assert (-cut).tolist() == arrays["trail_cut"].sum(1).tolist()
     assert bottom.lines[0].get_ydata()[-1] == pytest.approx(10, abs=0.01)
@@ -736,6 +740,21 @@ def test_figures_of_a_run(done, store):
     assert sum(heights[:3]) == pytest.approx(100, rel=1e-5)
     share = store.load(run)["metrics"]["surviving"]
     assert sum(heights[3:]) == pytest.approx(100 * share, rel=1e-5)
+    plt.close("all")
+
+
+@pytest.mark.parametrize(("random", "cut"), [(0.82, False), (0.1, True)])
+def test_a_figure_says_that_values_are_cut_off_only_where_some_are(random, cut):
+    row = {"model": "lenet5", "dataset": "mnist", "variant": "", "target_kind": "sparsity"}
+    row |= {"metric_name": "top1", "metric_sd": 0.0, "dense_metric": 0.9, "n": 3}
+    values = {(CUT, 0.95): 0.88, (CUT, 0.98): 0.8, ("random", 0.95): random}
+    rows = [
+        row | {"method": method, "target": target, "sparsity": target, "metric": metric}
+        for (method, target), metric in values.items()
+    ]
+    (axes,) = figures.metric_against_target(pd.DataFrame(rows), card(CUT), "lenet5", "mnist").axes
+    assert axes.get_ylim() == pytest.approx((75, 92.5))
+    assert [text.get_text().endswith("cut off") for text in axes.texts] == [True] * cut
     plt.close("all")
 
 

@@ -111,7 +111,7 @@ def metric_against_target(
     axes.minorticks_off()
     axes.set(xlabel=f"{methods.TARGETS[kind]} kept", ylabel=f"test {_NAMES[unit]}, {unit.strip()}")
     axes.set_title(f"{model} on {datasets.info(dataset).title}: mean and sd over seeds")
-    _zoom(axes, factor * rows[rows.method != "random"].metric.min(), dense)
+    _zoom(axes, factor * rows.metric, factor * rows[rows.method != "random"].metric, dense)
     axes.legend(fontsize=7, loc="lower center", ncols=2)
     return figure
 
@@ -174,12 +174,14 @@ def _draw_published(axes, paper: Card, rows: pd.DataFrame, factor: float) -> Non
             axes.plot(*spot, "*", ms=14, color="black", label=label, zorder=5)
 
 
-def _zoom(axes, lowest: float, dense: float) -> None:
+def _zoom(axes, values: pd.Series, shown: pd.Series, dense: float) -> None:
     """A control that fails must not flatten the others into one line."""
+    lowest = shown.min()
     span = max(dense - lowest, 0.2)
     axes.set_ylim(lowest - 0.5 * span, dense + 0.25 * span)
-    place = {"transform": axes.transAxes, "va": "top", "fontsize": 7}
-    axes.text(0.01, 0.985, "values below the frame are cut off", **place)
+    if values.min() < axes.get_ylim()[0]:
+        place = {"transform": axes.transAxes, "va": "top", "fontsize": 7}
+        axes.text(0.01, 0.985, "values below the frame are cut off", **place)
 
 
 def layer_sparsity(store: Store, planned: list[Planned], target: float) -> Figure:

@@ -22,11 +22,11 @@ def flow(store: Store, run: str) -> Figure:
     found = store.arrays(run)
     step, total = found["trail_step"], found["trail_size"].sum()
     method = store.load(run)["settings"]["method"]
-    width = 0.8 * np.diff(step, prepend=0)
+    edges = [0, *step]  # an update changes what it found since the one before
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(7.2, 5), sharex=True, height_ratios=(3, 2))
     left, back = (100 * found[f"trail_{kind}"].sum(1) / total for kind in ("cut", "returned"))
-    top.bar(step, back, width, color=COLOURS["magnitude"], label="come back")
-    top.bar(step, -left, width, color=COLOURS[method], label="leave")
+    top.stairs(back, edges, fill=True, color=COLOURS["magnitude"], label="come back")
+    top.stairs(-left, edges, fill=True, color=COLOURS[method], label="leave")
     top.axhline(0, color="black", lw=0.8)
     # A linear middle, so that the few that return can be seen beside the many that leave.
     top.set_yscale("symlog", linthresh=0.1)
