@@ -14,7 +14,7 @@ from prunestudy.study.figures import overview as drawings
 from prunestudy.study.plan import Tiny, plan
 from prunestudy.study.records import Store
 from prunestudy.study.runs import Runner
-from prunestudy.study.session import state_of
+from prunestudy.study.session import Session, state_of
 from prunestudy.study.tables import RUN_COLUMNS
 
 T1 = 12.706204736174698  # the 97.5% point of t with one degree
@@ -353,3 +353,13 @@ def test_figures_of_nothing_are_refused_in_one_line(rows):
         with pytest.raises(InputError) as caught:
             draw()
         assert one_line(caught).startswith(("figure = ", "gain = 'weight'"))
+
+
+def test_methods_that_a_profile_has_at_a_target_are_found():
+    """A profile without a control draws the others (cpu-long has no hard concrete gates)."""
+    study = Session("gdp", "quick")
+    target = next(p.settings for p in study.planned if p.settings.method == "gdp").target.value
+    found = study.found(("gdp", "l1"), target)
+    assert found == {"gdp": study.find("gdp", target).run}
+    with pytest.raises(InputError, match=f"run = l1 at {target}, seed 0: not planned in quick"):
+        study.find("l1", target)

@@ -1,8 +1,9 @@
 """A paper at one size, as a notebook or a command sees it: plan, runs, tables, figures."""
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -95,6 +96,14 @@ class Session:
             if (s.method, at, s.seed, item.variant) == (method, target, seed, "") and same:
                 return s
         raise InputError(f"run = {method} at {target}, seed {seed}: not planned in {self.profile}")
+
+    def found(self, methods: Iterable[str], target: float, **where: Any) -> dict[str, str]:
+        """Method -> run at `target`, seed 0, of those `methods` that the profile has there."""
+        runs = {}
+        for method in methods:
+            with contextlib.suppress(InputError):
+                runs[method] = self.find(method, target, **where).run
+        return runs
 
 
 def measure_latency(store: Store, planned: list[Planned], rounds: int = 30) -> int:

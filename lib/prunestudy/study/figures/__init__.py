@@ -202,6 +202,8 @@ def layer_sparsity(store: Store, planned: list[Planned], target: float) -> Figur
         table, x="layer", y="kept, %", hue="method", palette=palette, ax=axes, errorbar="sd"
     )
     axes.set(yscale="log", title=f"where the weights stay, {1 - target:.0%} kept")
+    if table.layer.nunique() > 8:  # their names would run into each other
+        axes.tick_params(axis="x", rotation=90, labelsize=7)
     axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
     for axis_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
         axis_formatter("{x:g}")
