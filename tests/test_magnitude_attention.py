@@ -20,6 +20,7 @@ from prunestudy.study import cli, figures, settings
 from prunestudy.study.audit import weight_line
 from prunestudy.study.bench import magnitude_attention as bench
 from prunestudy.study.figures import magnitude_attention as drawings
+from prunestudy.study.plan import Planned
 from prunestudy.study.records import canonical, checksum
 from prunestudy.train import Recipe, train
 
@@ -755,6 +756,20 @@ def test_a_figure_says_that_values_are_cut_off_only_where_some_are(random, cut):
     (axes,) = figures.metric_against_target(pd.DataFrame(rows), card(CUT), "lenet5", "mnist").axes
     assert axes.get_ylim() == pytest.approx((75, 92.5))
     assert [text.get_text().endswith("cut off") for text in axes.texts] == [True] * cut
+    plt.close("all")
+
+
+@pytest.mark.parametrize(("count", "degrees"), [(4, 0), (20, 90)])
+def test_names_of_many_layers_stand_upright(done, count, degrees):
+    class Made:
+        def read(self, settings):
+            return {"metrics": {"layers": {f"stage{i}.conv.weight": 0.5 for i in range(count)}}}
+
+    item = Planned(CUT, "digits", "results", "", done[0])
+    (axes,) = figures.layer_sparsity(Made(), [item], done[0].target.value).axes
+    labels = axes.get_xticklabels()
+    assert [label.get_text() for label in labels] == [f"stage{i}.conv" for i in range(count)]
+    assert {label.get_rotation() for label in labels} == {degrees}
     plt.close("all")
 
 

@@ -312,6 +312,16 @@ def test_points_are_what_is_left_and_what_is_lost(rows):
     assert [len(panel.containers) for panel in figure.axes] == [4, 4, 0, 0, 4, 4]
 
 
+def test_one_that_fails_is_shown_and_leaves_the_others_apart(rows):
+    assert drawings.pareto(rows, "mnist").axes[0].get_yscale() == "linear"
+    ours = rows.method == "gdp"
+    panel = drawings.pareto(rows.assign(difference=rows.difference - 0.7 * ours), "mnist").axes[0]
+    place = panel.transLimits.transform
+    apart = place(panel.transScale.transform([[30, 0], [30, -5], [30, -71]]))[:, 1]
+    assert 0 < apart[2] < apart[1] < apart[0] < 1
+    assert apart[0] - apart[1] > 0.15
+
+
 def test_training_and_gain(runs):
     runs.loc[(runs.method == "gdp") & (runs.variant == ""), "latency_b128_ms"] = 2.0
     rows = overview.settings_table(runs.assign(dense_latency_b128_ms=5.0))
