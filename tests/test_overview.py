@@ -4,14 +4,14 @@ import math
 
 import pandas as pd
 import pytest
-from conftest import CARD, one_line
+from conftest import CARD, child_run, one_line
 from matplotlib import pyplot as plt
 
 from prunestudy import papers
 from prunestudy.errors import InputError
-from prunestudy.study import notebooks, overview
+from prunestudy.study import notebooks, overview, session
 from prunestudy.study.figures import overview as drawings
-from prunestudy.study.plan import Tiny, plan
+from prunestudy.study.plan import Planned, Tiny, plan
 from prunestudy.study.records import Store
 from prunestudy.study.runs import Runner
 from prunestudy.study.session import Session, state_of
@@ -373,3 +373,14 @@ def test_methods_that_a_profile_has_at_a_target_are_found():
     assert found == {"gdp": study.find("gdp", target).run}
     with pytest.raises(InputError, match=f"run = l1 at {target}, seed 0: not planned in quick"):
         study.find("l1", target)
+
+
+def test_a_run_that_experiments_share_is_timed_once(runner, store, monkeypatch):
+    settings = child_run("magnitude", 0.9)
+    runner.ensure(settings)
+    items = [Planned("toy", name, "results", "", settings) for name in ("one", "two")]
+    timed = []
+    monkeypatch.setattr(session, "_latency", lambda _, s, rounds: timed.append(s.run) or "{}")
+    assert session.measure_latency(store, items) == 1
+    assert session.measure_latency(store, items) == 0
+    assert timed == [settings.run]

@@ -112,9 +112,10 @@ def measure_latency(store: Store, planned: list[Planned], rounds: int = 30) -> i
     Weight-sparse linear layers compute from compressed rows. One thread. The dense net is a fresh
     one: what its weights are takes no time. Nets that are not on disk are left out.
     """
-    waiting = [item.settings for item in planned if is_untimed(store, item)]
-    for settings in tqdm(waiting, desc="latency", unit="net", disable=not waiting):
-        write_text(store.path(settings.run) / "latency.json", _latency(store, settings, rounds))
+    # A run that several experiments share is timed once.
+    waiting = {item.settings.run: item.settings for item in planned if is_untimed(store, item)}
+    for run, settings in tqdm(waiting.items(), desc="latency", unit="net", disable=not waiting):
+        write_text(store.path(run) / "latency.json", _latency(store, settings, rounds))
     return len(waiting)
 
 
