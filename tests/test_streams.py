@@ -1,6 +1,8 @@
 """Sets that stay on disk: what is refused, and batches that depend on (seed, epoch) alone."""
 
 import itertools
+import time
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -11,6 +13,7 @@ from PIL import Image
 
 from prunestudy import datasets, methods, models
 from prunestudy.datasets import StreamBatches, batches_of
+from prunestudy.datasets.streams import StreamSet
 from prunestudy.errors import InputError
 from prunestudy.study.bench import stream as bench
 from prunestudy.study.settings import own_settings
@@ -149,6 +152,34 @@ def test_memory_does_not_grow_with_the_set(imagenet):
         del x
     # All images would be 49 MB.
     assert sizes[1] - sizes[0] < 15e6
+
+
+def test_memory_does_not_grow_with_the_batches(monkeypatch):
+    """Batches as large as ImageNet's, 19 MB as floats: glibc can fail to use their place again."""
+    monkeypatch.setattr("prunestudy.datasets.stream_batches._Decoded._decode", lambda *_: 0)
+    images = StreamSet("imagenet", Path(), np.array([b"1.jpg"] * 4800), np.zeros(4800, int))
+    batches = batches_of(images, datasets.info("imagenet"), 32, workers=2)
+    process, sizes = psutil.Process(), []
+    for epoch in range(4):
+        for x, _ in batches.epoch(epoch):
+            assert x.data_ptr() % 64 == 0
+            sizes.append(process.memory_info().rss)
+    assert len(sizes) == 600
+    assert max(sizes) - sizes[0] < 200e6
+
+
+def test_no_batch_is_written_over_before_it_is_read(imagenet, monkeypatch):
+    data = datasets.load("imagenet", imagenet)
+    expected = list(stream(data, 1, workers=0).epoch(0))
+    moved = StreamBatches._moved
+
+    def late(batches, part):
+        time.sleep(0.05)  # both workers are as far ahead as they may be
+        return moved(batches, part)
+
+    monkeypatch.setattr(StreamBatches, "_moved", late)
+    assert len(expected) == 12
+    assert equal(stream(data, 1, workers=2).epoch(0), expected)
 
 
 @pytest.mark.parametrize(

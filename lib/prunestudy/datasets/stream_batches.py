@@ -3,7 +3,8 @@
 torchvision's v2 transforms cut and flip each image (of ImageNet as its reference recipes for
 classification do, of VOC as those for segmentation). What is drawn for an image depends on (seed,
 epoch, place in the epoch) alone, so that batches do not depend on the number of workers, nor on
-where in an epoch a run goes on. Normalisation is done on the device.
+where in an epoch a run goes on. Workers write pixels into memory that they share with the main
+process and that is used again and again. Normalisation is done on the device.
 """
 
 import math
@@ -23,6 +24,7 @@ from prunestudy.errors import InputError, require
 
 _MOST_VALUES = 2**24  # in the images of one batch that is only looked at
 _MOST_WORKERS = 8
+_AHEAD = 2  # batches that each worker is ahead
 
 
 def batches_of(
@@ -103,19 +105,38 @@ class StreamBatches:
 
     def _read(self, places: "_Places", transforms: Callable) -> Iterator[tuple[Tensor, Tensor]]:
         normalised = Normalised(self.info, self.device)
+        workers = min(self.workers, len(places))
+        slots = self._slots(places, workers)
         loader = DataLoader(
-            _Decoded(self.images, transforms),
+            _Decoded(self.images, transforms, slots),
             batch_sampler=places,
-            num_workers=min(self.workers, len(places)),
-            collate_fn=_collate,
-            pin_memory=self.device.type == "cuda",
+            num_workers=workers,
+            prefetch_factor=_AHEAD if workers else None,
+            collate_fn=_as_it_is,
             generator=torch.Generator(),  # else it would draw from torch's own
         )
-        for batch in loader:
+        for step, batch in enumerate(loader):
             if isinstance(batch, InputError):
                 raise batch
-            x, y = (part.to(self.device, non_blocking=True) for part in batch)
-            yield normalised(x), y.long()
+            x = self._moved(slots[step % len(slots), : len(batch)])
+            x = _floats(x) if x.device.type == "cpu" else x
+            yield normalised(x), self._moved(batch).long()
+
+    def _moved(self, part: Tensor) -> Tensor:
+        if self.device.type != "cuda":
+            return part.to(self.device)
+        return part.pin_memory().to(self.device, non_blocking=True)
+
+    def _slots(self, places: "_Places", workers: int) -> Tensor:
+        """Room for the images of all batches on their way, (slots, B, H, W, C) uint8.
+
+        The loader asks for a batch when it gives out the one that lies `_AHEAD * workers` before:
+        one slot more, and none is written to before its images were read.
+        """
+        info, count = self.info, _AHEAD * workers + 1
+        shape = (count, places.size, info.height, info.width, info.channels)
+        slots = torch.empty(shape, dtype=torch.uint8)
+        return slots.share_memory_() if workers else slots
 
 
 def training_transforms(info: DatasetInfo, flip: bool) -> Callable:
@@ -144,7 +165,7 @@ def looking_transforms(info: DatasetInfo) -> Callable:
 
 
 class _Places:
-    """Batches of (index, seed of its draws), made when they are asked for."""
+    """Batches of (index, seed of its draws) with their number, made when they are asked for."""
 
     def __init__(self, order: Tensor, seeds: Tensor, size: int, start: int, steps: int) -> None:
         self.order, self.seeds, self.size = order, seeds, size
@@ -153,33 +174,40 @@ class _Places:
     def __len__(self) -> int:
         return self.steps - self.start
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for step in range(self.start, self.steps):
+    def __iter__(self) -> Iterator[tuple[int, list[tuple[int, int]]]]:
+        for number, step in enumerate(range(self.start, self.steps)):
             at = slice(step * self.size, (step + 1) * self.size)
-            yield list(zip(self.order[at].tolist(), self.seeds[at].tolist(), strict=True))
+            places = zip(self.order[at].tolist(), self.seeds[at].tolist(), strict=True)
+            yield number, list(places)
 
 
 class _Decoded(torch.utils.data.Dataset):
-    """What a worker does: images (H, W, 3) and labels, or masks (H, W), uint8.
+    """What a worker does: images into a slot, (B, H, W, C) uint8; labels or masks are handed on.
 
     An error is handed on as a value: raised, it would grow a traceback.
     """
 
-    def __init__(self, images: StreamSet, transforms: Callable) -> None:
-        self.images, self.transforms = images, transforms
+    def __init__(self, images: StreamSet, transforms: Callable, slots: Tensor) -> None:
+        self.images, self.transforms, self.slots = images, transforms, slots
 
-    def __getitem__(self, place: tuple[int, int]) -> tuple[Tensor, Tensor | int] | InputError:
-        index, seed = place
+    def __getitems__(self, batch: tuple[int, list[tuple[int, int]]]) -> Tensor | InputError:
+        number, places = batch
+        slot = self.slots[number % len(self.slots)].numpy()
         try:
-            pair = self.images.read(index)
+            return default_collate(
+                [self._decode(*place, pixels) for place, pixels in zip(places, slot, strict=False)]
+            )
         except InputError as error:
             return error
+
+    def _decode(self, index: int, seed: int, pixels: np.ndarray) -> Tensor | int:
+        """Write the image at `index` into `pixels` (H, W, C); gives its target."""
+        pair = self.images.read(index)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # the transforms draw from it
             image, target = self.transforms(*pair)
-        # Pixels as they lie in memory: what a batch is made of is copied once.
-        pixels = torch.from_numpy(np.array(image))
-        return pixels, target if isinstance(target, int) else target[0].as_subclass(Tensor)
+        np.copyto(pixels, np.asarray(image))
+        return target if isinstance(target, int) else target[0].as_subclass(Tensor)
 
 
 class _PadTo:
@@ -206,6 +234,18 @@ def _fill(info: DatasetInfo) -> dict[Any, Any]:
     return {tv_tensors.Mask: UNLABELLED, "others": tuple(round(255 * m) for m in info.mean)}
 
 
-def _collate(samples: list) -> list[Tensor] | InputError:
-    wrong = next((s for s in samples if isinstance(s, InputError)), None)
-    return wrong or default_collate(samples)
+def _floats(pixels: Tensor) -> Tensor:
+    """Pixels as float32 in memory of numpy's, whose place the next batches take again.
+
+    glibc's aligned allocation, which torch uses, often finds no place among those that were freed:
+    the process grew by a batch a step, by 2 GB in 128 steps of 32 images.
+    """
+    size, align = 4 * pixels.numel(), 64  # bytes; as torch aligns, since sums can depend on it
+    room = np.empty(size + align, np.uint8)
+    start = -room.ctypes.data % align
+    values = torch.from_numpy(room[start : start + size].view(np.float32))
+    return values.view(pixels.shape).copy_(pixels)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
