@@ -3,6 +3,7 @@
 import itertools
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -10,6 +11,7 @@ import pytest
 import torch
 from conftest import one_line, small_imagenet, small_voc
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from prunestudy import datasets, methods, models
 from prunestudy.datasets import StreamBatches, batches_of
@@ -180,6 +182,26 @@ def test_no_batch_is_written_over_before_it_is_read(imagenet, monkeypatch):
     monkeypatch.setattr(StreamBatches, "_moved", late)
     assert len(expected) == 12
     assert equal(stream(data, 1, workers=2).epoch(0), expected)
+
+
+@pytest.mark.parametrize(("slots", "workers"), [(0, 0), (2, 0), (3, 1), (6, 2), (100, 2)])
+def test_no_more_workers_than_shared_memory_has_room_for(imagenet, monkeypatch, slots, workers):
+    free = 2 * slots * (4 * 3 * 32 * 32)
+    usage = SimpleNamespace(free=free)
+    monkeypatch.setattr("prunestudy.datasets.stream_batches.shutil.disk_usage", lambda _: usage)
+    monkeypatch.setattr("prunestudy.datasets.stream_batches._SHARED", imagenet)
+    started = []
+
+    def loader(*args, num_workers, **options):
+        started.append(num_workers)
+        return DataLoader(*args, num_workers=num_workers, **options)
+
+    monkeypatch.setattr("prunestudy.datasets.stream_batches.DataLoader", loader)
+    data = datasets.load("imagenet", imagenet)
+    assert equal(
+        stream(data, size=4, workers=2).epoch(0), list(stream(data, size=4, workers=0).epoch(0))
+    )
+    assert started == [0, workers]
 
 
 @pytest.mark.parametrize(

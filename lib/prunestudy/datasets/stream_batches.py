@@ -8,7 +8,9 @@ process and that is used again and again. Normalisation is done on the device.
 """
 
 import math
+import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,7 @@ from prunestudy.errors import InputError, require
 _MOST_VALUES = 2**24  # in the images of one batch that is only looked at
 _MOST_WORKERS = 8
 _AHEAD = 2  # batches that each worker is ahead
+_SHARED = Path("/dev/shm")  # shared memory, on Linux
 
 
 def batches_of(
@@ -40,7 +43,8 @@ class StreamBatches:
 
     Training images are cut out at random, in size and place (`RandomResizedCrop`; with masks
     resized to 0.5-2 times the side, padded and cropped), with `flip` mirrored with probability
-    1/2. `workers` processes decode them (by default one a core, at most 8; 0: none).
+    1/2. `workers` processes decode them (by default one a core, at most 8; 0: none), fewer where
+    shared memory is short.
 
     Raises `InputError` if `batch_size` does not fit, and for a `shift`.
     """
@@ -105,8 +109,9 @@ class StreamBatches:
 
     def _read(self, places: "_Places", transforms: Callable) -> Iterator[tuple[Tensor, Tensor]]:
         normalised = Normalised(self.info, self.device)
-        workers = min(self.workers, len(places))
-        slots = self._slots(places, workers)
+        shape = (places.size, self.info.height, self.info.width, self.info.channels)
+        workers = min(self.workers, len(places), _workers_that_fit(math.prod(shape)))
+        slots = _slots(shape, workers)
         loader = DataLoader(
             _Decoded(self.images, transforms, slots),
             batch_sampler=places,
@@ -127,16 +132,23 @@ class StreamBatches:
             return part.to(self.device)
         return part.pin_memory().to(self.device, non_blocking=True)
 
-    def _slots(self, places: "_Places", workers: int) -> Tensor:
-        """Room for the images of all batches on their way, (slots, B, H, W, C) uint8.
 
-        The loader asks for a batch when it gives out the one that lies `_AHEAD * workers` before:
-        one slot more, and none is written to before its images were read.
-        """
-        info, count = self.info, _AHEAD * workers + 1
-        shape = (count, places.size, info.height, info.width, info.channels)
-        slots = torch.empty(shape, dtype=torch.uint8)
-        return slots.share_memory_() if workers else slots
+def _slots(shape: tuple[int, ...], workers: int) -> Tensor:
+    """Room for the images of all batches on their way: (slots, B, H, W, C) uint8.
+
+    The loader asks for a batch when it gives out the one that lies `_AHEAD * workers` before: one
+    slot more, and none is written to before its images were read.
+    """
+    slots = torch.empty((_AHEAD * workers + 1, *shape), dtype=torch.uint8)
+    return slots.share_memory_() if workers else slots
+
+
+def _workers_that_fit(size: int) -> int:
+    """Workers for whose batches of `size` bytes shared memory has room: containers have little."""
+    if not _SHARED.is_dir():
+        return _MOST_WORKERS
+    free = shutil.disk_usage(_SHARED).free // 2  # the rest for labels, masks and other processes
+    return max(0, free // size - 1) // _AHEAD
 
 
 def training_transforms(info: DatasetInfo, flip: bool) -> Callable:
