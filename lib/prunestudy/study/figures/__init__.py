@@ -207,5 +207,5 @@ def layer_sparsity(store: Store, planned: list[Planned], target: float) -> Figur
     axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
     for axis_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
         axis_formatter("{x:g}")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
