@@ -759,6 +759,20 @@ def test_a_figure_says_that_values_are_cut_off_only_where_some_are(random, cut):
     plt.close("all")
 
 
+def test_a_legend_says_from_how_many_seeds_the_points_of_a_line_are():
+    row = {"model": "lenet5", "dataset": "mnist", "variant": "", "target_kind": "sparsity"}
+    row |= {"metric_name": "top1", "metric": 0.8, "metric_sd": 0.0, "dense_metric": 0.9}
+    counts = {(CUT, 0.95): 1, (CUT, 0.98): 3, ("dpf", 0.95): 2, ("dpf", 0.98): 2}
+    rows = [
+        row | {"method": method, "target": target, "sparsity": target, "n": n}
+        for (method, target), n in counts.items()
+    ]
+    (axes,) = figures.metric_against_target(pd.DataFrame(rows), card(CUT), "lenet5", "mnist").axes
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert [label.rpartition(" (")[2] for label in labels[1:]] == ["n = 1 to 3)", "n = 2)"]
+    plt.close("all")
+
+
 @pytest.mark.parametrize(("count", "degrees"), [(4, 0), (20, 90)])
 def test_names_of_many_layers_stand_upright(done, count, degrees):
     class Made:

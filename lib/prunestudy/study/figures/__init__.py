@@ -97,7 +97,7 @@ def metric_against_target(
             100 * (1 - (line.sparsity if kind == "sparsity" else line.target)),
             factor * line.metric,
             yerr=factor * line.metric_sd.fillna(0),
-            label=f"{title_of(method)} (n = {line.n.min()})",
+            label=f"{title_of(method)} ({_seeds(line.n)})",
             color=COLOURS[method],
             marker=MARKERS[method],
             capsize=3,
@@ -117,6 +117,12 @@ def metric_against_target(
 
 
 _NAMES = {"%": "accuracy", " dB": "PSNR"}
+
+
+def _seeds(counts: pd.Series) -> str:
+    """Say from how many seeds the points of a line are."""
+    least, most = counts.min(), counts.max()
+    return f"n = {least}" if least == most else f"n = {least} to {most}"
 
 
 def _plain(summary: pd.DataFrame, model: str, dataset: str, kind: str) -> pd.DataFrame:
