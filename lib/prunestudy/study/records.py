@@ -147,6 +147,16 @@ class Store:
             raise InputError(f"run = {run}: has no record in {self.folder.name}")
         return record
 
+    def read_all(self, settings: RunSettings) -> list[dict[str, Any]]:
+        """Return the records of `settings`, one per device that it was trained on."""
+        record = self.read(settings)
+        return [record] if record else []
+
+    def latency(self, run: str) -> dict[str, float]:
+        """Milliseconds of the run's net and of the dense one, {} while it was not timed."""
+        path = self.path(run) / "latency.json"
+        return json.loads(path.read_text(encoding="utf-8"))["ms"] if path.exists() else {}
+
     def shown(self, run: str) -> str:
         """The record of `run` and its history, a line per epoch; raises `InputError` if missing."""
         record = self.require(run)
