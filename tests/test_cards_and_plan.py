@@ -243,8 +243,9 @@ def test_counts_and_epochs_follow_from_the_card(paper, profile):
         assert len(mine) == count
         # controls beside each method, at the same total epochs
         epochs = experiment.recipe.epochs + (experiment.start.epochs if experiment.start else 0)
-        alone = {(e.method, e.variant) for e in experiment.methods if not (e.after or e.epochs)}
-        planned_alone = [p for p in mine if (p.settings.method, p.variant) in alone]
+        alone = [e for e in experiment.methods if not (e.after or e.epochs)]
+        words = {(e.method, e.variant, e.stage) for e in alone}
+        planned_alone = [p for p in mine if (p.settings.method, p.reading, p.stage) in words]
         assert {p.settings.epochs for p in planned_alone} == {epochs}
         where = "validation" if experiment.purpose == "search" else "test"
         assert {p.settings.evaluate for p in mine} == {where}
@@ -270,6 +271,30 @@ def test_an_entry_after_another_has_its_run_as_parent(card_file):
         assert (tuned.target, tuned.aim, tuned.epochs) == (None, tuned.parent.target, 1 + 1 + 2)
     assert runs["random", "more", 0.95].parent == runs["magnitude", "", 0.8]
     assert [p.settings for p in planned].index(tuned.parent) < len(planned) - 1
+
+
+def test_stages_and_what_came_before_are_fields_and_one_label(card_file):
+    entries = """methods = [
+        { method = "magnitude", stage = "half" },
+        { method = "dense", variant = "long", stage = "fine-tuned" },
+        { method = "random", stage = "combined", after = "magnitude, half" },
+        { method = "l1", variant = "slow", stage = "combined", after = "magnitude, half" },
+    ]"""
+    card_file(CARD[: CARD.index("methods = [{")] + entries)
+    found = [(p.settings.method, p.variant, p.reading, p.stage, p.after) for p in plan("quick")]
+    assert found == [
+        ("dense", "start", "", "start", ""),
+        ("magnitude", "half", "", "half", ""),
+        ("dense", "long, fine-tuned", "long", "fine-tuned", ""),
+        ("random", "after magnitude", "", "combined", "magnitude"),
+        ("l1", "slow, after magnitude", "slow", "combined", "magnitude"),
+    ]
+
+
+def test_a_combination_says_what_came_before(card_file):
+    text = CARD.replace('{ method = "random" }]', '{ method = "random", stage = "combined" }]')
+    with pytest.raises(InputError, match="'random, combined' is combined after nothing"):
+        papers.read_card(card_file(text))
 
 
 def test_after_names_an_entry_that_stands_before(card_file):
@@ -680,7 +705,7 @@ def test_two_entries_of_one_label_are_refused(card_file):
     path = card_file(
         CARD.replace('{ method = "dense" }', '{ method = "dense" }, { method = "dense" }')
     )
-    with pytest.raises(InputError, match="two methods have the same name and variant"):
+    with pytest.raises(InputError, match="two methods have the same name, variant and stage"):
         papers.read_card(path)
 
 

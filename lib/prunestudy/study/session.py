@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from prunestudy import datasets, measure, models, shrink
 from prunestudy.errors import InputError
 from prunestudy.papers import Card, card
-from prunestudy.study import tables
+from prunestudy.study import tables, verdicts
 from prunestudy.study.plan import Planned, Tiny, plan
 from prunestudy.study.records import Store, canonical, write_text
 from prunestudy.study.runs import Runner
@@ -78,7 +78,7 @@ class Session:
 
     def verdicts(self) -> pd.DataFrame:
         """One row per claim and comparison, judged by the rule."""
-        return tables.verdicts_table(self.store, self.planned, self.card)
+        return verdicts.verdicts_table(self.store, self.planned, self.card)
 
     def figure(self, name: str, drawn: "Figure") -> "Figure":
         """Save `drawn` under the paper's name and return it."""
