@@ -206,6 +206,23 @@ class Experiment(_Strict):
         return next(entry for entry in self.methods if entry.label == label)
 
 
+class Drawn(_Strict):
+    """Arrays that the notebook draws: `names` of the runs of `methods`, of the first `seeds`.
+
+    Without methods those of all; of the methods' own readings, or also of variants.
+    """
+
+    names: tuple[str, ...]
+    methods: tuple[str, ...] = ()
+    seeds: Annotated[int, Field(ge=1)] = 1
+    variants: bool = False
+
+    def holds(self, method: str, variant: str, seed: int) -> bool:
+        """Whether the arrays of such a run are drawn."""
+        plain = self.variants or not variant
+        return plain and seed < self.seeds and method in (self.methods or (method,))
+
+
 class Profile(_Strict):
     """How the study runs at one size; `job` says which runs share one job of the batch."""
 
@@ -234,6 +251,7 @@ class Card(_Strict):
     published: tuple[Published, ...]
     ranks: tuple[PublishedRanks, ...] = ()
     unknown: tuple[Unknown, ...]
+    drawn: tuple[Drawn, ...] = ()
     profiles: dict[Literal["quick", "cpu", "cpu-long", "paper"], Profile]
 
     @property
