@@ -67,16 +67,11 @@ def _row(store: Store, item: Planned, record: dict[str, Any]) -> dict[str, Any]:
         "target_kind": target.kind if target else "",
         "target": target.value if target else math.nan,
         **{name: metrics.get(name) for name in RUN_COLUMNS if name in metrics},
-        **_latency(store, settings.run),
+        **(record["latency"] or {}).get("ms", {}),
         "train_seconds": record["cost"]["train_seconds"],
         "status": record["status"],
         **{name: getattr(item, name) for name in ("reading", "stage", "after")},
     }
-
-
-def _latency(store: Store, run: str) -> dict[str, float]:
-    path = store.path(run) / "latency.json"
-    return json.loads(path.read_text(encoding="utf-8"))["ms"] if path.exists() else {}
 
 
 def _with_dense(table: pd.DataFrame) -> pd.DataFrame:
