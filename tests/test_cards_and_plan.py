@@ -243,8 +243,9 @@ def test_counts_and_epochs_follow_from_the_card(paper, profile):
         assert len(mine) == count
         # controls beside each method, at the same total epochs
         epochs = experiment.recipe.epochs + (experiment.start.epochs if experiment.start else 0)
-        alone = {(e.method, e.variant) for e in experiment.methods if not (e.after or e.epochs)}
-        planned_alone = [p for p in mine if (p.settings.method, p.variant) in alone]
+        alone = [e for e in experiment.methods if not (e.after or e.epochs)]
+        words = {(e.method, e.variant, e.stage) for e in alone}
+        planned_alone = [p for p in mine if (p.settings.method, p.reading, p.stage) in words]
         assert {p.settings.epochs for p in planned_alone} == {epochs}
         where = "validation" if experiment.purpose == "search" else "test"
         assert {p.settings.evaluate for p in mine} == {where}
@@ -270,6 +271,30 @@ def test_an_entry_after_another_has_its_run_as_parent(card_file):
         assert (tuned.target, tuned.aim, tuned.epochs) == (None, tuned.parent.target, 1 + 1 + 2)
     assert runs["random", "more", 0.95].parent == runs["magnitude", "", 0.8]
     assert [p.settings for p in planned].index(tuned.parent) < len(planned) - 1
+
+
+def test_stages_and_what_came_before_are_fields_and_one_label(card_file):
+    entries = """methods = [
+        { method = "magnitude", stage = "half" },
+        { method = "dense", variant = "long", stage = "fine-tuned" },
+        { method = "random", stage = "combined", after = "magnitude, half" },
+        { method = "l1", variant = "slow", stage = "combined", after = "magnitude, half" },
+    ]"""
+    card_file(CARD[: CARD.index("methods = [{")] + entries)
+    found = [(p.settings.method, p.variant, p.reading, p.stage, p.after) for p in plan("quick")]
+    assert found == [
+        ("dense", "start", "", "start", ""),
+        ("magnitude", "half", "", "half", ""),
+        ("dense", "long, fine-tuned", "long", "fine-tuned", ""),
+        ("random", "after magnitude", "", "combined", "magnitude"),
+        ("l1", "slow, after magnitude", "slow", "combined", "magnitude"),
+    ]
+
+
+def test_a_combination_says_what_came_before(card_file):
+    text = CARD.replace('{ method = "random" }]', '{ method = "random", stage = "combined" }]')
+    with pytest.raises(InputError, match="'random, combined' is combined after nothing"):
+        papers.read_card(card_file(text))
 
 
 def test_after_names_an_entry_that_stands_before(card_file):
@@ -351,12 +376,12 @@ def test_unknown_profiles_and_papers_are_refused(toy_card, profile, chosen, mess
             "method = 'rnd': allowed are component_aware, dense",
         ),
         ('model = "lenet300"', 'model = "lenet"', "model = 'lenet': allowed are alexnet"),
-        ('dataset = "digits"', 'dataset = "digit"', "dataset = 'digit': allowed are cifar10"),
+        ('dataset = "digits"', 'dataset = "digit"', "dataset = 'digit': allowed are digits"),
         ("validation = 200", "validation = 1437", "validation = 1437: below 1437"),
         (
             '{ method = "random" }',
             '{ method = "l1", params = { rmap = 0.5 } }',
-            "l1 parameter rmap = 0.5: extra inputs",
+            "params.rmap = 0.5: allowed are harden",
         ),
         ("targets = [0.9]", "targets = [0.0]", "target = "),
         ("targets = [0.9]", "targets = [1.5]", "target.*= 1.5"),
@@ -592,7 +617,7 @@ def test_the_methods_revision_and_the_datas_version_are_in_the_name(monkeypatch)
     monkeypatch.setattr(methods.method_class("gradual_magnitude"), "revision", 99)
     revised = example()
     newer = dataclasses.replace(datasets.info("digits"), version="2")
-    monkeypatch.setattr(settings_module, "_facts", lambda name, root: newer)
+    monkeypatch.setattr(settings_module.datasets, "info", lambda name, root: newer)
     assert len({before.run, revised.run, example().run}) == 3
 
 
@@ -629,8 +654,8 @@ BAD = [
     ({"model": "vgg"}, "model = 'vgg': allowed are alexnet"),
     ({"model": 5}, "model = 5: allowed are alexnet"),
     ({"method": "lasso"}, "method = 'lasso': allowed are component_aware, dense"),
-    ({"dataset": "cifar"}, "dataset = 'cifar': allowed are cifar10"),
-    ({"dataset": 5}, "dataset = 5: allowed are cifar10"),
+    ({"dataset": "cifar"}, "dataset = 'cifar': allowed are digits"),
+    ({"dataset": 5}, "dataset = 5: allowed are digits"),
     ({"lr": -1.0}, "lr = -1.0: "),
     ({"lr": "abc"}, "lr = 'abc': "),
     ({"epochs": 0}, "epochs = 0: "),
@@ -648,10 +673,10 @@ BAD = [
     ({"pretrained": True}, "pretrained = True: for a run without a parent, of a net that"),
     ({"pretrained": 1}, "pretrained = 1: "),
     ({"model": "lenet5"}, "shape = \\(1, 8, 8\\): lenet5 needs images of at least 16x16"),
-    ({"target": 0.5}, "target = .*: dense takes no target"),
+    ({"target": 0.5}, "target = 0.5: dense takes no target"),
     ({"method": "magnitude"}, "target = None: magnitude takes the share"),
-    ({"method": "l1", "target": 0.5, "params.ramp": 2.0}, "l1 parameter ramp = 2.0: "),
-    ({"params.ramp": 0.5}, "dense parameter ramp = 0.5: "),
+    ({"method": "l1", "target": 0.5, "params.ramp": 2.0}, "params.ramp = 2.0: "),
+    ({"params.ramp": 0.5}, "params.ramp = 0.5: none is allowed"),
     *(
         ({"method": "magnitude", "target": t}, f"target = {t!r}: the share of weights to remove")
         for t in (0, 1, -0.1, 1.5, "a", float("nan"), True)
@@ -680,7 +705,7 @@ def test_two_entries_of_one_label_are_refused(card_file):
     path = card_file(
         CARD.replace('{ method = "dense" }', '{ method = "dense" }, { method = "dense" }')
     )
-    with pytest.raises(InputError, match="two methods have the same name and variant"):
+    with pytest.raises(InputError, match="two methods have the same name, variant and stage"):
         papers.read_card(path)
 
 

@@ -303,7 +303,7 @@ def test_random_serves_weights_and_channels():
 def test_a_scope_is_of_weights():
     with pytest.raises(InputError) as caught:
         methods.build("random", {"scope": "convolutions"}, 0.5, "macs")
-    assert one_line(caught) == "scope = 'convolutions': all, where channels are removed"
+    assert one_line(caught) == "params.scope = 'convolutions': all, where channels are removed"
 
 
 def test_become_keeps_the_object():

@@ -169,10 +169,10 @@ SETTINGS = [
             *(("NaN", "nan"), ("[0.5]", "[0.5]"), ("true", "True")),
         )
     ),
-    (["method=l1", "target=0.5", "params.rmap=0.5"], "l1 parameter rmap = 0.5: "),
-    (["method=l1", "target=0.5", "params.ramp=2"], "l1 parameter ramp = 2: "),
-    (["method=l1", "target=0.5", "params.ramp=x"], "l1 parameter ramp = 'x': "),
-    (["params.ramp=0.5"], "dense parameter ramp = 0.5: "),
+    (["method=l1", "target=0.5", "params.rmap=0.5"], "params.rmap = 0.5: "),
+    (["method=l1", "target=0.5", "params.ramp=2"], "params.ramp = 2: "),
+    (["method=l1", "target=0.5", "params.ramp=x"], "params.ramp = 'x': "),
+    (["params.ramp=0.5"], "params.ramp = 0.5: "),
     (["evaluate=validation"], "setting = 'evaluate': "),
 ]
 

@@ -546,12 +546,12 @@ def test_onnx_runtime_computes_every_output_of_it(finished, tmp_path):
     [
         ({}, 0.0, "target = 0.0: the share of parameters to remove"),
         ({}, 1.0, "target = 1.0: the share of parameters to remove"),
-        ({"tolerance": 0.0}, 0.5, "component_aware parameter tolerance = 0.0: "),
-        ({"most": 1.0}, 0.5, "component_aware parameter most = 1.0: "),
-        ({"levels": 1}, 0.5, "component_aware parameter levels = 1: "),
-        ({"solver": "newton"}, 0.5, "component_aware parameter solver = 'newton': "),
-        ({"protect": "encoder"}, 0.5, "component_aware parameter protect = 'encoder': "),
-        ({"epsilon": 0.1}, 0.5, "component_aware parameter epsilon = 0.1: extra inputs"),
+        ({"tolerance": 0.0}, 0.5, "params.tolerance = 0.0: "),
+        ({"most": 1.0}, 0.5, "params.most = 1.0: "),
+        ({"levels": 1}, 0.5, "params.levels = 1: "),
+        ({"solver": "newton"}, 0.5, "params.solver = 'newton': "),
+        ({"protect": "encoder"}, 0.5, "params.protect = 'encoder': "),
+        ({"epsilon": 0.1}, 0.5, "params.epsilon = 0.1: allowed are"),
     ],
 )
 def test_bad_settings_are_refused(params, target, words):

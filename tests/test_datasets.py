@@ -123,6 +123,7 @@ def test_digits():
     assert data.train.labels.dtype == torch.int64
     assert data.test.labels.bincount().tolist() == [36, 36, 36, 36, 37, 36, 36, 36, 35, 36]
     assert set(data.train.images.unique().tolist()) == {round(v * 255 / 16) for v in range(17)}
+    assert data.fingerprint == datasets.fingerprint("digits") == data.info.fingerprint
     assert data.fingerprint.startswith("82a84588fa0e")
     mean, std = sources.channel_statistics(data.train.images)
     assert (round(mean[0], 4), round(std[0], 4)) == (data.info.mean[0], data.info.std[0])
@@ -162,7 +163,7 @@ def tiny(monkeypatch):
     }
     sums = {name: hashlib.md5(data).hexdigest() for name, data in files.items()}
     for name in ("mnist", "fashion_mnist"):
-        small = replace(datasets.info(name), height=2, width=2, checksums=sums)
+        small = replace(datasets.info(name), height=2, width=2, checksums=sums, fingerprint="")
         monkeypatch.setitem(catalogue._KNOWN, name, small)
     monkeypatch.setattr(sources, "_SYSTEM_FOLDERS", {})
     return files
@@ -210,6 +211,22 @@ def test_fingerprint_tells_sets_apart(tmp_path, tiny, monkeypatch):
     sums = {**datasets.info("mnist").checksums, TEST_LABELS: hashlib.md5(other).hexdigest()}
     monkeypatch.setitem(catalogue._KNOWN, "mnist", replace(datasets.info("mnist"), checksums=sums))
     assert datasets.load("mnist", tmp_path).fingerprint != first
+
+
+def test_a_set_of_another_fingerprint_is_refused(tmp_path, tiny, monkeypatch):
+    put(tmp_path / "MNIST/raw", tiny)
+    found = datasets.load("mnist", tmp_path).fingerprint
+    for known in (found, "0" * 64):
+        info = replace(datasets.info("mnist"), fingerprint=known)
+        monkeypatch.setitem(catalogue._KNOWN, "mnist", info)
+        assert datasets.fingerprint("mnist", "/nowhere") == known
+        if known == found:
+            assert datasets.load("mnist", tmp_path).fingerprint == found
+    with pytest.raises(InputError) as caught:
+        datasets.load("mnist", tmp_path)
+    assert one_line(caught) == (
+        f"data = {str(tmp_path)!r}: mnist has fingerprint {found}, {known} expected"
+    )
 
 
 def test_truncated_and_corrupted_files_are_named(tmp_path, tiny):
@@ -683,7 +700,7 @@ def tiny_copy(tmp_path, monkeypatch):
             place.mkdir(parents=True)
             Image.new("RGB", (32, 32), (60 * number, 9, 9)).save(place / "0000.jpg")
     version = datasets.info(f"folder:{tmp_path}/cifar10-jpeg").version
-    known = replace(datasets.info("cifar10_jpeg"), version=version)
+    known = replace(datasets.info("cifar10_jpeg"), version=version, fingerprint="")
     monkeypatch.setitem(catalogue._KNOWN, "cifar10_jpeg", known)
     return tmp_path
 

@@ -536,7 +536,7 @@ def test_what_was_measured_survives_a_resume():
 def test_bad_parameters_are_refused_in_one_line(name, key, value):
     with pytest.raises(InputError) as caught:
         methods.params_of(name, {key: value})
-    assert one_line(caught).startswith(f"{name} parameter {key}")
+    assert one_line(caught).startswith(f"params.{key}")
 
 
 @pytest.mark.parametrize("params", [{"rounds": 1}, {"rounds": 2, "fine_tune": 0.5}])
@@ -544,7 +544,7 @@ def test_rounds_need_fine_tuning_and_a_target_of_energy(params):
     kind = "energy" if "fine_tune" not in params else "rank"
     with pytest.raises(InputError) as caught:
         made("plain_low_rank", 0.5, kind, **params)
-    assert one_line(caught).startswith(f"rounds = {params['rounds']}: 0 without fine_tune")
+    assert one_line(caught).startswith(f"params.rounds = {params['rounds']}: 0 without fine_tune")
 
 
 @pytest.mark.parametrize("key", ["layers", "factorise", "strengths"])
@@ -631,8 +631,8 @@ def test_a_table_of_ranks_that_cannot_be_is_refused(change, words):
 
 def test_a_layer_that_does_not_exist_is_refused_before_a_run_starts():
     for params, words in (
-        ({"params.layers": "conv9"}, "layers = 'conv9'"),
-        ({"params.factorise": "block*"}, "factorise = 'block"),
+        ({"params.layers": "conv9"}, "params.layers = 'conv9'"),
+        ({"params.factorise": "block*"}, "params.factorise = 'block"),
     ):
         with pytest.raises(InputError) as caught:
             own_settings({"model": "convnet", "method": "force", "target": 0.05} | params)

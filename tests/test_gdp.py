@@ -469,7 +469,7 @@ def test_loss_curve():
 def test_bad_parameters_are_refused_in_one_line(name, key, value):
     with pytest.raises(InputError) as caught:
         methods.params_of(name, {key: value})
-    assert one_line(caught).startswith(f"{name} parameter {key} = {value!r}: ")
+    assert one_line(caught).startswith(f"params.{key} = {value!r}: ")
 
 
 def test_eps_must_fall():

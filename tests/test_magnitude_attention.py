@@ -521,11 +521,11 @@ def test_arrays_stay_below_a_megabyte_for_the_papers_nets():
 @pytest.mark.parametrize(
     ("params", "said"),
     [
-        ({"alpha": -0.5}, "magnitude_attention parameter alpha = -0.5: "),
-        ({"period": 0}, "magnitude_attention parameter period = 0: "),
-        ({"norm": "median"}, "magnitude_attention parameter norm = 'median': "),
-        ({"scope": "linear"}, "magnitude_attention parameter scope = 'linear': "),
-        ({"ramp": 0.0}, "magnitude_attention parameter ramp = 0.0: "),
+        ({"alpha": -0.5}, "params.alpha = -0.5: "),
+        ({"period": 0}, "params.period = 0: "),
+        ({"norm": "median"}, "params.norm = 'median': "),
+        ({"scope": "linear"}, "params.scope = 'linear': "),
+        ({"ramp": 0.0}, "params.ramp = 0.0: "),
         ({"exploit_from": 1.0}, "exploit_from = 1.0: from ramp = 0.75 on and before the last"),
         ({"exploit_from": 1.5}, "exploit_from = 1.5: from ramp = 0.75 on and before the last"),
         ({"exploit_from": 0.5}, "exploit_from = 0.5: from ramp = 0.75 on and before the last"),

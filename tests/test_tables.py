@@ -9,15 +9,16 @@ from conftest import CARD, one_line
 
 from prunestudy import papers
 from prunestudy.errors import InputError
-from prunestudy.study import tables
+from prunestudy.study import tables, verdicts
 from prunestudy.study.plan import Planned, plan
 from prunestudy.study.records import FORMAT, canonical, checksum, write_text
-from prunestudy.study.tables import Interval
+from prunestudy.study.verdicts import Interval
 
 DESIGN = """run, parent, paper, method, variant, model, dataset, seed, epochs, precision, threads,
 target_kind, target, sparsity, parameters, nonzeros, macs, nonzero_macs, dense_parameters,
 dense_macs, metric_name, metric, dense_metric, macro_f1, latency_b1_ms, latency_b128_ms,
-dense_latency_b1_ms, dense_latency_b128_ms, peak_memory_mb, bytes, train_seconds, status"""
+dense_latency_b1_ms, dense_latency_b128_ms, peak_memory_mb, bytes, train_seconds, status, reading,
+stage, after"""
 T2, T4 = 4.302652729911275, 2.7764451051977987  # the 97.5% points of t with 2 and 4 degrees
 
 # dense, magnitude and random of three seeds
@@ -128,10 +129,14 @@ def test_one_row_per_paper_and_run(store, filled):
         "bytes": 1000,
         "train_seconds": 1.5,
         "status": "done",
+        "reading": "",
+        "stage": "",
+        "after": "",
     }
     assert runs.filter(like="latency").isna().all().all()
     start = runs[runs.variant == "start"].iloc[0]
     assert (start.parent, start.target_kind, start.epochs) == ("", "", 1)
+    assert (start.reading, start.stage, start.after) == ("", "start", "")
     assert math.isnan(start.target)
 
 
@@ -178,7 +183,7 @@ def test_latencies_come_from_their_own_file(store, filled):
 def test_runs_of_a_search_are_left_out(store, filled):
     other = [Planned(p.paper, p.experiment, "search", p.variant, p.settings) for p in filled]
     assert len(tables.runs_table(store, other)) == 0
-    assert tables.paired(store, other, papers.card("toy").claims[0].tests[0]).n == 0
+    assert verdicts.paired(store, other, papers.card("toy").claims[0].tests[0]).n == 0
 
 
 def test_a_run_under_two_labels_is_one_row_under_the_plainer(store, filled):
@@ -352,7 +357,7 @@ def test_fewer_than_two_pairs_decide_nothing():
 
 
 def test_verdicts_of_a_card(store, filled):
-    (row,) = tables.verdicts_table(store, filled, papers.card("toy")).to_dict("records")
+    (row,) = verdicts.verdicts_table(store, filled, papers.card("toy")).to_dict("records")
     # magnitude - random: 0.38, 0.30, 0.42
     mean = 1.1 / 3
     sd = math.sqrt(((0.38 - mean) ** 2 + (0.30 - mean) ** 2 + (0.42 - mean) ** 2) / 2)
@@ -404,7 +409,7 @@ def test_a_contradicted_claim_an_undecided_one_and_one_without_runs(store, card_
     for item in planned:
         settings = item.settings
         put(store, settings, METRICS[item.variant, settings.method][settings.seed])
-    table = tables.verdicts_table(store, planned, papers.card("toy"))
+    table = verdicts.verdicts_table(store, planned, papers.card("toy"))
     assert table.verdict.tolist() == [
         "contradicted",
         "undecided",
@@ -424,7 +429,7 @@ def test_claims_on_other_metrics(store, card_file):
     for item in planned:
         values = {"magnitude": {"kept_scale": 1.25}, "random": {"kept_scale": 0.5}}
         put(store, item.settings, 0.5, **values.get(item.settings.method, {}))
-    (row,) = tables.verdicts_table(store, planned, papers.card("toy")).to_dict("records")
+    (row,) = verdicts.verdicts_table(store, planned, papers.card("toy")).to_dict("records")
     assert (row["difference"], row["n"], row["verdict"]) == (0.75, 1, "undecided")
 
 
@@ -440,7 +445,7 @@ def test_pairs_count_where_ours_removed_as_much(store, card_file, within, ours, 
         put(
             store, item.settings, 0.5, sparsity=ours if item.settings.method == "magnitude" else 0.9
         )
-    (row,) = tables.verdicts_table(store, planned, papers.card("toy")).to_dict("records")
+    (row,) = verdicts.verdicts_table(store, planned, papers.card("toy")).to_dict("records")
     assert row["n"] == n
 
 
@@ -449,8 +454,8 @@ def test_equal_size_is_of_what_the_target_counts():
         method="uniform", against="", model="m", dataset="d", target_kind="macs", within=0.01
     )
     ours, theirs = {"macs": 51, "dense_macs": 100}, {"macs": 505, "dense_macs": 1000}
-    assert tables._as_sparse(ours, theirs, test)
-    assert not tables._as_sparse(ours | {"macs": 52}, theirs, test)
+    assert verdicts._as_sparse(ours, theirs, test)
+    assert not verdicts._as_sparse(ours | {"macs": 52}, theirs, test)
 
 
 def test_a_claim_on_a_value_itself(store, card_file):
@@ -459,7 +464,7 @@ def test_a_claim_on_a_value_itself(store, card_file):
     planned = plan("quick")
     for item in planned:
         put(store, item.settings, METRICS[item.variant, item.settings.method][item.settings.seed])
-    (row,) = tables.verdicts_table(store, planned, papers.card("toy")).to_dict("records")
+    (row,) = verdicts.verdicts_table(store, planned, papers.card("toy")).to_dict("records")
     assert row["rule"] == "magnitude of metric >= 0.85"
     assert (row["difference"], row["n"]) == (pytest.approx(0.9), 3)
     # 0.88, 0.90, 0.92: 0.90 -+ 0.0497
@@ -529,7 +534,7 @@ def test_markup_in_a_card_is_text(store, card_file):
     text = CARD.replace('text = "Magnitude is better than chance."', f'text = "{EVIL}"')
     card = papers.read_card(card_file(text))
     assert "<script>" in card.claims[0].text
-    table = tables.verdicts_table(store, plan("quick"), card)
+    table = verdicts.verdicts_table(store, plan("quick"), card)
     drawn = tables.markdown(table)
     parser = Tags()
     parser.feed(drawn)

@@ -1,11 +1,21 @@
-"""The one error that a user's input can cause."""
+"""The one error that a user's input can cause, and the checks that many places share."""
 
-from collections.abc import Iterable
+import contextlib
+import os
+import stat
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 
 class InputError(ValueError):
-    """A parameter that cannot be used: one line with its name, its value and what is allowed."""
+    """A parameter that cannot be used: one line with its name, its value and what is allowed.
+
+    Names of files may hold line breaks and bytes that are not UTF-8: these are escaped.
+    """
+
+    def __init__(self, line: str) -> None:
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in line))
 
 
 _NAMED = 60  # names in one line
@@ -22,3 +32,38 @@ def require_one_of(parameter: str, value: Any, choices: Iterable[str]) -> None:
     names = sorted(choices)
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     require(value in names, parameter, value, f"allowed are {', '.join(names[:_NAMED])}{more}")
+
+
+def writable_file(path: str | Path) -> Path:
+    """Return `path`, to which a file can be written: a regular file, or nothing yet.
+
+    Raises `InputError` for a folder, a device, a pipe, a link (also one to nothing), and if the
+    folder that it is to lie in does not exist.
+    """
+    path = Path(path)
+    try:
+        require(path.parent.is_dir(), "path", str(path), "a file in a folder that exists")
+        new = not os.path.lexists(path)
+        right = new or stat.S_ISREG(path.lstat().st_mode)
+    except OSError as error:
+        raise InputError(f"path = {str(path)!r}: {error.strerror}") from None
+    require(right, "path", str(path), "a regular file, or a name that is not in use")
+    return path
+
+
+@contextlib.contextmanager
+def written_whole(path: str | Path) -> Iterator[Path]:
+    """Give the path of a temporary file beside `path`, which replaces `path` if nothing fails.
+
+    Raises `InputError` as `writable_file` does, and `OSError` naming `path` for a full disk.
+    """
+    path = writable_file(path)
+    # of a long name the first letters only: the system allows 255 bytes
+    part = path.with_name(f".{path.name[:50]}.{os.getpid()}.part")
+    try:
+        yield part
+        part.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+    finally:
+        part.unlink(missing_ok=True)

@@ -14,7 +14,7 @@ batches of either.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from prunestudy.datasets.catalogue import DatasetInfo, data_root, info, names
+from prunestudy.datasets.catalogue import DatasetInfo, data_root, fingerprint, info, names
 
 if TYPE_CHECKING:
     from prunestudy.datasets.batches import Batches
@@ -31,6 +31,7 @@ __all__ = [
     "StreamSet",
     "batches_of",
     "data_root",
+    "fingerprint",
     "info",
     "load",
     "names",

@@ -1,5 +1,6 @@
 """What is known of each data set before it is read: sizes, statistics, checksums."""
 
+import functools
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -24,7 +25,8 @@ class DatasetInfo:
     They are empty for an image folder that has not been loaded: `load(...).info` has them.
     `checksums` maps the name of each unpacked file to its md5. `version` changes whenever the
     images or our split of them do. With `masks` each pixel has a label, 255 for none. Height and
-    width of a streamed set are those that its images are cut to.
+    width of a streamed set are those that its images are cut to. `fingerprint` is that of `Dataset`
+    which each loading must give; empty where it is not known.
     """
 
     name: str
@@ -40,6 +42,7 @@ class DatasetInfo:
     std: tuple[float, ...]
     checksums: Mapping[str, str] = field(default_factory=dict, hash=False)
     masks: bool = False
+    fingerprint: str = ""
 
 
 # What torchvision's pretrained nets expect.
@@ -59,6 +62,7 @@ _KNOWN = {
         test_images=360,
         mean=(0.3054,),
         std=(0.3758,),
+        fingerprint="82a84588fa0e0276844f84a52786720cfa5fa1aa7b71cd0e33d2ba23d3bad85e",
     ),
     "mnist": DatasetInfo(
         name="mnist",
@@ -72,6 +76,7 @@ _KNOWN = {
         test_images=10_000,
         mean=(0.1307,),
         std=(0.3081,),
+        fingerprint="f9f06a0dd76ba0dd234d7126d2a7a40257f9e97a61831ac2811f3450d6b90d4a",
         checksums={
             "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
             "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
@@ -91,6 +96,7 @@ _KNOWN = {
         test_images=10_000,
         mean=(0.2860,),
         std=(0.3530,),
+        fingerprint="145c7cc693ba9309a106bf85524ac71e85fcfb2e7d8183008ef3c512c60b6793",
         checksums={
             "train-images-idx3-ubyte": "f4a8712d7a061bf5bd6d2ca38dc4d50a",
             "train-labels-idx1-ubyte": "9018921c3c673c538a1fc5bad174d6f9",
@@ -132,6 +138,7 @@ _KNOWN = {
         test_images=10_000,
         mean=(0.4913, 0.4821, 0.4465),
         std=(0.2452, 0.2428, 0.2606),
+        fingerprint="de8d27527f9de4ddd178ee079501bb87b8a3a9a7c11584fd9600e8ece860fd7d",
     ),
     "cifar100": DatasetInfo(
         name="cifar100",
@@ -189,7 +196,7 @@ def data_root(root: str | Path | None = None) -> Path:
     Whether it exists is not asked here.
     """
     repository = Path(prunestudy.__file__).parents[2]
-    return Path(root or os.environ.get("PRUNESTUDY_DATA") or repository / "data").expanduser()
+    return _home(root or os.environ.get("PRUNESTUDY_DATA") or repository / "data")
 
 
 def info(name: str, root: str | Path | None = None) -> DatasetInfo:
@@ -211,15 +218,45 @@ def info(name: str, root: str | Path | None = None) -> DatasetInfo:
 
 def folder_layout(name: str, root: str | Path | None) -> folders.Layout:
     """List the image folder `folder:PATH`, an absolute path or one below the data root."""
-    path = name.removeprefix(FOLDER).strip()
-    require(path != "", "dataset", name, "folder: is followed by the path of an image folder")
-    return folders.scan(name, data_root(root) / Path(path).expanduser())
+    path = name.removeprefix(FOLDER)
+    allowed = "folder: is followed by the path of an image folder"
+    require(path.strip() != "", "dataset", name, allowed)
+    return folders.scan(name, data_root(root) / _home(path))
+
+
+def fingerprint(name: str, root: str | Path | None = None) -> str:
+    """The fingerprint that loading the data set `name` gives today; "" where it is not known.
+
+    Needs no disk for the known sets. A folder is loaded, again only when a file of it changed.
+    Raises `InputError` as `load` does.
+    """
+    details = info(name, root)
+    if not name.startswith(FOLDER):
+        return details.fingerprint
+    layout = folder_layout(name, root)
+    files = [file for split in folders.SPLITS for file, _ in layout.files[split]]
+    states = [(layout.path / file).stat() for file in files]
+    stamps = tuple((file, s.st_size, s.st_mtime_ns) for file, s in zip(files, states, strict=True))
+    return _loaded(f"{FOLDER}{layout.path.absolute()}", stamps)
+
+
+@functools.lru_cache(maxsize=8)
+def _loaded(name: str, _: tuple[tuple[str, int, int], ...]) -> str:
+    from prunestudy.datasets.sources import load  # late: it needs torch
+
+    return load(name).fingerprint
+
+
+def _home(path: str | Path) -> Path:
+    # os.path's leaves "~nobody" as it is, where pathlib's raises
+    return Path(os.path.expanduser(path))  # noqa: PTH111
 
 
 def _folder_info(layout: folders.Layout) -> DatasetInfo:
+    title = layout.path.absolute().name or str(layout.path)
     return DatasetInfo(
-        name=FOLDER + layout.path.name,
-        title=layout.path.name,
+        name=FOLDER + title,
+        title=title,
         version=layout.version,
         channels=layout.channels,
         height=layout.height,

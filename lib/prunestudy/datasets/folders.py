@@ -62,8 +62,13 @@ def list_files(
     """
     try:
         sizes = {split: _list_split(dataset, path, split) for split in splits}
+        dataset.encode()
+        digest = _digest(sizes)
     except OSError as error:
         raise InputError(f"dataset = {dataset!r}: {path} cannot be read ({error})") from error
+    except UnicodeEncodeError as error:
+        name = error.object[: error.end].rpartition("\n")[2]
+        raise InputError(f"dataset = {dataset!r}: not a name in UTF-8: {name}") from error
     train, test = splits
     classes = tuple(sorted(set(sizes[train]) | set(sizes[test])))
     none = f"{path}/{train} has no sub-folders, one per class"
@@ -85,7 +90,7 @@ def list_files(
         )
         for split in splits
     }
-    return classes, files, _digest(sizes)
+    return classes, files, digest
 
 
 def read(layout: Layout) -> dict[str, tuple[np.ndarray, np.ndarray]]:

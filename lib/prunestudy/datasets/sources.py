@@ -96,9 +96,24 @@ def load(name: str, root: str | Path | None = None, download: bool = True) -> Da
     - `folder:PATH`: see `info`; its `mean` and `std` are computed here.
 
     Raises `InputError` for an unknown name, missing files that cannot be downloaded, a wrong md5
-    and, for folders, whatever is not a well-formed set of images of one size.
+    or fingerprint, what does not fit into memory, and, for folders, whatever is not a well-formed
+    set of images of one size.
     """
-    details = info(name, root)
+    details, place = info(name, root), str(data_root(root))
+    try:
+        data = _read(details, name, root, download)
+    except OSError as error:
+        why = _one_line(error)
+        raise InputError(f"data = {place!r}: {name} cannot be read ({why})") from error
+    except MemoryError as error:
+        raise InputError(f"dataset = {name!r}: does not fit into memory") from error
+    right = details.fingerprint in ("", data.fingerprint)
+    allowed = f"{name} has fingerprint {data.fingerprint}, {details.fingerprint} expected"
+    require(right, "data", place, allowed)
+    return data
+
+
+def _read(details: DatasetInfo, name: str, root: str | Path | None, download: bool) -> Dataset:
     if name in STREAMED:
         train, test, fingerprint = streams.find(details, data_root(root) / STREAMED[name])
         return Dataset(details, train, test, fingerprint)
@@ -257,9 +272,8 @@ def _parse_idx(data: bytes) -> np.ndarray:
 
 def _download(details: DatasetInfo, root: Path) -> None:
     """Fetch the files into a temporary folder below `root`, verify, move: all or nothing."""
-    require(
-        root.is_dir(), "data", str(root), f"{details.name} needs it, and there is no such folder"
-    )
+    allowed = f"{details.name} needs it, and there is no such folder"
+    require(root.is_dir(), "data", str(root), allowed)
     name, place = _TORCHVISION[details.name]
     try:
         with tempfile.TemporaryDirectory(prefix=".download-", dir=root) as temporary:

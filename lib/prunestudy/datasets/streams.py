@@ -118,7 +118,7 @@ def _find_masks(details: DatasetInfo, folder: Path) -> tuple[StreamSet, StreamSe
     for split in ("train", "val"):
         try:
             found = VOCSegmentation(folder.parents[1], image_set=split)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # it may not be text
             why = " ".join(str(error).split())
             raise InputError(f"data = {str(folder)!r}: no list of images ({why})") from error
         pairs = [[os.path.relpath(p, folder) for p in part] for part in (found.images, found.masks)]

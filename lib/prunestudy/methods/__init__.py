@@ -2,9 +2,7 @@
 
 from typing import Any
 
-from pydantic import ValidationError
-
-from prunestudy.errors import InputError, require_one_of
+from prunestudy.errors import require_one_of
 from prunestudy.methods.base import TARGETS, Context, Method, Params, Phase, Progress
 from prunestudy.methods.channel_ranking import GroupL2, L1Filter
 from prunestudy.methods.component_aware import ComponentAware
@@ -22,6 +20,7 @@ from prunestudy.methods.scratch import Scratch
 from prunestudy.methods.snip import Snip
 from prunestudy.methods.sparse_gates import SparseGates
 from prunestudy.methods.uniform import Uniform
+from prunestudy.values import checked
 
 _METHODS: dict[str, type[Method]] = {
     cls.name: cls
@@ -61,16 +60,7 @@ def method_class(name: str) -> type[Method]:
 
 def params_of(name: str, values: dict[str, Any]) -> Params:
     """Return the checked settings of method `name`; raises `InputError` naming a bad one."""
-    try:
-        return method_class(name).Params(**values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        allowed = sorted(method_class(name).Params.model_fields)
-        raise InputError(
-            f"{name} parameter {where} = {first['input']!r}: {first['msg'].lower()}"
-            f" (parameters: {', '.join(allowed) or 'none'})"
-        ) from None
+    return checked(method_class(name).Params, values, "params")
 
 
 def build(

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from prunestudy.errors import require
 from prunestudy.measure import Task
 from prunestudy.shrink import fold
+from prunestudy.values import Values
 
 if TYPE_CHECKING:
     from prunestudy.datasets import Batches
@@ -28,10 +28,8 @@ TARGETS = {
 }
 
 
-class Params(BaseModel):
-    """Settings of a method; strict, so that a misspelt or mistyped one is refused."""
-
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
+class Params(Values):
+    """Settings of a method."""
 
 
 @dataclass(frozen=True)

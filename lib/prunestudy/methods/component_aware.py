@@ -73,8 +73,8 @@ class ComponentAwareParams(ChoiceParams):
     solver: Literal["gradient", "grid"] = "gradient"
     coefficient: Literal["share", "multiplier"] = "share"
     per: Literal["group", "component"] = "group"
-    levels: Annotated[int, Field(ge=2)] = 9
-    steps: Annotated[int, Field(ge=1)] = 150
+    levels: Annotated[int, Field(ge=2, le=1000)] = 9
+    steps: Annotated[int, Field(ge=1, le=1_000_000)] = 150
     lr: Annotated[float, Field(gt=0)] = 0.1
     hot: Annotated[float, Field(gt=0)] = 0.1
     cold: Annotated[float, Field(gt=0)] = 0.01

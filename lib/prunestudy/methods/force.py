@@ -160,9 +160,9 @@ class Force(PlainLowRank):
     def _strengths(self, model: nn.Module) -> list[tuple[Layer, float]]:
         """The layers on which the force acts, each with its lambda."""
         p = self.params
-        chosen = layers_to_factorise(model, tuple(p.layers.split()), "layers")
+        chosen = layers_to_factorise(model, tuple(p.layers.split()), "params.layers")
         factors = dict.fromkeys(chosen, 1.0)
         for pattern, factor in p.strengths.items():
-            named = layers_to_factorise(model, (pattern,), "strengths")
+            named = layers_to_factorise(model, (pattern,), "params.strengths")
             factors.update((name, factor) for name in named if name in factors)
         return [(layer, p.strength * factors[name]) for name, layer in chosen.items()]

@@ -97,7 +97,7 @@ class GDPParams(Params):
     @model_validator(mode="after")
     def _falls(self) -> Self:
         if self.eps_end > self.eps_start:
-            raise ValueError(f"eps_end {self.eps_end:g} is above eps_start {self.eps_start:g}")
+            raise ValueError(f"eps_end = {self.eps_end}: at most eps_start, {self.eps_start}")
         return self
 
 

@@ -112,10 +112,10 @@ class MagnitudeAttention(Dpf):
         begin = params.ramp if params.exploit_from is None else params.exploit_from
         allowed = f"from ramp = {params.ramp:g} on and before the last epoch (below 1)"
         if params.exploitation:
-            require(params.ramp <= begin < 1, "exploit_from", begin, allowed)
+            require(params.ramp <= begin < 1, "params.exploit_from", begin, allowed)
         else:
             none = params.exploit_from is None
-            require(none, "exploit_from", begin, "nothing where exploitation is off")
+            require(none, "params.exploit_from", begin, "nothing where exploitation is off")
         self.begin = begin
         self._held: list[Tensor] = []
         self._histograms: list[Tensor] = []

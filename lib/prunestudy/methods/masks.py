@@ -76,7 +76,7 @@ def layers_in(model: nn.Module, scope: Scope) -> list[nn.Module]:
     if scope == "all":
         return layers
     name = type(model).__name__
-    require(bool(convolutions), "scope", scope, f"{name} has no convolution: all, auto")
+    require(bool(convolutions), "params.scope", scope, f"{name} has no convolution: all, auto")
     return convolutions
 
 

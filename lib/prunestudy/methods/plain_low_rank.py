@@ -64,7 +64,7 @@ class LowRankParams(Params):
     variant: Literal["pca", "svd"] = "pca"
     fine_tune: Annotated[float, Field(ge=0, lt=1)] = 0.0
     fine_tune_lr: Annotated[float, Field(gt=0)] = 1.0
-    rounds: Annotated[int, Field(ge=0)] = 0
+    rounds: Annotated[int, Field(ge=0, le=1000)] = 0
 
 
 class PlainLowRank(Method):
@@ -85,7 +85,7 @@ class PlainLowRank(Method):
         self._measures: dict[str, float] = {}
         self._arrays: dict[str, np.ndarray] = {}
         fits = not params.rounds or (params.fine_tune > 0 and self.target_kind == "energy")
-        require(fits, "rounds", params.rounds, "0 without fine_tune and a target of energy")
+        require(fits, "params.rounds", params.rounds, "0 without fine_tune and a target of energy")
 
     def phases(self) -> tuple[Phase, ...]:
         """The training; then, if wished, the fine-tuning, in which ranks may still fall."""
@@ -194,7 +194,7 @@ class PlainLowRank(Method):
         self._arrays = {name: a.numpy() for name, a in state["arrays"].items()}
 
     def _layers(self, model: nn.Module) -> dict[str, Layer]:
-        return layers_to_factorise(model, tuple(self.params.factorise.split()), "factorise")
+        return layers_to_factorise(model, tuple(self.params.factorise.split()), "params.factorise")
 
     def _macs(self, model: nn.Module) -> dict[str, int]:
         return measure.layer_macs(model, self.context.shape)

@@ -24,7 +24,7 @@ class Random(Magnitude):
         super().__init__(*settings)
         channels, scope = self.target_kind != "sparsity", self.params.scope
         allowed = "all, where channels are removed"
-        require(not channels or scope == "all", "scope", scope, allowed)
+        require(not channels or scope == "all", "params.scope", scope, allowed)
         self.removal = Removal(self.target_kind, self.target) if channels else None
 
     def attach(self, model: nn.Module, generator: torch.Generator) -> None:

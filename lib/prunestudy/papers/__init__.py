@@ -135,16 +135,19 @@ class Unknown(_Strict):
 
 
 class Entry(_Strict):
-    """A method in an experiment; `variant` labels other settings than its defaults.
+    """A method in an experiment; `variant` names a reading: settings other than its defaults.
 
-    `seeds`, `targets`, `target_kind`, `lr`, `weight_decay` and `epochs` replace the experiment's;
-    `fresh` starts from random weights with the epochs of the dense start added. `after` is the
-    label ("method" or "method, variant") of the entry whose run, of same seed and target (or
-    `after_target`), is the parent.
+    `stage`: "half" begins a combination, "combined" is put `after` another method, "fine-tuned"
+    trains on after pruning; "" is an ordinary result. `after` is the label ("method, variant,
+    stage", what is empty left out) of the entry whose run, of same seed and target (or
+    `after_target`), is the parent. `seeds`, `targets`, `target_kind`, `lr`, `weight_decay` and
+    `epochs` replace the experiment's; `fresh` starts from random weights with the epochs of the
+    dense start added.
     """
 
     method: str
     variant: str = ""
+    stage: Literal["", "half", "fine-tuned", "combined"] = ""
     params: dict[str, Any] = {}
     seeds: Annotated[int, Field(ge=1)] | None = None
     targets: tuple[float, ...] | None = None
@@ -159,7 +162,7 @@ class Entry(_Strict):
     @property
     def label(self) -> str:
         """Name within the experiment."""
-        return f"{self.method}, {self.variant}" if self.variant else self.method
+        return ", ".join(filter(None, (self.method, self.variant, self.stage)))
 
 
 class Experiment(_Strict):
@@ -190,8 +193,10 @@ class Experiment(_Strict):
     def _distinct(self) -> Self:
         labels = [entry.label for entry in self.methods]
         if len(set(labels)) < len(labels):
-            raise ValueError("two methods have the same name and variant")
+            raise ValueError("two methods have the same name, variant and stage")
         for place, entry in enumerate(self.methods):
+            if entry.stage == "combined" and not entry.after:
+                raise ValueError(f"{entry.label!r} is combined after nothing")
             if entry.after and entry.after not in labels[:place]:
                 raise ValueError(f"after {entry.after!r} is no entry before {entry.label!r}")
         return self
@@ -199,6 +204,23 @@ class Experiment(_Strict):
     def entry(self, label: str) -> Entry:
         """The entry called `label`."""
         return next(entry for entry in self.methods if entry.label == label)
+
+
+class Drawn(_Strict):
+    """Arrays that the notebook draws: `names` of the runs of `methods`, of the first `seeds`.
+
+    Without methods those of all; of the methods' own readings, or also of variants.
+    """
+
+    names: tuple[str, ...]
+    methods: tuple[str, ...] = ()
+    seeds: Annotated[int, Field(ge=1)] = 1
+    variants: bool = False
+
+    def holds(self, method: str, variant: str, seed: int) -> bool:
+        """Whether the arrays of such a run are drawn."""
+        plain = self.variants or not variant
+        return plain and seed < self.seeds and method in (self.methods or (method,))
 
 
 class Profile(_Strict):
@@ -229,6 +251,7 @@ class Card(_Strict):
     published: tuple[Published, ...]
     ranks: tuple[PublishedRanks, ...] = ()
     unknown: tuple[Unknown, ...]
+    drawn: tuple[Drawn, ...] = ()
     profiles: dict[Literal["quick", "cpu", "cpu-long", "paper"], Profile]
 
     @property

@@ -2,14 +2,13 @@
 
 import contextlib
 import io
-import os
 import warnings
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from prunestudy.errors import InputError, require
+from prunestudy.errors import InputError, require, writable_file, written_whole
 from prunestudy.shrink.fold import fold
 
 
@@ -17,15 +16,13 @@ def export_onnx(model: nn.Module, path: str | Path, shape: tuple[int, ...]) -> N
     """Write `model`, folded, to `path` as ONNX: input `images` (batch, *shape), output `output`.
 
     More outputs are `output_1`, `output_2`, ... The batch may be of any size. The file appears
-    whole or not at all. Raises `InputError` if the folder is missing, or if the net cannot be
-    exported (the reason in one line).
+    whole or not at all. Raises `InputError` for a path that no file can be written to (see
+    `writable_file`), or if the net cannot be exported (the reason in one line).
     """
-    path = Path(path)
-    require(path.parent.is_dir(), "path", str(path), "a file in a folder that exists")
+    writable_file(path)
     plain = fold(model).cpu()
     like = next((p.dtype for p in plain.parameters()), torch.float32)
     images = torch.zeros(2, *shape, dtype=like)  # with one, the batch would be taken for constant
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with _quiet():
             program = torch.onnx.export(
@@ -36,20 +33,16 @@ def export_onnx(model: nn.Module, path: str | Path, shape: tuple[int, ...]) -> N
                 input_names=["images"],
                 dynamic_shapes=({0: torch.export.Dim("batch")},),
             )
-        rows = program.model.graph.inputs[0].shape[0]
-        open_ = not isinstance(rows, int)
-        require(
-            open_, "model", type(model).__name__, f"no ONNX of it: takes batches of {rows} only"
-        )
-        for number, value in enumerate(program.model.graph.outputs):
-            value.name = f"output_{number}" if number else "output"
-        program.save(part)
-        part.replace(path)
     except torch.onnx.OnnxExporterError as error:
         line = next(iter(str(error.__cause__ or error).splitlines()), "")
         raise InputError(f"model = {type(model).__name__!r}: no ONNX of it: {line}") from None
-    finally:
-        part.unlink(missing_ok=True)
+    rows = program.model.graph.inputs[0].shape[0]
+    allowed = f"no ONNX of it: takes batches of {rows} only"
+    require(not isinstance(rows, int), "model", type(model).__name__, allowed)
+    for number, value in enumerate(program.model.graph.outputs):
+        value.name = f"output_{number}" if number else "output"
+    with written_whole(path) as part:
+        program.save(part)
 
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}

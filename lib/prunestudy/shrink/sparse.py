@@ -9,7 +9,7 @@ narrower, or factorised), and a sha256 over all of it. Nothing is ever unpickled
 
 import hashlib
 import json
-import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from prunestudy import models
-from prunestudy.errors import InputError, require
+from prunestudy.errors import InputError, require, writable_file, written_whole
 from prunestudy.shrink.csr import CsrLinear, csr_arrays
 from prunestudy.shrink.fold import fold
 from prunestudy.shrink.structure import Entry, restructure, structure_of
@@ -53,20 +53,16 @@ def save_net(
     """Write `model`, folded, to `path`; `factory`, `shape`, `num_classes` rebuild it (`build`).
 
     Its layers may be smaller than the factory's, or a Sequential in place of one layer. The file
-    appears whole or not at all. Raises `InputError` if the folder is missing, if `model` differs
-    from the factory's net in what cannot be stored, or if a weight is not float32.
+    appears whole or not at all. Raises `InputError` for a path that no file can be written to (see
+    `writable_file`), if `model` differs from the factory's net in what cannot be stored, or if a
+    weight is not float32.
     """
-    path = Path(path)
-    require(path.parent.is_dir(), "path", str(path), "a file in a folder that exists")
+    writable_file(path)
     plain = fold(model)
     structure = _structure(plain, factory, shape, num_classes)
     data = _serialise(_pack(plain), factory, shape, num_classes, structure)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with written_whole(path) as part:
         part.write_bytes(data)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def load_net(path: str | Path, factory: str | None = None) -> nn.Module:
@@ -76,19 +72,18 @@ def load_net(path: str | Path, factory: str | None = None) -> nn.Module:
     `InputError` if the file is missing, damaged, of another kind, or (when `factory` is given)
     saved from another factory.
     """
-    tensors, metadata = _read(Path(path))
-    name, *sizes, num_classes = _decode(metadata)
+    tensors, metadata = _read(path)
+    name = metadata["factory"]
     require(factory in (None, name), "factory", factory, f"{path} was saved from {name}")
-    with torch.random.fork_rng(devices=[]):  # a file read during training changes no draw
-        model = models.build(name, tuple(sizes), num_classes)
-        try:
-            restructure(model, json.loads(metadata.get("structure", "[]")))
-        except (RecursionError, ValueError) as error:
-            raise InputError(f"path = {str(path)!r}: {error}") from None
     try:
+        with torch.random.fork_rng(devices=[]):  # a file read during training changes no draw
+            *sizes, num_classes = _sizes(metadata)
+            model = models.build(name, tuple(sizes), num_classes)
+            restructure(model, json.loads(metadata.get("structure", "[]")))
         model.load_state_dict(_unpack(tensors, model))
-    except (RuntimeError, KeyError):
-        raise InputError(f"path = {str(path)!r}: does not fit today's {name}") from None
+    except Exception as error:  # whatever a file says that another version wrote, or a person
+        why = str(error).partition("\n")[0]
+        raise InputError(f"path = {str(path)!r}: does not fit today's {name}: {why}") from None
     return model.eval()
 
 
@@ -97,9 +92,8 @@ def input_shape(path: str | Path) -> tuple[int, int, int]:
 
     Raises `InputError` if the file is missing, damaged or of another kind.
     """
-    _, metadata = _read(Path(path))
-    _, *sizes, _ = _decode(metadata)
-    return tuple(sizes)
+    _, metadata = _read(path)
+    return _sizes(metadata)[:3]
 
 
 def storage(
@@ -224,21 +218,23 @@ def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
     return digest.hexdigest()
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a file of ours, checked against its sha256."""
-    require(path.is_file(), "path", str(path), "a file that save_net wrote")
     try:
+        require(Path(path).is_file(), "path", str(path), "a file that save_net wrote")
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError):
         raise InputError(f"path = {str(path)!r}: not a whole safetensors file") from None
     ours = metadata.get("format") == FORMAT and {"factory", "sizes", "sha256"} <= set(metadata)
-    require(ours, "path", str(path), "a file that save_net wrote")
+    ours = ours and re.fullmatch(r"\d{1,9}( \d{1,9}){3}", metadata["sizes"])
+    require(bool(ours), "path", str(path), "a file that save_net wrote")
     whole = metadata["sha256"] == _digest(tensors, metadata)
     require(whole, "path", str(path), "its contents do not match their sha256")
     return tensors, metadata
 
 
-def _decode(metadata: dict[str, str]) -> tuple[str, int, int, int, int]:
-    return metadata["factory"], *(int(size) for size in metadata["sizes"].split())
+def _sizes(metadata: dict[str, str]) -> tuple[int, ...]:
+    """Channels, height, width and classes."""
+    return tuple(int(size) for size in metadata["sizes"].split())

@@ -12,7 +12,7 @@ import pandas as pd
 from prunestudy.errors import InputError, require_one_of
 from prunestudy.methods import method_class
 from prunestudy.papers import Card, cards
-from prunestudy.study import tables
+from prunestudy.study import tables, verdicts
 from prunestudy.study.plan import Planned, Tiny, plan
 from prunestudy.study.records import Store
 from prunestudy.study.tables import KEYS, Interval
@@ -322,16 +322,9 @@ def claims(profile: str, store: Store, tiny: Tiny) -> pd.DataFrame:
 
 def _claims_of(paper: Card, profile: str, store: Store, tiny: Tiny) -> pd.DataFrame:
     planned = plan(profile, (paper.id,), tiny) if profile in paper.profiles else []
-    table = tables.verdicts_table(store, planned, paper)
-    shown = []
-    for claim in paper.claims:
-        shown += [_first(tables.pairs(store, planned, test)) for test in claim.tests] or [""]
+    table = verdicts.judged(store, planned, paper)
     table.insert(0, "paper", paper.short or paper.title)
-    return table.assign(record=shown)
-
-
-def _first(found: list[tuple[dict, dict | None]]) -> str:
-    return " - ".join(side["run"] for side in found[0] if side) if found else ""
+    return table
 
 
 def readable_claims(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:

@@ -11,13 +11,29 @@ from prunestudy.train import Recipe
 
 @dataclass(frozen=True)
 class Planned:
-    """A run as an experiment of a paper asks for it."""
+    """A run as an experiment of a paper asks for it.
+
+    `variant` is its label for people. It says which `reading` of the method this is, at which
+    `stage` ("" an ordinary result, "start" the dense parent, "half" the beginning of a combination,
+    "fine-tuned", "combined"), and for a combination which method came before it (`after`).
+    """
 
     paper: str
     experiment: str
     purpose: str
     variant: str
     settings: RunSettings
+    reading: str = ""
+    stage: str = ""
+    after: str = ""
+
+
+def _label(reading: str, stage: str, after: str) -> str:
+    """The variant: "one ranking, fine-tuned", "after GDP", "start"; "" for the default."""
+    if stage == "combined":
+        name = methods.method_class(after).title.split()[0]
+        stage = f"after {name if name.isupper() else after}"  # GDP, force
+    return ", ".join(filter(None, (reading, stage)))
 
 
 @dataclass(frozen=True)
@@ -47,9 +63,9 @@ def plan(profile: str, papers: tuple[str, ...] = (), tiny: Tiny = Tiny()) -> lis
 def _of_card(paper: Card, profile: str, tiny: Tiny) -> list[Planned]:
     size = paper.profiles[profile]
     return [
-        Planned(paper.id, experiment.name, experiment.purpose, variant, settings)
+        run
         for experiment in size.experiments
-        for variant, settings in _of_experiment(size, _smaller(experiment, tiny))
+        for run in _of_experiment(paper.id, size, _smaller(experiment, tiny))
     ]
 
 
@@ -78,25 +94,20 @@ def _shorter(recipe: Recipe, epochs: int) -> Recipe:
     return recipe.model_copy(update={"epochs": min(epochs, recipe.epochs)})
 
 
-def _of_experiment(size: Profile, experiment: Experiment) -> list[tuple[str, RunSettings]]:
-    runs: dict[tuple[str, str], tuple[str, RunSettings]] = {}
+def _of_experiment(paper: str, size: Profile, experiment: Experiment) -> list[Planned]:
+    runs: dict[tuple[str, str], Planned] = {}
     for entry in experiment.methods:
+        after = experiment.entry(entry.after).method if entry.after else ""
+        own, start = (entry.variant, entry.stage, after), ("", "start", "")
         for seed in range(entry.seeds or experiment.seeds):
-            for variant, settings in _of_entry(size, experiment, entry, seed):
-                runs.setdefault((variant, settings.run), (variant, settings))
+            for target in _targets(experiment, entry):
+                settings = _settings(size, experiment, entry, seed, target)
+                of_parent = [(start, settings.parent)] if settings.parent and not after else []
+                for words, run in (*of_parent, (own, settings)):
+                    label = _label(*words)
+                    item = Planned(paper, experiment.name, experiment.purpose, label, run, *words)
+                    runs.setdefault((label, run.run), item)
     return list(runs.values())
-
-
-def _of_entry(
-    size: Profile, experiment: Experiment, entry: Entry, seed: int
-) -> list[tuple[str, RunSettings]]:
-    made = []
-    for target in _targets(experiment, entry):
-        settings = _settings(size, experiment, entry, seed, target)
-        if settings.parent and not entry.after:
-            made.append(("start", settings.parent))
-        made.append((entry.variant, settings))
-    return made
 
 
 def _targets(experiment: Experiment, entry: Entry) -> tuple[float | None, ...]:

@@ -20,7 +20,8 @@ from torch import nn
 
 from prunestudy import datasets, measure, methods, models, shrink
 from prunestudy.errors import InputError, require_one_of
-from prunestudy.study.records import FORMAT, Store, repository
+from prunestudy.study.lines import FORMAT
+from prunestudy.study.records import Store, repository
 from prunestudy.study.settings import RunSettings
 from prunestudy.train import TrainResult, train
 
@@ -42,7 +43,11 @@ def _data(name: str, root: str | None) -> datasets.Dataset:
 
 
 class Runner:
-    """Makes sure that runs are done: reads their records, or trains what is missing."""
+    """Makes sure that runs are done: reads their records, or trains what is missing.
+
+    On `device` "auto" a profile goes on where it began: runs of different devices are not
+    compared. With nothing stored yet it is CUDA where that is there.
+    """
 
     def __init__(
         self,
@@ -51,35 +56,37 @@ class Runner:
         device: str = "auto",
         show: bool = False,
     ) -> None:
-        self.store, self.data, self.show = store, data, show
-        self.device = device_of(device)
+        self.data, self.show = data, show
+        began = store.devices() if device == "auto" else set()
+        self.device = device_of("cpu" if began == {"cpu"} else device)
+        self.store = Store(store.folder.name, store.folder.parent, self.device.type)
 
     def ensure(self, settings: RunSettings, weights: bool = False) -> dict[str, Any]:
         """Return the record of `settings`, training it (and its parents) if it is not there.
 
-        With `weights` the finished net must be on disk too. Raises `InputError` for records,
-        checkpoints or data that cannot be used; nothing is trained then.
+        With `weights` all that training leaves must be on disk too, unharmed. Raises `InputError`
+        for records, checkpoints or data that cannot be used; nothing is trained then.
         """
-        record = self.store.read(settings)
-        if record and not (weights and self._lost(record)):
+        record = self._done(settings, weights)
+        if record:
             return record
         # Missing or damaged data is refused before anything is written.
         self._load(settings)
         if settings.parent:
             self.ensure(settings.parent, weights=True)
         with self.store.lock(settings.run):
-            record = self.store.read(settings)
-            if record and not (weights and self._lost(record)):
-                return record
-            return self._train(settings)
+            return self._done(settings, weights) or self._train(settings)
+
+    def _done(self, settings: RunSettings, weights: bool) -> dict[str, Any] | None:
+        record = self.store.read(settings)
+        if record and settings.dataset.startswith("folder:"):
+            self.store.require_data(record, self._load(settings).fingerprint)
+        return record if record and not (weights and not self.store.has_all(settings.run)) else None
 
     def net(self, settings: RunSettings) -> nn.Module:
         """Return the finished net of a run that is done, as an ordinary module."""
         self.ensure(settings, weights=True)
         return shrink.load_net(self.store.weights(settings.run), settings.model)
-
-    def _lost(self, record: dict[str, Any]) -> bool:
-        return not self.store.weights(record["run"]).exists()
 
     def _load(self, settings: RunSettings) -> datasets.Dataset:
         return _data(settings.dataset, str(self.data) if self.data else None)
@@ -117,6 +124,8 @@ class Runner:
             "data": _describe(data, settings),
             "metrics": metrics,
             "validation": _validation(made.history, _task(settings, data.info).metric_name),
+            "history": _columns(made.history),
+            "latency": None,
             "environment": _environment(self.device),
             "cost": {
                 "train_seconds": round(made.seconds, 3),
@@ -128,7 +137,7 @@ class Runner:
         weights = self.store.work(settings.run) / "weights.safetensors"
         _save(made.model, weights, settings, data.info)
         cuts = method.per_weight()
-        record = self.store.write(record, made.history, made.arrays, weights, cuts)
+        record = self.store.write(record, made.arrays, weights, cuts)
         shutil.rmtree(self.store.work(settings.run), ignore_errors=True)
         return record
 
@@ -303,28 +312,41 @@ def _validation(history: list[dict[str, Any]], metric: str) -> dict[str, Any]:
     return {name: last.get(f"validation_{name}") for name in (metric, "loss")}
 
 
+def _columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    return {name: [row.get(name) for row in rows] for name in names}
+
+
 def _environment(device: torch.device) -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         **{name: version(name) for name in _VERSIONS},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "commit": commit(),
+        "tree": _git("rev-parse", "HEAD:lib/prunestudy"),
     }
 
 
 @functools.cache
 def commit() -> str:
-    """Git commit of the checkout, "-dirty" when its library differs, "unknown" outside git."""
+    """Git commit of the checkout, "-dirty" when its library differs.
 
-    def git(*words: str) -> str:
-        command = ["git", "-C", str(repository()), *words]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    Outside git what PRUNESTUDY_COMMIT says, else "unknown".
+    """
+    head = _git("rev-parse", "HEAD")
+    if not head:
+        return os.environ.get("PRUNESTUDY_COMMIT") or "unknown"
+    return head + ("-dirty" if _git("status", "--porcelain", "--", "lib", "pyproject.toml") else "")
 
+
+@functools.cache
+def _git(*words: str) -> str:
+    command = ["git", "-C", str(repository()), *words]
     try:
-        changed = git("status", "--porcelain", "--", "lib", "pyproject.toml")
-        return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return ""
+    return done.stdout.strip()
 
 
 def _process_peak_mb() -> float:

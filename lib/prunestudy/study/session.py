@@ -15,9 +15,10 @@ from tqdm.auto import tqdm
 from prunestudy import datasets, measure, models, shrink
 from prunestudy.errors import InputError
 from prunestudy.papers import Card, card
-from prunestudy.study import tables
+from prunestudy.study import tables, verdicts
+from prunestudy.study.lines import line_of
 from prunestudy.study.plan import Planned, Tiny, plan
-from prunestudy.study.records import Store, canonical, write_text
+from prunestudy.study.records import Store
 from prunestudy.study.runs import Runner
 from prunestudy.study.settings import RunSettings
 
@@ -78,7 +79,7 @@ class Session:
 
     def verdicts(self) -> pd.DataFrame:
         """One row per claim and comparison, judged by the rule."""
-        return tables.verdicts_table(self.store, self.planned, self.card)
+        return verdicts.verdicts_table(self.store, self.planned, self.card)
 
     def figure(self, name: str, drawn: "Figure") -> "Figure":
         """Save `drawn` under the paper's name and return it."""
@@ -115,20 +116,19 @@ def measure_latency(store: Store, planned: list[Planned], rounds: int = 30) -> i
     # A run that several experiments share is timed once.
     waiting = {item.settings.run: item.settings for item in planned if is_untimed(store, item)}
     for run, settings in tqdm(waiting.items(), desc="latency", unit="net", disable=not waiting):
-        write_text(store.path(run) / "latency.json", _latency(store, settings, rounds))
+        store.write_latency(run, _latency(store, settings, rounds))
     return len(waiting)
 
 
 def is_untimed(store: Store, item: Planned) -> bool:
     """Whether the net of `item` is there and still to be timed (seed 0 of results only)."""
-    settings, run = item.settings, item.settings.run
+    settings = item.settings
     wanted = settings.seed == 0 and item.purpose == "results"
-    wanted = wanted and (settings.parent or settings.method != "dense")
-    if not wanted or (store.path(run) / "latency.json").exists():
+    if not wanted or not (settings.parent or settings.method != "dense"):
         return False
     record = store.read(settings)
-    done = record is not None and record["status"] == "done"
-    return done and store.weights(run).exists()
+    waiting = record is not None and record["status"] == "done" and record["latency"] is None
+    return waiting and store.weights(settings.run).exists()
 
 
 def dense_start(settings: RunSettings) -> RunSettings:
@@ -136,7 +136,8 @@ def dense_start(settings: RunSettings) -> RunSettings:
     return dense_start(settings.parent) if settings.parent else settings
 
 
-def _latency(store: Store, settings: RunSettings, rounds: int) -> str:
+def _latency(store: Store, settings: RunSettings, rounds: int) -> dict[str, Any]:
+    store.require_weights(settings.run)
     info = datasets.info(settings.dataset)
     shape = (info.channels, info.height, info.width)
     small = shrink.load_net(store.weights(settings.run), settings.model)
@@ -147,12 +148,13 @@ def _latency(store: Store, settings: RunSettings, rounds: int) -> str:
         median = measure.latency(nets, shape, batch, rounds=rounds, threads=1)
         times |= {f"{name}_b{batch}_ms": round(ms, 5) for name, ms in median.items()}
     form = f"linear layers of at least {_CSR_FROM:.0%} zeros from compressed rows (CSR)"
-    return canonical({"ms": times, "threads": 1, "rounds": rounds, "form": form})
+    return {"ms": times, "threads": 1, "rounds": rounds, "form": form}
 
 
 def state_of(store: Store, planned: list[Planned]) -> str:
     """Digest of the planned runs' records: it changes when any of them does."""
-    done = {p.settings.run: (store.load(p.settings.run) or {}).get("checksum") for p in planned}
+    records = ((p.settings.run, store.load(p.settings.run)) for p in planned)
+    done = {run: record and line_of(record) for run, record in records}
     return hashlib.sha256(json.dumps(done, sort_keys=True).encode()).hexdigest()
 
 

@@ -1,13 +1,8 @@
-"""The two tidy tables of a profile, made from records: runs.csv and summary.csv.
-
-Verdicts are a rule: *confirmed* if the 95% interval of the paired per-seed difference lies on the
-claimed side, *contradicted* if on the other, *undecided* otherwise.
-"""
+"""The two tidy tables of a profile, made from records: runs.csv and summary.csv."""
 
 import html
 import json
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +10,18 @@ import pandas as pd
 
 from prunestudy import datasets, methods
 from prunestudy.errors import InputError
-from prunestudy.papers import Card, Claim, Comparison, Published, card
+from prunestudy.papers import Card, Published, card
+from prunestudy.study import verdicts
 from prunestudy.study.plan import Planned
 from prunestudy.study.records import Store, write_text
+from prunestudy.study.verdicts import Interval, removed
 
 RUN_COLUMNS = (
     "run parent paper method variant model dataset seed epochs precision threads target_kind "
     "target sparsity parameters nonzeros macs nonzero_macs dense_parameters dense_macs "
     "metric_name metric dense_metric macro_f1 latency_b1_ms latency_b128_ms "
-    "dense_latency_b1_ms dense_latency_b128_ms peak_memory_mb bytes train_seconds status"
+    "dense_latency_b1_ms dense_latency_b128_ms peak_memory_mb bytes train_seconds status "
+    "reading stage after"
 ).split()
 KEYS = (
     "paper method variant model dataset epochs precision threads target_kind target metric_name"
@@ -32,7 +30,8 @@ SUMMARY_COLUMNS = (
     KEYS
     + (
         "n diverged metric metric_sd dense_metric difference_n difference difference_sd "
-        "difference_low difference_high sparsity nonzeros published mark source verdict"
+        "difference_low difference_high sparsity nonzeros published mark source verdict "
+        "reading stage after"
     ).split()
 )
 
@@ -68,15 +67,11 @@ def _row(store: Store, item: Planned, record: dict[str, Any]) -> dict[str, Any]:
         "target_kind": target.kind if target else "",
         "target": target.value if target else math.nan,
         **{name: metrics.get(name) for name in RUN_COLUMNS if name in metrics},
-        **_latency(store, settings.run),
+        **(record["latency"] or {}).get("ms", {}),
         "train_seconds": record["cost"]["train_seconds"],
         "status": record["status"],
+        **{name: getattr(item, name) for name in ("reading", "stage", "after")},
     }
-
-
-def _latency(store: Store, run: str) -> dict[str, float]:
-    path = store.path(run) / "latency.json"
-    return json.loads(path.read_text(encoding="utf-8"))["ms"] if path.exists() else {}
 
 
 def _with_dense(table: pd.DataFrame) -> pd.DataFrame:
@@ -124,6 +119,7 @@ def _summary(all_seeds: pd.DataFrame) -> dict[str, Any]:
         "mark": published.mark if published else "",
         "source": published.source if published else "",
         "verdict": _verdict_to_dense(card(first["paper"]), first, difference),
+        **{name: first[name] for name in ("reading", "stage", "after")},
     }
 
 
@@ -136,133 +132,9 @@ def _beside(paper: Card, row: pd.Series) -> Published | None:
     return None
 
 
-def _verdict_to_dense(paper: Card, row: pd.Series, difference: "Interval") -> str:
-    test = _claim_to_dense(paper, row)
-    return difference.verdict(test.at_least) if test else ""
-
-
-def _claim_to_dense(paper: Card, row: Mapping[str, Any]) -> Comparison | None:
-    """What the paper claims of this setting's metric against dense, if anything."""
-    keys = ("method", "variant", "model", "dataset", "target", "target_kind")
-    for test in (test for claim in paper.claims for test in claim.tests):
-        same = all(getattr(test, key) == row[key] for key in keys)
-        if same and not test.variant and (test.against, test.metric) == ("dense", "metric"):
-            return test
-    return None
-
-
-class Interval:
-    """Mean of paired differences with its 95% t-interval."""
-
-    def __init__(self, n: int, mean: float, sd: float, low: float, high: float) -> None:
-        self.n, self.mean, self.sd, self.low, self.high = n, mean, sd, low, high
-
-    @classmethod
-    def of(cls, values: list[float]) -> "Interval":
-        """Return the interval of `values`; without bounds for fewer than two."""
-        n = len(values)
-        if not n:
-            return cls(0, *[math.nan] * 4)
-        mean = math.fsum(values) / n
-        if n == 1:
-            return cls(1, mean, *[math.nan] * 3)
-        from scipy import stats  # late: it takes a second
-
-        sd = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1))
-        half = float(stats.t.ppf(0.975, n - 1)) * sd / math.sqrt(n)
-        return cls(n, mean, sd, mean - half, mean + half)
-
-    def verdict(self, at_least: float) -> str:
-        """Judge the claim that the difference is at least `at_least`."""
-        if self.n < 2:
-            return "undecided"
-        if self.low >= at_least:
-            return "confirmed"
-        return "contradicted" if self.high < at_least else "undecided"
-
-
-def paired(store: Store, planned: list[Planned], test: Comparison) -> Interval:
-    """Paired per-seed difference `test.method - test.against` of `test.metric`."""
-    return Interval.of(
-        [
-            ours["metrics"][test.metric] - (theirs["metrics"][test.metric] if theirs else 0)
-            for ours, theirs in pairs(store, planned, test)
-        ]
-    )
-
-
-def pairs(
-    store: Store, planned: list[Planned], test: Comparison
-) -> list[tuple[dict[str, Any], dict[str, Any] | None]]:
-    """The records that `test` compares, by seed; without a control the second is None.
-
-    Pairs share model, data, seed, target (where the control has one) and total epochs.
-    """
-    ours = _records(store, planned, test, (test.method, test.variant))
-    if not test.against:
-        return [(ours[key], None) for key in sorted(ours)]
-    theirs = _records(store, planned, test, (test.against, test.against_variant))
-    both = [(ours[key], theirs[key]) for key in sorted(ours) if key in theirs]
-    return [(a, b) for a, b in both if _as_sparse(a["metrics"], b["metrics"], test)]
-
-
-def _as_sparse(ours: dict[str, Any], theirs: dict[str, Any], test: Comparison) -> bool:
-    """Whether the pair is close enough in what was removed, or ours removed more."""
-    if test.within is None:
-        return True
-    more = _left(ours, test.target_kind) - _left(theirs, test.target_kind)
-    return more <= test.within
-
-
-def _left(metrics: dict[str, Any], kind: str) -> float:
-    """Share (0-1) of the parameters or MACs that is left; else of the prunable weights."""
-    if kind in ("parameters", "macs"):
-        return metrics[kind] / metrics[f"dense_{kind}"]
-    return 1 - metrics["sparsity"]
-
-
-def _records(
-    store: Store, planned: list[Planned], test: Comparison, side: tuple[str, str]
-) -> dict[tuple[int, int], dict[str, Any]]:
-    found = {}
-    for item in planned:
-        s = item.settings
-        wanted = (*side, test.model, test.dataset) == (
-            *(s.method, item.variant),
-            *(s.model, s.dataset),
-        )
-        at_target = s.aim is None or (s.aim.value, s.aim.kind) == (test.target, test.target_kind)
-        if wanted and at_target and item.purpose != "search":
-            record = store.read(s)
-            if record and record["metrics"].get(test.metric) is not None:
-                found[s.seed, s.epochs] = record
-    return found
-
-
-def verdicts_table(store: Store, planned: list[Planned], paper: Card) -> pd.DataFrame:
-    """One row per claim and comparison: difference, interval, n and verdict."""
-    rows = [row for claim in paper.claims for row in _judge(store, planned, claim)]
-    return pd.DataFrame(rows)
-
-
-def _judge(store: Store, planned: list[Planned], claim: Claim) -> list[dict[str, Any]]:
-    base = {"claim": claim.id, "says": claim.text, "mark": claim.mark}
-    if claim.not_testable:
-        return [base | {"verdict": "not testable here", "why": claim.not_testable}]
-    rows = []
-    for test in claim.tests:
-        got = paired(store, planned, test)
-        sides = (test.method, test.variant), (test.against, test.against_variant)
-        ours, theirs = (f"{name} ({label})" if label else name for name, label in sides)
-        minus = f" - {theirs}" if theirs else ""
-        rule = f"{ours}{minus} of {test.metric} >= {test.at_least:g}"
-        where = f"{test.model}, {test.dataset}"
-        if test.target:
-            where += f", {removed(test.target, test.target_kind)} removed"
-        numbers = {"difference": got.mean, "low": got.low, "high": got.high, "n": got.n}
-        verdict = got.verdict(test.at_least) if got.n else "no runs in this profile"
-        rows.append(base | {"rule": rule, "where": where} | numbers | {"verdict": verdict})
-    return rows
+def _verdict_to_dense(paper: Card, row: pd.Series, difference: Interval) -> str:
+    margin = verdicts.margin_to_dense(paper, row)
+    return "" if margin is None else difference.verdict(margin)
 
 
 def build(store: Store, planned: list[Planned]) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -315,10 +187,10 @@ def _short(paper: Card) -> str:
 
 
 def _verdict(row: Any) -> str:
-    test = _claim_to_dense(card(row.paper), row._asdict())
-    if not (row.verdict and test):
+    margin = verdicts.margin_to_dense(card(row.paper), row._asdict())
+    if not row.verdict or margin is None:
         return row.verdict
-    return f"{row.verdict} ({UNITS[row.metric_name][0] * test.at_least:+g})"
+    return f"{row.verdict} ({UNITS[row.metric_name][0] * margin:+g})"
 
 
 # By metric: the factor to its unit for people, and the unit.
@@ -342,11 +214,6 @@ def _published(row: Any) -> str:
     return "" if pd.isna(row.published) else f"{factor * row.published:.2f}{unit} [{row.mark}]"
 
 
-def removed(target: float, kind: str) -> str:
-    """The target for people: "95% of weights"."""
-    return f"{100 * target:g}% of {methods.TARGETS[kind]}"
-
-
 def datasets_title(name: str) -> str:
     """Title of data set `name` for people; a folder's own name."""
     return name.removeprefix("folder:") if ":" in name else datasets.info(name).title
@@ -363,7 +230,7 @@ def bracket(mean: float, low: float, high: float, digits: int = 2) -> str:
 def read_table(path: Path) -> pd.DataFrame:
     """Read a table written by `write_tables`; empty labels stay empty text."""
     text = "run parent paper method variant model dataset precision target_kind metric_name".split()
-    text += ["status", "mark", "source", "verdict"]
+    text += "status mark source verdict reading stage after".split()
     try:
         table = pd.read_csv(path, dtype=dict.fromkeys(text, str))
     except FileNotFoundError:

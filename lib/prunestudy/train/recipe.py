@@ -1,12 +1,16 @@
 """How the weights are trained: epochs, batches, optimiser and learning-rate schedule."""
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field, model_validator
+
+from prunestudy.values import Values
+
+_Within = Annotated[float, Field(gt=0, lt=1)]
 
 
-class Recipe(BaseModel):
+class Recipe(Values):
     """Settings of a training; each phase of a method runs its own schedule from `lr` downwards.
 
     `epochs` may be 0 where a method changes a trained net and does not train it after; `steps` ends
@@ -18,10 +22,8 @@ class Recipe(BaseModel):
     norm sees each piece by itself.
     """
 
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
-
-    epochs: Annotated[int, Field(ge=0)]
-    steps: Annotated[int, Field(ge=0)] = 0
+    epochs: Annotated[int, Field(ge=0, le=1_000_000)]
+    steps: Annotated[int, Field(ge=0, le=1_000_000_000)] = 0
     lr: Annotated[float, Field(gt=0)]
     batch_size: Annotated[int, Field(ge=1)] = 128
     pieces: Annotated[int, Field(ge=1)] = 1
@@ -30,13 +32,19 @@ class Recipe(BaseModel):
     nesterov: bool = False
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     schedule: Literal["constant", "cosine", "step", "poly"] = "cosine"
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_steps: Annotated[int, Field(ge=0, le=1_000_000_000)] = 0
     warmup_from: Annotated[float, Field(ge=0, le=1)] = 0.0
-    milestones: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.5, 0.75)
+    milestones: Annotated[tuple[_Within, ...], Field(strict=False)] = (0.5, 0.75)  # or a list
     gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
     power: Annotated[float, Field(gt=0)] = 1.0
     shift: Annotated[int, Field(ge=0)] = 0
     flip: bool = False
+
+    @model_validator(mode="after")
+    def _nesterov_has_momentum(self) -> Self:
+        if self.nesterov and self.optimizer == "sgd" and self.momentum == 0:
+            raise ValueError("nesterov = True: needs a momentum above 0")
+        return self
 
     def lr_at(self, step: int, steps: int, schedule: str | None = None) -> float:
         """Learning rate of step `step` (from 0) of `steps`, by `schedule` or the recipe's own."""

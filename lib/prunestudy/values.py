@@ -1,0 +1,70 @@
+"""What a user may give as a setting, and one line for what cannot be used."""
+
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+
+from prunestudy.errors import InputError
+
+# Whole numbers are counts and seeds. The square of any other number fits float32.
+_MOST_WHOLE = 2**32
+_LEAST, _MOST = 1e-18, 1e18
+
+
+class Values(BaseModel):
+    """Named settings; strict, so that a misspelt or mistyped one is refused.
+
+    Scalars of numpy and torch count as plain numbers. Numbers that training in float32 cannot
+    work with are refused.
+    """
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _usable(cls, value: Any) -> Any:
+        return _usable(value)
+
+
+Kind = TypeVar("Kind", bound=Values)
+
+
+def checked(kind: type[Kind], values: Any, within: str = "") -> Kind:
+    """Return `values`, a dict, as a `kind`, or raise `InputError` for the first that is wrong.
+
+    The line names it as `within` and its key, "params.ramp" for instance.
+    """
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise InputError(_first(error, kind, within)) from None
+
+
+def _usable(value: Any) -> Any:
+    """Plain numbers for scalars of numpy and torch; `ValueError` for one that is out of range."""
+    if isinstance(value, dict):
+        return {key: _usable(each) for key, each in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(_usable, value))
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, int) and abs(value) >= _MOST_WHOLE:
+        raise ValueError(f"a whole number below {_MOST_WHOLE}")
+    if isinstance(value, float) and (0 < abs(value) < _LEAST or _MOST < abs(value) < float("inf")):
+        raise ValueError(f"a number from {_LEAST:g} to {_MOST:g}, or 0 where that is allowed")
+    return value
+
+
+def _first(error: ValidationError, kind: type[Values], within: str) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in (within, *first["loc"]) if part != "")
+    own = str(first["ctx"]["error"]) if first["type"] == "value_error" else ""
+    if own and not first["loc"]:  # of several values: it names them itself
+        return f"{within}.{own}".lstrip(".")
+    if first["type"] == "missing":
+        return f"{where}: is missing"
+    allowed = own or first["msg"].lower()
+    if first["type"] == "extra_forbidden" and len(first["loc"]) == 1:
+        names = ", ".join(sorted(kind.model_fields))
+        allowed = f"allowed are {names}" if names else "none is allowed here"
+    return f"{where} = {first['input']!r}: {allowed}"
