@@ -527,11 +527,20 @@ def test_arrays_stay_below_a_megabyte_for_the_papers_nets():
         ({"norm": "median"}, "params.norm = 'median': "),
         ({"scope": "linear"}, "params.scope = 'linear': "),
         ({"ramp": 0.0}, "params.ramp = 0.0: "),
-        ({"exploit_from": 1.0}, "exploit_from = 1.0: from ramp = 0.75 on and before the last"),
-        ({"exploit_from": 1.5}, "exploit_from = 1.5: from ramp = 0.75 on and before the last"),
-        ({"exploit_from": 0.5}, "exploit_from = 0.5: from ramp = 0.75 on and before the last"),
-        ({"ramp": 1.0}, "exploit_from = 1.0: from ramp = 1 on and before the last"),
-        ({"exploit_from": 0.8, "exploitation": False}, "exploit_from = 0.8: nothing where"),
+        (
+            {"exploit_from": 1.0},
+            "params.exploit_from = 1.0: from ramp = 0.75 on and before the last",
+        ),
+        (
+            {"exploit_from": 1.5},
+            "params.exploit_from = 1.5: from ramp = 0.75 on and before the last",
+        ),
+        (
+            {"exploit_from": 0.5},
+            "params.exploit_from = 0.5: from ramp = 0.75 on and before the last",
+        ),
+        ({"ramp": 1.0}, "params.ramp = 1.0: below 1"),
+        ({"exploit_from": 0.8, "exploitation": False}, "params.exploit_from = 0.8: nothing where"),
     ],
 )
 def test_bad_settings_are_refused_in_one_line(params, said):
@@ -551,7 +560,7 @@ def test_nothing_left_to_prune_is_refused_in_one_line(name):
     assert one_line(caught) == "target = 0.1: cuts none of 2 weights: nothing to prune"
     with pytest.raises(InputError) as caught:
         attached(layer([[1.0, 2.0]]), name, 0.5, scope="convolutions")
-    assert one_line(caught).startswith("scope = 'convolutions': Linear has no convolution")
+    assert one_line(caught).startswith("params.scope = 'convolutions': Linear has no convolution")
 
 
 def test_what_needs_no_data_is_refused_when_planned(tmp_path, capsys):
