@@ -139,7 +139,10 @@ SETTINGS = [
     (["colour=red"], "setting = 'colour': allowed are batch_size, dataset, epochs"),
     (["lr"], "--set = 'lr': must be KEY=VALUE"),
     (["model=vgg99"], "model = 'vgg99': allowed are alexnet, alexnet_grouped"),
-    (["model=lenet5"], "shape = (1, 8, 8): lenet5 needs images of at least 16x16"),
+    (
+        ["model=lenet5"],
+        "model = 'lenet5': not for digits: shape = (1, 8, 8): lenet5 needs images",
+    ),
     (["method=lasso"], "method = 'lasso': allowed are component_aware, dense"),
     (["dataset=cifar"], "dataset = 'cifar': allowed are digits"),
     (["method=scratch"], "parent = None: scratch needs the run whose shape it takes"),

@@ -16,7 +16,7 @@ from prunestudy.methods import Context, Progress
 from prunestudy.methods.masks import cubic_sparsity, dense_weights, kept_count, layers_in
 from prunestudy.methods.trail import Trail
 from prunestudy.papers import card
-from prunestudy.study import cli, figures, settings
+from prunestudy.study import cli, figures
 from prunestudy.study.audit import weight_line
 from prunestudy.study.bench import magnitude_attention as bench
 from prunestudy.study.figures import magnitude_attention as drawings
@@ -851,7 +851,7 @@ def test_new_settings_of_old_methods_leave_the_names_of_their_runs():
     assert "scope" in made.params
     assert made.model_copy(update={"params": {}}).run == made.run
     plain = made.recipe.model_dump(exclude={"warmup_from"})
-    assert made.model_copy(update={"recipe": settings.recipe(**plain)}).run == made.run
+    assert made.model_copy(update={"recipe": Recipe(**plain)}).run == made.run
 
 
 def test_progress_tells_the_loss_after_a_step_only():
