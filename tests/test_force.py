@@ -556,7 +556,7 @@ def test_a_layer_that_does_not_exist_is_refused(key):
         with pytest.raises(InputError) as caught:
             call()
         said = one_line(caught)
-        assert said == f"{key} = 'conv9': a layer of the net: conv1, conv2, conv3, fc"
+        assert said == f"params.{key} = 'conv9': a layer of the net: conv1, conv2, conv3, fc"
 
 
 # --- the card

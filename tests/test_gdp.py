@@ -475,7 +475,7 @@ def test_bad_parameters_are_refused_in_one_line(name, key, value):
 def test_eps_must_fall():
     with pytest.raises(InputError) as caught:
         methods.params_of("gdp", {"eps_start": 1e-3, "eps_end": 1e-2})
-    assert "eps_end 0.01 is above eps_start 0.001" in one_line(caught)
+    assert one_line(caught) == "params.eps_end = 0.01: at most eps_start, 0.001"
 
 
 @pytest.mark.parametrize("name", ["gdp", "hard_concrete", "l1_filter", "group_l2", "random"])

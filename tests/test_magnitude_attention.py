@@ -16,7 +16,7 @@ from prunestudy.methods import Context, Progress
 from prunestudy.methods.masks import cubic_sparsity, dense_weights, kept_count, layers_in
 from prunestudy.methods.trail import Trail
 from prunestudy.papers import card
-from prunestudy.study import cli, figures, settings
+from prunestudy.study import cli, figures
 from prunestudy.study.audit import weight_line
 from prunestudy.study.bench import magnitude_attention as bench
 from prunestudy.study.figures import magnitude_attention as drawings
@@ -527,11 +527,20 @@ def test_arrays_stay_below_a_megabyte_for_the_papers_nets():
         ({"norm": "median"}, "params.norm = 'median': "),
         ({"scope": "linear"}, "params.scope = 'linear': "),
         ({"ramp": 0.0}, "params.ramp = 0.0: "),
-        ({"exploit_from": 1.0}, "exploit_from = 1.0: from ramp = 0.75 on and before the last"),
-        ({"exploit_from": 1.5}, "exploit_from = 1.5: from ramp = 0.75 on and before the last"),
-        ({"exploit_from": 0.5}, "exploit_from = 0.5: from ramp = 0.75 on and before the last"),
-        ({"ramp": 1.0}, "exploit_from = 1.0: from ramp = 1 on and before the last"),
-        ({"exploit_from": 0.8, "exploitation": False}, "exploit_from = 0.8: nothing where"),
+        (
+            {"exploit_from": 1.0},
+            "params.exploit_from = 1.0: from ramp = 0.75 on and before the last",
+        ),
+        (
+            {"exploit_from": 1.5},
+            "params.exploit_from = 1.5: from ramp = 0.75 on and before the last",
+        ),
+        (
+            {"exploit_from": 0.5},
+            "params.exploit_from = 0.5: from ramp = 0.75 on and before the last",
+        ),
+        ({"ramp": 1.0}, "params.ramp = 1.0: below 1"),
+        ({"exploit_from": 0.8, "exploitation": False}, "params.exploit_from = 0.8: nothing where"),
     ],
 )
 def test_bad_settings_are_refused_in_one_line(params, said):
@@ -551,7 +560,7 @@ def test_nothing_left_to_prune_is_refused_in_one_line(name):
     assert one_line(caught) == "target = 0.1: cuts none of 2 weights: nothing to prune"
     with pytest.raises(InputError) as caught:
         attached(layer([[1.0, 2.0]]), name, 0.5, scope="convolutions")
-    assert one_line(caught).startswith("scope = 'convolutions': Linear has no convolution")
+    assert one_line(caught).startswith("params.scope = 'convolutions': Linear has no convolution")
 
 
 def test_what_needs_no_data_is_refused_when_planned(tmp_path, capsys):
@@ -842,7 +851,7 @@ def test_new_settings_of_old_methods_leave_the_names_of_their_runs():
     assert "scope" in made.params
     assert made.model_copy(update={"params": {}}).run == made.run
     plain = made.recipe.model_dump(exclude={"warmup_from"})
-    assert made.model_copy(update={"recipe": settings.recipe(**plain)}).run == made.run
+    assert made.model_copy(update={"recipe": Recipe(**plain)}).run == made.run
 
 
 def test_progress_tells_the_loss_after_a_step_only():

@@ -104,7 +104,7 @@ def test_the_methods_are_those_of_the_design():
 def test_bad_parameters_are_refused_in_one_line(name, key, value):
     with pytest.raises(InputError) as caught:
         methods.params_of(name, {key: value})
-    assert one_line(caught).startswith(f"{name} parameter {key} = {value!r}: ")
+    assert one_line(caught).startswith(f"params.{key} = {value!r}: ")
 
 
 @pytest.mark.parametrize("name", PRUNING)

@@ -6,6 +6,7 @@ import resource
 import socket
 import stat
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,6 @@ import safetensors.torch
 import torch
 from conftest import one_line, tree
 from PIL import Image
-from torch import nn
 
 from prunestudy import datasets, models, shrink
 from prunestudy.datasets import sources
@@ -23,7 +23,7 @@ from prunestudy.study import settings
 from prunestudy.study.settings import own_settings
 from prunestudy.train import Recipe
 
-RANGE = "a number from 1e-18 to 1e+18, or 0 where that is allowed"
+RANGE = "a number from 1e-18 to 1e+30, or 0 where that is allowed"
 WHOLE = f"a whole number below {2**32}"
 
 
@@ -119,7 +119,7 @@ def test_what_cannot_be_used_is_refused_as_it_was_typed(values, line):
     "values",
     [
         {"lr": 1e-18},
-        {"lr": 1e18, "weight_decay": 0},
+        {"lr": 1e30, "weight_decay": 0},
         {"nesterov": True},
         {"nesterov": True, "momentum": 0.0, "optimizer": "adam"},
         {"threads": 1024},
@@ -238,14 +238,12 @@ def test_a_folder_that_cannot_be_used(pets, damage):
         assert words in line
 
 
-@pytest.mark.parametrize("name", ["pets ", "~nobody", "p{e}t's; $(x) #\n", "ü", ".."])
+@pytest.mark.parametrize("name", ["pets ", "~no such user", "p{e}t's; $(x) #\n", "ü"])
 def test_a_folder_of_any_name_is_taken(pets, name):
-    place = pets.parent / name
-    if name != "..":
-        pets.rename(place)
-    root = pets.parent if name != ".." else pets / "train"
-    made = own_settings({"dataset": f"folder:{name}", "validation": 1, "batch_size": 1}, str(root))
-    assert datasets.load(made.dataset, root).info.title == (name if name != ".." else "pets")
+    pets.rename(pets.parent / name)
+    values = {"dataset": f"folder:{name}", "validation": 1, "batch_size": 1}
+    made = own_settings(values, str(pets.parent))
+    assert datasets.load(made.dataset, pets.parent).info.title == name
     assert made.run.isprintable()
     assert "/" not in made.run
 
@@ -255,7 +253,7 @@ def test_a_folder_that_may_not_be_read(pets, monkeypatch):
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(InputError, match="cannot be read .*Permission denied"):
+    with pytest.raises(InputError, match=r"cannot be read .*Permission denied"):
         datasets.load("folder:pets", pets.parent)
 
 
@@ -362,14 +360,19 @@ def little_disk():
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_a_full_disk_leaves_the_old_file_and_no_half_one(tmp_path, little_disk):
+def test_a_full_disk_leaves_the_old_file_and_no_half_one(tmp_path, little_disk, monkeypatch):
     path = tmp_path / "net"
     path.write_text("old")
     net = models.build("lenet5", (1, 16, 16), 10)
     with pytest.raises(OSError, match=f"too large: '{path}'"):
         shrink.save_net(net, path, "lenet5", (1, 16, 16), 10)
+    # torch's exporter takes ten seconds, and it is the writing that counts here
+    graph = SimpleNamespace(inputs=[SimpleNamespace(shape=["batch"])], outputs=[])
+    program = SimpleNamespace(model=SimpleNamespace(graph=graph))
+    program.save = lambda part: part.write_bytes(bytes(3000))
+    monkeypatch.setattr("torch.onnx.export", lambda *_, **__: program)
     with pytest.raises(OSError, match=f"too large: '{path}'"):
-        shrink.export_onnx(nn.Sequential(nn.Flatten(), nn.Linear(256, 10)), path, (1, 16, 16))
+        shrink.export_onnx(net, path, (1, 16, 16))
     assert tree(tmp_path) == {"net": (b"old", path.stat().st_mtime_ns)}
 
 
@@ -398,8 +401,6 @@ def damaged():
     whole = signed(tensors)
     header = int.from_bytes(whole[:8], "little")
     few = {key: value for key, value in tensors.items() if "fc3" not in key}
-    wide = {key: value.to(torch.float64) for key, value in tensors.items()}
-    half = {key: value.to(torch.bfloat16) for key, value in tensors.items()}
     changes = {
         "another format": {"format": "prunestudy-sparse-9"},
         "no format": {"format": None},
@@ -427,8 +428,6 @@ def damaged():
         "long header": (2**60).to_bytes(8, "little") + whole[8:],
         "no metadata": safetensors.torch.save(tensors),
         "few tensors": signed(few),
-        "float64": signed(wide),
-        "bfloat16": signed(half),
         "nothing in it": signed({}),
         **{name: signed(tensors, **change) for name, change in changes.items()},
     }

@@ -12,7 +12,6 @@ from prunestudy import methods
 from prunestudy.datasets import Batches, DatasetInfo, ImageSet
 from prunestudy.errors import InputError
 from prunestudy.methods import Method, Params, Phase
-from prunestudy.study.settings import recipe as checked_recipe
 from prunestudy.train import (
     Recipe,
     keep_freed_memory,
@@ -22,6 +21,7 @@ from prunestudy.train import (
     train,
     write_checkpoint,
 )
+from prunestudy.values import checked
 
 EPOCHS = 4  # of 4 steps
 
@@ -131,14 +131,14 @@ def test_a_phase_may_have_a_schedule_of_its_own():
 )
 def test_bad_recipes_are_refused_in_one_line(key, value):
     with pytest.raises(InputError) as caught:
-        checked_recipe(**({"epochs": 1, "lr": 0.1} | {key: value}))
+        checked(Recipe, {"epochs": 1, "lr": 0.1} | {key: value})
     assert one_line(caught).startswith(f"{key} = {value!r}: ")
 
 
 @pytest.mark.parametrize("milestones", [(0.0,), (0.5, 1.0), (-0.5,)])
 def test_bad_milestones_are_refused_in_one_line(milestones):
     with pytest.raises(InputError) as caught:
-        checked_recipe(epochs=1, lr=0.1, milestones=milestones)
+        checked(Recipe, {"epochs": 1, "lr": 0.1, "milestones": milestones})
     assert one_line(caught).startswith("milestones.")
 
 

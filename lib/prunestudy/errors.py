@@ -43,8 +43,9 @@ def writable_file(path: str | Path) -> Path:
     path = Path(path)
     try:
         require(path.parent.is_dir(), "path", str(path), "a file in a folder that exists")
-        new = not os.path.lexists(path)
-        right = new or stat.S_ISREG(path.lstat().st_mode)
+        right = stat.S_ISREG(path.lstat().st_mode)
+    except FileNotFoundError:
+        return path
     except OSError as error:
         raise InputError(f"path = {str(path)!r}: {error.strerror}") from None
     require(right, "path", str(path), "a regular file, or a name that is not in use")

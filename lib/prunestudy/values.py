@@ -6,9 +6,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from prunestudy.errors import InputError
 
-# Whole numbers are counts and seeds. The square of any other number fits float32.
-_MOST_WHOLE = 2**32
-_LEAST, _MOST = 1e-18, 1e18
+_MOST_WHOLE = 2**32  # whole numbers are counts and seeds
+# In float32 the square of a smaller number is 0, and a larger one leaves no room for a factor.
+_LEAST, _MOST = 1e-18, 1e30
 
 
 class Values(BaseModel):

@@ -253,10 +253,9 @@ def _home(path: str | Path) -> Path:
 
 
 def _folder_info(layout: folders.Layout) -> DatasetInfo:
-    title = layout.path.absolute().name or str(layout.path)
     return DatasetInfo(
-        name=FOLDER + title,
-        title=title,
+        name=FOLDER + layout.path.name,
+        title=layout.path.name,
         version=layout.version,
         channels=layout.channels,
         height=layout.height,
