@@ -32,10 +32,10 @@ slides: .venv/ready  ## write slides of the executed notebooks, of all or of PAP
 	@prunestudy slides $(PAPER) --profile $(PROFILE)
 
 bench: .venv/ready  ## measure ratios side by side, write results/bench.md
-	@prunestudy bench
+	@$(BIN)/python bench
 
-gpu: .venv/ready  ## on a CUDA device: its tests, ratios, a short CIFAR study; write results/gpu
-	@prunestudy gpu --check && $(BIN)/python -m pytest -m cuda && prunestudy gpu
+gpu: .venv/ready  ## run the tests that need a CUDA device
+	@$(BIN)/python -m pytest -m cuda -rs
 
 status: .venv/ready  ## say what is done and what is missing
 	@prunestudy status --profile $(PROFILE) $(papers)

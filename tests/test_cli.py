@@ -93,9 +93,6 @@ def names_of(*labels):
         (["study", "--jobs", "two"], "argument --jobs: invalid int value: 'two'"),
         (["study", "--profile", "fast"], "profile = 'fast': allowed are"),
         (["study", "--paper", "nope"], "paper = 'nope': allowed are toy"),
-        (["bench", "--fast"], "unrecognized arguments: --fast"),
-        (["gpu"], "device = 'cuda': no CUDA device here"),
-        (["gpu", "--check"], "device = 'cuda': no CUDA device here"),
     ],
 )
 def test_bad_commands(refused, words, message, monkeypatch):
@@ -268,9 +265,7 @@ def test_help_names_every_command(capsys):
         cli.main(["--help"])
     assert caught.value.code == 0
     out = capsys.readouterr().out
-    names = (
-        "study plan list status table latency run job notebook show compare export train bench gpu"
-    )
+    names = "study plan list status table latency run job notebook show compare export train"
     for name in names.split():
         assert f"\n    {name} " in out
 

@@ -12,7 +12,6 @@ from prunestudy.errors import InputError
 from prunestudy.methods import Context, Progress, filters
 from prunestudy.methods.force import force, force_by_pairs
 from prunestudy.shrink import low_rank, ranks
-from prunestudy.study.bench import force as bench
 from prunestudy.study.figures import force as drawings
 from prunestudy.study.plan import plan
 from prunestudy.study.records import Store, repository
@@ -638,14 +637,6 @@ def test_a_layer_that_does_not_exist_is_refused_before_a_run_starts():
         with pytest.raises(InputError) as caught:
             own_settings({"model": "convnet", "method": "force", "target": 0.05} | params)
         assert one_line(caught).startswith(words)
-
-
-def test_a_bench_row_of_factors_is_at_the_rank_of_the_card():
-    what, text = bench.factors("LeNet", bench.LENET, "conv2", quick=True)
-    assert what == "LeNet conv2 at rank 17 of 50: layer / factors"
-    parts = text.split("; ")
-    assert [part.split()[0] for part in parts] == ["batch", "batch", "by"]
-    assert parts[2] == "by MACs 2.67"  # 50 * 500 / (17 * (500 + 50))
 
 
 # --- figures and the study

@@ -18,7 +18,6 @@ from prunestudy.methods.trail import Trail
 from prunestudy.papers import card
 from prunestudy.study import cli, figures
 from prunestudy.study.audit import weight_line
-from prunestudy.study.bench import magnitude_attention as bench
 from prunestudy.study.figures import magnitude_attention as drawings
 from prunestudy.study.plan import Planned
 from prunestudy.study.records import canonical, checksum
@@ -794,19 +793,6 @@ def test_names_of_many_layers_stand_upright(done, count, degrees):
     assert [label.get_text() for label in labels] == [f"stage{i}.conv" for i in range(count)]
     assert {label.get_rotation() for label in labels} == {degrees}
     plt.close("all")
-
-
-def test_bench_rows_call_what_they_say():
-    """Ours makes a mask at each call; torch's leaves the net as it was, for the next call."""
-    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3))
-    before = copy.deepcopy(net.state_dict())
-    bench._torch_masks(net)()
-    assert {k: v.tolist() for k, v in net.state_dict().items()} == {
-        k: v.tolist() for k, v in before.items()
-    }
-    bench._our_masks(net)()
-    kept = sum(int(layer.weight.count_nonzero()) for layer in net)
-    assert kept == kept_count(4 * 9 + 16 * 9, 0.9)
 
 
 def test_a_run_without_such_a_file_is_refused_in_one_line(runner, store):

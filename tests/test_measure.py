@@ -8,9 +8,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torchmetrics.functional.classification import multiclass_f1_score
 
-from prunestudy import measure, methods, models, shrink
+from prunestudy import measure, models, shrink
 from prunestudy.errors import InputError
-from prunestudy.study import bench
 
 
 class Fixed(nn.Module):
@@ -296,24 +295,6 @@ def test_ratio():
 )
 def test_ratio_refuses(a, b, word):
     refused(lambda: measure.ratio(a, b), word)
-
-
-def test_cost_of_a_step_is_that_of_the_methods_net_over_a_dense_one(monkeypatch):
-    said, counted = [], []
-    method = methods.build("dense", {})
-    monkeypatch.setattr(method, "after_step", lambda *given: counted.append(given[1].step))
-
-    def interleave(both, rounds, warmup):
-        for name, step in both.items():
-            step()
-            step()
-            said.append((name, rounds, warmup))
-        return {"dense": [1.0, 2.0], "method": [2.0, 4.0]}
-
-    monkeypatch.setattr(measure, "interleave", interleave)
-    assert bench.step_cost("lenet300", (1, 8, 8), method, rounds=7) == "2.00 [2.00, 2.00]"
-    assert said == [("dense", 7, 2), ("method", 7, 2)]
-    assert counted == [0, 1]
 
 
 def test_latency_puts_modes_and_threads_back():

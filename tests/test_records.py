@@ -617,13 +617,13 @@ def test_a_killed_process_ends_with_the_same_record(method, runner, store, tmp_p
     settings = child_run(method, 0.9, epochs=3)
     runner.ensure(settings.parent)
     body = """
-        real, count = loop._Loop._save, []
+        real, count = loop.Loop._save, []
         def save(self, path, run):
             real(self, path, run)
             count.append(1)
             if len(count) == 25:
                 os.kill(os.getpid(), signal.SIGKILL)
-        loop._Loop._save = save
+        loop.Loop._save = save
         loop.train.__kwdefaults__["checkpoint_seconds"] = 0.0
         Runner(store, device="cpu").ensure(settings)
     """

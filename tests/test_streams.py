@@ -17,7 +17,6 @@ from prunestudy import datasets, methods, models
 from prunestudy.datasets import StreamBatches, batches_of
 from prunestudy.datasets.streams import StreamSet
 from prunestudy.errors import InputError
-from prunestudy.study.bench import stream as bench
 from prunestudy.study.settings import own_settings
 from prunestudy.train import Recipe, train
 
@@ -387,15 +386,3 @@ def test_planning_needs_no_data():
     assert own_settings({"dataset": "imagenet", "model": "resnet50"}).dataset_version == "1"
     voc = {"dataset": "voc", "model": "deeplabv3plus_resnet50", "pretrained": True}
     assert own_settings(voc).run.startswith("dense-deeplabv3plus_resnet50-voc-")
-
-
-def test_both_sides_of_the_bench_do_their_work(tmp_path, monkeypatch):
-    images = bench._photos(tmp_path, 3, 2)
-    assert len(images) == 6
-    assert images.read(5)[0].size == (500, 375)
-    bench._bare(images)()
-    monkeypatch.setattr("prunestudy.study.bench.stream._BATCH", 2)
-    bench._stream(images)()
-    (tmp_path / "2.jpg").write_bytes(b"no image")
-    with pytest.raises(InputError, match=r"1 image cannot be read: 2\.jpg"):
-        bench._stream(images)()

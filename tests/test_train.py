@@ -13,6 +13,7 @@ from prunestudy.datasets import Batches, DatasetInfo, ImageSet
 from prunestudy.errors import InputError
 from prunestudy.methods import Method, Params, Phase
 from prunestudy.train import (
+    Loop,
     Recipe,
     keep_freed_memory,
     loop,
@@ -639,6 +640,37 @@ def test_the_seconds_of_a_resumed_run_add_up(tmp_path, monkeypatch):
     assert saved >= 6
     made = fit(**options)
     assert made.seconds >= saved + 10
+
+
+def test_time_between_two_steps_counts_for_nothing(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: now[0])
+
+    class Slow(Recorder):
+        def after_backward(self, model, progress):
+            now[0] += 1.0
+
+    alone = Loop(randomise(BatchNormNet()), Slow(), Recipe(epochs=2, lr=0.01), *two_sets(), seed=3)
+    for _ in alone.steps():
+        now[0] += 100.0
+    assert alone.result().seconds == 2 * 4
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_two_trainings_in_turns_are_each_as_if_alone(variant):
+    recipe = Recipe(epochs=EPOCHS, lr=0.01, weight_decay=1e-3)
+    loops = [
+        Loop(randomise(BatchNormNet()), made_of(variant), recipe, *two_sets(), seed=seed)
+        for seed in (3, 4)
+    ]
+    rows = list(zip(*(each.steps() for each in loops), strict=True))
+    assert [row is not None for row, _ in rows] == [False, False, False, True] * EPOCHS
+    for each, seed in zip(loops, (3, 4), strict=True):
+        same(each.result(), fit(made_of(variant), seed=seed))
+
+
+def two_sets():
+    return toy_batches(), toy_batches(seed=9)
 
 
 # --- memory

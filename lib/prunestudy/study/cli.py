@@ -92,11 +92,6 @@ def _parser() -> argparse.ArgumentParser:
         each.add_argument("--profile", default="quick")
     own = with_data(add("train", _train, "train one run of your own, with settings of your own"))
     own.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=_SET_HELP)
-    bench = add("bench", _bench, "measure ratios side by side and write results/bench.md")
-    gpu = with_data(add("gpu", _gpu, "measure nets and a short study on a CUDA device"), False)
-    for each in (bench, gpu):
-        each.add_argument("--quick", action="store_true", help="few rounds: a look, not a result")
-    gpu.add_argument("--check", action="store_true", help="only say which device there is")
     return parser
 
 
@@ -327,26 +322,6 @@ def _value(text: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError:
         return text
-
-
-def _bench(a: argparse.Namespace) -> None:
-    from prunestudy.study import bench
-
-    bench.run(a.results, quick=a.quick)
-
-
-def _gpu(a: argparse.Namespace) -> None:
-    import torch
-
-    from prunestudy.study.runs import device_of
-
-    device = device_of("cuda")
-    if a.check:
-        print(torch.cuda.get_device_name(device))
-        return
-    from prunestudy.study import gpu
-
-    gpu.run(a.results, a.data, quick=a.quick)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """One training loop for every method: recipe in, plain trained module out."""
 
 from prunestudy.train.checkpoint import read_checkpoint, write_checkpoint
-from prunestudy.train.loop import TrainResult, train
+from prunestudy.train.loop import Loop, TrainResult, train
 from prunestudy.train.memory import keep_freed_memory
 from prunestudy.train.recipe import Recipe
 
 __all__ = [
+    "Loop",
     "Recipe",
     "TrainResult",
     "keep_freed_memory",
