@@ -1,17 +1,19 @@
 """What the study itself costs: the start of a command, tables of many records."""
 
-import json
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from functools import partial
 
 from common import Row, compare, main
 from prunestudy.measure import Ratio
 from prunestudy.study import tables
+from prunestudy.study.lines import line_of, write_text
 from prunestudy.study.plan import Planned, plan
-from prunestudy.study.records import FORMAT, Store, canonical, checksum, write_text
+from prunestudy.study.records import Store
+from prunestudy.study.runs import Runner
 
 
 def start(seconds: float) -> Ratio:
@@ -35,26 +37,16 @@ def many_records(seconds: float) -> str:
 
 
 def _records(store: Store, count: int) -> list[Planned]:
-    """Write `count` records that differ by their seed into `store`."""
-    first = next(p for p in plan("quick") if p.settings.target)
-    made = []
+    """Put a run of the quick profile, trained now, into `store` under `count` seeds."""
+    item = next(each for each in plan("quick") if each.settings.target)
+    record, lines, planned = Runner(store, device="cpu").ensure(item.settings), [], []
     for seed in range(count):
-        settings = first.settings.model_copy(update={"seed": seed, "parent": None})
-        record = {
-            "format": FORMAT,
-            "run": settings.run,
-            "parent": None,
-            "status": "done",
-            "settings": settings.model_dump(mode="json"),
-            "metrics": {"metric_name": "top1", "metric": 0.9 + 1e-6 * seed, "sparsity": 0.9},
-            "cost": {"train_seconds": 1.0},
-        }
-        record["metrics"] |= {"nonzeros": 1000}
-        record = json.loads(canonical(record))
-        record["checksum"] = checksum(record)
-        write_text(store.path(settings.run) / "record.json", canonical(record))
-        made.append(Planned(first.paper, first.experiment, first.purpose, "", settings))
-    return made
+        settings = item.settings.model_copy(update={"seed": seed})
+        same = {"run": settings.run, "settings": settings.model_dump(mode="json")}
+        lines.append(line_of(record | same))
+        planned.append(replace(item, settings=settings))
+    write_text(store.lines, "\n".join([*lines, ""]))
+    return planned
 
 
 ROWS: dict[str, Row] = {

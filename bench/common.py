@@ -18,7 +18,7 @@ from prunestudy.train import keep_freed_memory
 Row = Callable[[float], measure.Ratio | str]
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
-SECONDS = 6.0
+SECONDS = 5.0
 BATCH, LEAST_PAIRS, MOST_PAIRS = 128, 5, 100
 
 

@@ -49,7 +49,7 @@ def test_a_step_is_one_of_the_loop_that_train_runs(monkeypatch):
 
 @pytest.mark.parametrize(
     ("seconds", "of_a_pair", "rounds"),
-    [(0.0, 3.0, 2), (6.0, 3.0, 5), (6.0, 0.5, 12), (6.0, 0.01, 100)],
+    [(0.0, 3.0, 2), (5.0, 3.0, 5), (5.0, 0.25, 20), (5.0, 0.01, 100)],
 )
 def test_as_many_pairs_as_fit_the_seconds(monkeypatch, seconds, of_a_pair, rounds):
     asked = []

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import one_line, tree
+from conftest import one_line, small_voc, tree
 from PIL import Image
 
 from prunestudy import datasets, models, shrink
@@ -49,6 +49,8 @@ REFUSED = [
     ({"milestones": [0.5, 2]}, "milestones.1 = 2: input should be less than 1"),
     ({"epochs": 10**12}, f"epochs = {10**12}: {WHOLE}"),
     ({"epochs": 10**7}, f"epochs = {10**7}: input should be less than or equal to 1000000"),
+    ({"epochs": 10**5000}, f"epochs = a number of thousands of digits: {WHOLE}"),
+    ({"precision": "x" * 5000}, f"precision = '{'x' * 999}...: input should be 'fp32' or 'bf16'"),
     ({"epochs": None}, "epochs = None: input should be a valid integer"),
     ({"steps": 2**31}, f"steps = {2**31}: input should be less than or equal to 1000000000"),
     ({"batch_size": 10**30}, f"batch_size = {10**30}: {WHOLE}"),
@@ -270,6 +272,14 @@ def test_a_data_root_that_cannot_be_one(name, tmp_path, monkeypatch):
         with pytest.raises(InputError, match=r"^dataset = 'folder:x': "):
             datasets.load("folder:x")
     assert tree(tmp_path) == {"file": (b"no folder", file.stat().st_mtime_ns)}
+
+
+def test_a_list_of_images_that_is_no_text(tmp_path, monkeypatch):
+    root = small_voc(monkeypatch, tmp_path)
+    (root / "VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match=r"^data = .*: no list of images \(") as caught:
+        datasets.load("voc", root)
+    assert one_line(caught)
 
 
 def test_the_fingerprint_of_a_folder_follows_its_images(pets, monkeypatch):

@@ -19,12 +19,22 @@ class InputError(ValueError):
 
 
 _NAMED = 60  # names in one line
+_QUOTED = 1000  # characters of a value
 
 
 def require(ok: bool, parameter: str, value: Any, allowed: str) -> None:
     """Raise `InputError` naming `parameter`, `value` and what is `allowed`, unless `ok`."""
     if not ok:
-        raise InputError(f"{parameter} = {value!r}: {allowed}")
+        raise InputError(f"{parameter} = {quoted(value)}: {allowed}")
+
+
+def quoted(value: Any) -> str:
+    """`value` as it was typed, of a very long one the beginning."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python refuses to write integers of thousands of digits
+        return "a number of thousands of digits"
+    return text if len(text) <= _QUOTED else f"{text[:_QUOTED]}..."
 
 
 def require_one_of(parameter: str, value: Any, choices: Iterable[str]) -> None:

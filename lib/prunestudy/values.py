@@ -4,7 +4,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
-from prunestudy.errors import InputError
+from prunestudy.errors import InputError, quoted
 
 _MOST_WHOLE = 2**32  # whole numbers are counts and seeds
 # In float32 the square of a smaller number is 0, and a larger one leaves no room for a factor.
@@ -67,4 +67,4 @@ def _first(error: ValidationError, kind: type[Values], within: str) -> str:
     if first["type"] == "extra_forbidden" and len(first["loc"]) == 1:
         names = ", ".join(sorted(kind.model_fields))
         allowed = f"allowed are {names}" if names else "none is allowed here"
-    return f"{where} = {first['input']!r}: {allowed}"
+    return f"{where} = {quoted(first['input'])}: {allowed}"
