@@ -90,6 +90,7 @@ def _synthetic(store: Store, count: int) -> list[Planned]:
             "settings": settings.model_dump(mode="json"),
             "metrics": {"metric_name": "top1", "metric": 0.9 + 1e-6 * seed, "sparsity": 0.9},
             "cost": {"train_seconds": 1.0},
+            "environment": {"device": "cpu"},
         }
         record["metrics"] |= {"nonzeros": 1000}
         record = json.loads(canonical(record))
