@@ -785,7 +785,8 @@ def test_a_legend_says_from_how_many_seeds_the_points_of_a_line_are():
 def test_names_of_many_layers_stand_upright(done, count, degrees):
     class Made:
         def read(self, settings):
-            return {"metrics": {"layers": {f"stage{i}.conv.weight": 0.5 for i in range(count)}}}
+            layers = {f"stage{i}.conv.weight": 0.5 for i in range(count)}
+            return {"status": "done", "metrics": {"layers": layers}}
 
     item = Planned(CUT, "digits", "results", "", done[0])
     (axes,) = figures.layer_sparsity(Made(), [item], done[0].target.value).axes
