@@ -17,9 +17,9 @@ from prunestudy.methods.masks import cubic_sparsity, dense_weights, kept_count, 
 from prunestudy.methods.trail import Trail
 from prunestudy.papers import card
 from prunestudy.study import cli, figures, settings
-from prunestudy.study.audit import weight_line
 from prunestudy.study.bench import magnitude_attention as bench
 from prunestudy.study.figures import magnitude_attention as drawings
+from prunestudy.study.inspect import weight_line
 from prunestudy.study.plan import Planned
 from prunestudy.study.records import canonical, checksum
 from prunestudy.train import Recipe, train

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import prunestudy
 from prunestudy.datasets import folders
 from prunestudy.errors import require
+from prunestudy.places import home
 
 FOLDER = "folder:"
 # Known sets that are image folders, by their folder below the data root.
@@ -188,8 +188,7 @@ def data_root(root: str | Path | None = None) -> Path:
 
     Whether it exists is not asked here.
     """
-    repository = Path(prunestudy.__file__).parents[2]
-    return Path(root or os.environ.get("PRUNESTUDY_DATA") or repository / "data").expanduser()
+    return Path(root or os.environ.get("PRUNESTUDY_DATA") or home() / "data").expanduser()
 
 
 def info(name: str, root: str | Path | None = None) -> DatasetInfo:

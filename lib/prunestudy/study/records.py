@@ -27,19 +27,14 @@ from filelock import FileLock
 from pydantic import ValidationError
 from safetensors.numpy import load, load_file, save
 
-import prunestudy
 from prunestudy.errors import InputError
+from prunestudy.places import home as repository
 from prunestudy.study.settings import RunSettings
 
 FORMAT = 1
 MAX_ARRAY_BYTES = 1_000_000
 # What differs from one execution of the same run to the next.
 TIMES = "cost"
-
-
-def repository() -> Path:
-    """Folder of the checkout, where notebooks/, data/ and results/ are."""
-    return Path(prunestudy.__file__).resolve().parents[2]
 
 
 def canonical(values: Any) -> str:
@@ -100,6 +95,10 @@ class Store:
         noted = self.require(run)["files"]["weights.safetensors"]
         if _content(self.weights(run)) != noted:
             raise InputError(f"weights = {run}: not those of its record; delete them")
+
+    def names(self) -> list[str]:
+        """Names of the finished runs, sorted."""
+        return sorted(path.parent.name for path in self.records.glob("*/record.json"))
 
     @contextlib.contextmanager
     def lock(self, run: str) -> Iterator[None]:
