@@ -154,6 +154,7 @@ def _planned(a: argparse.Namespace) -> list[Any]:
     from prunestudy.study.plan import plan
 
     if a.profile == "custom" and a.run in (_list, _status, _run):
+        require(not a.paper, "paper", "".join(a.paper[:1]), "none with --profile custom")
         return names.own(_store(a))
     return plan(a.profile, tuple(a.paper))
 

@@ -42,7 +42,7 @@ def read(path: Path) -> Any:
     except (ValueError, RecursionError, nbformat.ValidationError):
         why = "damaged, or no notebook of format 4; get it back from git, or make it again"
         raise InputError(f"notebook = {path}: {why}") from None
-    return notebook
+    return nbformat.v4.rwbase.rejoin_lines(notebook)
 
 
 def stamp(store: Store, profile: str, paper: str) -> dict[str, str]:
@@ -71,6 +71,9 @@ def check(path: Path, values: dict[str, Any]) -> None:
         wanted = type(ast.literal_eval(known[name]["default"]))
         allowed = f"must be of type {wanted.__name__}"
         require(type(value) is wanted, f"parameter {name}", value, allowed)
+
+
+_NOTE_START = "from prunestudy.study.kernel import note_start; note_start(get_ipython())"
 
 
 class Kernel:
@@ -119,7 +122,7 @@ class Kernel:
             options["extra_arguments"] = ["--HistoryManager.hist_file=:memory:"]
             try:
                 run_sync(self._manager.start_kernel)(**options)
-                self._run("import prunestudy.study.kernel as k; k.note_start(get_ipython()); del k")
+                self._run(_NOTE_START)
                 return self._manager
             except RuntimeError:
                 # Starting a kernel races for a port now and then.
