@@ -9,7 +9,7 @@ from conftest import CARD, small_run, tree
 
 import prunestudy
 from prunestudy import shrink
-from prunestudy.study import batch, cli, notebooks, runs, worker
+from prunestudy.study import batch, cli, notebooks, runs
 from prunestudy.study.plan import plan
 from prunestudy.study.records import Store
 
@@ -86,6 +86,8 @@ def names_of(*labels):
         (["run", "magnitude", "--profile", "fast"], "profile = 'fast': allowed are"),
         (["job", "nope"], "job = 'nope': allowed are toy.digits.s0"),
         (["job", "toy.digits.s0", "--device", "gpu"], "device = 'gpu': allowed are"),
+        (["status", "--data", "a\udcff"], "unrecognized arguments: --data"),
+        (["train", "--data", "a\udcff"], "data = 'a\\udcff': a path in UTF-8"),
         (["job"], "the following arguments are required: job"),
         (["show", "nope"], "run = 'nope': no such run"),
         (["notebook", "nope"], "paper = 'nope': allowed are toy"),

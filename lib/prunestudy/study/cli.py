@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -14,6 +15,7 @@ import prunestudy
 from prunestudy.errors import InputError, require, require_one_of
 
 _LISTS = ("models", "datasets", "methods", "papers", "profiles")
+_SURROGATES = re.compile("[\ud800-\udfff]")  # how Python writes bytes that are not UTF-8
 _STOPPED = "stopped; what is finished is kept, and the same command goes on from there"
 
 
@@ -26,6 +28,10 @@ def main(words: list[str] | None = None) -> int:
             os.environ |= {"TQDM_DELAY": "15", "TQDM_MININTERVAL": "15"}
     try:
         arguments = _parser().parse_args(words)
+        for name in ("results", "data"):
+            text = getattr(arguments, name, "")
+            # safetensors opens no others.
+            require(not _SURROGATES.search(text), name, text, "a path in UTF-8")
         return arguments.run(arguments) or 0
     except InputError as error:
         return _refuse(" ".join(str(error).split()))
@@ -173,8 +179,8 @@ def _study(a: argparse.Namespace) -> None:
     seconds = batch.run(store, a.profile, planned, a.jobs, a.data, a.executor)
     since = time.monotonic()
     tables.write(store, plan(a.profile))
-    _, summary = tables.build(store, planned)
-    _print_summary(summary)
+    summary = tables.read_table(store.folder / "tables" / "summary.csv")
+    _print_summary(summary[summary.paper.isin({item.paper for item in planned})])
     folder = store.folder if a.results else os.path.relpath(store.folder)
     for name in ("tables", "figures", "notebooks", "records"):
         print(f"{name:10} {folder}/{name}")
