@@ -67,11 +67,7 @@ def test_a_study_over_slurm_outlives_the_kill_of_a_job(start, long_card, tmp_pat
     for process in (undisturbed, study):
         said = "".join(process.communicate(timeout=300))
         assert process.returncode == 0, said
-    train, latency, notebook = (
-        "rule_train_wildcards_toy.digits.s0",
-        "rule_latency",
-        "rule_notebooks",
-    )
+    train, notebook = "rule_train_wildcards_toy.digits.s0", "rule_notebooks_wildcards_toy"
     assert [state for job, state in sorted(slurm_jobs().items()) if job not in before] == [
         (train, "CANCELLED"),
         (train, "COMPLETED"),

@@ -184,7 +184,7 @@ def execute(
 
 
 def _without_machine(notebook: Any) -> Any:
-    """Drop what names this machine or the time, and the folders given as parameters."""
+    """Drop what names this machine or the time, the folders given as parameters, a random id."""
     notebook.metadata.pop("papermill", None)
     for cell in notebook.cells:
         cell.metadata.pop("papermill", None)
@@ -192,7 +192,7 @@ def _without_machine(notebook: Any) -> Any:
         if "injected-parameters" in cell.metadata.get("tags", []):
             lines = cell.source.splitlines()
             kept = [x for x in lines if not x.startswith(("results =", "data ="))]
-            cell.source = "\n".join(kept)
+            cell.source, cell.id = "\n".join(kept), "injected-parameters"
     return notebook
 
 
