@@ -1,16 +1,22 @@
 """What several test files share: one thread, small nets, a small card, quick runs."""
 
+import os
+import shutil
+import signal
+import subprocess
+import sys
 import textwrap
 from dataclasses import replace
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import nn
 
-from prunestudy import papers
+from prunestudy import papers, places
 from prunestudy.datasets import Batches, DatasetInfo, ImageSet, catalogue
 from prunestudy.study import runs
 from prunestudy.study.records import Store
@@ -58,6 +64,9 @@ CARD = """
     methods = [{ method = "dense" }, { method = "magnitude" }, { method = "random" }]
 """
 
+# A name that any line of shell, YAML, Python or Snakemake would take for something else.
+NASTY = "x'; touch OWNED; echo 'y \"$(touch OWNED)\" `touch OWNED` {b} a: #1 % \\ \u00e9\n*"
+
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
@@ -93,6 +102,46 @@ def card_file(tmp_path, monkeypatch):
 def toy_card(card_file):
     """The card of a toy paper (dense start, dense, magnitude, random on digits) and no other."""
     return card_file()
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A copy of the checkout whose one card is the toy paper's."""
+    place, root = tmp_path / "checkout", places.checkout()
+    ignored = shutil.ignore_patterns("*.toml", "__py*", "*.ipynb")
+    shutil.copytree(root / "lib", place / "lib", ignore=ignored)
+    shutil.copytree(root / "profiles", place / "profiles")
+    shutil.copy(root / "pyproject.toml", place)
+    (place / "lib/prunestudy/papers/toy.toml").write_text(textwrap.dedent(CARD))
+    (place / "notebooks").mkdir()
+    cell = nbformat.v4.new_code_cell('profile = "quick"\nresults = ""\ndata = ""')
+    cell.metadata["tags"] = ["parameters"]
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    notebook = nbformat.v4.new_notebook(cells=[cell], metadata={"kernelspec": kernel})
+    nbformat.write(notebook, place / "notebooks/99_toy.ipynb")
+    return place
+
+
+@pytest.fixture
+def start(checkout, tmp_path):
+    """Start `prunestudy WORD ...` of that checkout; whatever still runs afterwards is ended."""
+    env = os.environ | {"PYTHONPATH": str(checkout / "lib")}
+    env |= {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    streams |= {"start_new_session": True}
+    begun = []
+
+    def run(*words, **options):
+        options = {"env": env, "cwd": tmp_path} | streams | options
+        begun.append(subprocess.Popen(["prunestudy", *words], **options))
+        return begun[-1]
+
+    yield run
+    for process in begun:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
 
 
 @pytest.fixture

@@ -17,8 +17,8 @@ from prunestudy.methods.masks import cubic_sparsity, dense_weights, kept_count, 
 from prunestudy.methods.trail import Trail
 from prunestudy.papers import card
 from prunestudy.study import cli, figures
-from prunestudy.study.audit import weight_line
 from prunestudy.study.figures import magnitude_attention as drawings
+from prunestudy.study.inspect import weight_line
 from prunestudy.study.plan import Planned
 from prunestudy.study.records import canonical, checksum
 from prunestudy.train import Recipe, train

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import prunestudy
 from prunestudy.datasets import folders
 from prunestudy.errors import require
+from prunestudy.places import home
 
 FOLDER = "folder:"
 # Known sets that are image folders, by their folder below the data root.
@@ -195,8 +195,7 @@ def data_root(root: str | Path | None = None) -> Path:
 
     Whether it exists is not asked here.
     """
-    repository = Path(prunestudy.__file__).parents[2]
-    return _home(root or os.environ.get("PRUNESTUDY_DATA") or repository / "data")
+    return _home(root or os.environ.get("PRUNESTUDY_DATA") or home() / "data")
 
 
 def info(name: str, root: str | Path | None = None) -> DatasetInfo:

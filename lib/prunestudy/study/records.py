@@ -26,9 +26,9 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load, load_file, save
 
-import prunestudy
 from prunestudy import datasets
 from prunestudy.errors import InputError
+from prunestudy.places import home as repository
 from prunestudy.study.lines import (
     content,
     digest,
@@ -44,11 +44,6 @@ from prunestudy.study.settings import RunSettings
 MAX_ARRAY_BYTES = 1_000_000
 # What a second training of the same run on the same machine must reproduce.
 _REPRODUCED = ("status", "data", "metrics", "validation", "history", "files")
-
-
-def repository() -> Path:
-    """Folder of the checkout, where notebooks/, data/ and results/ are."""
-    return Path(prunestudy.__file__).resolve().parents[2]
 
 
 class Store:
@@ -191,7 +186,7 @@ class Store:
         record = self.require(run)
         text = json.dumps(record | {"history": None}, indent=1, sort_keys=True)
         rows = [row.items() for row in self.history(run)]
-        lines = [" ".join(f"{k}={v}" for k, v in row if v is not math.nan) for row in rows]
+        lines = [" ".join(f"{k}={v}" for k, v in row if str(v) != "nan") for row in rows]
         return "\n".join([text, *lines]) + "\n"
 
     def history(self, run: str) -> list[dict[str, Any]]:
