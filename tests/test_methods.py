@@ -543,9 +543,11 @@ def test_l1_keeps_the_largest_at_the_end():
 # --- what is left in the end
 
 
-@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize(
+    ("net", "target"),
+    [("lenet300", 0.9), ("lenet5", 0.99), *(("batch_norm", t) for t in (0.003, 0.5, 0.9, 0.99))],
+)
 @pytest.mark.parametrize("name", PRUNING)
-@pytest.mark.parametrize("target", [0.003, 0.5, 0.9, 0.99])
 def test_sparsity_is_exact_after_training(name, net, target):
     batches = toy_batches(side=NETS[net][1])
     method = methods.build(name, {}, target)

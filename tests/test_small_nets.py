@@ -69,7 +69,7 @@ NETS = {
     "emptied_branches": (lambda: models.ResNet(14), (3, 8, 8)),
 }
 EMPTIED = {"emptied_branches": ("stage1.1.conv1", "stage2.0.conv1", "stage3.1.conv1")}
-IN_ONNX = ("lenet5", "mlp", "autoencoder", "emptied_branches")
+IN_ONNX = ("lenet5", "autoencoder", "emptied_branches")
 
 
 class Gates(nn.Module):
