@@ -12,6 +12,7 @@ from torch import nn
 
 from prunestudy import papers
 from prunestudy.datasets import Batches, DatasetInfo, ImageSet, catalogue
+from prunestudy.errors import InputError
 from prunestudy.study import runs
 from prunestudy.study.records import Store
 from prunestudy.study.runs import Runner
@@ -139,6 +140,19 @@ def one_line(caught):
     assert text
     assert "\n" not in text
     return text
+
+
+def refused(call, *words):
+    """`call` raises one line that has these words in it."""
+    with pytest.raises(InputError) as caught:
+        call()
+    text = one_line(caught)
+    assert all(word in text for word in words), text
+
+
+def apart(found, expected):
+    """Largest difference relative to the largest output."""
+    return float((found - expected).detach().abs().max() / expected.detach().abs().max())
 
 
 class BatchNormNet(nn.Module):

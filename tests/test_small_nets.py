@@ -11,7 +11,7 @@ from functools import cache
 import pytest
 import torch
 import torchvision
-from conftest import narrowed, one_line
+from conftest import apart, narrowed, one_line
 from torch import nn
 
 from prunestudy import measure, models, shrink
@@ -145,10 +145,6 @@ def images(shape, dtype):
 def output(net, x):
     with torch.no_grad():
         return net(x)
-
-
-def apart(found, expected):
-    return float((found - expected).abs().max() / expected.abs().max())
 
 
 @pytest.mark.parametrize("name", NETS)
