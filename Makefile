@@ -22,8 +22,8 @@ help:  ## list the targets
 study: .venv/ready  ## run what is missing of the study, then print the summary
 	@prunestudy study --profile '$(PROFILE)' $(papers) --jobs '$(JOBS)' --executor '$(EXECUTOR)'
 
-test: .venv/ready  ## run the tests
-	@$(BIN)/python -m pytest
+test: .venv/ready  ## run the tests, in two processes
+	@$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lab: .venv/ready  ## open JupyterLab: notebooks/, and results/ with the executed copies
 	@$(BIN)/jupyter lab --notebook-dir=. notebooks

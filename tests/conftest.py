@@ -18,6 +18,7 @@ from torch import nn
 
 from prunestudy import papers, places
 from prunestudy.datasets import Batches, DatasetInfo, ImageSet, catalogue
+from prunestudy.errors import InputError
 from prunestudy.study import runs
 from prunestudy.study.records import Store
 from prunestudy.study.runs import Runner
@@ -190,6 +191,19 @@ def one_line(caught):
     return text
 
 
+def refused(call, *words):
+    """`call` raises one line that has these words in it."""
+    with pytest.raises(InputError) as caught:
+        call()
+    text = one_line(caught)
+    assert all(word in text for word in words), text
+
+
+def apart(found, expected):
+    """Largest difference relative to the largest output."""
+    return float((found - expected).detach().abs().max() / expected.detach().abs().max())
+
+
 class BatchNormNet(nn.Module):
     """Convolution, batch norm, convolution, linear: 1x8x8 to 10 classes."""
 
@@ -227,13 +241,29 @@ def toy_batches(count=64, batch_size=16, side=8, seed=0, **values):
     return Batches(images, info, batch_size, seed=seed, **values)
 
 
-def slim(net):
-    """VGG-16 or AlexNet with 64 hidden units in the classifier, where 4096 only take time."""
-    layers = [layer for layer in net.classifier if isinstance(layer, nn.Linear)]
-    sizes = [layers[0].in_features, 64, 64, layers[2].out_features]
-    made = {layer: nn.Linear(*sizes[i : i + 2]) for i, layer in enumerate(layers)}
-    net.classifier = nn.Sequential(*(made.get(layer, layer) for layer in net.classifier))
-    return net
+def narrowed(factory, by=8):
+    """`factory` with 1 / `by` of the channels wherever `by` divides them: images and classes stay.
+
+    Layers, skips and branches are those of the whole net, at a fraction of the time.
+    """
+
+    def part(number):
+        return number // by if type(number) is int and number % by == 0 else number
+
+    def narrow(init):
+        def made(self, *sizes, **options):
+            groups = {"groups": part(options["groups"])} if "groups" in options else {}
+            init(self, *map(part, sizes), **options | groups)
+
+        return made
+
+    def make(*arguments):
+        with pytest.MonkeyPatch.context() as patch:
+            for layer in (nn.Conv2d, nn.BatchNorm2d, nn.Linear):
+                patch.setattr(layer, "__init__", narrow(layer.__init__))
+            return factory(*arguments)
+
+    return make
 
 
 def small_imagenet(monkeypatch, root, side=32, classes=3, train=4, test=2, seed=0):
