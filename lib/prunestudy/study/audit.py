@@ -3,7 +3,6 @@
 import math
 
 import numpy as np
-from safetensors.numpy import load_file
 
 from prunestudy.errors import InputError, require, require_one_of
 from prunestudy.study.records import Store
@@ -21,7 +20,7 @@ def weight_line(store: Store, run: str, layer: str, index: str) -> str:
             f"cuts = {run}: no file (it is not tracked, and only magnitude_attention and dpf write"
             " one); delete the run's folder to train it again"
         )
-    cuts = load_file(path)
+    cuts = store.read_cuts(run)
     name = layer if layer.endswith(".weight") else f"{layer}.weight"
     names = [key.removesuffix(":when") for key in cuts if key.endswith(":when")]
     require_one_of("layer", name, names)
