@@ -9,8 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torchmetrics.functional.classification import multiclass_f1_score
 
-from prunestudy import measure, methods, models, shrink
-from prunestudy.errors import InputError
+from prunestudy import measure, models, shrink
 
 
 class Fixed(nn.Module):

@@ -4,7 +4,6 @@ import math
 
 import numpy as np
 import pandas as pd
-from safetensors.numpy import load_file
 
 from prunestudy.errors import InputError, require_one_of
 from prunestudy.study.records import Store
@@ -27,7 +26,7 @@ def differences(store: Store, a: str, b: str) -> list[tuple[str, str, str]]:
         table = pd.concat(both, axis=1).fillna("-")
         rows += [(key, *row) for key, row in zip(table.index, table.to_numpy(), strict=True)]
     rows = [row for row in rows if row[1] != row[2]]
-    first, second = store.history(a), store.history(b)
+    first, second = (list(zip(*record["history"].values(), strict=True)) for record in records)
     if first != second:
         same = [one == other for one, other in zip(first, second, strict=False)]
         at = f"history from epoch {[*same, False].index(False) + 1}"
@@ -47,7 +46,7 @@ def weight_line(store: Store, run: str, layer: str, index: str) -> str:
             f"cuts = {run}: no file (it is not tracked, and only magnitude_attention and dpf write"
             " one); delete the run's folder to train it again"
         )
-    cuts = load_file(path)
+    cuts = store.read_cuts(run)
     name = layer if layer.endswith(".weight") else f"{layer}.weight"
     names = [key.removesuffix(":when") for key in cuts if key.endswith(":when")]
     require_one_of("layer", name, names)
