@@ -1,6 +1,7 @@
 # Two commands do everything: `make study` and `make test`. `make help` lists the rest.
 PYTHON ?= python3
 PROFILE ?= quick
+RESULTS ?= results
 PAPER ?=
 JOBS ?= 2
 EXECUTOR ?= local
@@ -8,9 +9,10 @@ EXECUTOR ?= local
 BIN := .venv/bin
 # Jobs call `prunestudy` by its name, whether or not the environment is activated.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
+FOLDER := $(RESULTS)/$(PROFILE)
 papers := $(foreach paper,$(PAPER),--paper $(paper))
 
-.PHONY: help study test lab report slides bench gpu status lint clean
+.PHONY: help study test lab report slides pages bench gpu status lint clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -25,11 +27,20 @@ test: .venv/ready  ## run the tests
 lab: .venv/ready  ## open JupyterLab on the notebooks
 	@$(BIN)/jupyter lab --notebook-dir=notebooks
 
-report: .venv/ready  ## write the study as a site that needs no network
-	@prunestudy report --profile $(PROFILE)
+report: pages  ## write the executed notebooks as a site that needs no network
+	@$(BIN)/sphinx-build -qWE -d "$(FOLDER)/work/doctrees" "$(FOLDER)/work/docs" "$(FOLDER)/work/report"
+	@rm -rf "$(FOLDER)/report" && mv "$(FOLDER)/work/report" "$(FOLDER)/report"
+	@echo "$(FOLDER)/report/index.html"
 
-slides: .venv/ready  ## write slides of the executed notebooks, of all or of PAPER
-	@prunestudy slides $(PAPER) --profile $(PROFILE)
+slides: pages  ## write the executed notebooks as slides that need no network
+	@$(BIN)/jupyter nbconvert --log-level WARN --config docs/nbconvert.json \
+	  --output-dir "$(FOLDER)/slides" "$(FOLDER)"/work/docs/notebooks/*.ipynb
+	@cp -r "$(FOLDER)/work/docs/assets/." "$(FOLDER)/slides"
+	@ls "$(FOLDER)"/slides/*.html
+
+# What both are made of.
+pages: .venv/ready
+	@$(BIN)/python docs/arrange.py "$(PROFILE)" "$(RESULTS)"
 
 bench: .venv/ready  ## measure ratios side by side, write results/bench.md
 	@prunestudy bench

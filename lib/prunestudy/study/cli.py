@@ -4,7 +4,6 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable
 from typing import Any
 
 from prunestudy.errors import InputError, require, require_one_of
@@ -78,7 +77,8 @@ def _parser() -> argparse.ArgumentParser:
     job.add_argument("job")
     note = with_data(add("notebook", _notebook, "execute a paper's notebook"), False)
     note.add_argument("paper")
-    _add_pages(add)
+    readme = add("readme", _readme, "write README's table of results")
+    readme.add_argument("--profile", default="cpu", help=f"one of {', '.join(PROFILES)}")
     show = add("show", _show, "print a run's settings, metrics, environment and history")
     show.add_argument("run_name", metavar="RUN", help="a run's name or its beginning")
     show.add_argument("--weight", nargs=2, metavar=("LAYER", "INDEX"), help=_WEIGHT_HELP)
@@ -98,17 +98,6 @@ def _parser() -> argparse.ArgumentParser:
         each.add_argument("--quick", action="store_true", help="few rounds: a look, not a result")
     gpu.add_argument("--check", action="store_true", help="only say which device there is")
     return parser
-
-
-def _add_pages(add: Callable[..., argparse.ArgumentParser]) -> None:
-    report = add("report", _report, "write the report: a static site that needs no network")
-    slides = add("slides", _slides, "write slides of executed notebooks, for a class")
-    slides.add_argument("names", nargs="*", metavar="NOTEBOOK", help="or PAPER, or a path; or all")
-    readme = add("readme", _readme, "write README's table, and the instructors' page")
-    readme.add_argument("--profile", default="cpu", help=f"one of {', '.join(PROFILES)}")
-    for name, command in (("report", report), ("slides", slides)):
-        command.add_argument("--profile", default="quick", help=f"one of {', '.join(PROFILES)}")
-        command.add_argument("--out", default="", help=f"folder (default results/PROFILE/{name})")
 
 
 _WEIGHT_HELP = "say when this weight was cut, and at what magnitude"
@@ -201,12 +190,9 @@ def _table(a: argparse.Namespace) -> None:
 def _readme(a: argparse.Namespace) -> None:
     from prunestudy.study import tables
     from prunestudy.study.records import repository
-    from prunestudy.study.report import lessons
 
     summary = tables.read_table(_store(a).folder / "tables" / "summary.csv")
     tables.fill_readme(repository() / "README.md", summary)
-    notebooks = repository() / "notebooks"
-    tables.fill(notebooks / "README.md", "lessons", lessons.page(notebooks))
 
 
 def _latency(a: argparse.Namespace) -> None:
@@ -252,20 +238,6 @@ def _notebook(a: argparse.Namespace) -> None:
 
     target = notebooks.execute(a.paper, a.profile, a.results, a.data)
     print(target if a.results else os.path.relpath(target))
-
-
-def _report(a: argparse.Namespace) -> None:
-    from prunestudy.study import report
-
-    made = report.build(a.profile, a.results, a.out) / "index.html"
-    print(made if a.out or a.results else os.path.relpath(made))
-
-
-def _slides(a: argparse.Namespace) -> None:
-    from prunestudy.study.report import slides
-
-    for page in slides.build(a.profile, a.names, a.results, a.out):
-        print(page if a.out or a.results else os.path.relpath(page))
 
 
 def _done(a: argparse.Namespace, run: str) -> tuple[Any, str]:
