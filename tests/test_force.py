@@ -1,5 +1,6 @@
 import copy
 import math
+from functools import cache
 
 import numpy as np
 import pytest
@@ -333,9 +334,8 @@ def test_the_finished_net_comes_back_from_disk_bit_for_bit(tmp_path, params):
         assert torch.equal(loaded(x), small(x))
 
 
-@pytest.mark.parametrize("target", [0.05, 0.7])
-def test_onnx_runtime_computes_the_same(tmp_path, target):
-    method = made(target=target, by="energy" if target < 0.5 else "rank", factorise="conv* fc")
+def test_onnx_runtime_computes_the_same(tmp_path):
+    method = made(target=0.7, by="rank", factorise="conv* fc")
     net = convnet()
     method.attach(net, torch.Generator())
     small, x = method.finish(net), weights(3, 1, 8, 8, dtype=torch.float32)
@@ -485,16 +485,23 @@ def test_dynamic_rank_pruning_starts_full_and_narrows_each_round():
     assert method.row(net)["rank"] == sum(seen[3].values())
 
 
+def in_rounds(rounds):
+    params = {"fine_tune": 0.5, "rounds": rounds, "strength": 1e-3, "stop": 0.6, "adaptive": True}
+    return made(target=0.3, **params)
+
+
+@cache
+def undisturbed(rounds):
+    return trained(in_rounds(rounds))[0]
+
+
 @pytest.mark.parametrize("stop_at", [2, 5, 9, 11])
 @pytest.mark.parametrize("rounds", [0, 1])
 def test_a_killed_run_ends_as_an_undisturbed_one(tmp_path, stop_at, rounds):
-    params = {"fine_tune": 0.5, "rounds": rounds, "strength": 1e-3, "stop": 0.6, "adaptive": True}
-    calm = trained(made(target=0.3, **params))[0]
-    file = tmp_path / "checkpoint.pt"
+    calm, file = undisturbed(rounds), tmp_path / "checkpoint.pt"
     with pytest.raises(KeyboardInterrupt):
-        trained(made(target=0.3, **params), checkpoint=file, stop_at=stop_at)
-    method = made(target=0.3, **params)
-    again = trained(method, checkpoint=file)[0]
+        trained(in_rounds(rounds), checkpoint=file, stop_at=stop_at)
+    again = trained(in_rounds(rounds), checkpoint=file)[0]
     one, two = calm.model.state_dict(), again.model.state_dict()
     assert list(one) == list(two)
     assert all(torch.equal(one[k], two[k]) for k in one)
@@ -555,7 +562,7 @@ def test_a_layer_that_does_not_exist_is_refused(key):
         with pytest.raises(InputError) as caught:
             call()
         said = one_line(caught)
-        assert said == f"{key} = 'conv9': a layer of the net: conv1, conv2, conv3, fc"
+        assert said == f"params.{key} = 'conv9': a layer of the net: conv1, conv2, conv3, fc"
 
 
 # --- the card

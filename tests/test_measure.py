@@ -4,12 +4,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import refused
 from torch import nn
 from torch.nn.utils import parametrize
 from torchmetrics.functional.classification import multiclass_f1_score
 
 from prunestudy import measure, models, shrink
-from prunestudy.errors import InputError
 
 
 class Fixed(nn.Module):
@@ -26,14 +26,6 @@ class Half(nn.Module):
         mask = torch.ones(weight.numel())
         mask[: weight.numel() // 2] = 0
         return weight * mask.view_as(weight) * (not self.training)
-
-
-def refused(call, *words):
-    with pytest.raises(InputError) as error:
-        call()
-    assert "\n" not in str(error.value)
-    for word in words:
-        assert word in str(error.value)
 
 
 # quality

@@ -24,7 +24,7 @@ from torch import nn
 from prunestudy import datasets, measure, models, shrink
 from prunestudy.errors import InputError
 from prunestudy.study import records, runs
-from prunestudy.study.compare import differences
+from prunestudy.study.inspect import differences
 from prunestudy.study.records import Store, canonical, checksum
 from prunestudy.study.runs import Runner, kept_scale
 

@@ -20,6 +20,7 @@ from prunestudy.measure.cost import (
     prunable_weights,
     sparsity,
 )
+from prunestudy.measure.kept import kept_sample, kept_scale, removed_share, same_shapes
 from prunestudy.measure.latency import Ratio, interleave, latency, onnx_latency, ratio, timings
 from prunestudy.measure.memory import peak_memory_mb
 from prunestudy.measure.quality import Quality, evaluate
@@ -40,6 +41,8 @@ __all__ = [
     "closed_form_macs",
     "evaluate",
     "interleave",
+    "kept_sample",
+    "kept_scale",
     "latency",
     "layer_macs",
     "layer_sparsity",
@@ -51,6 +54,8 @@ __all__ = [
     "peak_memory_mb",
     "prunable_weights",
     "ratio",
+    "removed_share",
+    "same_shapes",
     "sparsity",
     "task",
     "task_metrics",

@@ -1,16 +1,17 @@
 """Collecting: finished runs of this machine, and records of others, into the tracked files."""
 
-from collections.abc import Iterable, Iterator
+import contextlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from safetensors.numpy import save
 
-from prunestudy.errors import InputError
+from prunestudy.errors import InputError, require_one_of
 from prunestudy.papers import PROFILES, card
-from prunestudy.study.lines import line_of, place, read_lines, write_bytes
+from prunestudy.study.lines import changed, line_of, read_lines, write_bytes
 from prunestudy.study.plan import plan
-from prunestudy.study.records import Store
+from prunestudy.study.records import Store, meaning
 
 
 def collect(
@@ -19,84 +20,115 @@ def collect(
     results: str | Path = "",
     replace: bool = False,
 ) -> list[str]:
-    """Merge finished runs into `records.jsonl` and `arrays/`; return a line for each one left out.
+    """Merge finished runs into `records.jsonl` and `arrays/`; a line for each that was left out.
 
     `folders` are results of the same profile that another machine brought back: a folder with
-    records.jsonl and arrays/, one that has such a folder of the profile's name, or the file itself.
-    A run that is stored stays (with `replace` the newcomer takes its place), but for a latency
-    that it lacks. Raises `InputError`, with nothing changed, where the two were made with
-    different settings or from different data.
+    records.jsonl and arrays/, one that has such a folder of the profile's name, or a file of
+    records alone. A run that is stored stays, but for a latency that it lacks; with `replace` the
+    newcomer takes its place (one of `folders` if there are any, else one trained here). Raises
+    `InputError`, with nothing changed, where the two were made with different settings or from
+    different data.
     """
-    store = Store(profile, results or None)
+    require_one_of("profile", profile, (*PROFILES, "custom"))
+    store, drawn = Store(profile, results or None), _drawn(profile)
     sources = [_source(profile, Path(folder)) for folder in folders]
     with store.lock("collect"):
-        records = dict(read_lines(store.lines))
-        origin, left = dict.fromkeys(records, store), []
-        for source in (store, *sources):
-            for record in _records(source):
-                name = place(record)
-                before = records.get(name)
-                if before:
-                    _require_same_run(before, record)
-                if before is None or (replace and source is not store):
-                    records[name], origin[name] = record, source
-                elif before["metrics"] == record["metrics"]:
-                    records[name] = before | {"latency": before["latency"] or record["latency"]}
-                else:
-                    left.append(f"{name}: is stored already, with other numbers; that stays")
-        _write(store, records, origin)
-    return left
+        records, left = dict(read_lines(store.collected)), []
+        origin = {name: [store] for name in records}
+        here = {path.parent.name for path in store.runs.glob("*/record.json")}
+        news = [(store, name, store.trained(name)) for name in sorted(here)]
+        news += [(each, name, each.at(name)) for each in sources for name in each.places()]
+        for source, name, record in news:
+            if record is None or (drawn and record["run"] not in drawn):
+                left.append(f"{name}: is not planned in {profile}")
+                continue
+            before = records.get(name)
+            if before is not None:
+                _require_same_run(before, record, source.file(name))
+            if before is not None and not changed(before, record):
+                records[name] = before | {"latency": before["latency"] or record["latency"]}
+                origin[name].append(source)
+            elif before is None or (replace and (source is not store or not sources)):
+                records[name], origin[name] = record, [source]
+            else:
+                left.append(f"{name}: is stored already, with other numbers; that stays")
+        packed, lost = _pack(records, origin, drawn)
+        for paper, arrays in packed.items():
+            _write(store.folder / "arrays" / f"{paper}.safetensors", save(arrays))
+        text = "".join(line_of(record) + "\n" for _, record in sorted(records.items()))
+        if text:
+            _write(store.collected, text.encode())
+    return left + lost
 
 
 def _source(profile: str, path: Path) -> Store:
-    folder = path.parent if path.name == "records.jsonl" else path
-    for each in (folder, folder / profile):
-        if (each / "records.jsonl").is_file() or (each / "runs").is_dir():
-            return Store(each.name, each.parent)
-    raise InputError(f"folder = {str(path)!r}: has neither records.jsonl nor runs/")
+    """The records below `path`, or in that file."""
+    for folder in (path, path / profile):
+        if (folder / "records.jsonl").is_file() or (folder / "runs").is_dir():
+            return Store(folder.name, folder.parent)
+    if not path.is_file():
+        raise InputError(f"folder = {str(path)!r}: has neither records.jsonl nor runs/")
+    store = Store(path.parent.name, path.parent.parent)
+    store.collected = path
+    return store
 
 
-def _records(store: Store) -> Iterator[dict[str, Any]]:
-    for path in (store.lines, *sorted(store.runs.glob("*/record.json"))):
-        yield from read_lines(path).values()
+def _require_same_run(before: dict[str, Any], record: dict[str, Any], path: Path) -> None:
+    one, other = before["settings"], record["settings"]
+    same = {
+        "settings": one == other or meaning(before) == meaning(record) is not None,
+        "data": before["data"]["fingerprint"] == record["data"]["fingerprint"],
+    }
+    for key in (key for key in same if not same[key]):
+        raise InputError(
+            f"record = {record['run']}: its {key} in {path} are not those of the stored one;"
+            " delete one of the two"
+        )
 
 
-def _require_same_run(before: dict[str, Any], record: dict[str, Any]) -> None:
-    for key, one, other in (
-        ("settings", before["settings"], record["settings"]),
-        ("data", before["data"]["fingerprint"], record["data"]["fingerprint"]),
-    ):
-        if one != other:
-            raise InputError(f"record = {place(record)}: its {key} differs from the stored one's")
+_Drawn = dict[str, tuple[str, frozenset[str]]]
 
 
-def _write(store: Store, records: dict[str, dict[str, Any]], origin: dict[str, Store]) -> None:
-    drawn = _drawn(store.folder.name)
-    packed: dict[str, dict[str, Any]] = {paper: {} for paper, _ in drawn.values()}
+def _drawn(profile: str) -> _Drawn:
+    """Planned run to the paper that draws it, and the names of its arrays that are drawn."""
+    drawn: _Drawn = {}
+    for item in plan(profile) if profile in PROFILES else ():
+        settings = item.settings
+        paper, names = drawn.get(settings.run, ("", frozenset()))
+        for rule in card(item.paper).drawn:
+            if rule.holds(settings.method, item.variant, settings.seed):
+                paper, names = paper or item.paper, names | set(rule.names)
+        drawn[settings.run] = paper, names
+    return drawn
+
+
+def _pack(
+    records: dict[str, dict[str, Any]], origin: dict[str, list[Store]], drawn: _Drawn
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Arrays to be kept per paper, and a line for each run whose arrays are lost."""
+    packed: dict[str, dict[str, Any]] = {}
+    lost = []
     for name, record in sorted(records.items()):
-        paper, keys = drawn.get(record["run"], ("", ()))
-        for key, array in origin[name].arrays_of(record).items() if keys else ():
-            if key.partition(".")[0] in keys:
-                packed[paper][f"{name}/{key}"] = array
-    for paper, arrays in packed.items():
-        if arrays:
-            _replace(store.folder / "arrays" / f"{paper}.safetensors", save(arrays))
-    text = "".join(line_of(record) + "\n" for _, record in sorted(records.items()))
-    if text:
-        _replace(store.lines, text.encode())
+        paper, names = drawn.get(record["run"], ("", frozenset()))
+        keys = [key for key in record["files"]["arrays"] if key.partition(".")[0] in names]
+        arrays = _arrays(record, origin[name], keys)
+        if keys and not arrays:
+            lost.append(f"{name}: its arrays are missing or damaged")
+        for key, array in arrays.items():
+            packed.setdefault(paper, {})[f"{name}/{key}"] = array
+    return packed, lost
 
 
-def _replace(path: Path, data: bytes) -> None:
+def _arrays(record: dict[str, Any], stores: list[Store], keys: list[str]) -> dict[str, Any]:
+    """The arrays `keys` of a run, of the first store that has all of them; none if none has."""
+    for store in stores if keys else ():
+        with contextlib.suppress(InputError):
+            arrays = store.arrays_of(record)
+            if arrays.keys() >= set(keys):
+                return {key: arrays[key] for key in keys}
+    return {}
+
+
+def _write(path: Path, data: bytes) -> None:
     if not path.exists() or path.read_bytes() != data:
         write_bytes(path, data)
-
-
-def _drawn(profile: str) -> dict[str, tuple[str, tuple[str, ...]]]:
-    """Run to its paper and the names of its arrays that the paper's notebook draws."""
-    found: dict[str, tuple[str, tuple[str, ...]]] = {}
-    for item in plan(profile) if profile in PROFILES else ():
-        for rule in card(item.paper).drawn:
-            if rule.holds(item.settings.method, item.variant, item.settings.seed):
-                paper, keys = found.get(item.settings.run, (item.paper, ()))
-                found[item.settings.run] = paper, (*keys, *rule.names)
-    return found

@@ -1,7 +1,7 @@
 """A record: what is kept of one finished run, as one line of JSON with a checksum.
 
-Keys are run, status, parent, settings, data, metrics, validation, history (a list per column),
-latency (None until it was measured), cost, environment, files (digests of its arrays and weights).
+Its keys are `KEYS`. `history` is a list per column, `latency` None until it was measured, and
+`files` has digests of the run's arrays, weights and cuts.
 """
 
 import hashlib
@@ -9,16 +9,23 @@ import json
 import math
 import os
 import re
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, wraps
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import load_file
+from safetensors import SafetensorError
+from safetensors.numpy import load
 
 from prunestudy.errors import InputError
 
 FORMAT = 2
+KEYS = frozenset(
+    "run checksum format parent status settings data metrics validation history latency cost "
+    "environment files".split()
+)
+_REPRODUCED = ("status", "data", "metrics", "validation", "history", "files")
 
 
 def finite(values: Any) -> Any:
@@ -32,7 +39,7 @@ def finite(values: Any) -> Any:
 
 def line_of(record: dict[str, Any]) -> str:
     """The line of `record`: name and checksum of the rest first, then its keys in order."""
-    rest = {key: record[key] for key in sorted(record) if key not in ("run", "checksum")}
+    rest = {key: record[key] for key in record if key not in ("run", "checksum")}
     text = json.dumps(finite(rest), sort_keys=True, separators=(",", ":"), allow_nan=False)
     return f'{{"run":"{record["run"]}","checksum":"{_checksum(record["run"], text)}",{text[1:]}'
 
@@ -47,19 +54,23 @@ _LINE = re.compile(r'\{"run":"([A-Za-z0-9_.-]+)","checksum":"([0-9a-f]{64})",')
 def parse(line: str, path: Path, number: int = 1) -> dict[str, Any]:
     """Return the record in `line` of `path`; `InputError` if it is not as it was written."""
     start = _LINE.match(line)
-    name = start[1] if start else f"line {number}"
-    if not start or _checksum(start[1], "{" + line[start.end() :]) != start[2]:
-        why = "was edited or cut off (checksum)" if start else "is no record"
-        raise InputError(refusal(name, why, path))
+    if not start:
+        raise InputError(refusal(f"line {number}", "is no record", path))
+    if _checksum(start[1], "{" + line[start.end() :]) != start[2]:
+        raise InputError(refusal(start[1], "was edited or cut off (checksum)", path))
     record = json.loads(line)
-    if record.get("format") != FORMAT:
-        raise InputError(refusal(name, f"is not of format {FORMAT}", path))
+    if record.get("format") != FORMAT or record.keys() != KEYS:
+        raise InputError(refusal(start[1], f"is not of format {FORMAT}", path))
     return record
 
 
 def refusal(run: str, why: str, path: Path) -> str:
-    """The line that refuses a record: what is wrong with it, where it is, the way out."""
-    way = "delete its line" if path.suffix == ".jsonl" else "delete that folder"
+    """The line that refuses a record: what is wrong with it, where it is, the way out.
+
+    `path` is a file of many records, or a run's record.json, with which its folder goes.
+    """
+    alone = path.name == "record.json"
+    way = f"delete {path.parent}" if alone else "delete that line"
     return f"record = {run}: {why} in {path}; {way} to train it again"
 
 
@@ -79,35 +90,56 @@ def write_bytes(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def called(run: str, device: str) -> str:
+    """What `run` is called in a store, where it was trained on `device` ("cpu" or a CUDA one)."""
+    return run if device == "cpu" else f"{run}-cuda"
+
+
 def place(record: dict[str, Any]) -> str:
-    """What `record` is called in the store: its run, and the device unless that is the CPU."""
-    on_cpu = record["environment"]["device"] == "cpu"
-    return record["run"] if on_cpu else f"{record['run']}-cuda"
+    """What the run of `record` is called in a store."""
+    return called(record["run"], record["environment"]["device"])
 
 
+def _read_once(read: Callable[[Path], dict[str, Any]]) -> Callable[[Path], dict[str, Any]]:
+    """`read`, but {} where no file is, and called again only when the file has changed."""
+    cached = lru_cache(maxsize=16)(lambda path, _: read(path))
+
+    @wraps(read)
+    def reader(path: Path) -> dict[str, Any]:
+        try:
+            state = path.stat()
+        except FileNotFoundError:
+            return {}
+        return cached(path, (state.st_mtime_ns, state.st_size, state.st_ino))
+
+    return reader
+
+
+@_read_once
 def read_lines(path: Path) -> dict[str, dict[str, Any]]:
-    """Records of the file at `path` by place; none if it is not there.
+    """Records of the file at `path` by their place; none if it is not there.
 
-    Raises `InputError` for a line that was edited, cut off or repeated. Read once while the file
-    stays the same.
+    Raises `InputError` for a line that was edited, cut off or repeated.
     """
-    try:
-        state = path.stat()
-    except FileNotFoundError:
-        return {}
-    return _lines(path, state.st_mtime_ns, state.st_size, state.st_ino)
-
-
-@lru_cache(maxsize=8)
-def _lines(path: Path, *_state: int) -> dict[str, dict[str, Any]]:
     records: dict[str, dict[str, Any]] = {}
     text = path.read_bytes().decode("utf-8", errors="replace")
-    for number, line in enumerate(text.split("\n")[: None if text[-1:] != "\n" else -1], 1):
+    for number, line in enumerate(text.removesuffix("\n").split("\n") if text else (), 1):
         record = parse(line, path, number)
         if place(record) in records:
             raise InputError(refusal(record["run"], "is there twice", path))
         records[place(record)] = record
     return records
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Arrays of the file at `path`; none if it is not there or damaged."""
+    try:
+        return load(path.read_bytes())
+    except (OSError, SafetensorError):
+        return {}
+
+
+read_packed = _read_once(read_arrays)
 
 
 def digest(array: np.ndarray) -> str:
@@ -116,10 +148,27 @@ def digest(array: np.ndarray) -> str:
     return hashlib.sha256(head + np.ascontiguousarray(array).tobytes()).hexdigest()[:16]
 
 
-def content(path: Path) -> str:
-    """SHA-256 of the tensors in `path`: the order of a safetensors file's metadata is random."""
+def digest_of(arrays: dict[str, np.ndarray]) -> str:
+    """SHA-256 of named arrays: that of a safetensors file would change with its metadata."""
     total = hashlib.sha256()
-    for name, array in sorted(load_file(path).items()):
+    for name, array in sorted(arrays.items()):
         total.update(f"{name} {array.dtype} {array.shape}".encode())
         total.update(np.ascontiguousarray(array).tobytes())
     return total.hexdigest()
+
+
+def noted(arrays: dict[str, np.ndarray], kind: str) -> Any:
+    """What a record says of a file's arrays: of those for figures each, as they may be packed."""
+    named = {name: digest(array) for name, array in arrays.items()}
+    return named if kind == "arrays" else digest_of(arrays)
+
+
+def changed(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What a second training of a run did not reproduce; what only `new` has does not count."""
+    return [key for key in _REPRODUCED if not _within(old[key], new[key])]
+
+
+def _within(old: Any, new: Any) -> bool:
+    if not isinstance(old, dict):
+        return old == new
+    return all(key in new and _within(old[key], new[key]) for key in old)

@@ -23,50 +23,34 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.numpy import load, load_file, save
+from safetensors.numpy import save
 
-import prunestudy
 from prunestudy import datasets
 from prunestudy.errors import InputError
-from prunestudy.study.lines import (
-    content,
-    digest,
-    line_of,
-    parse,
-    place,
-    read_lines,
-    refusal,
-    write_text,
-)
+from prunestudy.places import home as repository
+from prunestudy.study import lines
+from prunestudy.study.lines import called, place, read_arrays, read_lines, refusal, write_text
 from prunestudy.study.settings import RunSettings
 
 MAX_ARRAY_BYTES = 1_000_000
-# What a second training of the same run on the same machine must reproduce.
-_REPRODUCED = ("status", "data", "metrics", "validation", "history", "files")
-
-
-def repository() -> Path:
-    """Folder of the checkout, where notebooks/, data/ and results/ are."""
-    return Path(prunestudy.__file__).resolve().parents[2]
 
 
 class Store:
-    """The records of one profile, of `device` ("cpu" or "cuda") or of any."""
+    """The records of one profile: of `device` ("cpu" or "cuda"), or "" of the CPU before CUDA."""
 
     def __init__(self, profile: str, root: Path | str | None = None, device: str = "") -> None:
         self.folder = Path(root or repository() / "results") / profile
         self.runs = self.folder / "runs"
-        self.lines = self.folder / "records.jsonl"
+        self.collected = self.folder / "records.jsonl"
         self.device = device
 
     def path(self, run: str) -> Path:
         """Folder of `run` once it was trained here."""
-        return self.runs / (f"{run}-cuda" if self.device == "cuda" else run)
+        return self.runs / self._called(run)
 
     def work(self, run: str) -> Path:
         """Folder of the unfinished run `run`."""
-        return self.folder / "work" / self.path(run).name
+        return self.folder / "work" / self._called(run)
 
     def weights(self, run: str) -> Path:
         """File of the finished net of `run`."""
@@ -76,25 +60,14 @@ class Store:
         """File of what became of each single weight in `run`, where its method tells."""
         return self.path(run) / "cuts.safetensors"
 
-    def require_weights(self, run: str) -> None:
-        """Raise `InputError` unless the net of `run` on disk is the one that it was left with."""
-        trained = self.trained(run)
-        if trained is None or not _has_weights(self.weights(run), trained):
-            raise InputError(
-                f"weights = {run}: not there, or not those of its record, in {self.weights(run)};"
-                " `prunestudy run RUN --weights` trains the run again"
-            )
+    def _called(self, run: str) -> str:
+        if self.device:
+            return called(run, self.device)
+        names = (called(run, device) for device in ("cpu", "cuda"))
+        return next(filter(self._has, names), run)
 
-    def has_all(self, run: str) -> bool:
-        """Whether all files that training `run` leaves are here, and unharmed."""
-        trained = self.trained(run)
-        if trained is None or not _has_weights(self.weights(run), trained):
-            return False
-        try:
-            arrays = load_file(self.path(run) / "arrays.safetensors")
-        except (OSError, SafetensorError):
-            return False
-        return {name: digest(array) for name, array in arrays.items()} == trained["files"]["arrays"]
+    def _has(self, name: str) -> bool:
+        return name in read_lines(self.collected) or self._own(name).exists()
 
     @contextlib.contextmanager
     def lock(self, run: str) -> Iterator[None]:
@@ -104,15 +77,20 @@ class Store:
         with FileLock(locks / f"{run}.lock"):
             yield
 
+    # --- records
+
+    def places(self) -> list[str]:
+        """What the finished runs are called: their names, with `-cuda` for those on CUDA."""
+        folders = {path.parent.name for path in self.runs.glob("*/record.json")}
+        return sorted({*read_lines(self.collected), *folders})
+
     def names(self) -> list[str]:
         """Names of the finished runs."""
-        folders = {path.parent.name for path in self.runs.glob("*/record.json")}
-        return sorted({name.removesuffix("-cuda") for name in {*read_lines(self.lines), *folders}})
+        return sorted({name.removesuffix("-cuda") for name in self.places()})
 
     def devices(self) -> set[str]:
         """Kinds of device, "cpu" or "cuda", that the finished runs were trained on."""
-        names = {*read_lines(self.lines), *(p.parent.name for p in self.runs.glob("*/record.json"))}
-        return {"cuda" if name.endswith("-cuda") else "cpu" for name in names}
+        return {"cuda" if name.endswith("-cuda") else "cpu" for name in self.places()}
 
     def read(self, settings: RunSettings) -> dict[str, Any] | None:
         """Return the record of `settings`, or None if that run is not done.
@@ -125,13 +103,12 @@ class Store:
     def read_all(self, settings: RunSettings) -> list[dict[str, Any]]:
         """Return the records of `settings`, one per device that it was trained on."""
         run = settings.run
-        records = (self._at(name) for name in (run, f"{run}-cuda"))
+        records = (self.at(called(run, device)) for device in ("cpu", "cuda"))
         return [self._of(record, settings) for record in records if record]
 
     def load(self, run: str) -> dict[str, Any] | None:
         """Return the record of the run named `run`, its checksum verified, or None."""
-        names = {"cpu": (run,), "cuda": (f"{run}-cuda",), "": (run, f"{run}-cuda")}[self.device]
-        return next((record for name in names if (record := self._at(name))), None)
+        return self.at(self._called(run))
 
     def require(self, run: str) -> dict[str, Any]:
         """Return the record of the run named `run` as `load` does; `InputError` if it has none."""
@@ -140,37 +117,43 @@ class Store:
             raise InputError(f"run = {run}: has no record in {self.folder}")
         return record
 
-    def trained(self, run: str) -> dict[str, Any] | None:
-        """The record that training `run` on this machine left, or None."""
-        return self._in_folder(self.path(run).name)
+    def at(self, name: str) -> dict[str, Any] | None:
+        """The record in place `name`: the collected one, with the latency measured since, or ours.
 
-    def _at(self, name: str) -> dict[str, Any] | None:
-        """The collected record, with the latency that was measured since, or the one here."""
-        record = read_lines(self.lines).get(name)
-        if record is None:
-            return self._in_folder(name)
-        if record["latency"] is None and (self.runs / name / "record.json").exists():
-            own = self._in_folder(name)
-            return record | {"latency": own["latency"]} if own and _alike(own, record) else record
-        return record
+        Of both the collected one counts: a second training on another machine changes nothing.
+        """
+        record = read_lines(self.collected).get(name)
+        if record is None or record["latency"] is not None:
+            return record or self.trained(name)
+        own = self.trained(name)
+        here = own is not None and not lines.changed(record, own)
+        return record | {"latency": own["latency"]} if here else record
 
-    def _in_folder(self, name: str) -> dict[str, Any] | None:
-        path = self.runs / name / "record.json"
+    def trained(self, name: str) -> dict[str, Any] | None:
+        """The record that was left in place `name` by training here, or None."""
+        path = self._own(name)
         try:
             text = path.read_bytes().decode("utf-8", errors="replace")
         except FileNotFoundError:
             return None
-        record = parse(text.removesuffix("\n"), path)
+        record = lines.parse(text.removesuffix("\n"), path)
         if place(record) != name:
             raise InputError(refusal(name, f"is that of another run, {record['run']},", path))
         return record
 
+    def file(self, name: str) -> Path:
+        """The file that the record in place `name` is read from."""
+        return self.collected if name in read_lines(self.collected) else self._own(name)
+
+    def _own(self, name: str) -> Path:
+        return self.runs / name / "record.json"
+
     def _of(self, record: dict[str, Any], settings: RunSettings) -> dict[str, Any]:
         """`record`, unless it was made with other settings, or with images of another day."""
-        if record["settings"] != settings.model_dump(mode="json") and not _means(record, settings):
-            raise InputError(
-                refusal(settings.run, "was made with other settings", self._file(record))
-            )
+        dumped = settings.model_dump(mode="json")
+        if record["settings"] != dumped and meaning(record) != settings:
+            why = "was made with other settings"
+            raise InputError(refusal(record["run"], why, self.file(place(record))))
         known = "" if ":" in settings.dataset else datasets.info(settings.dataset).fingerprint
         self.require_data(record, known or record["data"]["fingerprint"])
         return record
@@ -179,20 +162,15 @@ class Store:
         """Raise `InputError` for a record that was not made from the data of `fingerprint`."""
         if record["data"]["fingerprint"] != fingerprint:
             why = "was made from other data than today's"
-            raise InputError(refusal(record["run"], why, self._file(record)))
-
-    def _file(self, record: dict[str, Any]) -> Path:
-        """Where the record is read from."""
-        name = place(record)
-        return self.lines if name in read_lines(self.lines) else self.runs / name
+            raise InputError(refusal(record["run"], why, self.file(place(record))))
 
     def shown(self, run: str) -> str:
         """The record of `run`, then its history, a line per epoch; `InputError` if missing."""
         record = self.require(run)
-        text = json.dumps(record | {"history": None}, indent=1, sort_keys=True)
-        rows = [row.items() for row in self.history(run)]
-        lines = [" ".join(f"{k}={v}" for k, v in row if v is not math.nan) for row in rows]
-        return "\n".join([text, *lines]) + "\n"
+        text, columns = json.dumps(record | {"history": None}, indent=1), record["history"]
+        rows = (zip(columns, row, strict=True) for row in zip(*columns.values(), strict=True))
+        epochs = (" ".join(f"{k}={v}" for k, v in row if v is not None) for row in rows)
+        return "\n".join([text, *epochs]) + "\n"
 
     def history(self, run: str) -> list[dict[str, Any]]:
         """Rows of the run's history, an epoch each; NaN where a number was not there."""
@@ -204,6 +182,8 @@ class Store:
         """Milliseconds of the run's net and of the dense one, {} while it was not timed."""
         return (self.require(run)["latency"] or {}).get("ms", {})
 
+    # --- files
+
     def arrays(self, run: str) -> dict[str, np.ndarray]:
         """Arrays of `run` for figures: all where it was trained, those that are drawn elsewhere.
 
@@ -214,17 +194,48 @@ class Store:
     def arrays_of(self, record: dict[str, Any]) -> dict[str, np.ndarray]:
         """Arrays of the run of `record`, as `arrays` does."""
         name, noted = place(record), record["files"]["arrays"]
-        own, packed = self.runs / name / "arrays.safetensors", self.folder / "arrays"
-        for paths, prefix in (([own], ""), (sorted(packed.glob("*.safetensors")), f"{name}/")):
-            arrays = {k: a for path in paths for k, a in _load(path, prefix).items()}
-            if arrays and all(digest(a) == noted.get(k) for k, a in arrays.items()):
+        own = self.runs / name / "arrays.safetensors"
+        packed = {
+            key.removeprefix(f"{name}/"): array.copy()
+            for path in sorted((self.folder / "arrays").glob("*.safetensors"))
+            for key, array in lines.read_packed(path).items()
+            if key.startswith(f"{name}/")
+        }
+        for arrays in (read_arrays(own), packed):
+            if arrays and all(lines.digest(a) == noted.get(k) for k, a in arrays.items()):
                 return arrays
         if not noted:
             return {}
         raise InputError(
-            f"arrays = {name}: missing or damaged, in {own} and in {packed};"
+            f"arrays = {name}: missing or damaged, in {own} and in {self.folder / 'arrays'};"
             " `prunestudy run RUN --weights` makes them again"
         )
+
+    def has_all(self, run: str) -> bool:
+        """Whether all files that training `run` leaves are here, and unharmed."""
+        record = self.trained(self._called(run))
+        return record is not None and all(
+            lines.noted(read_arrays(self.path(run) / f"{kind}.safetensors"), kind) == files
+            for kind, files in record["files"].items()
+        )
+
+    def require_weights(self, run: str) -> None:
+        """Raise `InputError` unless the net of `run` on disk is the one that it was left with."""
+        self._require_file(run, "weights")
+
+    def read_cuts(self, run: str) -> dict[str, np.ndarray]:
+        """What is in the file `cuts(run)`; `InputError` if it is missing or not that of the run."""
+        return self._require_file(run, "cuts")
+
+    def _require_file(self, run: str, kind: str) -> dict[str, np.ndarray]:
+        path, record = self.path(run) / f"{kind}.safetensors", self.trained(self._called(run))
+        arrays = read_arrays(path)
+        if record is None or not arrays or lines.noted(arrays, kind) != record["files"].get(kind):
+            raise InputError(
+                f"{kind} = {run}: not there, or not those of its record, in {path};"
+                " `prunestudy run RUN --weights` trains the run again"
+            )
+        return arrays
 
     def write(
         self,
@@ -232,26 +243,26 @@ class Store:
         arrays: dict[str, np.ndarray],
         weights: Path,
         cuts: dict[str, np.ndarray] | None = None,
-    ) -> dict[str, Any]:
-        """Put a finished run's folder in place under a temporary name, rename it; its record.
+    ) -> None:
+        """Put a finished run's folder in place under a temporary name, rename it.
 
         `weights` is the file of the finished net, moved in; `cuts` what the method knows of single
         weights. A run that was trained here before (its weights were lost) must have come out the
         same, or `InputError`.
         """
-        run = record["run"]
+        run, folder = record["run"], self.path(record["run"])
+        files = {"arrays": arrays, "weights": read_arrays(weights)}
+        files |= {"cuts": cuts} if cuts else {}
         payload = save({key: np.ascontiguousarray(a) for key, a in arrays.items()})
         if len(payload) > MAX_ARRAY_BYTES:
             raise RuntimeError(f"arrays of {run}: {len(payload)} bytes, above {MAX_ARRAY_BYTES}")
-        record["files"] = {
-            "arrays": {name: digest(array) for name, array in arrays.items()},
-            "weights": content(weights),
-        }
-        line = line_of(record)
-        record, before = json.loads(line), self.trained(run)
+        record["files"] = {kind: lines.noted(named, kind) for kind, named in files.items()}
+        line, before = lines.line_of(record), self.trained(place(record))
         if before is not None:
-            _require_same(before, record, self.path(run))
-            record, line = before, line_of(before)
+            for key in lines.changed(before, json.loads(line)):
+                why = f"trained again, it did not reproduce its {key}"
+                raise InputError(f"record = {run}: {why}; delete {folder} to accept the new one")
+            line = lines.line_of(before)
         temporary = self.work(run) / "finished"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -261,53 +272,24 @@ class Store:
         weights.replace(temporary / "weights.safetensors")
         (temporary / "record.json").write_text(line + "\n", encoding="utf-8")
         self.runs.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(self.path(run), ignore_errors=True)
-        temporary.rename(self.path(run))
-        return record
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
 
     def write_latency(self, run: str, latency: dict[str, Any]) -> None:
         """Add what was measured of the net of `run`, which was trained here, to its record."""
-        record = self.trained(run)
+        name = self._called(run)
+        record = self.trained(name)
         if record is None:
             raise InputError(f"run = {run}: was not trained in {self.folder}")
-        write_text(self.path(run) / "record.json", line_of(record | {"latency": latency}) + "\n")
+        write_text(self._own(name), lines.line_of(record | {"latency": latency}) + "\n")
 
 
-def _means(record: dict[str, Any], settings: RunSettings) -> bool:
-    """Whether the record's settings, with today's defaults, are `settings`."""
+def meaning(record: dict[str, Any]) -> RunSettings | None:
+    """The record's settings with today's defaults; None if they are not valid any more."""
     try:
-        return RunSettings.model_validate_json(json.dumps(record["settings"])).filled() == settings
+        return RunSettings.model_validate_json(json.dumps(record["settings"])).filled()
     except (ValidationError, KeyError, InputError):
-        return False
-
-
-def _alike(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    return all(one[key] == other[key] for key in _REPRODUCED)
-
-
-def _require_same(before: dict[str, Any], after: dict[str, Any], folder: Path) -> None:
-    for key in _REPRODUCED:
-        if before[key] != after[key]:
-            raise InputError(
-                f"record = {before['run']}: trained again, it did not reproduce its {key};"
-                f" delete {folder} to accept the new one"
-            )
-
-
-def _has_weights(path: Path, record: dict[str, Any]) -> bool:
-    try:
-        return content(path) == record["files"]["weights"]
-    except (OSError, SafetensorError):
-        return False
-
-
-def _load(path: Path, prefix: str = "") -> dict[str, np.ndarray]:
-    """Arrays of a file whose names begin with `prefix`, without it; none of a damaged file."""
-    try:
-        data = load(path.read_bytes())
-    except (OSError, SafetensorError):
-        return {}
-    return {k.removeprefix(prefix): a for k, a in data.items() if k.startswith(prefix)}
+        return None
 
 
 def _number(value: Any) -> Any:

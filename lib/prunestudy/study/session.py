@@ -50,8 +50,9 @@ class Session:
     def __post_init__(self) -> None:
         tiny = Tiny(self.seeds, self.epochs)
         self.planned = plan(self.profile, (self.paper,), tiny)
-        self.store = Store("custom" if tiny != Tiny() else self.profile, self.results or None)
-        self.runner = Runner(self.store, self.data or None, self.device)
+        store = Store("custom" if tiny != Tiny() else self.profile, self.results or None)
+        self.runner = Runner(store, self.data or None, self.device)
+        self.store = self.runner.store  # of the device that the runs are on
 
     @property
     def card(self) -> Card:
