@@ -69,9 +69,8 @@ def refusal(run: str, why: str, path: Path) -> str:
 
     `path` is a file of many records, or a run's record.json, with which its folder goes.
     """
-    alone = path.name == "record.json"
-    way = f"delete {path.parent}" if alone else "delete that line"
-    return f"record = {run}: {why} in {path}; {way} to train it again"
+    where, what = (path.parent, "folder") if path.name == "record.json" else (path, "line")
+    return f"record = {run}: {why} in {where}; delete that {what} to train the run again"
 
 
 def write_text(path: Path, text: str) -> None:
