@@ -13,18 +13,22 @@ const marks = [];
 const walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
 while (walk.nextNode()) {
   const text = walk.currentNode, parent = text.parentElement;
-  if (parent.closest("code, pre, script, style, .katex")) continue;
+  if (parent.closest("code, pre, script, style, mjx-container")) continue;
   if (/\\$\\$|\\\\\\(|\\\\\\[/.test(text.data)) marks.push(text.data.trim().slice(0, 80));
 }
 const images = [...document.querySelectorAll("img")];
 return {
   marks,
-  drawn: document.querySelectorAll(".katex").length,
-  wrong: [...document.querySelectorAll(".katex-error")].map((e) => e.textContent),
+  drawn: document.querySelectorAll("mjx-container").length,
+  wrong: [...document.querySelectorAll("svg [data-mjx-error]")].map(
+    (e) => e.getAttribute("data-mjx-error")),
   unloaded: images.filter((i) => !i.complete || !i.naturalWidth).map((i) => i.src),
   silent: images.filter((i) => !i.alt.trim()).map((i) => i.src),
   images: images.length,
 };
+"""
+_SETTLE = """
+Promise.all([document.fonts.ready, window.MathJax?.startup?.promise]).then(arguments[0]);
 """
 
 
@@ -48,7 +52,7 @@ class Browser:
         """Load a file; return what it asked for elsewhere, what the console says, what it shows."""
         self.screen(width, dark)
         self.driver.get(page.as_uri())
-        self.driver.execute_async_script("document.fonts.ready.then(arguments[0])")
+        self.driver.execute_async_script(_SETTLE)
         return {**self.run(_LOOK), "console": self.console(), "outside": self.outside()}
 
     def screen(self, width, dark=False):

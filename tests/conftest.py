@@ -1,9 +1,15 @@
 """What several test files share: one thread, small nets, a small card, quick runs."""
 
+import os
+import shutil
+import signal
+import subprocess
+import sys
 import textwrap
 from dataclasses import replace
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pytest
 import torch
@@ -11,8 +17,9 @@ from PIL import Image
 from safetensors.numpy import save_file
 from torch import nn
 
-from prunestudy import papers
+from prunestudy import papers, places
 from prunestudy.datasets import Batches, DatasetInfo, ImageSet, catalogue, info
+from prunestudy.errors import InputError
 from prunestudy.study import runs
 from prunestudy.study.lines import FORMAT, digest, line_of, place, write_text
 from prunestudy.study.records import Store
@@ -60,6 +67,9 @@ CARD = """
     methods = [{ method = "dense" }, { method = "magnitude" }, { method = "random" }]
 """
 
+# A name that any line of shell, YAML, Python or Snakemake would take for something else.
+NASTY = "x'; touch OWNED; echo 'y \"$(touch OWNED)\" `touch OWNED` {b} a: #1 % \\ \u00e9\n*"
+
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
@@ -95,6 +105,46 @@ def card_file(tmp_path, monkeypatch):
 def toy_card(card_file):
     """The card of a toy paper (dense start, dense, magnitude, random on digits) and no other."""
     return card_file()
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A copy of the checkout whose one card is the toy paper's."""
+    place, root = tmp_path / "checkout", places.checkout()
+    ignored = shutil.ignore_patterns("*.toml", "__py*", "*.ipynb")
+    shutil.copytree(root / "lib", place / "lib", ignore=ignored)
+    shutil.copytree(root / "profiles", place / "profiles")
+    shutil.copy(root / "pyproject.toml", place)
+    (place / "lib/prunestudy/papers/toy.toml").write_text(textwrap.dedent(CARD))
+    (place / "notebooks").mkdir()
+    cell = nbformat.v4.new_code_cell('profile = "quick"\nresults = ""\ndata = ""')
+    cell.metadata["tags"] = ["parameters"]
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    notebook = nbformat.v4.new_notebook(cells=[cell], metadata={"kernelspec": kernel})
+    nbformat.write(notebook, place / "notebooks/99_toy.ipynb")
+    return place
+
+
+@pytest.fixture
+def start(checkout, tmp_path):
+    """Start `prunestudy WORD ...` of that checkout; whatever still runs afterwards is ended."""
+    env = os.environ | {"PYTHONPATH": str(checkout / "lib")}
+    env |= {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    streams |= {"start_new_session": True}
+    begun = []
+
+    def run(*words, **options):
+        options = {"env": env, "cwd": tmp_path} | streams | options
+        begun.append(subprocess.Popen(["prunestudy", *words], **options))
+        return begun[-1]
+
+    yield run
+    for process in begun:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
 
 
 @pytest.fixture
@@ -192,6 +242,19 @@ def one_line(caught):
     return text
 
 
+def refused(call, *words):
+    """`call` raises one line that has these words in it."""
+    with pytest.raises(InputError) as caught:
+        call()
+    text = one_line(caught)
+    assert all(word in text for word in words), text
+
+
+def apart(found, expected):
+    """Largest difference relative to the largest output."""
+    return float((found - expected).detach().abs().max() / expected.detach().abs().max())
+
+
 class BatchNormNet(nn.Module):
     """Convolution, batch norm, convolution, linear: 1x8x8 to 10 classes."""
 
@@ -229,13 +292,29 @@ def toy_batches(count=64, batch_size=16, side=8, seed=0, **values):
     return Batches(images, info, batch_size, seed=seed, **values)
 
 
-def slim(net):
-    """VGG-16 or AlexNet with 64 hidden units in the classifier, where 4096 only take time."""
-    layers = [layer for layer in net.classifier if isinstance(layer, nn.Linear)]
-    sizes = [layers[0].in_features, 64, 64, layers[2].out_features]
-    made = {layer: nn.Linear(*sizes[i : i + 2]) for i, layer in enumerate(layers)}
-    net.classifier = nn.Sequential(*(made.get(layer, layer) for layer in net.classifier))
-    return net
+def narrowed(factory, by=8):
+    """`factory` with 1 / `by` of the channels wherever `by` divides them: images and classes stay.
+
+    Layers, skips and branches are those of the whole net, at a fraction of the time.
+    """
+
+    def part(number):
+        return number // by if type(number) is int and number % by == 0 else number
+
+    def narrow(init):
+        def made(self, *sizes, **options):
+            groups = {"groups": part(options["groups"])} if "groups" in options else {}
+            init(self, *map(part, sizes), **options | groups)
+
+        return made
+
+    def make(*arguments):
+        with pytest.MonkeyPatch.context() as patch:
+            for layer in (nn.Conv2d, nn.BatchNorm2d, nn.Linear):
+                patch.setattr(layer, "__init__", narrow(layer.__init__))
+            return factory(*arguments)
+
+    return make
 
 
 def small_imagenet(monkeypatch, root, side=32, classes=3, train=4, test=2, seed=0):

@@ -6,7 +6,6 @@
 """
 
 import argparse
-import json
 import os
 import random
 import signal
@@ -14,6 +13,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+from prunestudy.study.records import Store
 
 # Seconds and memory of a process differ from one execution to the next; nothing else may.
 TIMES = ("cost", "checksum")
@@ -44,15 +45,13 @@ def kill_at_random(
     return moments
 
 
-def records(results: Path) -> dict[str, dict]:
-    """Every record below `results`, and its history and arrays, without what time changes."""
-    found = {}
-    for path in sorted(results.glob("*/records/*/record.json")):
-        record = json.loads(path.read_text())
-        kept = {key: value for key, value in record.items() if key not in TIMES}
-        # The order of a weights file's header is random; its contents' digest is in the record.
-        files = {f: (path.parent / f).read_bytes() for f in ("history.csv", "arrays.safetensors")}
-        found[path.parent.name] = kept | {"contents": files}
+def records(results: Path, profile: str = "quick") -> dict[str, dict]:
+    """Every record below `results`, its history and arrays, without what time changes."""
+    store, found = Store(profile, results), {}
+    for run in store.names():
+        record = {key: value for key, value in store.require(run).items() if key not in TIMES}
+        arrays = {name: array.tobytes() for name, array in store.arrays(run).items()}
+        found[run] = record | {"history": store.history(run), "arrays": arrays}
     return found
 
 

@@ -41,7 +41,7 @@ class DepthwiseNet(nn.Module):
 NETS = {
     "lenet5": (lambda: models.build("lenet5", (1, 16, 16), 10), 16),
     "mlp": (lambda: models.build("mlp", (1, 8, 8), 10), 8),
-    "resnet20": (lambda: models.build("resnet20", (1, 8, 8), 10), 8),
+    "resnet8": (lambda: models.ResNet(8, (1, 8, 8), 10), 8),
     "batch_norm": (BatchNormNet, 8),
     "depthwise": (DepthwiseNet, 8),
 }
@@ -155,7 +155,7 @@ def test_one_channel_stays_where_no_skip_carries_the_signal():
 
 
 def test_blocks_may_go_but_streams_may_not():
-    channels = Channels(net_of("resnet20"), shape_of("resnet20"), "macs")
+    channels = Channels(net_of("resnet8"), shape_of("resnet8"), "macs")
     everything = torch.ones(channels.size, dtype=torch.bool)
     kept = channels.kept(channels.close(torch.arange(channels.size), everything, 1.0))
     streams = {"conv1", "stage2.0.conv2", "stage3.0.conv2"}
@@ -328,7 +328,7 @@ def fit(name, net, target=0.6, kind="macs", params=None, epochs=2, seed=3, **opt
 
 
 @pytest.mark.parametrize("kind", ["macs", "parameters"])
-@pytest.mark.parametrize("net", ["mlp", "resnet20", "batch_norm"])
+@pytest.mark.parametrize("net", ["mlp", "resnet8", "batch_norm"])
 @pytest.mark.parametrize("name", STRUCTURED)
 def test_the_target_is_met_to_a_channel(name, net, kind):
     if name == "network_slimming" and net == "mlp":
@@ -352,7 +352,7 @@ def test_the_target_is_met_to_a_channel(name, net, kind):
 
 @pytest.mark.parametrize("name", STRUCTURED)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
-@pytest.mark.parametrize("net", ["mlp", "resnet20", "batch_norm", "depthwise"])
+@pytest.mark.parametrize("net", ["mlp", "resnet8", "batch_norm", "depthwise"])
 def test_the_finished_net_is_the_net_that_trained(name, net, dtype, tolerance):
     if name == "network_slimming" and net == "mlp":
         pytest.skip("has no batch norm")

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import CARD, small_run, tree
 
+import prunestudy
 from prunestudy import shrink
 from prunestudy.study import batch, cli, notebooks, runs
 from prunestudy.study.plan import plan
@@ -40,7 +41,7 @@ def refused(call, tmp_path, monkeypatch):
         raise AssertionError("nothing may start")
 
     def run(*words, **options):
-        for place, name in ((runs, "train"), (batch.subprocess, "run"), (notebooks, "_papermill")):
+        for place, name in ((runs, "train"), (batch.subprocess, "Popen"), (notebooks, "Kernel")):
             monkeypatch.setattr(place, name, no)
         before = tree(tmp_path)
         code, out, err = call(*words, **options)
@@ -68,7 +69,7 @@ def names_of(*labels):
     [
         (["nope"], "argument COMMAND: invalid choice: 'nope'"),
         (["list", "--nope"], "unrecognized arguments: --nope"),
-        (["list", "--prof", "quick"], "unrecognized arguments: --prof quick"),
+        (["status", "--prof", "quick"], "unrecognized arguments: --prof quick"),
         (["list", "--profile"], "argument --profile: expected one argument"),
         (["list", "--profile", "fast"], "profile = 'fast': allowed are cpu, cpu-long, paper, q"),
         (["status", "--profile", "fast"], "profile = 'fast': allowed are"),
@@ -77,7 +78,7 @@ def names_of(*labels):
         (["list", "--paper", "toy", "--paper", "nope"], "paper = 'nope': allowed are toy"),
         (["run"], "the following arguments are required: RUN"),
         (["run", "nope"], "run = 'nope': no such run; `prunestudy list` names them"),
-        (["run", "dense"], "run = 'dense': 2 runs begin so; `prunestudy list` names them"),
+        (["run", "dense"], "run = 'dense': 2 runs begin so, dense-lenet300-digits-"),
         (["run", ""], "run = '': 4 runs begin so"),
         (["run", "magnitude", "nope"], "run = 'nope': no such run"),
         (["run", "magnitude", "--device", "tpu"], "device = 'tpu': allowed are auto, cpu, cuda"),
@@ -85,17 +86,22 @@ def names_of(*labels):
         (["run", "magnitude", "--profile", "fast"], "profile = 'fast': allowed are"),
         (["job", "nope"], "job = 'nope': allowed are toy.digits.s0"),
         (["job", "toy.digits.s0", "--device", "gpu"], "device = 'gpu': allowed are"),
+        (["status", "--data", "a\udcff"], "unrecognized arguments: --data"),
+        (["train", "--data", "a\udcff"], "data = 'a\\udcff': a path in UTF-8"),
         (["job"], "the following arguments are required: job"),
         (["show", "nope"], "run = 'nope': no such run"),
         (["notebook", "nope"], "paper = 'nope': allowed are toy"),
-        (["study", "--jobs", "0"], "jobs = 0: at least 1"),
-        (["study", "--jobs", "-3"], "jobs = -3: at least 1"),
+        (["study", "--jobs", "0"], "jobs = 0: 1 to "),
+        (["study", "--jobs", "-3"], "jobs = -3: 1 to "),
+        (["study", "--jobs", "9" * 30], f"jobs = {'9' * 30}: 1 to "),
+        (["list", "nets"], "argument what: invalid choice: 'nets'"),
+        (["list", "method"], "list = 'method': models, datasets, methods, papers, profiles or me"),
+        (["list", "method", "nope"], "method = 'nope': allowed are component_aware, dense"),
+        (["list", "--profile", "custom", "--paper", "toy"], "paper = 'toy': none with --profile"),
+        (["table", "--profile", "custom"], "profile = 'custom': allowed are cpu, cpu-long"),
         (["study", "--jobs", "two"], "argument --jobs: invalid int value: 'two'"),
         (["study", "--profile", "fast"], "profile = 'fast': allowed are"),
         (["study", "--paper", "nope"], "paper = 'nope': allowed are toy"),
-        (["bench", "--fast"], "unrecognized arguments: --fast"),
-        (["gpu"], "device = 'cuda': no CUDA device here"),
-        (["gpu", "--check"], "device = 'cuda': no CUDA device here"),
     ],
 )
 def test_bad_commands(refused, words, message, monkeypatch):
@@ -103,19 +109,20 @@ def test_bad_commands(refused, words, message, monkeypatch):
     assert refused(*words).startswith(message)
 
 
-def test_a_command_is_needed(capsys):
-    assert cli.main([]) == 2
-    assert capsys.readouterr().err == (
-        "prunestudy: the following arguments are required: COMMAND\n"
-    )
+def test_without_a_command_there_is_help(capsys):
+    assert cli.main([]) == 0
+    assert capsys.readouterr().out.startswith("usage: prunestudy [-h] [--version] COMMAND ...")
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        pytest.param(["show", "dense", "--profile", "fast"], "profile = 'fast': allowed are"),
-        pytest.param(["notebook", "toy", "--profile", "fast"], "profile = 'fast': allowed are"),
-        pytest.param(["study", "--executor", "nope"], "executor = 'nope': "),
+        (["show", "dense", "--profile", "fast"], "profile = 'fast': allowed are"),
+        (["notebook", "toy", "--profile", "fast"], "profile = 'fast': allowed are"),
+        *(
+            (["study", "--executor", name], f"executor = {name!r}: local, or one whose package")
+            for name in ("nope", "x; touch OWNED", "", "a.b", "sl\u00fcrm", "slurm\n", "'")
+        ),
     ],
 )
 def test_bad_commands_that_are_found_late(refused, words, message):
@@ -126,7 +133,7 @@ def test_bad_commands_that_are_found_late(refused, words, message):
     ("plugin", "message"),
     [
         (True, "executor = 'slurm': where Slurm is: sbatch is found and sinfo answers"),
-        (None, "executor = 'slurm': local, or one whose package snakemake_executor_plugin_slurm"),
+        (None, "executor = 'slurm': local, or one whose package snakemake-executor-plugin-NAME"),
     ],
 )
 def test_slurm_is_asked_for_where_it_is_not(refused, monkeypatch, plugin, message):
@@ -139,11 +146,14 @@ SETTINGS = [
     (["colour=red"], "setting = 'colour': allowed are batch_size, dataset, epochs"),
     (["lr"], "--set = 'lr': must be KEY=VALUE"),
     (["model=vgg99"], "model = 'vgg99': allowed are alexnet, alexnet_grouped"),
-    (["model=lenet5"], "shape = (1, 8, 8): lenet5 needs images of at least 16x16"),
+    (
+        ["model=lenet5"],
+        "model = 'lenet5': not for digits: shape = (1, 8, 8): lenet5 needs images",
+    ),
     (["method=lasso"], "method = 'lasso': allowed are component_aware, dense"),
-    (["dataset=cifar"], "dataset = 'cifar': allowed are cifar10"),
+    (["dataset=cifar"], "dataset = 'cifar': allowed are digits"),
     (["method=scratch"], "parent = None: scratch needs the run whose shape it takes"),
-    (["dataset=7"], "dataset = 7: allowed are cifar10"),
+    (["dataset=7"], "dataset = 7: allowed are digits"),
     (["dataset=folder:/nowhere"], "dataset = 'folder:/nowhere': "),
     (["dataset=folder:"], "dataset = 'folder:': "),
     (["lr=-0.1"], "lr = -0.1: input should be greater than 0"),
@@ -265,9 +275,7 @@ def test_help_names_every_command(capsys):
         cli.main(["--help"])
     assert caught.value.code == 0
     out = capsys.readouterr().out
-    names = (
-        "study plan list status table latency run job notebook show compare export train bench gpu"
-    )
+    names = "study plan list status table latency run job notebook show compare export train"
     for name in names.split():
         assert f"\n    {name} " in out
 
@@ -416,9 +424,67 @@ def test_train_a_run_of_ones_own(call, results):
 
 
 def test_train_says_when_a_run_diverged(call):
-    code, out, _ = call("train", "--set", "epochs=2", "--set", "lr=1e20")
-    assert code == 0
-    assert out.split()[1:] == ["diverged"]
+    code, out, err = call("train", "--set", "epochs=2", "--set", "lr=1e20")
+    name, status = out.split()
+    assert (code, status) == (1, "diverged")
+    assert err == f"prunestudy: run = {name}: diverged; a smaller lr may help\n"
+
+
+def own(call, *pairs):
+    """Train a run of one's own; returns its name."""
+    words = [word for pair in ("epochs=1", *pairs) for word in ("--set", pair)]
+    return call("train", *words)[1].split()[0]
+
+
+def test_ones_own_runs_are_listed_and_compared(call, results):
+    first, second = own(call), own(call, "method=magnitude", "target=0.5", "seed=3")
+    custom = ("--profile", "custom")
+    rows = [line.split("\t") for line in call("list", *custom)[1].splitlines()]
+    assert sorted(rows) == [
+        [first, "custom", "train", "seed 0", "target -", ""],
+        [second, "custom", "train", "seed 3", "target 0.500", ""],
+    ]
+    assert call("status", *custom)[1].splitlines() == ["done      2", "missing   0"]
+    assert f"{first}  {second}" in call("compare", first, second, *custom)[1]
+    weights = Store("custom", results).weights(second)
+    content = shrink.load_net(weights).state_dict()
+    weights.unlink()
+    assert call("run", second, "--weights", *custom)[0] == 0
+    again = shrink.load_net(weights).state_dict()
+    assert all(torch.equal(again[key], value) for key, value in content.items())
+
+
+def test_of_several_runs_the_last_that_train_was_called_for_is_taken(call, refused):
+    first, second = own(call), own(call, "seed=1")
+    custom = ("--profile", "custom")
+    code, out, err = call("show", "dense", *custom)
+    assert (code, json.loads(out.partition("\n}\n")[0] + "}")["run"]) == (0, second)
+    assert err == f"2 runs begin so; this is the last trained: {second}\n"
+    assert own(call) == first  # it is there, and taken from now on
+    assert first in call("show", "dense", *custom)[2]
+    own(call, "method=magnitude", "target=0.5")
+    names = ", ".join(sorted((first, second)))
+    assert refused("show", "dense", *custom) == (
+        f"run = 'dense': 2 runs begin so, {names}; write more of the name; `prunestudy list` names"
+        " them"
+    )
+
+
+def test_names_of_what_settings_take(call, capsys):
+    assert call("list", "papers")[1] == "toy                    A toy\n"
+    assert call("list", "profiles")[1].splitlines()[0] == "quick                  toy"
+    assert "\nlenet5 " in call("list", "models")[1]
+    assert "\nfolder:NAME " in call("list", "datasets")[1]
+    assert "\ngdp                    GDP (ours)\n" in call("list", "methods")[1]
+    assert call("list", "method", "l1")[1].splitlines()[:4] == [
+        "method                 l1 (L1 (LASSO))",
+        "target_kind            sparsity (of weights)",
+        'params.scope           "all"',
+        "params.ramp            0.8",
+    ]
+    with pytest.raises(SystemExit):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"{prunestudy.__version__}\n"
 
 
 def test_numbers_and_text_of_settings():

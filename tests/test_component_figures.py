@@ -48,6 +48,7 @@ class Runs:
 
 def item(solver, target=0.5, variant=""):
     settings = SimpleNamespace(
+        run=f"{solver}-{target}",
         method="component_aware",
         model="autoencoder",
         dataset="digits",
@@ -128,10 +129,17 @@ def test_psnr_against_removed_splits_by_fine_tuning():
     base = {"model": "autoencoder", "dataset": "digits", "target_kind": "parameters", "n": 3}
     base |= {"metric_sd": 0.1, "dense_metric": 20.0, "method": "component_aware"}
     rows = [
-        base | {"variant": "", "target": 0.5, "metric": 18.0},
-        base | {"variant": "", "target": 0.7, "metric": 16.0},
-        base | {"variant": "fine-tuned", "target": 0.7, "metric": 19.0},
-        base | {"variant": "by component", "method": "uniform", "target": 0.5, "metric": 11.0},
+        base | {"reading": "", "stage": "", "target": 0.5, "metric": 18.0},
+        base | {"reading": "", "stage": "", "target": 0.7, "metric": 16.0},
+        base | {"reading": "", "stage": "fine-tuned", "target": 0.7, "metric": 19.0},
+        base
+        | {
+            "reading": "by component",
+            "stage": "",
+            "method": "uniform",
+            "target": 0.5,
+            "metric": 11.0,
+        },
     ]
     figure = figures.psnr_against_removed(pd.DataFrame(rows), "autoencoder", "digits")
     assert [axes.get_title() for axes in figure.axes] == ["after pruning", "fine-tuned"]

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from functools import cache
 
 import numpy as np
 import pytest
@@ -325,7 +326,7 @@ def test_the_last_channel_is_not_moved_where_no_skip_carries_the_signal():
 
 
 @pytest.mark.parametrize("kind", ["macs", "parameters"])
-@pytest.mark.parametrize("net", ["mlp", "resnet20", "batch_norm"])
+@pytest.mark.parametrize("net", ["mlp", "resnet8", "batch_norm"])
 def test_gates_end_at_zero_or_above_one_half(net, kind):
     made = fit("gdp", net_of(net), target=0.7, kind=kind, epochs=10)
     method, g = made.method, made.method.gates().detach()
@@ -342,7 +343,7 @@ def test_gates_end_at_zero_or_above_one_half(net, kind):
     assert found["removal_gap"] < 1e-5
 
 
-@pytest.mark.parametrize("net", ["mlp", "resnet20"])
+@pytest.mark.parametrize("net", ["mlp", "resnet8"])
 def test_predictions_before_and_after_removal_are_the_same(net):
     data, gated = datasets.load("digits"), net_of(net)
     batches = datasets.Batches(data.train, data.info, 64, seed=0)
@@ -357,15 +358,22 @@ def test_predictions_before_and_after_removal_are_the_same(net):
     assert small < 0.6 * full
 
 
-@pytest.mark.parametrize("step", [1, 4, 6, 9, 10, 11, 15])
+def common_of(variant):
+    return {"epochs": 4} | ({"target": None, "kind": None} if variant == "scratch" else {})
+
+
+@cache
+def undisturbed(variant):
+    return fit(variant, randomise(net_of("batch_norm")), **common_of(variant))
+
+
+@pytest.mark.parametrize("step", [1, 4, 10, 11, 15])
 @pytest.mark.parametrize(
     "variant", ["gdp", "hard_concrete", "l1_filter", "random", "network_slimming", "scratch"]
 )
 def test_an_interrupted_run_ends_like_an_undisturbed_one(variant, step, tmp_path):
     """16 steps; GDP's target is met, and the other gates are decided, on the way."""
-    kind = {"target": None, "kind": None} if variant == "scratch" else {}
-    common = {"epochs": 4, **kind}
-    straight = fit(variant, randomise(net_of("batch_norm")), **common)
+    straight, common = undisturbed(variant), common_of(variant)
     options = {"checkpoint": tmp_path / "c", "checkpoint_seconds": 0.0, "run": "r"}
     with pytest.raises(KilledError):
         fit(variant, randomise(net_of("batch_norm")), batches=Fragile(step), **common, **options)
@@ -475,18 +483,7 @@ def test_bad_parameters_are_refused_in_one_line(name, key, value):
 def test_eps_must_fall():
     with pytest.raises(InputError) as caught:
         methods.params_of("gdp", {"eps_start": 1e-3, "eps_end": 1e-2})
-    assert "eps_end 0.01 is above eps_start 0.001" in one_line(caught)
-
-
-@pytest.mark.parametrize("name", ["gdp", "hard_concrete", "l1_filter", "group_l2", "random"])
-@pytest.mark.parametrize("kind", ["macs", "parameters"])
-@pytest.mark.parametrize("target", [0.0, 1.0, -0.1, 1.5, None, "a", math.nan, True])
-def test_bad_targets_are_refused_in_one_line(name, kind, target):
-    with pytest.raises(InputError) as caught:
-        methods.build(name, {}, target, kind)
-    what = {"macs": "MACs", "parameters": "parameters"}[kind]
-    allowed = f"the share of {what} to remove, above 0 and below 1"
-    assert one_line(caught) == f"target = {target!r}: {allowed}"
+    assert one_line(caught) == "params.eps_end = 0.01: at most eps_start, 0.001"
 
 
 def test_a_group_that_does_not_exist_is_refused_before_training():

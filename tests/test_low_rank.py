@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from conftest import BatchNormNet, one_line, randomise
+from conftest import BatchNormNet, apart, one_line, randomise
 from torch import nn
 
 from prunestudy import measure, models, shrink
@@ -33,11 +33,6 @@ def layer(kind="conv", groups=1, dtype=torch.float64, seed=0, **values):
 def images(dtype=torch.float64, side=9):
     generator = torch.Generator().manual_seed(1)
     return torch.randn(3, 6, side, side, dtype=dtype, generator=generator)
-
-
-def apart(got, wanted):
-    """Largest difference relative to the largest output."""
-    return float((got - wanted).detach().abs().max() / wanted.detach().abs().max())
 
 
 def diagonal(values, dtype=torch.float64):

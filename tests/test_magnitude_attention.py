@@ -1,5 +1,6 @@
 import copy
 import math
+import shutil
 from itertools import pairwise
 
 import matplotlib.pyplot as plt
@@ -16,12 +17,13 @@ from prunestudy.methods import Context, Progress
 from prunestudy.methods.masks import cubic_sparsity, dense_weights, kept_count, layers_in
 from prunestudy.methods.trail import Trail
 from prunestudy.papers import card
-from prunestudy.study import cli, figures, settings
-from prunestudy.study.audit import weight_line
-from prunestudy.study.bench import magnitude_attention as bench
+from prunestudy.study import cli, figures
 from prunestudy.study.figures import magnitude_attention as drawings
-from prunestudy.study.plan import Planned
+from prunestudy.study.inspect import weight_line
 from prunestudy.study.lines import line_of
+from prunestudy.study.plan import Planned
+from prunestudy.study.records import Store
+from prunestudy.study.runs import Runner
 from prunestudy.train import Recipe, train
 
 CUT = "magnitude_attention"
@@ -176,17 +178,21 @@ def test_weights_follow_the_attention_at_every_step():
 # --- DPF is the special case
 
 
-@pytest.mark.parametrize("net", ["batch_norm", "lenet5", "resnet20"])
-def test_without_attention_and_exploitation_it_is_dpf_bit_for_bit(net):
+@pytest.mark.parametrize(
+    ("net", "side"),
+    [
+        (lambda: randomise(BatchNormNet()), 8),
+        (lambda: models.build("lenet5", (1, 16, 16), 10), 16),
+        (lambda: models.ResNet(8, (1, 8, 8), 10), 8),
+    ],
+    ids=["batch_norm", "lenet5", "resnet8"],
+)
+def test_without_attention_and_exploitation_it_is_dpf_bit_for_bit(net, side):
     def made(name, **params):
         torch.manual_seed(0)
-        if net == "batch_norm":
-            model, side = randomise(BatchNormNet()), 8
-        else:
-            model, side = models.build(net, (1, 16, 16), 10), 16
         batches = toy_batches(side=side)
         recipe = Recipe(epochs=3, lr=0.05, nesterov=True, weight_decay=1e-3)
-        return fit(name, net=model, batches=batches, recipe=recipe, period=3, **params)[0]
+        return fit(name, net=net(), batches=batches, recipe=recipe, period=3, **params)[0]
 
     dpf = made("dpf")
     ours = made(CUT, alpha=0.0, exploitation=False)
@@ -357,7 +363,7 @@ def test_the_scope_is_the_convolutions_unless_linear_layers_hold_most():
 def test_only_the_scope_is_cut_and_exactly(name):
     params = {} if name in (CUT, "dpf") else {"scope": "convolutions"}
     batches = toy_batches(side=8)
-    recipe, net = Recipe(epochs=2, lr=0.02), models.build("resnet20", (1, 8, 8), 10)
+    recipe, net = Recipe(epochs=2, lr=0.02), models.ResNet(8, (1, 8, 8), 10)
     made, method = fit(name, 0.95, net=net, batches=batches, recipe=recipe, **params)
     *inside, classifier = dense_weights_of(made.model)
     total = sum(w.numel() for w in inside)
@@ -527,11 +533,20 @@ def test_arrays_stay_below_a_megabyte_for_the_papers_nets():
         ({"norm": "median"}, "params.norm = 'median': "),
         ({"scope": "linear"}, "params.scope = 'linear': "),
         ({"ramp": 0.0}, "params.ramp = 0.0: "),
-        ({"exploit_from": 1.0}, "exploit_from = 1.0: from ramp = 0.75 on and before the last"),
-        ({"exploit_from": 1.5}, "exploit_from = 1.5: from ramp = 0.75 on and before the last"),
-        ({"exploit_from": 0.5}, "exploit_from = 0.5: from ramp = 0.75 on and before the last"),
-        ({"ramp": 1.0}, "exploit_from = 1.0: from ramp = 1 on and before the last"),
-        ({"exploit_from": 0.8, "exploitation": False}, "exploit_from = 0.8: nothing where"),
+        (
+            {"exploit_from": 1.0},
+            "params.exploit_from = 1.0: from ramp = 0.75 on and before the last",
+        ),
+        (
+            {"exploit_from": 1.5},
+            "params.exploit_from = 1.5: from ramp = 0.75 on and before the last",
+        ),
+        (
+            {"exploit_from": 0.5},
+            "params.exploit_from = 0.5: from ramp = 0.75 on and before the last",
+        ),
+        ({"ramp": 1.0}, "params.ramp = 1.0: below 1"),
+        ({"exploit_from": 0.8, "exploitation": False}, "params.exploit_from = 0.8: nothing where"),
     ],
 )
 def test_bad_settings_are_refused_in_one_line(params, said):
@@ -551,7 +566,7 @@ def test_nothing_left_to_prune_is_refused_in_one_line(name):
     assert one_line(caught) == "target = 0.1: cuts none of 2 weights: nothing to prune"
     with pytest.raises(InputError) as caught:
         attached(layer([[1.0, 2.0]]), name, 0.5, scope="convolutions")
-    assert one_line(caught).startswith("scope = 'convolutions': Linear has no convolution")
+    assert one_line(caught).startswith("params.scope = 'convolutions': Linear has no convolution")
 
 
 def test_what_needs_no_data_is_refused_when_planned(tmp_path, capsys):
@@ -617,41 +632,22 @@ def test_snip_looks_at_as_many_batches_as_it_is_told_and_leaves_the_net_alone():
     torch.testing.assert_close(scores[2], by_hand)
 
 
-def test_a_resumed_snip_run_keeps_its_mask(tmp_path):
-    class Broken:
-        def __init__(self):
-            self.inner = toy_batches()
-
-        def __getattr__(self, name):
-            return getattr(self.inner, name)
-
-        def epoch(self, number, start=0):
-            if number == 2:
-                raise KeyboardInterrupt
-            return self.inner.epoch(number, start)
-
-    def run(batches, net_seed=0, **options):
-        net = randomise(BatchNormNet(), net_seed)
-        recipe = Recipe(epochs=4, lr=0.02)
-        return train(net, methods.build("snip", {}, 0.8), recipe, batches, toy_batches(), **options)
-
-    straight = run(toy_batches(), seed=0)
-    options = {"seed": 0, "checkpoint": tmp_path / "c", "run": "r"}
-    with pytest.raises(KeyboardInterrupt):
-        run(Broken(), **options)
-    resumed = run(toy_batches(), net_seed=5, **options)
-    assert resumed.history == straight.history
-    for name, tensor in straight.model.state_dict().items():
-        assert torch.equal(tensor, resumed.model.state_dict()[name]), name
-
-
 # --- records, and the question when a weight was cut
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Settings, record and folder of results of a run, trained once."""
+    made, results = small_run(CUT, 0.9, epochs=3, p_period=4), tmp_path_factory.mktemp("results")
+    return made, Runner(Store("custom", results), device="cpu").ensure(made), results
+
+
 @pytest.fixture
-def done(runner):
-    made = small_run(CUT, 0.9, epochs=3, p_period=4)
-    return made, runner.ensure(made)
+def done(trained, store):
+    """Settings and record of that run, and a copy of it in `store`."""
+    made, record, results = trained
+    shutil.copytree(results, store.folder.parent, dirs_exist_ok=True)
+    return made, record
 
 
 def test_show_says_when_a_weight_was_cut_and_at_what_magnitude(done, store, runner, capsys):
@@ -777,7 +773,8 @@ def test_a_legend_says_from_how_many_seeds_the_points_of_a_line_are():
 def test_names_of_many_layers_stand_upright(done, count, degrees):
     class Made:
         def read(self, settings):
-            return {"metrics": {"layers": {f"stage{i}.conv.weight": 0.5 for i in range(count)}}}
+            layers = {f"stage{i}.conv.weight": 0.5 for i in range(count)}
+            return {"status": "done", "metrics": {"layers": layers}}
 
     item = Planned(CUT, "digits", "results", "", done[0])
     (axes,) = figures.layer_sparsity(Made(), [item], done[0].target.value).axes
@@ -785,19 +782,6 @@ def test_names_of_many_layers_stand_upright(done, count, degrees):
     assert [label.get_text() for label in labels] == [f"stage{i}.conv" for i in range(count)]
     assert {label.get_rotation() for label in labels} == {degrees}
     plt.close("all")
-
-
-def test_bench_rows_call_what_they_say():
-    """Ours makes a mask at each call; torch's leaves the net as it was, for the next call."""
-    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3))
-    before = copy.deepcopy(net.state_dict())
-    bench._torch_masks(net)()
-    assert {k: v.tolist() for k, v in net.state_dict().items()} == {
-        k: v.tolist() for k, v in before.items()
-    }
-    bench._our_masks(net)()
-    kept = sum(int(layer.weight.count_nonzero()) for layer in net)
-    assert kept == kept_count(4 * 9 + 16 * 9, 0.9)
 
 
 def test_a_run_without_such_a_file_is_refused_in_one_line(runner, store):
@@ -840,7 +824,7 @@ def test_new_settings_of_old_methods_leave_the_names_of_their_runs():
     assert "scope" in made.params
     assert made.model_copy(update={"params": {}}).run == made.run
     plain = made.recipe.model_dump(exclude={"warmup_from"})
-    assert made.model_copy(update={"recipe": settings.recipe(**plain)}).run == made.run
+    assert made.model_copy(update={"recipe": Recipe(**plain)}).run == made.run
 
 
 def test_progress_tells_the_loss_after_a_step_only():

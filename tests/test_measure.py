@@ -4,13 +4,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import refused
 from torch import nn
 from torch.nn.utils import parametrize
 from torchmetrics.functional.classification import multiclass_f1_score
 
-from prunestudy import measure, methods, models, shrink
-from prunestudy.errors import InputError
-from prunestudy.study import bench
+from prunestudy import measure, models, shrink
 
 
 class Fixed(nn.Module):
@@ -27,14 +26,6 @@ class Half(nn.Module):
         mask = torch.ones(weight.numel())
         mask[: weight.numel() // 2] = 0
         return weight * mask.view_as(weight) * (not self.training)
-
-
-def refused(call, *words):
-    with pytest.raises(InputError) as error:
-        call()
-    assert "\n" not in str(error.value)
-    for word in words:
-        assert word in str(error.value)
 
 
 # quality
@@ -296,24 +287,6 @@ def test_ratio():
 )
 def test_ratio_refuses(a, b, word):
     refused(lambda: measure.ratio(a, b), word)
-
-
-def test_cost_of_a_step_is_that_of_the_methods_net_over_a_dense_one(monkeypatch):
-    said, counted = [], []
-    method = methods.build("dense", {})
-    monkeypatch.setattr(method, "after_step", lambda *given: counted.append(given[1].step))
-
-    def interleave(both, rounds, warmup):
-        for name, step in both.items():
-            step()
-            step()
-            said.append((name, rounds, warmup))
-        return {"dense": [1.0, 2.0], "method": [2.0, 4.0]}
-
-    monkeypatch.setattr(measure, "interleave", interleave)
-    assert bench.step_cost("lenet300", (1, 8, 8), method, rounds=7) == "2.00 [2.00, 2.00]"
-    assert said == [("dense", 7, 2), ("method", 7, 2)]
-    assert counted == [0, 1]
 
 
 def test_latency_puts_modes_and_threads_back():

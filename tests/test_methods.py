@@ -1,4 +1,5 @@
 import copy
+import itertools
 import math
 from itertools import pairwise
 
@@ -99,20 +100,39 @@ def test_the_methods_are_those_of_the_design():
         ("gradual_magnitude", "prune_phase_lr", 0.0),
         ("l1", "ramp", 1.1),
         ("l1", "penalty_phase_lr", [1.0]),
+        ("gdp", "eps_start", 0.0),
+        ("gdp", "eps_start", -0.1),
+        ("gdp", "eps_end", 0.0),
+        ("gdp", "eps_end", math.nan),
+        ("gdp", "gate_lr", 0.0),
+        ("gdp", "ramp", 1.5),
+        ("gdp", "eps_share", 0.0),
+        ("gdp", "pace", "fast"),
+        ("gdp", "eps", 0.1),
+        ("hard_concrete", "keep", 1.0),
+        ("hard_concrete", "harden", 0.0),
+        ("network_slimming", "strength", 0.0),
+        ("network_slimming", "cut", 1.0),
+        ("group_l2", "p", 2),
     ],
 )
 def test_bad_parameters_are_refused_in_one_line(name, key, value):
     with pytest.raises(InputError) as caught:
         methods.params_of(name, {key: value})
-    assert one_line(caught).startswith(f"{name} parameter {key} = {value!r}: ")
+    assert one_line(caught).startswith(f"params.{key} = {value!r}: ")
 
 
-@pytest.mark.parametrize("name", PRUNING)
+STRUCTURED = ("gdp", "hard_concrete", "l1_filter", "group_l2", "random")
+COUNTED = [*itertools.product(PRUNING, [("sparsity", "weights")])]
+COUNTED += itertools.product(STRUCTURED, [("macs", "MACs"), ("parameters", "parameters")])
+
+
+@pytest.mark.parametrize(("name", "kind"), COUNTED)
 @pytest.mark.parametrize("target", [0, 1, 0.0, 1.0, -0.1, 1.5, None, "a", math.nan, math.inf, True])
-def test_bad_targets_are_refused_in_one_line(name, target):
+def test_bad_targets_are_refused_in_one_line(name, kind, target):
     with pytest.raises(InputError) as caught:
-        methods.build(name, {}, target)
-    allowed = "the share of weights to remove, above 0 and below 1"
+        methods.build(name, {}, target, kind[0])
+    allowed = f"the share of {kind[1]} to remove, above 0 and below 1"
     assert one_line(caught) == f"target = {target!r}: {allowed}"
 
 
@@ -543,9 +563,11 @@ def test_l1_keeps_the_largest_at_the_end():
 # --- what is left in the end
 
 
-@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize(
+    ("net", "target"),
+    [("lenet300", 0.9), ("lenet5", 0.99), *(("batch_norm", t) for t in (0.003, 0.5, 0.9, 0.99))],
+)
 @pytest.mark.parametrize("name", PRUNING)
-@pytest.mark.parametrize("target", [0.003, 0.5, 0.9, 0.99])
 def test_sparsity_is_exact_after_training(name, net, target):
     batches = toy_batches(side=NETS[net][1])
     method = methods.build(name, {}, target)

@@ -6,14 +6,14 @@ import resource
 import socket
 import stat
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import one_line, tree
+from conftest import one_line, small_voc, tree
 from PIL import Image
-from torch import nn
 
 from prunestudy import datasets, models, shrink
 from prunestudy.datasets import sources
@@ -23,7 +23,8 @@ from prunestudy.study import settings
 from prunestudy.study.settings import own_settings
 from prunestudy.train import Recipe
 
-RANGE = "a number from 1e-18 to 1e+18, or 0 where that is allowed"
+RANGE = "a number from 1e-18 to 1e+30, or 0 where that is allowed"
+AT_MOST = "input should be less than or equal to "
 WHOLE = f"a whole number below {2**32}"
 
 
@@ -39,7 +40,7 @@ def says(call, line):
 REFUSED = [
     ({"lr": 1e308}, f"lr = 1e+308: {RANGE}"),
     ({"lr": 1e-308}, f"lr = 1e-308: {RANGE}"),
-    ({"lr": 10**40}, f"lr = {10**40}: {WHOLE}"),
+    ({"lr": 10**40}, f"lr = {10**40}: {RANGE}"),
     ({"lr": float("nan")}, "lr = nan: input should be a finite number"),
     ({"lr": 0}, "lr = 0: input should be greater than 0"),
     ({"lr": [0.1]}, "lr = [0.1]: input should be a valid number"),
@@ -47,15 +48,15 @@ REFUSED = [
     ({"power": 5e-324}, f"power = 5e-324: {RANGE}"),
     ({"milestones": [0.5, 1e-300]}, f"milestones = [0.5, 1e-300]: {RANGE}"),
     ({"milestones": [0.5, 2]}, "milestones.1 = 2: input should be less than 1"),
-    ({"epochs": 10**12}, f"epochs = {10**12}: {WHOLE}"),
-    ({"epochs": 10**7}, f"epochs = {10**7}: input should be less than or equal to 1000000"),
+    ({"epochs": 10**12}, f"epochs = {10**12}: {AT_MOST}1000000"),
+    ({"epochs": 10**5000}, f"epochs = a number of thousands of digits: {AT_MOST}1000000"),
+    ({"precision": "x" * 5000}, f"precision = '{'x' * 999}...: input should be 'fp32' or 'bf16'"),
     ({"epochs": None}, "epochs = None: input should be a valid integer"),
-    ({"steps": 2**31}, f"steps = {2**31}: input should be less than or equal to 1000000000"),
+    ({"steps": 2**31}, f"steps = {2**31}: {AT_MOST}1000000000"),
     ({"batch_size": 10**30}, f"batch_size = {10**30}: {WHOLE}"),
     ({"batch_size": 10**9}, f"batch_size = {10**9}: at most 1237, the training images left"),
-    ({"threads": 99999999999}, f"threads = 99999999999: {WHOLE}"),
-    ({"threads": 1025}, "threads = 1025: input should be less than or equal to 1024"),
-    ({"seed": 2**32}, f"seed = {2**32}: {WHOLE}"),
+    ({"threads": 99999999999}, f"threads = 99999999999: {AT_MOST}1024"),
+    ({"seed": 2**32}, f"seed = {2**32}: input should be less than {2**32}"),
     ({"seed": np.int64(-3)}, "seed = -3: input should be greater than or equal to 0"),
     ({"seed": 1.0}, "seed = 1.0: input should be a valid integer"),
     ({"validation": 2**40}, f"validation = {2**40}: {WHOLE}"),
@@ -98,7 +99,7 @@ REFUSED = [
     ),
     (
         {"method": "force", "target": 0.5, "params.rounds": 10**6},
-        f"params.rounds = {10**6}: input should be less than or equal to 1000",
+        f"params.rounds = {10**6}: {AT_MOST}1000",
     ),
     ({"params.gate_lr": 1}, "params.gate_lr = 1: none is allowed here"),
     ({"dataset": "folder:caf\udce9"}, None),
@@ -119,7 +120,7 @@ def test_what_cannot_be_used_is_refused_as_it_was_typed(values, line):
     "values",
     [
         {"lr": 1e-18},
-        {"lr": 1e18, "weight_decay": 0},
+        {"lr": 1e30, "weight_decay": 0},
         {"nesterov": True},
         {"nesterov": True, "momentum": 0.0, "optimizer": "adam"},
         {"threads": 1024},
@@ -238,14 +239,12 @@ def test_a_folder_that_cannot_be_used(pets, damage):
         assert words in line
 
 
-@pytest.mark.parametrize("name", ["pets ", "~nobody", "p{e}t's; $(x) #\n", "ü", ".."])
+@pytest.mark.parametrize("name", ["pets ", "~no such user", "p{e}t's; $(x) #\n", "ü"])
 def test_a_folder_of_any_name_is_taken(pets, name):
-    place = pets.parent / name
-    if name != "..":
-        pets.rename(place)
-    root = pets.parent if name != ".." else pets / "train"
-    made = own_settings({"dataset": f"folder:{name}", "validation": 1, "batch_size": 1}, str(root))
-    assert datasets.load(made.dataset, root).info.title == (name if name != ".." else "pets")
+    pets.rename(pets.parent / name)
+    values = {"dataset": f"folder:{name}", "validation": 1, "batch_size": 1}
+    made = own_settings(values, str(pets.parent))
+    assert datasets.load(made.dataset, pets.parent).info.title == name
     assert made.run.isprintable()
     assert "/" not in made.run
 
@@ -255,7 +254,7 @@ def test_a_folder_that_may_not_be_read(pets, monkeypatch):
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(InputError, match="cannot be read .*Permission denied"):
+    with pytest.raises(InputError, match=r"cannot be read .*Permission denied"):
         datasets.load("folder:pets", pets.parent)
 
 
@@ -272,6 +271,14 @@ def test_a_data_root_that_cannot_be_one(name, tmp_path, monkeypatch):
         with pytest.raises(InputError, match=r"^dataset = 'folder:x': "):
             datasets.load("folder:x")
     assert tree(tmp_path) == {"file": (b"no folder", file.stat().st_mtime_ns)}
+
+
+def test_a_list_of_images_that_is_no_text(tmp_path, monkeypatch):
+    root = small_voc(monkeypatch, tmp_path)
+    (root / "VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match=r"^data = .*: no list of images \(") as caught:
+        datasets.load("voc", root)
+    assert one_line(caught)
 
 
 def test_the_fingerprint_of_a_folder_follows_its_images(pets, monkeypatch):
@@ -362,14 +369,19 @@ def little_disk():
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_a_full_disk_leaves_the_old_file_and_no_half_one(tmp_path, little_disk):
+def test_a_full_disk_leaves_the_old_file_and_no_half_one(tmp_path, little_disk, monkeypatch):
     path = tmp_path / "net"
     path.write_text("old")
     net = models.build("lenet5", (1, 16, 16), 10)
     with pytest.raises(OSError, match=f"too large: '{path}'"):
         shrink.save_net(net, path, "lenet5", (1, 16, 16), 10)
+    # torch's exporter takes ten seconds, and it is the writing that counts here
+    graph = SimpleNamespace(inputs=[SimpleNamespace(shape=["batch"])], outputs=[])
+    program = SimpleNamespace(model=SimpleNamespace(graph=graph))
+    program.save = lambda part: part.write_bytes(bytes(3000))
+    monkeypatch.setattr("torch.onnx.export", lambda *_, **__: program)
     with pytest.raises(OSError, match=f"too large: '{path}'"):
-        shrink.export_onnx(nn.Sequential(nn.Flatten(), nn.Linear(256, 10)), path, (1, 16, 16))
+        shrink.export_onnx(net, path, (1, 16, 16))
     assert tree(tmp_path) == {"net": (b"old", path.stat().st_mtime_ns)}
 
 
@@ -398,8 +410,6 @@ def damaged():
     whole = signed(tensors)
     header = int.from_bytes(whole[:8], "little")
     few = {key: value for key, value in tensors.items() if "fc3" not in key}
-    wide = {key: value.to(torch.float64) for key, value in tensors.items()}
-    half = {key: value.to(torch.bfloat16) for key, value in tensors.items()}
     changes = {
         "another format": {"format": "prunestudy-sparse-9"},
         "no format": {"format": None},
@@ -427,8 +437,6 @@ def damaged():
         "long header": (2**60).to_bytes(8, "little") + whole[8:],
         "no metadata": safetensors.torch.save(tensors),
         "few tensors": signed(few),
-        "float64": signed(wide),
-        "bfloat16": signed(half),
         "nothing in it": signed({}),
         **{name: signed(tensors, **change) for name, change in changes.items()},
     }

@@ -31,6 +31,7 @@ def run(method, seed, metric, dense=0.9, kind="", target=math.nan, variant="", *
     name = f"{method}-{variant}-{kind}-{target}-{seed}"
     row = {"run": name, "parent": "", "paper": "overview", "method": method, "variant": variant}
     row |= {"model": "lenet5", "dataset": "mnist", "seed": seed, "epochs": 10, "status": "done"}
+    row |= {"reading": "", "stage": "", "after": "", "device": "cpu"}
     row |= {"precision": "fp32", "threads": 1, "target_kind": kind, "target": target}
     row |= {"metric_name": "top1", "metric": metric, "dense_metric": dense}
     row |= {"nonzeros": 1000, "macs": 1000, "nonzero_macs": 1000, "bytes": 4000}
@@ -63,9 +64,16 @@ def runs():
             run("scratch", seed, 0.88 + 2 * up, 0.9 + up, **aim, **small(0.3), train_seconds=8.0)
             | {"parent": f"gdp--macs-0.7-{seed}"},
             run("sparse_gates", seed, 0.9, 0.9 + up, "sparsity", 0.9, nonzeros=100),
-            run("gdp", seed, 0.5, math.nan, "macs", 0.5, "half", epochs=8, train_seconds=6.0),
+            run("gdp", seed, 0.5, math.nan, "macs", 0.5, "half", epochs=8, train_seconds=6.0)
+            | {"stage": "half"},
             run("sparse_gates", seed, 0.85 + up, 0.9 + up, "sparsity", 0.8, "after GDP")
-            | {"nonzeros": 100, "macs": 500, "parent": f"gdp-half-macs-0.5-{seed}"},
+            | {
+                "stage": "combined",
+                "after": "gdp",
+                "nonzeros": 100,
+                "macs": 500,
+                "parent": f"gdp-half-macs-0.5-{seed}",
+            },
         ]
     return table(*rows)
 
@@ -163,14 +171,14 @@ def test_a_sentence_is_made_of_the_numbers_of_its_row(rows):
 
 
 def test_duels_pair_seeds_and_say_who_is_ahead(runs, rows):
-    duels = overview.duels(runs, rows).set_index(["method", "other"])
+    duels = overview.duels(rows).set_index(["method", "other"])
     assert list(duels.index) == [("gdp", "group_l2"), ("gdp", "scratch")]
     control, shape = duels.loc[("gdp", "group_l2")], duels.loc[("gdp", "scratch")]
     assert [control.n, control["mean"], control.low] == pytest.approx([2, 0.02, 0.02])
     assert (control.verdict, control.strongest) == ("better", True)
     assert (shape.verdict, shape.strongest) == ("not told apart", False)
     runs.loc[runs.method == "group_l2", "metric"] += 0.05
-    turned = overview.duels(runs, overview.settings_table(runs))
+    turned = overview.duels(overview.settings_table(runs))
     assert turned.verdict.tolist() == ["worse", "not told apart"]
     assert overview.what_learning_gains(turned) == [
         "GDP (ours) against group L2, one shot: better in 0, worse in 1, "
@@ -187,7 +195,7 @@ def test_two_papers_meet_once():
         for seed in (0, 1)
     ]
     runs = table(*made, run("dense", 0, 0.9), run("dense", 1, 0.9))
-    duels = overview.duels(runs, overview.settings_table(runs))
+    duels = overview.duels(overview.settings_table(runs))
     assert duels[["method", "other"]].to_numpy().tolist() == [
         ["sparse_gates", "magnitude_attention"]
     ]
@@ -200,15 +208,15 @@ def test_a_pair_is_compared_with_the_best_single_one_of_its_size(runs, rows):
     by_macs["target_kind"] = "macs"
     assert overview.rival(rows, by_macs).method == "gdp"
     assert overview.rival(rows, by_macs.replace(by_macs.macs, 0.1)) is None
-    (line,) = overview.combinations(runs, rows).to_dict("records")
+    (line,) = overview.combinations(rows).to_dict("records")
     assert line["so"] == (
         "the pair is not told apart, with 10% of the weights instead of 10% and "
         "50% of the MACs instead of 100%"
     )
     runs.loc[(runs.variant == "after GDP"), "metric"] = [0.93, 0.93]
-    (line,) = overview.combinations(runs, overview.settings_table(runs)).to_dict("records")
+    (line,) = overview.combinations(overview.settings_table(runs)).to_dict("records")
     assert line["so"].startswith("the pair is better, with")
-    assert list(overview.combinations(runs, rows[~rows.combined])) == list(line)
+    assert list(overview.combinations(rows[~rows.combined])) == list(line)
 
 
 # --- claims

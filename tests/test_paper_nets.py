@@ -1,14 +1,12 @@
 """One run of two steps for each net and kind of data of the paper profile, to its record.
 
-Random images of a few classes, two a batch, as small as the net allows, and few hidden units in the
-classifiers of AlexNet and VGG-16: what is tested is the way from the data through the method, the
-small net and its measures to the disk.
+Random images of a few classes, two a batch, as small as the net allows, and an eighth of the
+channels: what is tested is the way from the data through the method, the small net and its measures
+to the disk.
 """
 
-import functools
-
 import pytest
-from conftest import slim, small_imagenet, small_voc
+from conftest import narrowed, small_imagenet, small_voc
 
 from prunestudy import models, shrink
 from prunestudy.study.runs import Runner, _data
@@ -30,21 +28,15 @@ RUNS = [
 ]
 
 
-def slimmed(factory, shape, num_classes):
-    return slim(factory(shape, num_classes))
-
-
 @pytest.fixture
 def two_steps(monkeypatch, tmp_path, store):
     """Run a method for two steps; return its settings, its record and the net it left."""
     _data.cache_clear()
-    for name in ("alexnet", "alexnet_grouped", "vgg16"):
-        entry = models._REGISTRY[name]
-        factory = functools.partial(slimmed, entry.factory)
-        monkeypatch.setitem(models._REGISTRY, name, entry._replace(factory=factory))
 
     def run(dataset, model, method, target):
-        side = SIDES.get(model, 32)
+        side, entry = SIDES.get(model, 32), models._REGISTRY[model]
+        small = entry._replace(factory=narrowed(entry.factory))
+        monkeypatch.setitem(models._REGISTRY, model, small)
         if dataset == "voc":
             root = small_voc(monkeypatch, tmp_path, side, classes=3, train=6, test=2)
         else:

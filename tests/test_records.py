@@ -24,8 +24,7 @@ from torch import nn
 from prunestudy import datasets, measure, models, shrink
 from prunestudy.errors import InputError
 from prunestudy.study import lines, records, runs
-from prunestudy.study.audit import weight_line
-from prunestudy.study.compare import differences
+from prunestudy.study.inspect import differences, weight_line
 from prunestudy.study.lines import line_of, parse
 from prunestudy.study.records import Store
 from prunestudy.study.runs import Runner
@@ -657,13 +656,13 @@ def test_a_killed_process_ends_with_the_same_record(method, runner, store, tmp_p
     settings = child_run(method, 0.9, epochs=3)
     runner.ensure(settings.parent)
     body = """
-        real, count = loop._Loop._save, []
+        real, count = loop.Loop._save, []
         def save(self, path, run):
             real(self, path, run)
             count.append(1)
             if len(count) == 25:
                 os.kill(os.getpid(), signal.SIGKILL)
-        loop._Loop._save = save
+        loop.Loop._save = save
         loop.train.__kwdefaults__["checkpoint_seconds"] = 0.0
         Runner(store, device="cpu").ensure(settings)
     """

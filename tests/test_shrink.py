@@ -7,6 +7,7 @@ import sys
 import pytest
 import safetensors.torch
 import torch
+from conftest import apart, refused
 from safetensors import safe_open
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
@@ -43,10 +44,6 @@ def gated(name="lenet5", kept=0.1, dtype=torch.float32):
 def images(dtype=torch.float32, batch=5):
     generator = torch.Generator().manual_seed(1)
     return torch.randn(batch, *SHAPE, generator=generator, dtype=dtype)
-
-
-def apart(a, b):
-    return float((a - b).abs().max() / b.abs().max())
 
 
 # fold
@@ -214,14 +211,6 @@ def test_storage_counts(tmp_path):
     assert found.numbers_stored == (5 + 5 + 301) + 101 + 11 + 300 + 100 + 10
     assert found.bytes == save(net, tmp_path / "net", "lenet300").stat().st_size
     assert 0 <= found.bytes - shrink.storage(net).bytes < 64
-
-
-def refused(call, *words):
-    with pytest.raises(InputError) as error:
-        call()
-    assert "\n" not in str(error.value)
-    for word in words:
-        assert word in str(error.value)
 
 
 def test_loading_from_another_factory(tmp_path):

@@ -17,7 +17,7 @@ DESIGN = """run, parent, paper, method, variant, model, dataset, seed, epochs, p
 target_kind, target, sparsity, parameters, nonzeros, macs, nonzero_macs, dense_parameters,
 dense_macs, metric_name, metric, dense_metric, macro_f1, latency_b1_ms, latency_b128_ms,
 dense_latency_b1_ms, dense_latency_b128_ms, peak_memory_mb, bytes, train_seconds, status, reading,
-stage, after"""
+stage, after, device"""
 T2, T4 = 4.302652729911275, 2.7764451051977987  # the 97.5% points of t with 2 and 4 degrees
 
 # dense, magnitude and random of three seeds
@@ -92,6 +92,7 @@ def test_one_row_per_paper_and_run(store, filled):
         "bytes": 1000,
         "train_seconds": 1.5,
         "status": "done",
+        "device": "cpu",
         "reading": "",
         "stage": "",
         "after": "",
@@ -183,6 +184,32 @@ def test_an_edited_record_stops_the_tables(store, filled):
         tables.write(store, filled)
     assert one_line(caught)
     assert not (store.folder / "tables").exists()
+
+
+@pytest.fixture
+def two_devices(store, filled, monkeypatch):
+    """Each run was made on a CPU and, a tenth better, on a GPU; the GPU has no dense run."""
+    read = store.read
+
+    def read_all(settings):
+        record = read(settings)
+        better = record["metrics"] | {"metric": record["metrics"]["metric"] + 0.1}
+        gpu = record | {"environment": {"device": "GPU"}, "metrics": better}
+        return [record] if settings.method == "dense" else [record, gpu]
+
+    monkeypatch.setattr(store, "read_all", read_all)
+    return filled
+
+
+def test_runs_of_two_devices_are_neither_averaged_nor_compared(store, filled, two_devices):
+    runs, summary = tables.build(store, two_devices)
+    assert len(runs) == 12 + 6
+    rows = summary[summary.method == "random"].set_index("device")
+    assert rows.n.to_dict() == {"GPU": 3, "cpu": 3}
+    assert rows.metric.to_dict() == pytest.approx({"GPU": 1.6 / 3 + 0.1, "cpu": 1.6 / 3})
+    assert rows.difference_n.to_dict() == {"GPU": 0, "cpu": 3}
+    assert runs[runs.device == "GPU"].dense_metric.isna().all()
+    assert set(tables.readable(summary)["device"]) == {"GPU", "cpu"}
 
 
 # --- summary
@@ -468,7 +495,40 @@ def test_tables_are_read_back(store, filled):
 def test_a_table_that_is_not_there(store):
     with pytest.raises(InputError) as caught:
         tables.read_table(store.folder / "tables" / "runs.csv")
-    assert one_line(caught) == "table = runs.csv: not there; run the study first"
+    path = store.folder / "tables" / "runs.csv"
+    again = "`prunestudy table` makes it again from the records"
+    assert one_line(caught) == f"table = {path}: is not there; {again}"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: b"",
+        lambda data: data[:-1],
+        lambda data: data[: len(data) // 2],
+        lambda data: data.replace(b",random,", b",ran\xffdom,"),
+        lambda data: data.replace(b",random,", b",randon,"),
+        lambda data: data.replace(b",random,", b',"random,'),
+        lambda data: data.replace(b",random,", b",random,,"),
+        lambda data: data.replace(b",random,", b",ran\x00dom,"),
+        lambda data: data.replace(b"0.9,", b"most,"),
+        lambda data: data.replace(b"0.9,", b"1e999,"),
+        lambda data: data.replace(b"0.9,", b","),
+        lambda data: data.replace(b"top1", b"top2"),
+        lambda data: data.replace(b"toy,", b"other,"),
+        lambda data: data.replace(b",digits,", b",numbers,"),
+        lambda data: data.replace(b"diverged,", b"Diverged,"),
+        lambda data: data.replace(b",3,0,", b",3,,"),
+    ],
+)
+def test_a_damaged_table_is_refused_in_one_line(store, filled, damage):
+    tables.write(store, filled)
+    path = store.folder / "tables" / "summary.csv"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(InputError) as caught:
+        tables.read_table(path)
+    why = "is damaged or of another version; `prunestudy table` makes it again from the records"
+    assert one_line(caught) == f"table = {path}: {why}"
 
 
 # --- for people

@@ -19,12 +19,22 @@ class InputError(ValueError):
 
 
 _NAMED = 60  # names in one line
+_QUOTED = 1000  # characters of a value
 
 
 def require(ok: bool, parameter: str, value: Any, allowed: str) -> None:
     """Raise `InputError` naming `parameter`, `value` and what is `allowed`, unless `ok`."""
     if not ok:
-        raise InputError(f"{parameter} = {value!r}: {allowed}")
+        raise InputError(f"{parameter} = {quoted(value)}: {allowed}")
+
+
+def quoted(value: Any) -> str:
+    """`value` as it was typed, of a very long one the beginning."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python refuses to write integers of thousands of digits
+        return "a number of thousands of digits"
+    return text if len(text) <= _QUOTED else f"{text[:_QUOTED]}..."
 
 
 def require_one_of(parameter: str, value: Any, choices: Iterable[str]) -> None:
@@ -43,8 +53,9 @@ def writable_file(path: str | Path) -> Path:
     path = Path(path)
     try:
         require(path.parent.is_dir(), "path", str(path), "a file in a folder that exists")
-        new = not os.path.lexists(path)
-        right = new or stat.S_ISREG(path.lstat().st_mode)
+        right = stat.S_ISREG(path.lstat().st_mode)
+    except FileNotFoundError:
+        return path
     except OSError as error:
         raise InputError(f"path = {str(path)!r}: {error.strerror}") from None
     require(right, "path", str(path), "a regular file, or a name that is not in use")

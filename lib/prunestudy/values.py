@@ -4,11 +4,11 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
-from prunestudy.errors import InputError
+from prunestudy.errors import InputError, quoted
 
-# Whole numbers are counts and seeds. The square of any other number fits float32.
-_MOST_WHOLE = 2**32
-_LEAST, _MOST = 1e-18, 1e18
+_MOST_WHOLE = 2**32  # whole numbers are counts and seeds
+# In float32 the square of a smaller number is 0, and a larger one leaves no room for a factor.
+_LEAST, _MOST = 1e-18, 1e30
 
 
 class Values(BaseModel):
@@ -22,8 +22,14 @@ class Values(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _usable(cls, value: Any) -> Any:
-        return _usable(value)
+    def _plain(cls, value: Any) -> Any:
+        return _plain(value)
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _in_range(cls, value: Any) -> Any:
+        _require_in_range(value)
+        return value
 
 
 Kind = TypeVar("Kind", bound=Values)
@@ -40,19 +46,25 @@ def checked(kind: type[Kind], values: Any, within: str = "") -> Kind:
         raise InputError(_first(error, kind, within)) from None
 
 
-def _usable(value: Any) -> Any:
-    """Plain numbers for scalars of numpy and torch; `ValueError` for one that is out of range."""
+def _plain(value: Any) -> Any:
+    """The same with plain numbers for scalars of numpy and torch."""
     if isinstance(value, dict):
-        return {key: _usable(each) for key, each in value.items()}
+        return {key: _plain(each) for key, each in value.items()}
     if type(value) in (list, tuple):
-        return type(value)(map(_usable, value))
-    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
-        value = value.item()
-    if isinstance(value, int) and abs(value) >= _MOST_WHOLE:
+        return type(value)(map(_plain, value))
+    scalar = getattr(value, "ndim", None) == 0 and hasattr(value, "item")
+    return value.item() if scalar else value
+
+
+def _require_in_range(value: Any) -> None:
+    """Raise `ValueError` for a number that is out of range whatever it is for."""
+    if isinstance(value, dict | list | tuple):
+        for each in value.values() if isinstance(value, dict) else value:
+            _require_in_range(each)
+    elif isinstance(value, int) and abs(value) >= _MOST_WHOLE:
         raise ValueError(f"a whole number below {_MOST_WHOLE}")
-    if isinstance(value, float) and (0 < abs(value) < _LEAST or _MOST < abs(value) < float("inf")):
+    elif isinstance(value, float) and value != 0 and not _LEAST <= abs(value) <= _MOST:
         raise ValueError(f"a number from {_LEAST:g} to {_MOST:g}, or 0 where that is allowed")
-    return value
 
 
 def _first(error: ValidationError, kind: type[Values], within: str) -> str:
@@ -67,4 +79,4 @@ def _first(error: ValidationError, kind: type[Values], within: str) -> str:
     if first["type"] == "extra_forbidden" and len(first["loc"]) == 1:
         names = ", ".join(sorted(kind.model_fields))
         allowed = f"allowed are {names}" if names else "none is allowed here"
-    return f"{where} = {first['input']!r}: {allowed}"
+    return f"{where} = {quoted(first['input'])}: {allowed}"

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import prunestudy
 from prunestudy.datasets import folders
 from prunestudy.errors import require
+from prunestudy.places import home
 
 FOLDER = "folder:"
 # Known sets that are image folders, by their folder below the data root.
@@ -25,8 +25,8 @@ class DatasetInfo:
     They are empty for an image folder that has not been loaded: `load(...).info` has them.
     `checksums` maps the name of each unpacked file to its md5. `version` changes whenever the
     images or our split of them do. With `masks` each pixel has a label, 255 for none. Height and
-    width of a streamed set are those that its images are cut to. `fingerprint` is that of `Dataset`
-    which each loading must give; empty where it is not known.
+    width of a streamed set are those that its images are cut to. `fingerprint` is what
+    loading the set must give (see `Dataset`); empty where nobody has loaded it.
     """
 
     name: str
@@ -195,8 +195,7 @@ def data_root(root: str | Path | None = None) -> Path:
 
     Whether it exists is not asked here.
     """
-    repository = Path(prunestudy.__file__).parents[2]
-    return _home(root or os.environ.get("PRUNESTUDY_DATA") or repository / "data")
+    return _home(root or os.environ.get("PRUNESTUDY_DATA") or home() / "data")
 
 
 def info(name: str, root: str | Path | None = None) -> DatasetInfo:
@@ -230,9 +229,8 @@ def fingerprint(name: str, root: str | Path | None = None) -> str:
     Needs no disk for the known sets. A folder is loaded, again only when a file of it changed.
     Raises `InputError` as `load` does.
     """
-    details = info(name, root)
-    if not name.startswith(FOLDER):
-        return details.fingerprint
+    if not str(name).startswith(FOLDER):
+        return info(name).fingerprint
     layout = folder_layout(name, root)
     files = [file for split in folders.SPLITS for file, _ in layout.files[split]]
     states = [(layout.path / file).stat() for file in files]
@@ -253,10 +251,9 @@ def _home(path: str | Path) -> Path:
 
 
 def _folder_info(layout: folders.Layout) -> DatasetInfo:
-    title = layout.path.absolute().name or str(layout.path)
     return DatasetInfo(
-        name=FOLDER + title,
-        title=title,
+        name=FOLDER + layout.path.name,
+        title=layout.path.name,
         version=layout.version,
         channels=layout.channels,
         height=layout.height,

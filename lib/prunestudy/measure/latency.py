@@ -32,6 +32,9 @@ class Ratio:
     low: float
     high: float
 
+    def __str__(self) -> str:
+        return f"{self.median:.2f} [{self.low:.2f}, {self.high:.2f}]"
+
 
 def interleave(
     functions: dict[str, Callable[[], object]], rounds: int, warmup: int = 5

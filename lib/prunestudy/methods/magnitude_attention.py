@@ -109,13 +109,16 @@ class MagnitudeAttention(Dpf):
 
     def __init__(self, params: MagnitudeAttentionParams, *target: Any) -> None:
         super().__init__(params, *target)
-        begin = params.ramp if params.exploit_from is None else params.exploit_from
-        allowed = f"from ramp = {params.ramp:g} on and before the last epoch (below 1)"
-        if params.exploitation:
-            require(params.ramp <= begin < 1, "params.exploit_from", begin, allowed)
+        begin, own = params.ramp, params.exploit_from
+        if not params.exploitation:
+            allowed = "nothing where exploitation is off"
+            require(own is None, "params.exploit_from", own, allowed)
+        elif own is None:
+            require(begin < 1, "params.ramp", begin, "below 1, where exploitation begins then")
         else:
-            none = params.exploit_from is None
-            require(none, "params.exploit_from", begin, "nothing where exploitation is off")
+            allowed = f"from ramp = {begin:g} on and before the last epoch (below 1)"
+            require(begin <= own < 1, "params.exploit_from", own, allowed)
+            begin = own
         self.begin = begin
         self._held: list[Tensor] = []
         self._histograms: list[Tensor] = []

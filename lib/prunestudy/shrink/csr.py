@@ -77,15 +77,19 @@ def csr_arrays(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _csr_tensor(rows: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
     # Built anew at each forward (1 microsecond): torch can neither copy nor save modules that
     # hold a CSR tensor.
-    _spend_beta_warning()
+    _spend_warnings()
     return torch.sparse_csr_tensor(rows, columns, values, shape, check_invariants=False)
 
 
 @functools.cache
-def _spend_beta_warning() -> None:
-    """Let torch give its one warning, that CSR tensors are in beta, where nobody hears it."""
+def _spend_warnings() -> None:
+    """Let torch give its warnings about CSR tensors, each once a process, where nobody hears them.
+
+    All versions say that CSR is in beta, 2.11 also that invariants are unchecked, as asked for.
+    """
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
+        for text in ("CSR tensor support is in beta", "invariant checks are implicitly disabled"):
+            warnings.filterwarnings("ignore", f"Sparse {text}", UserWarning)
         none = torch.zeros(0, dtype=torch.int32)
         pointers = torch.zeros(2, dtype=torch.int32)
         torch.sparse_csr_tensor(pointers, none, none.float(), (1, 1), check_invariants=False)

@@ -1,24 +1,42 @@
 """The console command `prunestudy`; Snakemake and people use the same."""
 
 import argparse
+import contextlib
 import json
 import os
+import re
+import signal
 import sys
-from collections.abc import Callable
+import time
 from typing import Any
 
+import prunestudy
 from prunestudy.errors import InputError, require, require_one_of
-from prunestudy.papers import PROFILES
-from prunestudy.study.plan import Planned
+
+_LISTS = ("models", "datasets", "methods", "papers", "profiles")
+_SURROGATES = re.compile("[\ud800-\udfff]")  # how Python writes bytes that are not UTF-8
+_STOPPED = "stopped; what is finished is kept, and the same command goes on from there"
 
 
 def main(words: list[str] | None = None) -> int:
-    """Run one command; bad input is one line on stderr and exit code 2."""
+    """Run one command; bad input is one line on stderr and exit code 2, Ctrl-C 130."""
+    if words is None:
+        # Ended from outside is as Ctrl-C; and a log file gets a line of progress now and then.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        if not sys.stderr.isatty():
+            os.environ |= {"TQDM_DELAY": "15", "TQDM_MININTERVAL": "15"}
     try:
         arguments = _parser().parse_args(words)
-        arguments.run(arguments)
+        for name in ("results", "data"):
+            text = getattr(arguments, name, "")
+            # safetensors opens no others.
+            require(not _SURROGATES.search(text), name, text, "a path in UTF-8")
+        return arguments.run(arguments) or 0
     except InputError as error:
         return _refuse(" ".join(str(error).split()))
+    except KeyboardInterrupt:
+        _end_children()
+        return _refuse(_STOPPED, 130)
     except BrokenPipeError:
         # The reader (head, less) has gone; Python would complain when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -27,9 +45,20 @@ def main(words: list[str] | None = None) -> int:
     return 0
 
 
-def _refuse(line: str) -> int:
+def _refuse(line: str, code: int = 2) -> int:
     print(f"prunestudy: {line}", file=sys.stderr)
-    return 2
+    return code
+
+
+def _end_children() -> None:
+    import psutil
+
+    children = psutil.Process().children(recursive=True)
+    for end in ("terminate", "kill"):
+        for child in children:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                getattr(child, end)()
+        _, children = psutil.wait_procs(children, timeout=10)
 
 
 class _OneLine(argparse.ArgumentParser):
@@ -39,7 +68,9 @@ class _OneLine(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _OneLine(prog="prunestudy", description="A study of neural network pruning.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_OneLine)
+    parser.add_argument("--version", action="version", version=prunestudy.__version__)
+    parser.set_defaults(run=lambda _: parser.print_help())
+    commands = parser.add_subparsers(metavar="COMMAND", parser_class=_OneLine)
 
     def add(name: str, run: Any, text: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
@@ -49,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def add_planned(name: str, run: Any, text: str) -> argparse.ArgumentParser:
         command = add(name, run, text)
-        command.add_argument("--profile", default="quick", help=f"one of {', '.join(PROFILES)}")
+        command.add_argument("--profile", default="quick", help=_PROFILE_HELP)
         command.add_argument(
             "--paper", action="append", default=[], help="a paper; repeat for several; default all"
         )
@@ -67,7 +98,9 @@ def _parser() -> argparse.ArgumentParser:
     costs = add_planned("plan", _plan, "say what the planned runs would cost")
     costs.add_argument("--gpu-hours", type=float, help="pick the runs that tell most within these")
     costs.add_argument("--rate", type=float, help="10^12 MACs of training a second, as measured")
-    add_planned("list", _list, "list the planned runs")
+    names = add_planned("list", _list, "list the planned runs, or the names that settings take")
+    names.add_argument("what", nargs="?", choices=(*_LISTS, "method"), help="names of what")
+    names.add_argument("name", nargs="?", metavar="NAME", help="of a method, for its parameters")
     add_planned("status", _status, "say what is done and what is missing")
     add_planned("table", _table, "write the tables from the records")
     add_planned("latency", _latency, "time the finished nets, alone on the machine")
@@ -78,7 +111,8 @@ def _parser() -> argparse.ArgumentParser:
     job.add_argument("job")
     note = with_data(add("notebook", _notebook, "execute a paper's notebook"), False)
     note.add_argument("paper")
-    _add_pages(add)
+    readme = add("readme", _readme, "write README's table of results")
+    readme.add_argument("--profile", default="cpu", help=_PROFILE_HELP)
     show = add("show", _show, "print a run's settings, metrics, environment and history")
     show.add_argument("run_name", metavar="RUN", help="a run's name or its beginning")
     show.add_argument("--weight", nargs=2, metavar=("LAYER", "INDEX"), help=_WEIGHT_HELP)
@@ -88,39 +122,29 @@ def _parser() -> argparse.ArgumentParser:
     export = add("export", _export, "write a finished net as an ONNX file")
     export.add_argument("run_name", metavar="RUN", help="a run's name or its beginning")
     export.add_argument("file", metavar="FILE", help="the ONNX file")
-    for each in (note, show, compare, export):
-        each.add_argument("--profile", default="quick")
+    for command in (note, show, compare, export):
+        command.add_argument("--profile", default="quick", help=_PROFILE_HELP)
     own = with_data(add("train", _train, "train one run of your own, with settings of your own"))
     own.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=_SET_HELP)
-    bench = add("bench", _bench, "measure ratios side by side and write results/bench.md")
-    gpu = with_data(add("gpu", _gpu, "measure nets and a short study on a CUDA device"), False)
-    for each in (bench, gpu):
-        each.add_argument("--quick", action="store_true", help="few rounds: a look, not a result")
-    gpu.add_argument("--check", action="store_true", help="only say which device there is")
     return parser
-
-
-def _add_pages(add: Callable[..., argparse.ArgumentParser]) -> None:
-    report = add("report", _report, "write the report: a static site that needs no network")
-    slides = add("slides", _slides, "write slides of executed notebooks, for a class")
-    slides.add_argument("names", nargs="*", metavar="NOTEBOOK", help="or PAPER, or a path; or all")
-    readme = add("readme", _readme, "write README's table, and the instructors' page")
-    readme.add_argument("--profile", default="cpu", help=f"one of {', '.join(PROFILES)}")
-    for name, command in (("report", report), ("slides", slides)):
-        command.add_argument("--profile", default="quick", help=f"one of {', '.join(PROFILES)}")
-        command.add_argument("--out", default="", help=f"folder (default results/PROFILE/{name})")
 
 
 _WEIGHT_HELP = "say when this weight was cut, and at what magnitude"
 _SET_HELP = (
-    "dataset, model, method, target, seed, validation, epochs, lr, batch_size, ... or a parameter"
-    " of the method as params.NAME"
+    "dataset (a name, or folder:NAME for images in NAME/{train,test}/<class>/ below the data"
+    " root), model, method, target, seed, validation, epochs, lr, batch_size, ... or a parameter"
+    " of the method as params.NAME; `prunestudy list` models, datasets, methods"
 )
+_PROFILE_HELP = "see `prunestudy list profiles`; custom: runs of your own"
 
 
-def _planned(a: argparse.Namespace) -> list[Planned]:
+def _planned(a: argparse.Namespace) -> list[Any]:
+    from prunestudy.study import names
     from prunestudy.study.plan import plan
 
+    if a.profile == "custom" and a.run in (_list, _status, _run):
+        require(not a.paper, "paper", "".join(a.paper[:1]), "none with --profile custom")
+        return names.own(_store(a))
     return plan(a.profile, tuple(a.paper))
 
 
@@ -131,27 +155,31 @@ def _store(a: argparse.Namespace) -> Any:
 
 
 def _study(a: argparse.Namespace) -> None:
-    from prunestudy.study import batch
+    from prunestudy.study import batch, tables
+    from prunestudy.study.plan import plan
 
-    batch.run(a.profile, tuple(a.paper), a.jobs, a.results, a.data, a.executor)
-    _say_where(a)
+    started, store, planned = time.monotonic(), _store(a), _planned(a)
+    seconds = batch.run(store, a.profile, planned, a.jobs, a.data, a.executor)
+    since = time.monotonic()
+    tables.write(store, plan(a.profile))
+    summary = tables.read_table(store.folder / "tables" / "summary.csv")
+    _print_summary(summary[summary.paper.isin({item.paper for item in planned})])
+    folder = store.folder if a.results else os.path.relpath(store.folder)
+    for name in ("tables", "figures", "notebooks", "records"):
+        print(f"{name:10} {folder}/{name}")
+    now = time.monotonic()
+    seconds |= {"tables": now - since, "total": now - started}
+    print("seconds:  ", ", ".join(f"{name} {value:.1f}" for name, value in seconds.items()))
 
 
-def _say_where(a: argparse.Namespace) -> None:
+def _print_summary(summary: Any) -> None:
     import pandas as pd
 
-    from prunestudy.study import tables
-
-    store = _store(a)
-    _, summary = tables.build(store, _planned(a))
     columns = ["paper", "method", "model", "dataset", "target", "n", "metric", "difference"]
     columns += ["difference_low", "difference_high", "verdict"]
     with pd.option_context("display.width", 200, "display.max_rows", 500):
         plain = summary[summary.variant == ""][columns]
         print(plain.to_string(index=False, float_format=lambda v: f"{v:.4f}", na_rep=""))
-    folder = store.folder if a.results else os.path.relpath(store.folder)
-    for name in ("tables", "figures", "notebooks", "records"):
-        print(f"{name:10} {folder}/{name}")
 
 
 def _plan(a: argparse.Namespace) -> None:
@@ -173,6 +201,14 @@ def _plan(a: argparse.Namespace) -> None:
 
 
 def _list(a: argparse.Namespace) -> None:
+    if a.what:
+        from prunestudy.study import names
+
+        require(a.what in _LISTS or a.name, "list", a.what, f"{', '.join(_LISTS)} or method NAME")
+        named = names.LISTS[a.what]() if a.what in _LISTS else names.of_method(a.name)
+        for name, text in named.items():
+            print(f"{name:22} {text}")
+        return
     for item in _planned(a):
         target = f"{item.settings.target.value:.3f}" if item.settings.target else "-"
         words = (item.settings.run, item.paper, item.experiment, f"seed {item.settings.seed}")
@@ -199,14 +235,11 @@ def _table(a: argparse.Namespace) -> None:
 
 
 def _readme(a: argparse.Namespace) -> None:
+    from prunestudy import places
     from prunestudy.study import tables
-    from prunestudy.study.records import repository
-    from prunestudy.study.report import lessons
 
     summary = tables.read_table(_store(a).folder / "tables" / "summary.csv")
-    tables.fill_readme(repository() / "README.md", summary)
-    notebooks = repository() / "notebooks"
-    tables.fill(notebooks / "README.md", "lessons", lessons.page(notebooks))
+    tables.fill_readme(places.home() / "README.md", summary)
 
 
 def _latency(a: argparse.Namespace) -> None:
@@ -216,17 +249,11 @@ def _latency(a: argparse.Namespace) -> None:
 
 
 def _run(a: argparse.Namespace) -> None:
+    from prunestudy.study import names
+
     by_name = {item.settings.run: item.settings for item in _planned(a)}
-    wanted = [_match(name, list(by_name)) for name in a.runs]
+    wanted = [names.choose(name, by_name, _store(a)) for name in a.runs]
     _ensure(a, [by_name[name] for name in wanted], a.weights)
-
-
-def _match(name: str, names: list[str]) -> str:
-    found = [each for each in names if each.startswith(name)]
-    if name in found or len(found) == 1:
-        return name if name in found else found[0]
-    why = f"{len(found)} runs begin so" if found else "no such run"
-    raise InputError(f"run = {name!r}: {why}; `prunestudy list` names them")
 
 
 def _job(a: argparse.Namespace) -> None:
@@ -237,14 +264,18 @@ def _job(a: argparse.Namespace) -> None:
     _ensure(a, [item.settings for item in found[a.job]])
 
 
-def _ensure(a: argparse.Namespace, wanted: list[Any], weights: bool = False) -> None:
+def _ensure(a: argparse.Namespace, wanted: list[Any], weights: bool = False) -> list[str]:
+    """Train what is missing of the `wanted`, print a line for each; return their status."""
     from prunestudy.study.runs import Runner
 
-    runner = Runner(_store(a), a.data or None, a.device, show=sys.stderr.isatty())
+    show = sys.stderr.isatty() or "TQDM_DELAY" in os.environ
+    runner, states = Runner(_store(a), a.data or None, a.device, show=show), []
     for settings in wanted:
         record = runner.ensure(settings, weights)
         score = record["metrics"].get("metric")
         print(settings.run, record["status"], "" if score is None else f"{score:.4f}", flush=True)
+        states.append(record["status"])
+    return states
 
 
 def _notebook(a: argparse.Namespace) -> None:
@@ -254,30 +285,17 @@ def _notebook(a: argparse.Namespace) -> None:
     print(target if a.results else os.path.relpath(target))
 
 
-def _report(a: argparse.Namespace) -> None:
-    from prunestudy.study import report
-
-    made = report.build(a.profile, a.results, a.out) / "index.html"
-    print(made if a.out or a.results else os.path.relpath(made))
-
-
-def _slides(a: argparse.Namespace) -> None:
-    from prunestudy.study.report import slides
-
-    for page in slides.build(a.profile, a.names, a.results, a.out):
-        print(page if a.out or a.results else os.path.relpath(page))
-
-
 def _done(a: argparse.Namespace, run: str) -> tuple[Any, str]:
     """The store, and the name of the finished run that begins so."""
-    require_one_of("profile", a.profile, (*PROFILES, "custom"))
+    from prunestudy.study import names
+
+    require_one_of("profile", a.profile, names.LISTS["profiles"]())
     store = _store(a)
-    names = sorted(p.parent.name for p in store.records.glob("*/record.json"))
-    return store, _match(run, names)
+    return store, names.choose(run, store.names(), store)
 
 
 def _compare(a: argparse.Namespace) -> None:
-    from prunestudy.study.compare import differences
+    from prunestudy.study.inspect import differences
 
     (store, first), (_, second) = (_done(a, run) for run in (a.first, a.second))
     rows = [("", first, second), *differences(store, first, second)]
@@ -302,14 +320,15 @@ def _export(a: argparse.Namespace) -> None:
 def _show(a: argparse.Namespace) -> None:
     store, name = _done(a, a.run_name)
     if a.weight:
-        from prunestudy.study.audit import weight_line
+        from prunestudy.study.inspect import weight_line
 
         print(weight_line(store, name, *a.weight))
         return
     print(store.shown(name), end="")
 
 
-def _train(a: argparse.Namespace) -> None:
+def _train(a: argparse.Namespace) -> int:
+    from prunestudy.study import names
     from prunestudy.study.settings import own_settings
 
     a.profile = "custom"
@@ -319,7 +338,12 @@ def _train(a: argparse.Namespace) -> None:
         if not sign:
             raise InputError(f"--set = {pair!r}: must be KEY=VALUE")
         values[key] = _value(text)
-    _ensure(a, [own_settings(values, a.data)])
+    settings = own_settings(values, a.data)
+    (status,) = _ensure(a, [settings])
+    names.note_latest(_store(a), settings.run)
+    if status == "done":
+        return 0
+    return _refuse(f"run = {settings.run}: {status}; a smaller lr may help", 1)
 
 
 def _value(text: str) -> Any:
@@ -327,26 +351,6 @@ def _value(text: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError:
         return text
-
-
-def _bench(a: argparse.Namespace) -> None:
-    from prunestudy.study import bench
-
-    bench.run(a.results, quick=a.quick)
-
-
-def _gpu(a: argparse.Namespace) -> None:
-    import torch
-
-    from prunestudy.study.runs import device_of
-
-    device = device_of("cuda")
-    if a.check:
-        print(torch.cuda.get_device_name(device))
-        return
-    from prunestudy.study import gpu
-
-    gpu.run(a.results, a.data, quick=a.quick)
 
 
 if __name__ == "__main__":

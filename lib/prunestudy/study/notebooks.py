@@ -3,25 +3,63 @@
 import ast
 import hashlib
 import json
+import subprocess
+import tempfile
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+from prunestudy import places
 from prunestudy.errors import InputError, require, require_one_of
 from prunestudy.papers import card
 from prunestudy.study.plan import plan
-from prunestudy.study.records import Store, repository, write_text
+from prunestudy.study.records import Store, write_text
 from prunestudy.study.session import state_of
 
 
 def source_of(paper: str) -> Path:
     """Path of the paper's notebook."""
-    return repository() / "notebooks" / f"{card(paper).notebook}.ipynb"
+    return places.notebooks() / f"{card(paper).notebook}.ipynb"
 
 
 def executed(store: Store, paper: str) -> Path:
     """Where the executed notebook of `paper` goes."""
     return store.folder / "notebooks" / f"{card(paper).notebook}.ipynb"
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Return the notebook in `path`, as its JSON says it.
+
+    Raises `InputError` where it is not there, cut off or something else. nbformat's own check
+    takes seconds to import.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"notebook = {path}: not there") from None
+    except (ValueError, RecursionError):
+        content = None
+    if not _is_notebook(content):
+        why = "damaged, or no notebook of format 4; get it back from git, or make it again"
+        raise InputError(f"notebook = {path}: {why}")
+    return content
+
+
+def _is_notebook(content: Any) -> bool:
+    if not isinstance(content, dict) or content.get("nbformat") != 4:
+        return False
+    cells = content.get("cells")
+    whole = isinstance(content.get("metadata"), dict) and isinstance(cells, list)
+    needed = {"cell_type": str, "metadata": dict, "source": str | list}
+    code = needed | {"outputs": list}
+    return whole and all(
+        isinstance(cell, dict)
+        and all(
+            isinstance(cell.get(key), kind)
+            for key, kind in (code if cell.get("cell_type") == "code" else needed).items()
+        )
+        for cell in cells
+    )
 
 
 def stamp(store: Store, profile: str, paper: str) -> dict[str, str]:
@@ -32,13 +70,10 @@ def stamp(store: Store, profile: str, paper: str) -> dict[str, str]:
 
 
 def is_current(store: Store, profile: str, paper: str) -> bool:
-    """Whether the executed notebook is there and made from today's source and records."""
-    path = executed(store, paper)
-    if not path.exists():
-        return False
+    """Whether the executed notebook is there, whole, and made from today's source and records."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))["metadata"].get("prunestudy")
-    except (json.JSONDecodeError, KeyError):
+        found = read(executed(store, paper))["metadata"].get("prunestudy")
+    except InputError:
         return False
     return found == stamp(store, profile, paper)
 
@@ -55,8 +90,75 @@ def check(path: Path, values: dict[str, Any]) -> None:
         require(type(value) is wanted, f"parameter {name}", value, allowed)
 
 
-def execute(paper: str, profile: str, results: str = "", data: str = "") -> Path:
-    """Run the notebook of `paper` in `profile`; return the executed copy's path.
+_NOTE_START = "from prunestudy.study.kernel import note_start; note_start(get_ipython())"
+
+
+class Kernel:
+    """A Python kernel on which notebooks are executed one after the other, each from a fresh start.
+
+    It starts with the first one; a context manager ends it.
+    """
+
+    def __init__(self) -> None:
+        self._manager: Any = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        from jupyter_core.utils import run_sync
+
+        if self._manager:
+            run_sync(self._manager.shutdown_kernel)(now=True)
+        self._manager = None
+
+    def execute(self, source: Path, target: Path, values: dict[str, Any]) -> None:
+        """Execute `source` with parameters `values` into `target`.
+
+        Raises `InputError` with what the notebook raised; the next one gets a new kernel then.
+        """
+        import papermill
+
+        if not self._manager:
+            self._manager = self._started()
+        names = {"kernel_name": "python3", "progress_bar": False, "km": self._manager}
+        try:
+            papermill.execute_notebook(str(source), str(target), parameters=values, **names)
+            self._run("get_ipython().start_afresh()")
+        except papermill.exceptions.PapermillExecutionError as error:
+            self.__exit__()
+            raise InputError(f"notebook {source.stem}: {error.ename}: {error.evalue}") from None
+
+    def _started(self) -> Any:
+        from jupyter_client import AsyncKernelManager
+        from jupyter_core.utils import run_sync
+
+        for attempt in (1, 2):
+            self._manager = AsyncKernelManager(kernel_name="python3")
+            options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+            options["extra_arguments"] = ["--HistoryManager.hist_file=:memory:"]
+            try:
+                run_sync(self._manager.start_kernel)(**options)
+                self._run(_NOTE_START)
+                return self._manager
+            except RuntimeError:
+                # Starting a kernel races for a port now and then.
+                self.__exit__()
+                if attempt == 2:
+                    raise
+
+    def _run(self, code: str) -> None:
+        import nbclient
+        import nbformat
+
+        cells = [nbformat.v4.new_code_cell(code)]
+        nbclient.NotebookClient(nbformat.v4.new_notebook(cells=cells), km=self._manager).execute()
+
+
+def execute(
+    paper: str, profile: str, results: str = "", data: str = "", kernel: Kernel | None = None
+) -> Path:
+    """Run the notebook of `paper` in `profile`, on `kernel` if given; return the copy's path.
 
     A failed run leaves the earlier copy as it was. Raises `InputError` for what the notebook
     refuses.
@@ -67,44 +169,22 @@ def execute(paper: str, profile: str, results: str = "", data: str = "") -> Path
     store = Store(profile, results or None)
     source, target = source_of(paper), executed(store, paper)
     values = {"profile": profile, "results": str(results), "data": str(data)}
+    read(source)
     check(source, values)
-    work = store.folder / "work"
-    work.mkdir(parents=True, exist_ok=True)
-    temporary = work / f"{source.stem}.{hashlib.sha256(str(target).encode()).hexdigest()[:8]}.ipynb"
-    try:
-        _papermill(source, temporary, values)
+    if kernel is None:
+        with Kernel() as own:
+            return execute(paper, profile, results, data, own)
+    with tempfile.TemporaryDirectory() as folder:
+        temporary = Path(folder) / source.name
+        kernel.execute(source, temporary, values)
         notebook = nbformat.read(temporary, as_version=4)
         notebook.metadata["prunestudy"] = stamp(store, profile, paper)
         write_text(target, nbformat.writes(_without_machine(notebook)))
-    finally:
-        temporary.unlink(missing_ok=True)
     return target
 
 
-def _papermill(source: Path, target: Path, values: dict[str, Any]) -> None:
-    import papermill
-
-    for attempt in (1, 2):
-        try:
-            papermill.execute_notebook(
-                str(source),
-                str(target),
-                parameters=values,
-                kernel_name="python3",
-                progress_bar=False,
-                cwd=str(source.parent),
-            )
-            return
-        except papermill.exceptions.PapermillExecutionError as error:
-            raise InputError(f"notebook {source.stem}: {error.ename}: {error.evalue}") from None
-        except RuntimeError:
-            # Starting a kernel races for a port now and then.
-            if attempt == 2:
-                raise
-
-
 def _without_machine(notebook: Any) -> Any:
-    """Drop what names this machine or the time, and the folders given as parameters."""
+    """Drop what names this machine or the time, the folders given as parameters, a random id."""
     notebook.metadata.pop("papermill", None)
     for cell in notebook.cells:
         cell.metadata.pop("papermill", None)
@@ -112,13 +192,13 @@ def _without_machine(notebook: Any) -> Any:
         if "injected-parameters" in cell.metadata.get("tags", []):
             lines = cell.source.splitlines()
             kept = [x for x in lines if not x.startswith(("results =", "data ="))]
-            cell.source = "\n".join(kept)
+            cell.source, cell.id = "\n".join(kept), "injected-parameters"
     return notebook
 
 
 def colab_badge(notebook: str) -> str:
     """Markdown of a Colab badge, or "" while the repository's address is not filled in."""
-    path = repository() / "pyproject.toml"
+    path = (places.checkout() or Path()) / "pyproject.toml"
     settings = tomllib.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     address = settings.get("tool", {}).get("prunestudy", {}).get("repository", "")
     if not address:

@@ -6,16 +6,18 @@ it rests on, so that the two cannot disagree.
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import pandas as pd
 
 from prunestudy.errors import InputError, require_one_of
 from prunestudy.methods import method_class
-from prunestudy.papers import Card, cards
-from prunestudy.study import tables, verdicts
+from prunestudy.papers import cards
+from prunestudy.study import tables
 from prunestudy.study.plan import Planned, Tiny, plan
 from prunestudy.study.records import Store
-from prunestudy.study.tables import KEYS, Interval
+from prunestudy.study.tables import KEYS
+from prunestudy.study.verdicts import Interval, judged
 
 # Each paper's method with its strongest control: what chooses by rule where the paper learns.
 DUELS = {
@@ -36,97 +38,82 @@ COSTS = {
     "bytes": "bytes on disk",
     "training": "training time",
 }
-# A combination's rival may be so much larger, since targets are met to a channel only.
+# A setting counts as equally small up to this share, since targets are met to a channel only.
 SLACK = 0.1
-_AFTER = "after "
-# Runs that others begin with; they have seen fewer epochs than what is compared.
-_BEGINNINGS = ["start", "half"]
+# Settings are compared where these are equal.
+_SAME = ["model", "dataset", "epochs", "device"]
 
 
 def settings_table(runs: pd.DataFrame) -> pd.DataFrame:
-    """One row per setting that is done: metric, difference to dense, and `COSTS`.
+    """One row per setting that is done: its summary, difference to dense, and `COSTS`.
 
     `label` names it for people; `combined` marks two methods, one after the other. Costs are
-    shares of the dense net of the same model, data and total epochs: means over seeds, times of
-    seed 0, training (parents included) a median over seeds with its range `training_low` to
-    `training_high`. Raises `InputError` if no run is done.
+    shares of the dense net of the same model, data, total epochs and device: means over seeds,
+    times of seed 0, training (parents included) a median over seeds with its range `training_low`
+    to `training_high`. Raises `InputError` if no run is done.
     """
-    done = runs[(runs["status"] == "done") & ~runs["variant"].isin(_BEGINNINGS)]
+    done = runs[(runs["status"] == "done") & ~runs["stage"].isin(["start", "half"])]
     if done.empty:
         raise InputError("overview: no run is done yet")
-    shares = done.assign(**_shares(done, _total_seconds(runs)))
-    rows = [_setting(group) for _, group in shares.groupby(KEYS, dropna=False, sort=False)]
-    table = pd.DataFrame(rows)
-    order = table["method"].map(list(dict.fromkeys(["dense", *DUELS, *table["method"]])).index)
+    done = done.assign(**_shares(done, runs))
+    groups = done.groupby(KEYS, dropna=False)
+    costs = groups[[*COSTS]].mean()
+    training = groups["training"].agg(["median", "min", "max"])
+    costs[["training", "training_low", "training_high"]] = training
+    costs["scores"] = groups.apply(lambda group: group.set_index("seed")["metric"].to_dict())
+    rows = tables.summary_table(done).merge(costs.reset_index(), on=KEYS)
+    order = list(dict.fromkeys(["dense", *DUELS, *rows["method"]]))
+    rows = rows.assign(
+        combined=rows["stage"] == "combined",
+        order=rows["method"].map(order.index),
+        low=rows["difference_low"],
+        high=rows["difference_high"],
+    )
+    rows["label"] = [_label(row) for row in rows.itertuples()]
     by = ["dataset", "combined", "order", "target_kind", "target"]
-    table = table.assign(order=order).sort_values(by, ignore_index=True)
-    return table.drop(columns="order")
+    return rows.sort_values(by, ignore_index=True, kind="stable")
 
 
-def _setting(group: pd.DataFrame) -> dict:
-    first = group.iloc[0]
-    difference = Interval.of(list((group["metric"] - group["dense_metric"]).dropna()))
-    return {
-        "label": _label(first),
-        **{key: first[key] for key in KEYS},
-        "combined": first["variant"].startswith(_AFTER),
-        "n": len(group),
-        "metric": group["metric"].mean(),
-        "metric_sd": group["metric"].std(),
-        "difference": difference.mean,
-        "difference_sd": difference.sd,
-        "low": difference.low,
-        "high": difference.high,
-        **{name: group[name].mean() for name in COSTS if name != "training"},
-        "training": group["training"].median(),
-        "training_low": group["training"].min(),
-        "training_high": group["training"].max(),
-    }
+def _label(row: Any) -> str:
+    removed = f", {tables.removed(row.target, row.target_kind)} removed" if row.target_kind else ""
+    return name_of(row) + removed
 
 
-def _label(row: pd.Series) -> str:
-    name = name_of(row["method"], row["variant"])
-    if pd.isna(row["target"]):
-        return name
-    return f"{name}, {tables.removed(row['target'], row['target_kind'])} removed"
+def name_of(row: Any) -> str:
+    """A row's method for people; of a combination also what came first."""
+    if row.stage == "combined":
+        return f"{row.variant.removeprefix('after ')} + {method_class(row.method).title}"
+    return tables.setting_title(row)
 
 
-def name_of(method: str, variant: str) -> str:
-    """A method for people; of a combination ("after GDP") also what came first."""
-    first, title = variant.removeprefix(_AFTER), method_class(method).title
-    if variant.startswith(_AFTER):
-        return f"{first} + {title}"
-    return f"{title}, {variant}" if variant else title
+def _shares(done: pd.DataFrame, runs: pd.DataFrame) -> dict[str, pd.Series]:
+    """`COSTS` of each run that is done; training counts all runs that it continues."""
+    seconds = runs.set_index(["run", "device"])["train_seconds"].to_dict()
+    parents = dict(zip(runs["run"], runs["parent"], strict=True))
 
+    def training(run: str, device: str) -> float:
+        before = training(parents[run], device) if parents.get(run) else 0.0
+        return seconds.get((run, device), math.nan) + before
 
-def _shares(done: pd.DataFrame, seconds: pd.Series) -> dict[str, pd.Series]:
+    pairs = zip(done["run"], done["device"], strict=True)
+    done = done.assign(training=[training(*pair) for pair in pairs])
     dense = done[(done["method"] == "dense") & (done["variant"] == "")]
-    where = ["model", "dataset", "epochs"]
-    size = dense.groupby(where)[["peak_memory_mb", "bytes"]].mean()
-    like = size.reindex(pd.MultiIndex.from_frame(done[where])).set_index(done.index)
-    own = seconds[dense["run"]].set_axis(pd.MultiIndex.from_frame(dense[[*where, "seed"]]))
-    same = own.reindex(pd.MultiIndex.from_frame(done[[*where, "seed"]])).to_numpy()
+
+    def of_dense(name: str, *more: str) -> pd.Series:
+        keys = [*_SAME, *more]
+        mean = dense.groupby(keys)[name].mean()
+        return mean.reindex(pd.MultiIndex.from_frame(done[keys])).set_axis(done.index)
+
     return {
         "weights": done["nonzeros"] / done["dense_parameters"],
         "macs": done["macs"] / done["dense_macs"],
         "nonzero_macs": done["nonzero_macs"] / done["dense_macs"],
         "time_b1": done["latency_b1_ms"] / done["dense_latency_b1_ms"],
         "time_b128": done["latency_b128_ms"] / done["dense_latency_b128_ms"],
-        "memory": done["peak_memory_mb"] / like["peak_memory_mb"],
-        "bytes": done["bytes"] / like["bytes"],
-        "training": pd.Series(seconds[done["run"]].to_numpy() / same, done.index),
+        "memory": done["peak_memory_mb"] / of_dense("peak_memory_mb"),
+        "bytes": done["bytes"] / of_dense("bytes"),
+        "training": done["training"] / of_dense("training", "seed"),
     }
-
-
-def _total_seconds(runs: pd.DataFrame) -> pd.Series:
-    """Training seconds of each run (by name) and of all that had to be trained before it."""
-    parent = dict(zip(runs["run"], runs["parent"], strict=True))
-    own = dict(zip(runs["run"], runs["train_seconds"], strict=True))
-
-    def total(run: str) -> float:
-        return own.get(run, math.nan) + (total(parent[run]) if parent.get(run) else 0.0)
-
-    return pd.Series({run: total(run) for run in own}, dtype=float)
 
 
 def readable(rows: pd.DataFrame) -> pd.DataFrame:
@@ -135,20 +122,17 @@ def readable(rows: pd.DataFrame) -> pd.DataFrame:
         "setting": rows["label"],
         "n": rows["n"],
         "result": [tables.result(row) for row in rows.itertuples()],
-        "minus dense": [_points(row) for _, row in rows.iterrows()],
-        **{f"{words}, %": [_cell(x) for x in rows[cost]] for cost, words in COSTS.items()},
+        "minus dense": [tables.difference(row) for row in rows.itertuples()],
     }
+    for cost, words in COSTS.items():
+        told[f"{words}, %"] = ["" if pd.isna(x) else f"{100 * x:.3g}" for x in rows[cost]]
     return pd.DataFrame(told)
-
-
-def _cell(share: float) -> str:
-    return "" if pd.isna(share) else f"{100 * share:.3g}"
 
 
 def shared(planned: list[Planned], tiny: Tiny, profile: str) -> pd.DataFrame:
     """How many runs of each of the overview's experiments are a paper's own, how many are added."""
-    papers = tuple(each.id for each in cards() if each.is_paper and profile in each.profiles)
-    theirs = {item.settings.run for item in plan(profile, papers, tiny)}
+    ids = tuple(card.id for card in cards() if card.is_paper and profile in card.profiles)
+    theirs = {item.settings.run for item in plan(profile, ids, tiny)}
     runs = {item.settings.run: item.experiment for item in reversed(planned)}
     table = pd.DataFrame({"experiment": runs.values(), "theirs": [run in theirs for run in runs]})
     count = table.groupby("experiment")["theirs"].agg(runs="count", shared="sum")
@@ -156,7 +140,7 @@ def shared(planned: list[Planned], tiny: Tiny, profile: str) -> pd.DataFrame:
 
 
 def smallest(rows: pd.DataFrame, cost: str, at_least: float) -> pd.Series | None:
-    """The setting to take if it is about `cost` and the mean may differ from dense by `at_least`.
+    """The setting to take for a small `cost` if the mean may differ from dense by `at_least`.
 
     Of those that stay above the limit the one of smallest cost; of all within `SLACK` of it the
     most accurate. None if there is none, or none that has been measured. Raises `InputError` for a
@@ -174,75 +158,55 @@ def which_when(rows: pd.DataFrame, at_least: float) -> list[str]:
     `rows` are of one net and data set; see `smallest`. Each says whether the 95% interval lies
     above the limit as well.
     """
-    chosen = {words: (cost, smallest(rows, cost, at_least)) for cost, words in COSTS.items()}
-    return [
-        f"If it is about {words}: {row['label']}. That is {_percent(row[cost])} of dense, at "
-        f"{_points(row)} points against dense (n = {row['n']}); {_certainty(row, at_least)}."
-        for words, (cost, row) in chosen.items()
-        if row is not None
-    ]
-
-
-def _certainty(row: pd.Series, at_least: float) -> str:
-    if row["n"] < 2:
-        return "one seed, no interval"
-    above = row["low"] >= at_least
-    return "the interval stays above the limit" if above else "the interval reaches below the limit"
+    sentences = []
+    for cost, words in COSTS.items():
+        row = smallest(rows, cost, at_least)
+        if row is None:
+            continue
+        reach = "stays above" if row["low"] >= at_least else "reaches below"
+        certainty = f"the interval {reach} the limit" if row["n"] > 1 else "one seed, no interval"
+        sentences.append(
+            f"If it is about {words}: {row['label']}. That is {_percent(row[cost])} of dense, at "
+            f"{tables.difference(row)} points against dense (n = {row['n']}); {certainty}."
+        )
+    return sentences
 
 
 def _percent(share: float) -> str:
     return f"{100 * share:.3g}%"
 
 
-def _points(row: pd.Series) -> str:
-    return tables.bracket(100 * row["difference"], 100 * row["low"], 100 * row["high"])
+def _compared(ours: pd.Series, theirs: pd.Series) -> dict[str, Any]:
+    """The paired per-seed difference of the metric between two rows of `settings_table`.
+
+    "better" or "worse" if its 95% interval lies on one side of zero, else "not told apart".
+    """
+    score = theirs["scores"]
+    pairs = [value - score[seed] for seed, value in ours["scores"].items() if seed in score]
+    difference = Interval.of(pairs)
+    verdict = "not told apart"
+    if difference.low > 0:
+        verdict = "better"
+    elif difference.high < 0:
+        verdict = "worse"
+    names = ("n", "mean", "low", "high")
+    return {name: getattr(difference, name) for name in names} | {"verdict": verdict}
 
 
-def against(runs: pd.DataFrame, ours: pd.Series, theirs: pd.Series) -> Interval:
-    """Paired per-seed difference of the metric between two rows of `settings_table`."""
-    values = [_by_seed(runs, row) for row in (ours, theirs)]
-    return Interval.of(list((values[0] - values[1]).dropna()))
-
-
-def _by_seed(runs: pd.DataFrame, row: pd.Series) -> pd.Series:
-    same = runs["status"] == "done"
-    for key in KEYS:
-        same &= runs[key].isna() if pd.isna(row[key]) else runs[key] == row[key]
-    return runs[same].set_index("seed")["metric"]
-
-
-def verdict(difference: Interval) -> str:
-    """ "better" or "worse" if the 95% interval lies on one side of zero, else "not told apart"."""
-    if difference.n >= 2 and difference.low > 0:
-        return "better"
-    return "worse" if difference.n >= 2 and difference.high < 0 else "not told apart"
-
-
-def duels(runs: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
+def duels(rows: pd.DataFrame) -> pd.DataFrame:
     """Each paper's method against all others at the same target, seed by seed; a pair once."""
     plain = rows[~rows["combined"] & (rows["method"] != "dense")]
-    made = []
+    keys = [*_SAME, "target_kind", "target"]
+    found = []
     for place, ours in plain[plain["method"].isin(DUELS)].iterrows():
-        earlier = plain["method"].isin(DUELS) & (plain.index <= place)
-        like = plain[~earlier]
-        for key in ("model", "dataset", "epochs", "target_kind", "target"):
-            like = like[like[key] == ours[key]]
-        made += [_duel(runs, ours, theirs) for _, theirs in like.iterrows()]
+        like = plain[(plain[keys] == ours[keys]).all(axis=1)]
+        for _, theirs in like[~like["method"].isin(DUELS) | (like.index > place)].iterrows():
+            row = {name: ours[name] for name in ("dataset", "label", "method")}
+            strongest = DUELS[ours["method"]] == theirs["method"]
+            row |= {"other": theirs["method"], "strongest": strongest}
+            found.append(row | _compared(ours, theirs))
     columns = "dataset label method other strongest n mean low high verdict".split()
-    return pd.DataFrame(made, columns=columns)
-
-
-def _duel(runs: pd.DataFrame, ours: pd.Series, theirs: pd.Series) -> dict:
-    found = against(runs, ours, theirs)
-    return {
-        "dataset": ours["dataset"],
-        "label": ours["label"],
-        "method": ours["method"],
-        "other": theirs["method"],
-        "strongest": DUELS[ours["method"]] == theirs["method"],
-        **{"n": found.n, "mean": found.mean, "low": found.low, "high": found.high},
-        "verdict": verdict(found),
-    }
+    return pd.DataFrame(found, columns=columns)
 
 
 def readable_duels(table: pd.DataFrame) -> pd.DataFrame:
@@ -265,11 +229,12 @@ def what_learning_gains(table: pd.DataFrame) -> list[str]:
     """One sentence per paper: its method against its strongest control, counted in `duels`."""
     sentences = []
     for (method, other), part in table[table["strongest"]].groupby(["method", "other"], sort=False):
-        count = part["verdict"].value_counts()
+        better, worse, neither = (
+            (part["verdict"] == verdict).sum() for verdict in ("better", "worse", "not told apart")
+        )
         sentences.append(
             f"{method_class(method).title} against {method_class(other).title}: better in "
-            f"{count.get('better', 0)}, worse in {count.get('worse', 0)}, "
-            f"not told apart in {count.get('not told apart', 0)} of {len(part)} settings."
+            f"{better}, worse in {worse}, not told apart in {neither} of {len(part)} settings."
         )
     return sentences
 
@@ -281,34 +246,28 @@ def rival(rows: pd.DataFrame, combination: pd.Series) -> pd.Series | None:
     """
     cost = "weights" if combination["target_kind"] == "sparsity" else "macs"
     like = rows[~rows["combined"] & (rows["method"] != "dense")]
-    for key in ("model", "dataset", "epochs"):
-        like = like[like[key] == combination[key]]
+    like = like[(like[_SAME] == combination[_SAME]).all(axis=1)]
     like = like[like[cost] <= (1 + SLACK) * combination[cost]]
     return like.loc[like["metric"].idxmax()] if len(like) else None
 
 
-def combinations(runs: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
+def combinations(rows: pd.DataFrame) -> pd.DataFrame:
     """Two methods, one after the other, against the best single one of that size, for people."""
-    found = [(ours, rival(rows, ours)) for _, ours in rows[rows["combined"]].iterrows()]
-    made = [_pair(runs, ours, single) for ours, single in found if single is not None]
+    found = []
+    for _, ours in rows[rows["combined"]].iterrows():
+        single = rival(rows, ours)
+        if single is None:
+            continue
+        compared = _compared(ours, single)
+        sizes = " and ".join(
+            f"{_percent(ours[cost])} of the {COSTS[cost]} instead of {_percent(single[cost])}"
+            for cost in ("weights", "macs")
+        )
+        difference = tables.bracket(*(100 * compared[name] for name in ("mean", "low", "high")))
+        row = (ours["label"], tables.difference(ours), single["label"], compared["n"], difference)
+        found.append((*row, f"the pair is {compared['verdict']}, with {sizes}"))
     columns = ["pair", "minus dense", "best single of that size", "n", "minus single", "so"]
-    return pd.DataFrame(made, columns=columns)
-
-
-def _pair(runs: pd.DataFrame, ours: pd.Series, single: pd.Series) -> dict:
-    found = against(runs, ours, single)
-    sizes = " and ".join(
-        f"{_percent(ours[cost])} of the {COSTS[cost]} instead of {_percent(single[cost])}"
-        for cost in ("weights", "macs")
-    )
-    return {
-        "pair": ours["label"],
-        "minus dense": _points(ours),
-        "best single of that size": single["label"],
-        "n": found.n,
-        "minus single": tables.bracket(*(100 * x for x in (found.mean, found.low, found.high))),
-        "so": f"the pair is {verdict(found)}, with {sizes}",
-    }
+    return pd.DataFrame(found, columns=columns)
 
 
 def claims(profile: str, store: Store, tiny: Tiny) -> pd.DataFrame:
@@ -316,37 +275,25 @@ def claims(profile: str, store: Store, tiny: Tiny) -> pd.DataFrame:
 
     `record` names the compared runs of the first seed.
     """
-    found = [_claims_of(paper, profile, store, tiny) for paper in cards() if paper.is_paper]
+    found = []
+    for paper in (card for card in cards() if card.is_paper):
+        planned = plan(profile, (paper.id,), tiny) if profile in paper.profiles else []
+        found.append(judged(store, planned, paper).assign(paper=paper.short or paper.title))
     return pd.concat(found, ignore_index=True)
-
-
-def _claims_of(paper: Card, profile: str, store: Store, tiny: Tiny) -> pd.DataFrame:
-    planned = plan(profile, (paper.id,), tiny) if profile in paper.profiles else []
-    table = verdicts.judged(store, planned, paper)
-    table.insert(0, "paper", paper.short or paper.title)
-    return table
 
 
 def readable_claims(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
     """Paper by paper, the claims for people, in the metric's own unit; a claim's text once."""
     for paper, part in table.groupby("paper", sort=False):
-        rows = [_claim(row) for row in part.to_dict("records")]
-        shown = pd.DataFrame(rows)
-        yield str(paper), shown.assign(claim=shown["claim"].mask(shown["claim"].duplicated(), ""))
-
-
-def _claim(row: dict) -> dict:
-    told = {"claim": f"{row['says']} [{row['mark']}]", "verdict": row["verdict"]}
-    if not isinstance(row.get("rule"), str):
-        return told | {"rule": row["why"], **dict.fromkeys(_TESTED, ""), "record": ""}
-    numbers = (row[key] for key in ("difference", "low", "high"))
-    difference = tables.bracket(*numbers, digits=4)
-    values = (row["where"], difference, int(row["n"]))
-    return (
-        told
-        | {"rule": row["rule"], **dict(zip(_TESTED, values, strict=True))}
-        | {"record": row["record"]}
-    )
-
-
-_TESTED = ("where", "difference", "n")
+        text = part["says"] + " [" + part["mark"] + "]"
+        numbers = part[["difference", "low", "high"]].astype(float)
+        shown = {
+            "claim": text.mask(text.duplicated(), ""),
+            "verdict": part["verdict"],
+            "rule": part["rule"].fillna(part.get("why", "")),
+            "where": part["where"].fillna(""),
+            "difference": [tables.bracket(*row, 4) for row in numbers.itertuples(index=False)],
+            "n": ["" if pd.isna(n) else int(n) for n in part["n"]],
+            "record": part["record"],
+        }
+        yield str(paper), pd.DataFrame(shown)

@@ -25,19 +25,14 @@ from filelock import FileLock
 from pydantic import ValidationError
 from safetensors.numpy import save
 
-import prunestudy
 from prunestudy import datasets
 from prunestudy.errors import InputError
+from prunestudy.places import home as repository
 from prunestudy.study import lines
 from prunestudy.study.lines import called, place, read_arrays, read_lines, refusal, write_text
 from prunestudy.study.settings import RunSettings
 
 MAX_ARRAY_BYTES = 1_000_000
-
-
-def repository() -> Path:
-    """Folder of the checkout, where notebooks/, data/ and results/ are."""
-    return Path(prunestudy.__file__).resolve().parents[2]
 
 
 class Store:

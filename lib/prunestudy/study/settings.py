@@ -133,18 +133,14 @@ def own_settings(values: dict[str, Any], root: str = "") -> RunSettings:
     unknown = sorted(set(rest) - set(allowed))
     require(not unknown, "setting", unknown and unknown[0], f"allowed are {', '.join(allowed)}")
     target, kind = rest.pop("target", None), rest.pop("target_kind", None)
-    made = recipe(**rest)
+    made = checked(Recipe, rest)
     if target is not None:
-        target = target_of(kind or first_kind(own["method"]), target)
+        kinds = methods.method_class(own["method"]).target_kinds or ("sparsity",)
+        target = target_of(kind or kinds[0], target)
     return resolve(params=params, recipe=made, target=target, root=root, **own)
 
 
 _OWN = ("dataset", "model", "pretrained", "method", "seed", "precision", "threads", "validation")
-
-
-def first_kind(method: str) -> str:
-    """What a target of `method` is a share of, unless another kind is named."""
-    return (methods.method_class(method).target_kinds or ("sparsity",))[0]
 
 
 def target_of(kind: str, value: Any) -> Target:
@@ -154,11 +150,6 @@ def target_of(kind: str, value: Any) -> Target:
         return checked(Target, {"kind": kind, "value": value})
     except InputError:
         raise InputError(f"target = {value!r}: {_share_of(methods.TARGETS[kind])}") from None
-
-
-def recipe(**values: Any) -> Recipe:
-    """Return the checked recipe, or raise `InputError` naming the wrong value."""
-    return checked(Recipe, values)
 
 
 def _share_of(what: str) -> str:
@@ -179,7 +170,11 @@ def _fits(settings: RunSettings, known: datasets.DatasetInfo) -> None:
     require(fits, "model", settings.model, allowed)
     target = (settings.target.value, settings.target.kind) if settings.target else ()
     method = methods.build(settings.method, settings.params, *target)
-    method.check(_shapes_of(settings.model, (known.channels, known.height, known.width)))
+    try:
+        net = _shapes_of(settings.model, (known.channels, known.height, known.width))
+    except InputError as error:
+        raise InputError(f"model = {settings.model!r}: not for {known.name}: {error}") from None
+    method.check(net)
     plan, side = settings.recipe, min(known.height, known.width)
     total, held_out = known.train_images, settings.validation
     left, size = total - held_out, plan.batch_size

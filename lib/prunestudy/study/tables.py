@@ -1,87 +1,86 @@
 """The two tidy tables of a profile, made from records: runs.csv and summary.csv."""
 
+import csv
 import html
-import json
+import io
 import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
-from prunestudy import datasets, methods
+from prunestudy import datasets, methods, papers
 from prunestudy.errors import InputError
-from prunestudy.papers import Card, Published, card
-from prunestudy.study import verdicts
+from prunestudy.papers import card
 from prunestudy.study.plan import Planned
 from prunestudy.study.records import Store, write_text
-from prunestudy.study.verdicts import Interval, removed
+from prunestudy.study.verdicts import Interval, margin_to_dense, removed
 
 RUN_COLUMNS = (
     "run parent paper method variant model dataset seed epochs precision threads target_kind "
     "target sparsity parameters nonzeros macs nonzero_macs dense_parameters dense_macs "
     "metric_name metric dense_metric macro_f1 latency_b1_ms latency_b128_ms "
     "dense_latency_b1_ms dense_latency_b128_ms peak_memory_mb bytes train_seconds status "
-    "reading stage after"
+    "reading stage after device"
 ).split()
+# What is equal for all seeds of a setting; only runs of one device are averaged and compared.
 KEYS = (
-    "paper method variant model dataset epochs precision threads target_kind target metric_name"
+    "paper method variant model dataset epochs precision threads target_kind target metric_name "
+    "device"
 ).split()
 SUMMARY_COLUMNS = (
-    KEYS
-    + (
-        "n diverged metric metric_sd dense_metric difference_n difference difference_sd "
-        "difference_low difference_high sparsity nonzeros published mark source verdict "
-        "reading stage after"
-    ).split()
+    "paper method variant model dataset epochs precision threads target_kind target metric_name "
+    "n diverged metric metric_sd dense_metric difference_n difference difference_sd "
+    "difference_low difference_high sparsity nonzeros published mark source verdict "
+    "reading stage after device"
+).split()
+_TEXT = set(
+    "run parent paper method variant model dataset precision target_kind metric_name status mark "
+    "source verdict reading stage after device".split()
 )
+_ALWAYS = ("seed", "epochs", "threads", "n", "diverged", "difference_n")
+# By metric: the factor to its unit for people, and the unit.
+UNITS = {"top1": (100, "%"), "miou": (100, "%"), "psnr": (1, " dB")}
 
 
 def runs_table(store: Store, planned: list[Planned]) -> pd.DataFrame:
-    """One row per (paper, run) of the planned runs that are done; search runs left out."""
-    rows: dict[tuple[str, str, str], dict[str, Any]] = {}
-    for item in planned:
-        record = store.read(item.settings) if item.purpose != "search" else None
-        if record is not None:
-            rows[item.paper, item.settings.run, item.variant] = _row(store, item, record)
-    table = pd.DataFrame(rows.values(), columns=RUN_COLUMNS)
+    """One row per paper, run and device of the planned runs that are done, without the search."""
+    rows = [
+        _row(item, record)
+        for item in planned
+        if item.purpose != "search"
+        for record in store.read_all(item.settings)
+    ]
+    table = pd.DataFrame(rows, columns=RUN_COLUMNS)
     # A run that two experiments share under two labels is one row, under the plainer label.
-    table = table.sort_values(["paper", "run", "variant"]).drop_duplicates(["paper", "run"])
-    return _with_dense(table).reset_index(drop=True)
+    one = ["paper", "run", "device"]
+    table = table.sort_values([*one, "variant"]).drop_duplicates(one, ignore_index=True)
+    # The dense net of same paper, model, data, seed, total epochs and device.
+    keys = ["paper", "model", "dataset", "seed", "epochs", "device"]
+    dense = table[(table["method"] == "dense") & (table["reading"] == "")]
+    dense = dense[dense["stage"].isin(["", "start"]) & (dense["status"] == "done")]
+    metric = dense.sort_values("stage").drop_duplicates(keys).set_index(keys)["metric"]
+    if metric.empty:
+        return table
+    return table.assign(dense_metric=metric.reindex(pd.MultiIndex.from_frame(table[keys])).array)
 
 
-def _row(store: Store, item: Planned, record: dict[str, Any]) -> dict[str, Any]:
-    settings, metrics = item.settings, record["metrics"]
-    target = settings.aim
+def _row(item: Planned, record: dict[str, Any]) -> dict[str, Any]:
+    settings, aim = item.settings, item.settings.aim
+    own = "run method model dataset seed epochs precision threads".split()
     return {
-        "run": settings.run,
-        "parent": record["parent"] or "",
-        "paper": item.paper,
-        "method": settings.method,
-        "variant": item.variant,
-        "model": settings.model,
-        "dataset": settings.dataset,
-        "seed": settings.seed,
-        "epochs": settings.epochs,
-        "precision": settings.precision,
-        "threads": settings.threads,
-        "target_kind": target.kind if target else "",
-        "target": target.value if target else math.nan,
-        **{name: metrics.get(name) for name in RUN_COLUMNS if name in metrics},
+        **{name: record["metrics"].get(name) for name in RUN_COLUMNS if name in record["metrics"]},
+        **{name: getattr(settings, name) for name in own},
+        **{name: getattr(item, name) for name in ("paper", "variant", "reading", "stage", "after")},
         **(record["latency"] or {}).get("ms", {}),
+        "parent": record["parent"] or "",
+        "target_kind": aim.kind if aim else "",
+        "target": aim.value if aim else math.nan,
         "train_seconds": record["cost"]["train_seconds"],
         "status": record["status"],
-        **{name: getattr(item, name) for name in ("reading", "stage", "after")},
+        "device": record["environment"]["device"],
     }
-
-
-def _with_dense(table: pd.DataFrame) -> pd.DataFrame:
-    """Fill dense_metric: the dense net of same paper, model, data, seed and total epochs."""
-    keys = ["paper", "model", "dataset", "seed", "epochs"]
-    plain = (table["method"] == "dense") & table["variant"].isin(["", "start"])
-    dense = table[plain & (table["status"] == "done")].sort_values("variant")
-    metric = dense.drop_duplicates(keys).set_index(keys)["metric"]
-    where = pd.MultiIndex.from_frame(table[keys])
-    return table.assign(dense_metric=metric.reindex(where).to_numpy() if len(metric) else math.nan)
 
 
 def summary_table(runs: pd.DataFrame) -> pd.DataFrame:
@@ -89,52 +88,44 @@ def summary_table(runs: pd.DataFrame) -> pd.DataFrame:
 
     `diverged` counts the seeds that n lacks; a setting of which none is done has no row.
     """
-    # A diverged run has no metric, nor its name.
-    keys = [key for key in KEYS if key != "metric_name"]
-    groups = [group for _, group in runs.groupby(keys, dropna=False, sort=True)]
-    rows = [_summary(group) for group in groups if (group["status"] == "done").any()]
-    return pd.DataFrame(rows, columns=SUMMARY_COLUMNS)
+    keys = [key for key in KEYS if key != "metric_name"]  # a diverged run has no metric's name
+    done = runs[runs["status"] == "done"]
+    done = done.assign(difference=done["metric"] - done["dense_metric"])
+    groups = done.groupby(keys, dropna=False)
+    rows = groups[["metric_name", "reading", "stage", "after"]].first()
+    rows[["metric", "dense_metric", "sparsity", "nonzeros"]] = groups[
+        ["metric", "dense_metric", "sparsity", "nonzeros"]
+    ].mean()
+    rows["metric_sd"] = groups["metric"].agg(lambda values: values.std())
+    rows["n"] = groups.size()
+    everything = runs.groupby(keys, dropna=False).size()
+    rows["diverged"] = everything.reindex(rows.index) - rows["n"]
+    intervals = groups["difference"].agg(lambda values: Interval.of(list(values.dropna())))
+    for name in ("n", "mean", "sd", "low", "high"):
+        column = "difference" if name == "mean" else f"difference_{name}"
+        rows[column] = [getattr(interval, name) for interval in intervals]
+    rows = rows.reset_index()
+    said = [
+        (*_beside(row), _verdict_to_dense(row, interval))
+        for row, interval in zip(rows.to_dict("records"), intervals, strict=True)
+    ]
+    columns = ["published", "mark", "source", "verdict"]
+    rows = rows.join(pd.DataFrame(said, columns=columns))
+    return rows[SUMMARY_COLUMNS]
 
 
-def _summary(all_seeds: pd.DataFrame) -> dict[str, Any]:
-    group = all_seeds[all_seeds["status"] == "done"]
-    first = group.iloc[0]
-    row = {key: first[key] for key in KEYS}
-    difference = Interval.of(list((group["metric"] - group["dense_metric"]).dropna()))
-    published = _beside(card(first["paper"]), first)
-    return row | {
-        "n": len(group),
-        "diverged": len(all_seeds) - len(group),
-        "metric": group["metric"].mean(),
-        "metric_sd": group["metric"].std(),
-        "dense_metric": group["dense_metric"].mean(),
-        "difference_n": difference.n,
-        "difference": difference.mean,
-        "difference_sd": difference.sd,
-        "difference_low": difference.low,
-        "difference_high": difference.high,
-        "sparsity": group["sparsity"].mean(),
-        "nonzeros": group["nonzeros"].mean(),
-        "published": published.value if published else math.nan,
-        "mark": published.mark if published else "",
-        "source": published.source if published else "",
-        "verdict": _verdict_to_dense(card(first["paper"]), first, difference),
-        **{name: first[name] for name in ("reading", "stage", "after")},
-    }
-
-
-def _beside(paper: Card, row: pd.Series) -> Published | None:
-    """The published number that stands beside this setting, if there is one."""
+def _beside(row: dict[str, Any]) -> tuple[float, str, str]:
+    """The published number beside a setting, its mark and source; NaN and "" without one."""
     keys = ("method", "model", "dataset", "target", "target_kind")
-    for number in paper.published:
-        if number.target is not None and all(getattr(number, k) == row[k] for k in keys):
-            return None if row["variant"] else number
-    return None
+    for number in card(row["paper"]).published if not row["variant"] else ():
+        if number.target is not None and all(getattr(number, key) == row[key] for key in keys):
+            return number.value, number.mark, number.source
+    return math.nan, "", ""
 
 
-def _verdict_to_dense(paper: Card, row: pd.Series, difference: Interval) -> str:
-    margin = verdicts.margin_to_dense(paper, row)
-    return "" if margin is None else difference.verdict(margin)
+def _verdict_to_dense(row: dict[str, Any], interval: Interval) -> str:
+    margin = margin_to_dense(card(row["paper"]), row)
+    return "" if margin is None else interval.verdict(margin)
 
 
 def build(store: Store, planned: list[Planned]) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -154,47 +145,72 @@ def text_of(table: pd.DataFrame) -> str:
     return table.to_csv(index=False, float_format="%.10g", lineterminator="\n")
 
 
+def read_table(path: Path) -> pd.DataFrame:
+    """Read runs.csv or summary.csv; `InputError` if it is not as `write` leaves it."""
+    again = "`prunestudy table` makes it again from the records"
+    columns = RUN_COLUMNS if path.stem == "runs" else SUMMARY_COLUMNS
+    try:
+        text = path.read_bytes().decode()
+        header, *lines = csv.reader(io.StringIO(text, newline=""), strict=True)
+        if header != columns or {len(line) for line in lines} - {len(columns)} or text[-1] != "\n":
+            raise ValueError
+        table = pd.DataFrame(lines, columns=columns)
+        for name in columns:
+            if name not in _TEXT:
+                table[name] = pd.to_numeric(table[name].where(table[name] != ""))
+        _check(table)
+    except FileNotFoundError:
+        raise InputError(f"table = {path}: is not there; {again}") from None
+    except (ValueError, csv.Error, OSError):
+        raise InputError(f"table = {path}: is damaged or of another version; {again}") from None
+    return table
+
+
+def _check(table: pd.DataFrame) -> None:
+    """Raise `ValueError` for cells that no run can have."""
+    known = {"paper": papers.names(), "method": methods.names(), "metric_name": ("", *UNITS)}
+    known["target_kind"] = ("", *methods.TARGETS)
+    right = [table[name].isin(allowed).all() for name, allowed in known.items()]
+    numbers = table[[name for name in table if name not in _TEXT]].astype(float)
+    right.append(not np.isinf(numbers).any(axis=None))
+    right.append(numbers[[name for name in _ALWAYS if name in table]].notna().all(axis=None))
+    right.append(((table["target_kind"] == "") == table["target"].isna()).all())
+    for dataset in set(table["dataset"]):
+        datasets_title(dataset)
+    if not all(right):
+        raise ValueError
+
+
 def readable(summary: pd.DataFrame) -> pd.DataFrame:
     """Return the summary for people: percent and points (dB for psnr), interval in brackets.
 
     The verdict is on the card's claim against dense, with the margin below dense that it allows.
-    Rows of several papers are told apart by a column.
+    Rows of several papers, and of several devices, are told apart by a column.
     """
     rows = list(summary.itertuples(index=False))
     columns = {
-        "net": [row.model for row in rows],
+        "paper": [card(row.paper).short or card(row.paper).title for row in rows],
+        "device": list(summary["device"]),
+        "net": list(summary["model"]),
         "data": [datasets_title(row.dataset) for row in rows],
-        "method": [
-            methods.method_class(row.method).title + (f", {row.variant}" if row.variant else "")
-            for row in rows
-        ],
-        "removed": [
-            "" if pd.isna(row.target) else removed(row.target, row.target_kind) for row in rows
-        ],
+        "method": [setting_title(row) for row in rows],
+        "removed": [removed(r.target, r.target_kind) if r.target_kind else "" for r in rows],
         "n": [f"{row.n}, {row.diverged} diverged" if row.diverged else row.n for row in rows],
         "result": [result(row) for row in rows],
-        "minus dense": [_minus_dense(row) for row in rows],
+        "minus dense": [difference(row) for row in rows],
         "published": [_published(row) for row in rows],
         "verdict (margin)": [_verdict(row) for row in rows],
     }
-    if summary["paper"].nunique() > 1:
-        columns = {"paper": [_short(card(row.paper)) for row in rows]} | columns
+    for name in ("paper", "device"):
+        if summary[name].nunique() < 2:
+            del columns[name]
     return pd.DataFrame(columns)
 
 
-def _short(paper: Card) -> str:
-    return paper.short or paper.title
-
-
-def _verdict(row: Any) -> str:
-    margin = verdicts.margin_to_dense(card(row.paper), row._asdict())
-    if not row.verdict or margin is None:
-        return row.verdict
-    return f"{row.verdict} ({UNITS[row.metric_name][0] * margin:+g})"
-
-
-# By metric: the factor to its unit for people, and the unit.
-UNITS = {"top1": (100, "%"), "miou": (100, "%"), "psnr": (1, " dB")}
+def setting_title(row: Any) -> str:
+    """A row's method for people, with its variant."""
+    title = methods.method_class(row.method).title
+    return f"{title}, {row.variant}" if row.variant else title
 
 
 def result(row: Any) -> str:
@@ -204,14 +220,22 @@ def result(row: Any) -> str:
     return f"{factor * row.metric:.2f}{sd}{unit}"
 
 
-def _minus_dense(row: Any) -> str:
-    factor, _ = UNITS[row.metric_name]
-    return bracket(*(factor * x for x in (row.difference, row.difference_low, row.difference_high)))
+def difference(row: Any) -> str:
+    """A row's difference to dense for people, in the metric's unit: "+0.10 [-0.02, +0.22]"."""
+    numbers = (row.difference, row.difference_low, row.difference_high)
+    return bracket(*(UNITS[row.metric_name][0] * number for number in numbers))
 
 
 def _published(row: Any) -> str:
     factor, unit = UNITS[row.metric_name]
     return "" if pd.isna(row.published) else f"{factor * row.published:.2f}{unit} [{row.mark}]"
+
+
+def _verdict(row: Any) -> str:
+    margin = margin_to_dense(card(row.paper), row._asdict())
+    if not row.verdict or margin is None:
+        return row.verdict
+    return f"{row.verdict} ({UNITS[row.metric_name][0] * margin:+g})"
 
 
 def datasets_title(name: str) -> str:
@@ -225,17 +249,6 @@ def bracket(mean: float, low: float, high: float, digits: int = 2) -> str:
         return ""
     interval = "" if math.isnan(low) else f" [{low:+.{digits}f}, {high:+.{digits}f}]"
     return f"{mean:+.{digits}f}{interval}"
-
-
-def read_table(path: Path) -> pd.DataFrame:
-    """Read a table written by `write_tables`; empty labels stay empty text."""
-    text = "run parent paper method variant model dataset precision target_kind metric_name".split()
-    text += "status mark source verdict reading stage after".split()
-    try:
-        table = pd.read_csv(path, dtype=dict.fromkeys(text, str))
-    except FileNotFoundError:
-        raise InputError(f"table = {path.name}: not there; run the study first") from None
-    return table.fillna({name: "" for name in text if name in table})
 
 
 def markdown(table: pd.DataFrame) -> str:

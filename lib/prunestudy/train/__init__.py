@@ -2,11 +2,12 @@
 
 from prunestudy.train.checkpoint import read_checkpoint, write_checkpoint
 from prunestudy.train.deterministic import deterministic
-from prunestudy.train.loop import TrainResult, train
+from prunestudy.train.loop import Loop, TrainResult, train
 from prunestudy.train.memory import keep_freed_memory
 from prunestudy.train.recipe import Recipe
 
 __all__ = [
+    "Loop",
     "Recipe",
     "TrainResult",
     "deterministic",

@@ -8,6 +8,7 @@ generator and history are in the checkpoint.
 
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -75,25 +76,43 @@ def train(
     Raises `InputError` for a checkpoint that cannot be used.
     """
     keep_freed_memory()
-    device, task = torch.device(device), task or Task()
-    loop = _Loop(model, method, recipe, batches, validation, seed, task, device, precision)
-    loop.attach()
+    device = torch.device(device)
+    loop = Loop(model, method, recipe, batches, validation, seed, task, device, precision)
     saved = read_checkpoint(checkpoint, run) if checkpoint else None
     if saved:
         loop.load(saved)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        status = loop.run(checkpoint, checkpoint_seconds, run, show)
-    return TrainResult(
-        method.finish(model), loop.at.history, method.arrays(), loop.at.seconds, status
-    )
+    shown = ("train_loss", f"validation_{loop.task.metric_name}", "kept")
+    bar = tqdm(total=loop.total, initial=loop.at.step, disable=not show, desc=run, leave=False)
+    with bar, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        for row in loop.steps(checkpoint, checkpoint_seconds, run):
+            bar.update()
+            if row:
+                bar.set_postfix({name: f"{row[name]:.4f}" for name in shown})
+    return loop.result()
 
 
-class _Loop:
-    def __init__(self, model, method, recipe, batches, validation, seed, task, device, precision):
+class Loop:
+    """A training that advances by steps; `train`, which says what the arguments are, runs one.
+
+    Several can take turns. They draw from torch's own generator, which each step seeds anew.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Method,
+        recipe: Recipe,
+        batches: Batches,
+        validation: Batches,
+        seed: int,
+        task: Task | None = None,
+        device: torch.device | str = "cpu",
+        precision: str = "fp32",
+    ) -> None:
         self.model, self.method, self.recipe = model, method, recipe
-        self.batches, self.validation, self.device = batches, validation, device
+        self.batches, self.validation, self.device = batches, validation, torch.device(device)
         self.seed = seed
-        self.precision, self.task = precision, task
+        self.precision, self.task = precision, task or Task()
         self.generator = torch.Generator(device).manual_seed(seed)
         whole = recipe.epochs * batches.steps
         self.total = min(recipe.steps, whole) if recipe.steps else whole
@@ -102,45 +121,54 @@ class _Loop:
         # A phase boundary lies on a step; the last one is the end, whatever the rounding.
         self.ends = [round(self.total * float(end)) for end in ends[:-1]] + [self.total]
         self.at = _State()
+        self.diverged = False
         self.optimizers: list[torch.optim.Optimizer] = []
+        method.attach(model, self.generator)
+        model.to(self.device, memory_format=torch.channels_last)
+        decay = recipe.weight_decay
+        method.prepare(model, Context(batches, validation, self.task, self.device, decay))
 
-    def attach(self) -> None:
-        self.method.attach(self.model, self.generator)
-        self.model.to(self.device, memory_format=torch.channels_last)
-        decay = self.recipe.weight_decay
-        context = Context(self.batches, self.validation, self.task, self.device, decay)
-        self.method.prepare(self.model, context)
+    def steps(
+        self, checkpoint: Path | None = None, every: float = 20.0, run: str = ""
+    ) -> Iterator[dict[str, Any] | None]:
+        """Make a step at each `next`, to the end or to a loss that is not finite.
 
-    def run(self, checkpoint: Path | None, every: float, run: str, show: bool) -> str:
-        with tqdm(
-            total=self.total, initial=self.at.step, disable=not show, desc=run, leave=False
-        ) as bar:
-            while self.at.step < self.total:
-                epoch, first = divmod(self.at.step, self.batches.steps)
-                since = time.perf_counter()
-                self.model.train()
-                for x, y in self.batches.epoch(epoch, start=first):
-                    if not self._step(x, y):
-                        return "diverged"
-                    bar.update()
-                    now, ends = time.perf_counter(), self._ends_epoch()
-                    # An epoch that ends is saved with its row of the history, not before.
-                    if checkpoint and now - since > every and not ends:
-                        self.at.seconds += now - since
-                        self._save(checkpoint, run)
-                        since = time.perf_counter()
-                    if ends:
-                        break
-                self.at.history.append(self._end_epoch(epoch))
-                bar.set_postfix({k: f"{self.at.history[-1][k]:.4f}" for k in self._shown()})
-                self.at.seconds += time.perf_counter() - since
-                if checkpoint:
+        Gives the epoch's row of the history after its last step and validation, else None. With a
+        `checkpoint` path the state of `run` is saved at each end of an epoch and after each
+        `every` seconds; time that passes between two calls counts for nothing.
+        """
+        while self.at.step < self.total:
+            epoch, first = divmod(self.at.step, self.batches.steps)
+            since = time.perf_counter()
+            self.model.train()
+            for x, y in self.batches.epoch(epoch, start=first):
+                if not self._step(x, y):
+                    self.diverged = True
+                    return
+                # An epoch that ends is saved with its row of the history, not before.
+                if self._ends_epoch():
+                    break
+                spent = time.perf_counter() - since
+                if checkpoint and spent > every:
+                    self.at.seconds += spent
                     self._save(checkpoint, run)
+                    spent = 0.0
+                yield None
+                since = time.perf_counter() - spent
+            self.at.history.append(self._end_epoch(epoch))
+            self.at.seconds += time.perf_counter() - since
+            if checkpoint:
+                self._save(checkpoint, run)
+            yield self.at.history[-1]
         if not self.total:
             self.at.history = [self._end_epoch(-1)]
+
+    def result(self) -> TrainResult:
+        """The finished plain net, and what else the training leaves; after the last step."""
         # The loss of the last step says nothing of the weights that it left.
-        sound = math.isfinite(self.at.history[-1]["validation_loss"])
-        return "done" if sound else "diverged"
+        sound = not self.diverged and math.isfinite(self.at.history[-1]["validation_loss"])
+        net, status = self.method.finish(self.model), "done" if sound else "diverged"
+        return TrainResult(net, self.at.history, self.method.arrays(), self.at.seconds, status)
 
     def _ends_epoch(self) -> bool:
         return self.at.step % self.batches.steps == 0 or self.at.step == self.total
@@ -241,9 +269,6 @@ class _Loop:
         self.at.loss_sum, self.at.loss_steps = 0.0, 0
         return row
 
-    def _shown(self) -> tuple[str, ...]:
-        return "train_loss", f"validation_{self.task.metric_name}", "kept"
-
     def _validate(self) -> Scores:
         classes = self.validation.info.num_classes
         return self.task.evaluate(self.model, self.validation.ordered(512), classes)
@@ -259,6 +284,7 @@ class _Loop:
         write_checkpoint(path, run, state)
 
     def load(self, state: dict[str, Any]) -> None:
+        """Go on from `state`, which a checkpoint had."""
         self.at = _State(**state["at"])
         self.method.reshape(self.model, state["method"])
         self.model.load_state_dict(state["model"])

@@ -1,18 +1,18 @@
-"""Figures of Coordinating Filters, and the table of ranks that they share."""
+"""Figures of Coordinating Filters, and the table of ranks that they share.
 
-from collections.abc import Iterator
-from typing import Any
+They raise `InputError` ("figure = ...") where no run is done that they would show.
+"""
 
-import matplotlib.pyplot as plt
+from collections.abc import Sequence
+
 import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from prunestudy.errors import InputError
 from prunestudy.papers import Card
 from prunestudy.study import tables
-from prunestudy.study.figures import COLOURS, MARKERS, style, title_of
+from prunestudy.study.figures import look
 from prunestudy.study.plan import Planned
 from prunestudy.study.records import Store
 
@@ -20,23 +20,32 @@ _METHODS = ("plain_low_rank", "force")
 _MOST_PANELS = 4
 
 
-def ranks_table(store: Store, planned: list[Planned]) -> pd.DataFrame:
+def _of_kind(kind: str, *purposes: str):
+    """Choose planned runs of the two methods with a target of `kind`."""
+
+    def wanted(item: Planned) -> bool:
+        s = item.settings
+        ours = s.method in _METHODS and s.target is not None and s.target.kind == kind
+        return ours and item.purpose in (purposes or ("results", "ablation"))
+
+    return wanted
+
+
+def ranks_table(store: Store, planned: Sequence[Planned]) -> pd.DataFrame:
     """One row per run and layer: rank at 5% error of the trained net, and the full rank.
 
     Of runs whose target is a share of the energy; `speed_up` is the layer's by MACs at that rank,
     `whole` the metric at which it was measured, before factorising.
     """
+    labels = {item.settings.run: item.variant for item in reversed(planned)}
     rows = []
-    for item, record in _done(store, planned, "energy"):
-        metrics, settings = record["metrics"], item.settings
-        arrays = store.arrays(settings.run)
-        for name, rank in metrics.items():
-            layer = name.removeprefix("rank.")
-            if layer != name:
-                full = len(arrays[f"energy_before.{layer}"])
-                place = (settings.model, settings.dataset, settings.method, item.variant)
-                more = (metrics[f"speed_up.{layer}"], metrics.get("metric_whole"))
-                rows.append((*place, settings.seed, layer, rank, full, *more))
+    for s, record in look.finished(store, planned, _of_kind("energy")):
+        metrics, arrays = record["metrics"], store.arrays(s.run)
+        place = (s.model, s.dataset, s.method, labels[s.run], s.seed)
+        for layer in (name[5:] for name in metrics if name.startswith("rank.")):
+            full = len(arrays[f"energy_before.{layer}"])
+            measured = (metrics[f"speed_up.{layer}"], metrics.get("metric_whole"))
+            rows.append((*place, layer, metrics[f"rank.{layer}"], full, *measured))
     columns = "model dataset method variant seed layer rank full speed_up whole".split()
     return pd.DataFrame(rows, columns=columns)
 
@@ -45,55 +54,39 @@ def ranks_beside_published(ranks: pd.DataFrame, paper: Card) -> pd.DataFrame:
     """Mean rank per layer of each method and variant, beside the published ranks of that net."""
     if ranks.empty:
         return ranks
-    label = ranks.method.map(title_of) + ranks.variant.map(lambda v: f", {v}" if v else "")
+    label = ranks.method.map(look.title_of) + ranks.variant.map(lambda v: f", {v}" if v else "")
     keys = ["model", "dataset", "layer", "full"]
-    wide = ranks.assign(label=label).pivot_table("rank", keys, "label", "mean", sort=False).round(1)
+    wide = ranks.assign(label=label).pivot_table("rank", keys, "label", "mean", sort=False)
+    wide = wide.round(1).reset_index()
     for table in paper.ranks:
-        found = dict(zip(table.layers, table.ranks, strict=True))
-        model, layers = (wide.index.get_level_values(name) for name in ("model", "layer"))
-        column = [
-            found.get(layer) if name == table.model else None
-            for name, layer in zip(model, layers, strict=True)
-        ]
-        if any(rank is not None for rank in column):
-            wide[f"{table.text} [{table.mark}]"] = pd.array(column, dtype="Int64")
-    return wide.reset_index()
+        published = wide.layer.map(dict(zip(table.layers, table.ranks, strict=True)))
+        published = published.where(wide.model == table.model)
+        if published.notna().any():
+            wide[f"{table.text} [{table.mark}]"] = published.astype("Int64")
+    return wide
 
 
 def rank_per_layer(ranks: pd.DataFrame, paper: Card, model: str, dataset: str) -> Figure:
-    """Ranks at 5% error, forced against plain, as shares of the full rank; published ones as marks.
-
-    Raises `InputError` if no such run is done.
-    """
-    style()
+    """Ranks at 5% error, forced against plain, in % of the full rank; published ones as marks."""
     rows = ranks[(ranks.model == model) & (ranks.dataset == dataset) & (ranks.variant == "")]
-    if rows.empty:
-        raise InputError(f"figure = ranks of {model} on {dataset}: no finished run")
-    rows = rows.assign(share=100 * rows["rank"] / rows.full, name=rows.method.map(title_of))
-    layers = list(dict.fromkeys(rows.layer))
-    figure, axes = plt.subplots(figsize=(max(6.4, 0.55 * len(layers) + 2), 3.8))
-    palette = {title_of(method): COLOURS[method] for method in _METHODS}
-    sns.barplot(
-        rows, x="layer", y="share", hue="name", order=layers, hue_order=palette, palette=palette,
-        errorbar="sd" if rows.seed.nunique() > 1 else None, ax=axes,
-    )  # fmt: skip
+    look.require_rows(rows, f"ranks of {model} on {dataset}")
+    rows = rows.assign(share=100 * rows["rank"] / rows.full, method=rows.method.map(look.title_of))
+    palette = {look.title_of(method): look.COLOURS[method] for method in _METHODS}
+    width = max(6.4, 0.55 * rows.layer.nunique() + 2)
+    axes = look.bars(rows[["layer", "method", "share"]], palette, width)
     for table in (t for t in paper.ranks if t.model == model and t.mark == "P"):
-        shares = [100 * r / n for r, n in zip(table.ranks, table.full, strict=True)]
-        marker = MARKERS[table.method]
-        label = f"published: {title_of(table.method)} [{table.mark}]"
-        face = "white" if table.method == "plain_low_rank" else "black"
-        axes.plot(table.layers, shares, marker, mec="black", mfc=face, ms=6, label=label)
-    axes.set(ylabel="rank at 5% error, % of full", xlabel="", ylim=(0, 119))
-    axes.set_title(f"{model} on {tables.datasets_title(dataset)} (n = {rows.seed.nunique()})")
-    if len(layers) > 6:
-        axes.tick_params(axis="x", rotation=90)
+        shares = 100 * np.array(table.ranks) / np.array(table.full)
+        style = {"mec": "black", "mfc": "white" if table.method == "plain_low_rank" else "black"}
+        label = f"published: {look.title_of(table.method)} [{table.mark}]"
+        axes.plot(table.layers, shares, look.MARKERS[table.method], ms=6, label=label, **style)
+    axes.set(ylabel="rank at 5% error, % of full", ylim=(0, 119))
+    axes.set_title(f"{look.place_of(rows)} (n = {rows.seed.nunique()})")
     axes.legend(fontsize=8, ncols=2, loc="upper center", frameon=True)
-    return figure
+    return axes.figure
 
 
 def filters(store: Store, run: str, layer: str, side: int) -> Figure:
     """Filters of `layer` (kernel `side` x `side`, first input channel) before and after."""
-    style()
     arrays = store.arrays(run)
     pictures = {}
     for when in ("before", "after"):
@@ -101,13 +94,23 @@ def filters(store: Store, run: str, layer: str, side: int) -> Figure:
         unit = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
         pictures[when] = _mosaic(unit[:, : side * side].reshape(-1, side, side))
     height, width = pictures["before"].shape
-    figure, panels = plt.subplots(1, 2, figsize=(9, 4.4 * height / width + 0.4))
-    for axes, (when, picture) in zip(panels, pictures.items(), strict=True):
+    figure, axes = look.canvas(2, (9, 4.4 * height / width + 0.4))
+    for panel, (when, picture) in zip(axes, pictures.items(), strict=True):
         most = np.nanmax(np.abs(picture))
-        axes.imshow(picture, cmap="RdBu_r", vmin=-most, vmax=most)
-        axes.set(title=f"{layer}, {when}", xticks=[], yticks=[])
-        axes.grid(visible=False)
+        panel.imshow(picture, cmap="RdBu_r", vmin=-most, vmax=most)
+        panel.set(title=f"{layer}, {when}", xticks=[], yticks=[])
+        panel.grid(visible=False)
     return figure
+
+
+def _mosaic(pictures: np.ndarray) -> np.ndarray:
+    """Pictures (N, h, w) in four rows with gaps of one pixel, as one array; NaN in the gaps."""
+    count, _, width = pictures.shape
+    columns = -(-count // 4)
+    fill = ((0, 4 * columns - count), (0, 1), (0, 1))
+    framed = np.pad(pictures.astype(float), fill, constant_values=np.nan)
+    grid = framed.reshape(4, columns, *framed.shape[1:]).swapaxes(1, 2)
+    return grid.reshape(-1, columns * (width + 1))[:-1, :-1]
 
 
 def angles(store: Store, runs: dict[str, str], layers: list[str]) -> Figure:
@@ -115,146 +118,135 @@ def angles(store: Store, runs: dict[str, str], layers: list[str]) -> Figure:
 
     All runs have the same start.
     """
-    style()
-    layers = _some(layers)
-    figure, panels = plt.subplots(1, len(layers), figsize=(3.3 * len(layers) + 0.6, 3.2))
-    edges = np.linspace(0, 180, 37)
-    for axes, layer in zip(np.atleast_1d(panels), layers, strict=True):
-        before = store.arrays(next(iter(runs.values())))[f"angles_before.{layer}"]
-        axes.stairs(before / before.sum(), edges, fill=True, color="0.8", label="at the start")
-        for method, run in runs.items():
-            counts = store.arrays(run)[f"angles_after.{layer}"]
-            share = counts / max(counts.sum(), 1)
-            axes.stairs(share, edges, color=COLOURS[method], lw=1.8, label=title_of(method))
-        axes.set(title=layer, xlabel="angle between two filters, degrees", xticks=(0, 45, 90, 135))
-    np.atleast_1d(panels)[0].set_ylabel("share of the pairs")
-    handles = np.atleast_1d(panels)[0].get_legend_handles_labels()
-    figure.legend(*handles, fontsize=8, loc="outside upper center", ncols=1 + len(runs))
+    layers, edges = _some(layers), np.linspace(0, 180, 37)
+    arrays = {method: store.arrays(run) for method, run in runs.items()}
+    start = next(iter(arrays.values()))
+    figure, axes = look.canvas(len(layers), (3.3 * len(layers) + 0.6, 3.2))
+    for panel, layer in zip(axes, layers, strict=True):
+        grey = {"fill": True, "color": "0.8", "label": "at the start"}
+        look.histogram(panel, start[f"angles_before.{layer}"], edges, **grey)
+        for method, held in arrays.items():
+            style = {"color": look.COLOURS[method], "lw": 1.8, "label": look.title_of(method)}
+            look.histogram(panel, held[f"angles_after.{layer}"], edges, **style)
+        panel.set(title=layer, xlabel="angle between two filters, degrees", xticks=(0, 45, 90, 135))
+    axes[0].set_ylabel("share of the pairs")
+    look.legend_of_all(figure, "outside upper center", columns=1 + len(runs))
     return figure
 
 
 def error_against_rank(store: Store, runs: dict[str, str], layers: list[str]) -> Figure:
     """Share of the squared energy lost against the share of the rank kept (name -> run)."""
-    style()
     layers = _some(layers)
-    size = (3.3 * len(layers) + 0.6, 3.2)
-    figure, panels = plt.subplots(1, len(layers), figsize=size, sharey=True)
-    for axes, layer in zip(np.atleast_1d(panels), layers, strict=True):
+    figure, axes = look.canvas(len(layers), (3.3 * len(layers) + 0.6, 3.2), sharey=True)
+    for panel, layer in zip(axes, layers, strict=True):
         for method, run in runs.items():
             kept = store.arrays(run)[f"energy_after.{layer}"]
             share = 100 * np.arange(1, len(kept) + 1) / len(kept)
             lost = 100 * np.maximum(1 - kept, 1e-6)
-            axes.plot(share, lost, color=COLOURS[method], label=title_of(method))
-        axes.axhline(5, color="black", ls="--", lw=1)
-        axes.set(title=layer, xlabel="rank, % of full", yscale="log", ylim=(0.02, 100))
-        axes.yaxis.set_major_formatter("{x:g}")
-    first = np.atleast_1d(panels)[0]
-    first.set_ylabel("energy lost, %")
-    first.legend(fontsize=8, loc="lower left")
+            panel.plot(share, lost, color=look.COLOURS[method], label=look.title_of(method))
+        panel.axhline(5, color="black", ls="--", lw=1)
+        panel.set(title=layer, xlabel="rank, % of full", yscale="log", ylim=(0.02, 100))
+        look.plain_ticks(panel.yaxis)
+    axes[0].set_ylabel("energy lost, %")
+    axes[0].legend(fontsize=8, loc="lower left")
     return figure
 
 
-def speed_up(store: Store, planned: list[Planned], runs: pd.DataFrame) -> Figure:
+def speed_up(store: Store, planned: Sequence[Planned], runs: pd.DataFrame) -> Figure:
     """Speed-up of the factorised nets: the convolutions by theory, the net by MACs, and measured.
 
-    Mean over seeds; measured bars are there once the timing step has run. Raises `InputError` if
-    no run with factors is done.
+    Mean over seeds; measured bars are there once the timing step has run.
     """
-    style()
-    kinds = [
-        "convolutions, MACs",
-        "whole net, MACs",
-        "measured, batch 1",
-        "measured, batch 128",
-    ]
-    timed = runs.set_index("run")
-    rows = []
-    for item, record in _done(store, planned, "energy"):
-        row, s = timed.loc[item.settings.run], item.settings
-        values = (
-            record["metrics"].get("factor_speed_up"),
-            row.dense_macs / row.macs,
-            row.dense_latency_b1_ms / row.latency_b1_ms,
-            row.dense_latency_b128_ms / row.latency_b128_ms,
-        )
-        where = f"{s.model}, {tables.datasets_title(s.dataset)}: {title_of(s.method)}"
-        rows += [(where, k, v) for k, v in zip(kinds, values, strict=True)] * (not item.variant)
-    if not rows:
-        raise InputError("figure = speed-up: no finished run with a target of energy")
-    table = pd.DataFrame(rows, columns=["net", "kind", "speed-up"])
-    figure, axes = plt.subplots(figsize=(7.5, 1.6 + 0.75 * table.net.nunique()))
-    sns.barplot(table, y="net", x="speed-up", hue="kind", ax=axes, errorbar=None, palette="Greys_r",
-                edgecolor="0.3")  # fmt: skip
+    found = look.finished(store, planned, _of_kind("energy"))
+    theory = {s.run: record["metrics"].get("factor_speed_up") for s, record in found}
+    rows = runs[runs.run.isin(theory) & (runs.variant == "")]
+    rows = rows.sort_values("run", key=lambda names: names.map(list(theory).index))
+    look.require_rows(rows, "speed-up", "no finished run with a target of energy")
+    net = rows.model + ", " + rows.dataset.map(tables.datasets_title)
+    kinds = {
+        "net": net + ": " + rows.method.map(look.title_of),
+        "convolutions, MACs": rows.run.map(theory),
+        "whole net, MACs": rows.dense_macs / rows.macs,
+        "measured, batch 1": rows.dense_latency_b1_ms / rows.latency_b1_ms,
+        "measured, batch 128": rows.dense_latency_b128_ms / rows.latency_b128_ms,
+    }
+    table = pd.DataFrame(kinds).melt("net", var_name="kind", value_name="speed-up")
+    figure, (axes,) = look.canvas(size=(7.5, 1.6 + 0.75 * table.net.nunique()))
+    style = {"palette": "Greys_r", "edgecolor": "0.3", "errorbar": None}
+    sns.barplot(table, y="net", x="speed-up", hue="kind", ax=axes, **style)
     for bars in axes.containers:
-        labels = axes.bar_label(bars, fmt="{:.2f}x", fontsize=7, padding=2)
-        plt.setp(labels, bbox={"fc": "white", "ec": "none", "pad": 0.3})
+        for label in axes.bar_label(bars, fmt="{:.2f}x", fontsize=7, padding=2):
+            label.set_bbox({"fc": "white", "ec": "none", "pad": 0.3})
     axes.axvline(1, color="black", ls="--", lw=1)
     axes.margins(x=0.12)
     axes.set(ylabel="", xlabel="times faster than the dense net")
-    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    look.legend_beside(axes)
     return figure
 
 
-def fine_tuning(store: Store, planned: list[Planned]) -> Figure:
+def fine_tuning(store: Store, planned: Sequence[Planned]) -> Figure:
     """Validation accuracy by epoch at equal ranks: training, factorising, fine-tuning; by method.
 
-    Mean over seeds. Raises `InputError` if no run is done.
+    Mean over seeds.
     """
-    style()
-    rows = [row for item, record in _done(store, planned, "rank") if not item.variant
-            for row in _path(store, item, record)]  # fmt: skip
-    if not rows:
-        raise InputError("figure = fine-tuning: no finished run with a target of rank")
-    table = pd.DataFrame(rows, columns=["method", "seed", "epoch", "accuracy", "start"])
-    figure, axes = plt.subplots(figsize=(6.8, 3.8))
+    wanted = _of_kind("rank")
+    rows = []
+    for s, record in look.finished(store, planned, lambda p: wanted(p) and not p.variant):
+        history = store.history(s.run)
+        cut = (1 - s.params["fine_tune"]) * history[-1]["epoch"]
+        points = [(row["epoch"], row["validation_top1"]) for row in history]
+        # Just behind the epoch that ends there, so that the drop is seen.
+        points.append((cut + 0.01, record["metrics"]["validation_factorised"]))
+        rows += [(s.method, s.seed, epoch, 100 * score) for epoch, score in points]
+    look.require_rows(rows, "fine-tuning", "no finished run with a target of rank")
+    table = pd.DataFrame(rows, columns=["method", "seed", "epoch", "accuracy"])
+    figure, (axes,) = look.canvas(size=(6.8, 3.8))
     for method, group in table.groupby("method"):
-        mean = group.groupby("epoch").accuracy.mean()
-        label = f"{title_of(method)} (n = {group.seed.nunique()})"
-        axes.plot(mean.index, 100 * mean, "-", marker=MARKERS[method], ms=4, color=COLOURS[method],
-                  label=label)  # fmt: skip
-    cut = table.start.mean()
+        label = f"{look.title_of(method)} (n = {group.seed.nunique()})"
+        axes.plot(group.groupby("epoch").accuracy.mean(), ms=4, **look.of(method, label=label))
     axes.axvline(cut, color="black", ls="--", lw=1)
     axes.text(cut, 0.03, " factorised", transform=axes.get_xaxis_transform(), fontsize=8)
     axes.set(xlabel="epoch", ylabel="validation accuracy, %")
     axes.xaxis.get_major_locator().set_params(integer=True)
-    figure.legend(fontsize=8, loc="outside upper center", ncols=2)
+    look.legend_of_all(figure, "outside upper center", columns=2)
     return figure
 
 
-def strengths(store: Store, planned: list[Planned]) -> Figure:
-    """Total rank at 5% error and validation accuracy against lambda, from the search.
-
-    Raises `InputError` if none of its runs is done.
-    """
-    style()
-    rows, plain = [], None
-    for item, record in _done(store, planned, "energy", "search"):
-        m, params = record["metrics"], item.settings.params
-        values = (m["rank_total"], 100 * m["metric_whole"], 100 * m["metric"])
-        if item.settings.method == "force":
-            rows.append((params["kind"].upper(), params["strength"], *values))
-        else:
-            plain = values
-    if not rows:
-        raise InputError("figure = lambda: no finished run of the search")
-    table = pd.DataFrame(rows, columns=["kind", "lambda", "rank", "whole", "factorised"])
-    table = table.sort_values("lambda")
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6))
-    for colour, (kind, line) in zip(("#029e73", "#0173b2"), table.groupby("kind"), strict=False):
-        left.plot(line["lambda"], line["rank"], "o-", color=colour, label=kind)
-        right.plot(line["lambda"], line.whole, "o-", color=colour, label=f"{kind}, whole net")
-        right.plot(line["lambda"], line.factorised, "o:", color=colour, mfc="white",
-                   label=f"{kind}, factorised")  # fmt: skip
-    if plain:
-        left.axhline(plain[0], color=COLOURS["plain_low_rank"], ls="--", label="no force")
-        for value, line, net in ((plain[1], "--", "whole net"), (plain[2], ":", "factorised")):
-            colour, label = COLOURS["plain_low_rank"], f"no force, {net}"
-            right.axhline(value, color=colour, ls=line, label=label)
-        right.set_ylim(plain[1] - 3, plain[1] + 0.3)
+def strengths(store: Store, planned: Sequence[Planned]) -> Figure:
+    """Total rank at 5% error and validation accuracy against lambda, from the search."""
+    rows = []
+    for s, record in look.finished(store, planned, _of_kind("energy", "search")):
+        metrics = record["metrics"]
+        kind = s.params["kind"].upper() if s.method == "force" else "no force"
+        scores = (100 * metrics["metric_whole"], 100 * metrics["metric"])
+        rows.append((kind, s.params.get("strength"), metrics["rank_total"], *scores))
+    table = pd.DataFrame(rows, columns=["kind", "lambda", "rank", "whole net", "factorised"])
+    look.require_rows(table[table.kind != "no force"], "lambda", "no finished run of the search")
+    figure, (left, right) = look.canvas(2, (9, 3.6))
+    for kind, line in table.sort_values("lambda").groupby("kind"):
+        for axes, column, style in (
+            (left, "rank", "-"),
+            (right, "whole net", "-"),
+            (right, "factorised", ":"),
+        ):
+            label = kind if axes is left else f"{kind}, {column}"
+            drawn = {"color": _SEARCHED[kind], "ls": style, "label": label}
+            if kind == "no force":
+                drawn["ls"] = "--" if style == "-" else style
+                axes.axhline(line[column].iloc[0], **drawn)
+                continue
+            face = {"mfc": "white"} if column == "factorised" else {}
+            axes.plot(line["lambda"], line[column], marker="o", **drawn, **face)
+    plain = table[table.kind == "no force"]["whole net"]
+    if len(plain):
+        right.set_ylim(plain.iloc[0] - 3, plain.iloc[0] + 0.3)
     for axes, name in ((left, "total rank at 5% error"), (right, "validation accuracy, %")):
         axes.set(xscale="log", xlabel="lambda", ylabel=name)
         axes.legend(fontsize=8, loc="lower left")
     return figure
+
+
+_SEARCHED = {"L1": "#029e73", "L2": "#0173b2", "no force": look.COLOURS["plain_low_rank"]}
 
 
 def layers_of(ranks: pd.DataFrame, model: str) -> list[str]:
@@ -262,46 +254,7 @@ def layers_of(ranks: pd.DataFrame, model: str) -> list[str]:
     return list(dict.fromkeys(ranks[ranks.model == model].layer))
 
 
-def _done(
-    store: Store, planned: list[Planned], kind: str, purpose: str = ""
-) -> Iterator[tuple[Planned, dict[str, Any]]]:
-    """Finished runs of the two methods with a target of `kind`; search runs only if asked for."""
-    seen = set()
-    for item in planned:
-        s = item.settings
-        ours = s.method in _METHODS and s.target is not None and s.target.kind == kind
-        wanted = item.purpose == purpose if purpose else item.purpose != "search"
-        if ours and wanted and s.run not in seen:
-            record = store.read(s)
-            seen.add(s.run)
-            if record and record["status"] == "done":
-                yield item, record
-
-
-def _path(store: Store, item: Planned, record: dict[str, Any]) -> list[tuple]:
-    """Validation accuracy of a run by epoch, and of its factors before their first step."""
-    history, s = store.history(record["run"]), item.settings
-    start = (1 - s.params["fine_tune"]) * history[-1]["epoch"]
-    first = record["metrics"]["validation_factorised"]
-    points = [(row["epoch"], row["validation_top1"]) for row in history]
-    # Just behind the epoch that ends there, so that the drop is seen.
-    points = sorted([*points, (start + 0.01, first)])
-    return [(s.method, s.seed, epoch, score, start) for epoch, score in points]
-
-
 def _some(layers: list[str]) -> list[str]:
     """At most four of `layers`, evenly spaced, the first and the last among them."""
     places = np.linspace(0, len(layers) - 1, min(len(layers), _MOST_PANELS)).round().astype(int)
     return [layers[place] for place in places]
-
-
-def _mosaic(pictures: np.ndarray) -> np.ndarray:
-    """Pictures (N, h, w) in rows with a gap of one pixel, as one array; NaN in the gaps."""
-    count, height, width = pictures.shape
-    columns = -(-count // 4)
-    whole = np.full((4 * (height + 1) - 1, columns * (width + 1) - 1), np.nan)
-    for place, picture in enumerate(pictures):
-        row, column = divmod(place, columns)
-        top, left = row * (height + 1), column * (width + 1)
-        whole[top : top + height, left : left + width] = picture
-    return whole

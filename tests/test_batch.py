@@ -1,0 +1,95 @@
+"""A whole study as a batch, on a card of four runs: any path, a second call, Ctrl-C, damage."""
+
+import signal
+import time
+
+import psutil
+import pytest
+from conftest import NASTY, tree
+
+from prunestudy.study import notebooks
+from prunestudy.study.plan import plan
+from prunestudy.study.records import Store
+
+
+def study(start, *words):
+    """Run `study` to its end; returns what it said on stdout and stderr."""
+    out, err = (process := start("study", *words)).communicate(timeout=300)
+    assert process.returncode == 0, err
+    return out, err
+
+
+@pytest.mark.usefixtures("toy_card")
+def test_any_path_is_a_path_and_a_second_study_does_nothing(start, tmp_path):
+    results, data = tmp_path / NASTY, tmp_path / f"-data {NASTY}"
+    data.mkdir()
+    out, err = study(start, f"--results={results}", f"--data={data.name}")
+    there = {path.name for path in tmp_path.iterdir()}
+    assert there == {"checkout", "cards", "cache", results.name, data.name}
+    store = Store("quick", results)
+    names = [item.settings.run for item in plan("quick")]
+    assert store.names() == sorted(names)
+    lines = [line.split() for line in err.splitlines()]
+    assert [words[1] for words in lines[:4]] == ["1/4", "2/4", "3/4", "4/4"]
+    assert {words[2] for words in lines[:4]} == set(names)
+    assert [" ".join(words) for words in lines[4:]] == [
+        "latency 3 nets timed",
+        "notebooks 99_toy.ipynb",
+    ]
+    text = notebooks.executed(store, "toy").read_text()
+    assert "touch" not in text
+    seconds = out.splitlines()[-1].split()
+    assert seconds[0] == "seconds:"
+    assert seconds[1::2] == ["train", "latency", "notebooks", "tables", "total"]
+    assert list((tmp_path / "cache/prunestudy").iterdir()) == []
+
+    before = tree(results / "quick/records"), notebooks.executed(store, "toy").stat().st_mtime_ns
+    out, err = study(start, f"--results={results.name}", f"--data={data}")
+    assert err == ""
+    assert out.splitlines()[-1].split()[1::2] == ["tables", "total"]
+    now = tree(results / "quick/records"), notebooks.executed(store, "toy").stat().st_mtime_ns
+    assert now == before
+
+    notebooks.executed(store, "toy").write_text(text[:200])
+    study(start, f"--results={results}")
+    assert notebooks.executed(store, "toy").read_text() == text
+
+
+def alive(process):
+    """Commands that `process` has begun."""
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("command", ["train", "study"])
+def test_ctrl_c_ends_all_and_says_how_to_go_on(start, tmp_path, command, number):
+    words = {"train": ("train", "--set", "epochs=100000"), "study": ("study",)}[command]
+    process = start(*words, "--results", str(tmp_path / "results"))
+    profile = "quick" if command == "study" else "custom"
+    work = tmp_path / "results" / profile / "work"
+    while not list(work.glob("dense*")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    children = alive(process)
+    assert bool(children) is (command == "study")
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.splitlines()[-1] == (
+        "prunestudy: stopped; what is finished is kept, and the same command goes on from there"
+    )
+    assert "Traceback" not in err
+    assert not [child for child in children if child.is_running()]
+
+
+def test_of_a_failed_job_all_is_shown(start, checkout, tmp_path):
+    source = checkout / "notebooks/99_toy.ipynb"
+    source.write_text(source.read_text().replace('profile = \\"quick', 'profile = \\"a\\" / \\"b'))
+    process = start("study", "--results", str(tmp_path / "results"))
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 2
+    assert "toy: notebook 99_toy: TypeError: unsupported operand" in err
+    assert err.splitlines()[-1] == (
+        "prunestudy: study = quick: a job failed, see above; finished runs are kept"
+    )
+    assert not notebooks.executed(Store("quick", tmp_path / "results"), "toy").exists()
