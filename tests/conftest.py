@@ -14,12 +14,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.numpy import save_file
 from torch import nn
 
 from prunestudy import papers, places
-from prunestudy.datasets import Batches, DatasetInfo, ImageSet, catalogue
+from prunestudy.datasets import Batches, DatasetInfo, ImageSet, catalogue, info
 from prunestudy.errors import InputError
 from prunestudy.study import runs
+from prunestudy.study.lines import FORMAT, digest, line_of, place, write_text
 from prunestudy.study.records import Store
 from prunestudy.study.runs import Runner
 from prunestudy.study.settings import own_settings
@@ -172,6 +174,55 @@ def child_run(method="magnitude", target=0.9, parent=None, **values):
     """The same with a dense parent."""
     made = small_run(method, target if method != "dense" else None, **values)
     return made.model_copy(update={"parent": parent or small_run(seed=made.seed)})
+
+
+def put_record(
+    store, settings, metric=0.9, *, latency=None, device="cpu", arrays=None, folder=True, **metrics
+):
+    """Write a made-up record of a finished run into its folder in `store`, and return it.
+
+    Without a `metric` it diverged; `metrics` are more of them, `latency` is milliseconds by name.
+    Of all files that training leaves there are the `arrays` only. Without `folder` nothing is
+    written.
+    """
+    removed, arrays = settings.target.value if settings.target else 0.0, arrays or {}
+    size, left = 50_610, round(50_200 * (1 - removed))
+    known = info(settings.dataset)
+    record = {
+        "format": FORMAT,
+        "run": settings.run,
+        "parent": settings.parent.run if settings.parent else None,
+        "status": "diverged" if metric is None else "done",
+        "settings": settings.model_dump(mode="json"),
+        "data": {"name": known.name, "version": known.version, "fingerprint": known.fingerprint},
+        "metrics": {"dense_parameters": size, "dense_macs": 50_200},
+        "validation": {"top1": metric, "loss": 0.1},
+        "history": {"epoch": [1], "validation_top1": [metric]},
+        "latency": latency and {"ms": latency, "threads": 1, "rounds": 30, "form": "dense"},
+        "cost": {"train_seconds": 1.5, "seconds": 2.5, "process_peak_mb": 300.0},
+        "environment": {"device": device, "commit": "unknown", "tree": "", "torch": "2"},
+        "files": {"arrays": {k: digest(a) for k, a in arrays.items()}, "weights": "0" * 64},
+    }
+    if metric is not None:
+        record["metrics"] |= {
+            "metric_name": "top1",
+            "metric": metric,
+            "macro_f1": metric - 0.01,
+            "loss": 0.1,
+            "images": 360,
+            "sparsity": removed,
+            "parameters": size,
+            "nonzeros": left + 410,
+            "macs": 50_200,
+            "nonzero_macs": left,
+            "peak_memory_mb": 0.5,
+            "bytes": 1000,
+        } | metrics
+    if folder:
+        where = store.runs / place(record)
+        write_text(where / "record.json", line_of(record) + "\n")
+        save_file(arrays, where / "arrays.safetensors")
+    return record
 
 
 def tree(folder):

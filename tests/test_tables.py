@@ -1,4 +1,3 @@
-import json
 import math
 from html.parser import HTMLParser
 
@@ -6,12 +5,12 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import CARD, one_line
+from conftest import put_record as put
 
 from prunestudy import papers
 from prunestudy.errors import InputError
 from prunestudy.study import tables, verdicts
 from prunestudy.study.plan import Planned, plan
-from prunestudy.study.records import FORMAT, canonical, checksum, write_text
 from prunestudy.study.verdicts import Interval
 
 DESIGN = """run, parent, paper, method, variant, model, dataset, seed, epochs, precision, threads,
@@ -28,43 +27,6 @@ METRICS = {
     ("", "magnitude"): (0.88, 0.90, 0.92),
     ("", "random"): (0.50, 0.60, 0.50),
 }
-
-
-def record_of(settings, metric, **metrics):
-    """A finished run's record, as the Runner writes them, with some made-up metrics."""
-    target = settings.target.value if settings.target else 0.0
-    record = {
-        "format": FORMAT,
-        "run": settings.run,
-        "parent": settings.parent.run if settings.parent else None,
-        "status": "done" if metric is not None else "diverged",
-        "settings": settings.model_dump(mode="json"),
-        "metrics": {"dense_parameters": 50_610, "dense_macs": 50_200},
-        "cost": {"train_seconds": 1.5, "seconds": 2.5, "process_peak_mb": 300.0},
-        "environment": {"device": "cpu"},
-    }
-    if metric is not None:
-        record["metrics"] |= {
-            "metric_name": "top1",
-            "metric": metric,
-            "macro_f1": metric - 0.01,
-            "loss": 0.1,
-            "images": 360,
-            "sparsity": target,
-            "parameters": 50_610,
-            "nonzeros": round(50_200 * (1 - target)) + 410,
-            "macs": 50_200,
-            "nonzero_macs": round(50_200 * (1 - target)),
-            "peak_memory_mb": 0.5,
-            "bytes": 1000,
-        } | metrics
-    return record
-
-
-def put(store, settings, metric, **metrics):
-    record = json.loads(canonical(record_of(settings, metric, **metrics)))
-    record["checksum"] = checksum(record)
-    write_text(store.path(settings.run) / "record.json", canonical(record))
 
 
 @pytest.fixture
@@ -172,11 +134,11 @@ def test_a_dense_variant_is_not_what_is_compared_with(store, card_file):
     assert set(runs[runs.method == "magnitude"].dense_metric) == {0.9}
 
 
-def test_latencies_come_from_their_own_file(store, filled):
+def test_latencies_come_from_the_records(store, filled):
     item = filled[-1]
     names = ["latency_b1_ms", "latency_b128_ms", "dense_latency_b1_ms", "dense_latency_b128_ms"]
     ms = dict(zip(names, (0.1, 0.2, 0.3, 0.4), strict=True))
-    write_text(store.path(item.settings.run) / "latency.json", canonical({"ms": ms}))
+    put(store, item.settings, 0.9, latency=ms)
     runs = tables.runs_table(store, filled).set_index("run")
     assert runs.loc[item.settings.run, names].tolist() == [0.1, 0.2, 0.3, 0.4]
     assert runs[names].notna().all(axis=1).sum() == 1
@@ -218,7 +180,7 @@ def test_tables_without_a_record(store, planned):
 def test_an_edited_record_stops_the_tables(store, filled):
     path = store.path(filled[-1].settings.run) / "record.json"
     path.write_text(path.read_text().replace("0.5", "0.6"))
-    with pytest.raises(InputError, match="was edited or damaged") as caught:
+    with pytest.raises(InputError, match="was edited or cut off") as caught:
         tables.write(store, filled)
     assert one_line(caught)
     assert not (store.folder / "tables").exists()

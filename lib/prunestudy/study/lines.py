@@ -7,7 +7,6 @@ Its keys are `KEYS`. `history` is a list per column, `latency` None until it was
 import hashlib
 import json
 import math
-import os
 import re
 from collections.abc import Callable
 from functools import lru_cache, wraps
@@ -18,7 +17,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
-from prunestudy.errors import InputError
+from prunestudy.errors import InputError, written_whole
 
 FORMAT = 2
 KEYS = frozenset(
@@ -69,9 +68,8 @@ def refusal(run: str, why: str, path: Path) -> str:
 
     `path` is a file of many records, or a run's record.json, with which its folder goes.
     """
-    alone = path.name == "record.json"
-    way = f"delete {path.parent}" if alone else "delete that line"
-    return f"record = {run}: {why} in {path}; {way} to train it again"
+    where, what = (path.parent, "folder") if path.name == "record.json" else (path, "line")
+    return f"record = {run}: {why} in {where}; delete that {what} to train the run again"
 
 
 def write_text(path: Path, text: str) -> None:
@@ -82,12 +80,8 @@ def write_text(path: Path, text: str) -> None:
 def write_bytes(path: Path, data: bytes) -> None:
     """Write `data` to `path` whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with written_whole(path) as part:
+        part.write_bytes(data)
 
 
 def called(run: str, device: str) -> str:

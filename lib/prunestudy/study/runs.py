@@ -263,7 +263,6 @@ def _environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-@functools.cache
 def commit() -> str:
     """Git commit of the checkout, "-dirty" when its library differs.
 
