@@ -6,6 +6,7 @@ claimed side, *contradicted* if on the other, *undecided* otherwise.
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
@@ -20,11 +21,15 @@ Record = dict[str, Any]
 NO_RUNS = "no runs in this profile"
 
 
+@dataclass(frozen=True)
 class Interval:
-    """Mean of paired differences with its 95% t-interval."""
+    """Mean of `n` paired differences with its standard deviation and 95% t-interval."""
 
-    def __init__(self, n: int, mean: float, sd: float, low: float, high: float) -> None:
-        self.n, self.mean, self.sd, self.low, self.high = n, mean, sd, low, high
+    n: int
+    mean: float
+    sd: float
+    low: float
+    high: float
 
     @classmethod
     def of(cls, values: list[float]) -> "Interval":
@@ -35,10 +40,10 @@ class Interval:
         mean = math.fsum(values) / n
         if n == 1:
             return cls(1, mean, *[math.nan] * 3)
-        from scipy import stats  # late: it takes a second
+        from scipy.special import stdtrit  # late: it takes a second
 
         sd = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1))
-        half = float(stats.t.ppf(0.975, n - 1)) * sd / math.sqrt(n)
+        half = float(stdtrit(n - 1, 0.975)) * sd / math.sqrt(n)
         return cls(n, mean, sd, mean - half, mean + half)
 
     def verdict(self, at_least: float) -> str:
