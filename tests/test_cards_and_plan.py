@@ -338,6 +338,38 @@ def test_defaults_sets_rows_and_readings_are_written_out(card_file):
     ]
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (
+            'name = "digits"',
+            'columns = ["name"]\n    rows = [["one", "two"]]',
+            "row = ['one', 'two']: at most 1 values, one for each of columns",
+        ),
+        (
+            'job = "seed"',
+            'job = "seed"\n    sedes = 3',
+            "profiles.quick.sedes: extra inputs are not permitted",
+        ),
+        (
+            'job = "seed"',
+            "start = 3",
+            "profiles.quick.start: extra inputs are not permitted",
+        ),
+        (
+            'job = "seed"',
+            "seeds = 0",
+            "profiles.quick.experiments.0.seeds: input should be greater than or equal to 1",
+        ),
+    ],
+)
+def test_wrong_shorthand_is_refused_in_one_line(card_file, old, new, message):
+    text = CARD if new != "seeds = 0" else CARD.replace("    seeds = 1\n", "")
+    with pytest.raises(InputError) as caught:
+        papers.read_card(card_file(text.replace(old, new, 1)))
+    assert one_line(caught) == f"card toy.toml: {message}"
+
+
 def test_an_unknown_set_is_refused_in_one_line(card_file):
     text = CARD.replace('{ method = "random" }', '{ set = "chance" }')
     path = card_file(text.replace("    [profiles.quick]", "    [sets]\n    [profiles.quick]"))

@@ -15,7 +15,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from prunestudy.errors import require_one_of
+from prunestudy.errors import require, require_one_of
 
 _DEFAULTS = ("dataset", "model", "start", "recipe", "target_kind", "targets", "seeds", "validation")
 _Sets = dict[str, list[dict[str, Any]]]
@@ -44,8 +44,11 @@ def written_out(values: dict[str, Any]) -> dict[str, Any]:
 
 def _rows(group: dict[str, Any]) -> list[dict[str, Any]]:
     shared = {key: value for key, value in group.items() if key not in ("columns", "rows")}
-    rows = group.get("rows", [[]])
-    return [shared | dict(zip(group.get("columns", []), row, strict=False)) for row in rows]
+    columns, rows = group.get("columns", []), group.get("rows", [[]])
+    for row in rows:
+        allowed = f"at most {len(columns)} values, one for each of columns"
+        require(len(row) <= len(columns), "row", row, allowed)
+    return [shared | dict(zip(columns, row, strict=False)) for row in rows]
 
 
 def _claim(claim: dict[str, Any], sets: _Sets) -> dict[str, Any]:
