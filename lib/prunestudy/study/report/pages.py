@@ -282,8 +282,6 @@ def _front(figures: Path) -> dict[str, str]:
     alt, path = re.search(r"!\[([^\]]+)\]\(([^)]+)\)", text).groups()
     figures.mkdir(parents=True)
     picture = readme.parent / path
-    drawn = picture.with_suffix(".svg")  # crisp at any size
-    picture = drawn if drawn.exists() else picture
     shutil.copy(picture, figures / picture.name)
     after = text.partition(f"({path})")[2].strip()
     return {"alt": alt, "figure": picture.name, "says": after.partition("\n\n")[0]}
