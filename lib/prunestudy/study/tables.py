@@ -68,12 +68,13 @@ def runs_table(store: Store, planned: list[Planned]) -> pd.DataFrame:
 
 def _row(store: Store, item: Planned, record: dict[str, Any]) -> dict[str, Any]:
     settings, aim = item.settings, item.settings.aim
-    own = "run method model dataset seed epochs precision threads".split()
+    own = "method model dataset seed epochs precision threads".split()
     return {
         **{name: record["metrics"].get(name) for name in RUN_COLUMNS if name in record["metrics"]},
         **{name: getattr(settings, name) for name in own},
         **{name: getattr(item, name) for name in ("paper", "variant", "reading", "stage", "after")},
-        **store.latency(settings.run),
+        **store.latency(record["run"]),
+        "run": record["run"],  # settings.run would hash them once more
         "parent": record["parent"] or "",
         "target_kind": aim.kind if aim else "",
         "target": aim.value if aim else math.nan,

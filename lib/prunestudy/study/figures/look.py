@@ -176,4 +176,4 @@ def cut_off(axes: Axes, values: pd.Series, where: str = "top") -> None:
     if values.min() < axes.get_ylim()[0]:
         height = {"top": 0.985, "bottom": 0.02}[where]
         place = {"transform": axes.transAxes, "va": where, "fontsize": 7}
-        axes.text(0.015, height, "values below the frame are cut off", **place)
+        axes.text(0.01, height, "values below the frame are cut off", **place)
