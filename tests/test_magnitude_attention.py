@@ -741,6 +741,7 @@ def test_figures_of_a_run(done, store):
 @pytest.mark.parametrize(("random", "cut"), [(0.82, False), (0.1, True)])
 def test_a_figure_says_that_values_are_cut_off_only_where_some_are(random, cut):
     row = {"model": "lenet5", "dataset": "mnist", "variant": "", "target_kind": "sparsity"}
+    row |= {"device": "cpu"}
     row |= {"metric_name": "top1", "metric_sd": 0.0, "dense_metric": 0.9, "n": 3}
     values = {(CUT, 0.95): 0.88, (CUT, 0.98): 0.8, ("random", 0.95): random}
     rows = [
@@ -755,6 +756,7 @@ def test_a_figure_says_that_values_are_cut_off_only_where_some_are(random, cut):
 
 def test_a_legend_says_from_how_many_seeds_the_points_of_a_line_are():
     row = {"model": "lenet5", "dataset": "mnist", "variant": "", "target_kind": "sparsity"}
+    row |= {"device": "cpu"}
     row |= {"metric_name": "top1", "metric": 0.8, "metric_sd": 0.0, "dense_metric": 0.9}
     counts = {(CUT, 0.95): 1, (CUT, 0.98): 3, ("dpf", 0.95): 2, ("dpf", 0.98): 2}
     rows = [
