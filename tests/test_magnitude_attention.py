@@ -632,6 +632,34 @@ def test_snip_looks_at_as_many_batches_as_it_is_told_and_leaves_the_net_alone():
     torch.testing.assert_close(scores[2], by_hand)
 
 
+def test_a_resumed_snip_run_keeps_its_mask(tmp_path):
+    class Broken:
+        def __init__(self):
+            self.inner = toy_batches()
+
+        def __getattr__(self, name):
+            return getattr(self.inner, name)
+
+        def epoch(self, number, start=0):
+            if number == 2:
+                raise KeyboardInterrupt
+            return self.inner.epoch(number, start)
+
+    def run(batches, net_seed=0, **options):
+        net = randomise(BatchNormNet(), net_seed)
+        recipe = Recipe(epochs=4, lr=0.02)
+        return train(net, methods.build("snip", {}, 0.8), recipe, batches, toy_batches(), **options)
+
+    straight = run(toy_batches(), seed=0)
+    options = {"seed": 0, "checkpoint": tmp_path / "c", "run": "r"}
+    with pytest.raises(KeyboardInterrupt):
+        run(Broken(), **options)
+    resumed = run(toy_batches(), net_seed=5, **options)
+    assert resumed.history == straight.history
+    for name, tensor in straight.model.state_dict().items():
+        assert torch.equal(tensor, resumed.model.state_dict()[name]), name
+
+
 # --- records, and the question when a weight was cut
 
 
