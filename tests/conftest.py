@@ -45,10 +45,7 @@ CARD = """
 
     [[claims.tests]]
     method = "magnitude"
-    against = "random"
-    model = "lenet300"
-    dataset = "digits"
-    target = 0.9
+    against = ["random"]
 
     [profiles.quick]
     time = "a second"
@@ -56,7 +53,6 @@ CARD = """
 
     [[profiles.quick.experiments]]
     name = "digits"
-    title = "Digits"
     dataset = "digits"
     model = "lenet300"
     start = { epochs = 1, lr = 0.05 }

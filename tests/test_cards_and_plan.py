@@ -12,6 +12,7 @@ from prunestudy.errors import InputError
 from prunestudy.methods.base import Params
 from prunestudy.study import settings as settings_module
 from prunestudy.study.plan import Planned, Tiny, jobs, needed_jobs, plan
+from prunestudy.study.select import of_card
 from prunestudy.study.settings import RunSettings, Target, own_settings, resolve
 from prunestudy.study.tables import RUN_COLUMNS
 from prunestudy.train import Recipe
@@ -28,7 +29,7 @@ def test_the_toy_card(toy_card):
     assert experiment.recipe == Recipe(epochs=1, lr=0.05)
     assert [entry.method for entry in experiment.methods] == ["dense", "magnitude", "random"]
     assert (experiment.purpose, experiment.targets) == ("results", (0.9,))
-    assert card.claims[0].tests[0].at_least == 0
+    assert card.claims[0].tests == (papers.Rule(method="magnitude", against=("random",)),)
     with pytest.raises(InputError) as caught:
         papers.card("nope")
     assert one_line(caught) == "paper = 'nope': allowed are toy"
@@ -45,7 +46,24 @@ def test_cards_come_in_the_order_of_their_notebooks(card_file):
     [
         ('id = "toy"', 'id = "toy"\n    tittle = "x"', "tittle", "extra inputs"),
         ('mark = "O"', 'mark = "O"\n    marc = "O"', "claims.0.marc", "extra inputs"),
-        ('against = "random"', 'agaisnt = "random"', "claims.0.tests.0.against", "field required"),
+        (
+            'against = ["random"]',
+            'agaisnt = ["random"]',
+            "claims.0.tests.0.agaisnt",
+            "extra inputs",
+        ),
+        (
+            'against = ["random"]',
+            "where = { targets = [0.9] }",
+            "claims.0.tests.0",
+            "where and why come together",
+        ),
+        (
+            'against = ["random"]',
+            "at_least = { digits = 0.1 }",
+            "claims.0.tests.0",
+            "at_least by data set needs one for all other",
+        ),
         ('job = "seed"', 'jobs = "seed"', "profiles.quick.jobs", "extra inputs"),
         (
             "validation = 200",
@@ -160,13 +178,13 @@ def test_what_the_cards_name_is_there(card):
     metrics |= {"polarised", "unchanged", "roughness"}
     metrics |= {"top1", "search_saving"}
     metrics |= {"metric_whole", "log2_rank_total", "validation_factorised"}
-    for test in (test for claim in card.claims for test in claim.tests):
-        assert {test.method, test.against} <= {"", *methods.names()}
-        assert test.model in models.names()
-        assert test.dataset in datasets.names()
-        assert test.metric in metrics
-        assert (test.method, test.variant) != (test.against, test.against_variant)
-        assert test.target is None or 0 < test.target < 1
+    rules = [rule for claim in card.claims for rule in claim.tests]
+    for rule in rules:
+        assert rule.metric in metrics
+        assert rule.method not in rule.against
+        margins = rule.at_least if isinstance(rule.at_least, dict) else {}
+        assert {*rule.where.models} <= {*models.names()}
+        assert {*margins} - {"other"} | {*rule.where.datasets} <= {*datasets.names()}
     assert len({claim.id for claim in card.claims}) == len(card.claims)
     for number in card.published:
         assert number.kept is None or 0 < number.kept < 1
@@ -176,22 +194,188 @@ def test_what_the_cards_name_is_there(card):
         assert unknown.reading
 
 
+def comparisons_of(card):
+    """Profile to what the card's claims compare there."""
+    return {name: of_card(card, plan(name, (card.id,))) for name in card.profiles}
+
+
 @pytest.mark.parametrize("card", papers.cards(), ids=papers.names())
-def test_both_sides_of_a_claim_are_planned_in_some_profile(card):
-    planned = [item for profile in card.profiles for item in plan(profile, (card.id,))]
-    sides = set()
-    for item in planned:
-        s, aim = item.settings, item.settings.aim
-        at = (aim.value, aim.kind) if aim else None
-        sides.add((s.method, item.variant, s.model, s.dataset, at))
-    for test in (test for claim in card.claims for test in claim.tests):
-        for method, variant in (
-            (test.method, test.variant),
-            (test.against, test.against_variant),
-        ):
-            here = (method, variant, test.model, test.dataset)
-            at = (test.target, test.target_kind) if test.target else None
-            assert not method or {(*here, at), (*here, None)} & sides, test
+def test_every_rule_and_opponent_is_compared_in_some_profile(card):
+    found = [comparison for part in comparisons_of(card).values() for comparison in part]
+    compared = {(rule_key(c.rule), c.against) for c in found}
+    rules = [rule for claim in card.claims for rule in claim.tests]
+    named = {(rule_key(rule), name) for rule in rules for name in rule.against or ("",)}
+    assert named == compared
+
+
+def rule_key(rule):
+    return rule.model_dump_json()
+
+
+def test_a_rule_holds_for_every_net_data_set_and_target():
+    """The pairs that look bad are judged like the others."""
+    for profile, found in comparisons_of(papers.card("gdp")).items():
+        planned = [p for p in plan(profile, ("gdp",)) if p.purpose == "results"]
+        at = {
+            name: {
+                (s.model, s.dataset, s.aim)
+                for s in (p.settings for p in planned)
+                if s.method == name
+            }
+            for name in ("gdp", "random", "l1_filter", "group_l2")
+        }
+        for name in ("random", "l1_filter", "group_l2"):
+            judged = [
+                (c.model, c.dataset, c.target)
+                for c in found
+                if (c.rule.method, c.against, c.rule.metric) == ("gdp", name, "metric")
+            ]
+            assert len(judged) == len(set(judged))
+            assert set(judged) == at["gdp"] & at[name]
+    gdp = comparisons_of(papers.card("gdp"))["cpu"]
+    assert {
+        (c.dataset, c.target.kind, c.target.value) for c in gdp if c.against == "l1_filter"
+    } == {
+        (data, kind, value)
+        for data in ("mnist", "fashion_mnist")
+        for kind, value in (("macs", 0.7), ("macs", 0.9), ("parameters", 0.8))
+    }
+
+
+def test_pairs_share_seed_and_total_epochs_and_a_control_without_target_is_there(card_file):
+    entries = """methods = [
+        { method = "dense", seeds = 2 },
+        { method = "magnitude" },
+        { method = "random", seeds = 2, epochs = 3 },
+    ]"""
+    text = CARD[: CARD.index("methods = [{")] + entries
+    text = text.replace('against = ["random"]', 'against = ["random", "dense"]')
+    card_file(text.replace("seeds = 1", "seeds = 3").replace("[0.9]", "[0.9, 0.8]"))
+    found = of_card(papers.card("toy"), plan("quick"))
+    # random was trained for other epochs; dense has two of the three seeds
+    assert [(c.against, c.target.value, sorted(c.ours)) for c in found] == [
+        ("dense", 0.9, [(0, 2), (1, 2)]),
+        ("dense", 0.8, [(0, 2), (1, 2)]),
+    ]
+    for comparison in found:
+        for ours, theirs in comparison.pairs():
+            assert ours.settings.parent == theirs.settings.parent
+
+
+@pytest.mark.parametrize(
+    ("narrowed", "targets"),
+    [
+        ("", [0.9, 0.8]),
+        ('where = { targets = [0.8] }\n    why = "x"', [0.8]),
+        ('where = { datasets = ["mnist"] }\n    why = "x"', []),
+        ('where = { models = ["lenet300"] }\n    why = "x"', [0.9, 0.8]),
+        ('target_kind = "sparsity"', [0.9, 0.8]),
+        ('target_kind = "macs"', []),
+    ],
+)
+def test_a_rule_can_be_narrowed(card_file, narrowed, targets):
+    rule = f'against = ["random"]\n    {narrowed}'
+    card_file(CARD.replace('against = ["random"]', rule).replace("[0.9]", "[0.9, 0.8]"))
+    found = of_card(papers.card("toy"), plan("quick"))
+    assert [c.target.value for c in found] == targets
+
+
+def test_a_margin_may_differ_by_data_set():
+    rule = papers.Rule(method="a", at_least={"mnist": -0.1, "other": -0.5})
+    assert (rule.margin("mnist"), rule.margin("digits")) == (-0.1, -0.5)
+    assert papers.Rule(method="a", at_least=0.3).margin("mnist") == 0.3
+
+
+# --- what a card says once
+
+
+def test_defaults_sets_rows_and_readings_are_written_out(card_file):
+    head, _ = CARD.split("    [profiles.quick]")
+    text = head.replace('against = ["random"]', 'against = ["chance", "chance, fine-tuned", "l1"]')
+    card_file(
+        text
+        + """
+    [sets]
+    chance = ["random", { method = "random", variant = "rows", params = { seed = 1 } }]
+    few = [{ set = "chance", seeds = 2, params = { more = 2 } }, "dense"]
+
+    [profiles.quick]
+    time = "a second"
+    model = "lenet300"
+    start = { epochs = 4 }
+    recipe = { epochs = 2, lr = 0.05 }
+    seeds = 3
+
+    [[profiles.quick.experiments]]
+    recipe = { lr = 0.1 }
+    methods = ["few", "l1"]
+    targets = [0.5]
+    columns = ["name", "dataset", "start"]
+    rows = [["one", "digits"], ["two", "mnist", { epochs = 0, lr = 0.2 }]]
+    [profiles.quick.experiments.readings.l1]
+    "slow" = { ramp = 0.5 }
+    """
+    )
+    card = papers.card("toy")
+    assert card.claims[0].tests[0].against == (
+        "random",
+        "random, rows",
+        "random, fine-tuned",
+        "random, rows, fine-tuned",
+        "l1",
+    )
+    one, two = card.profiles["quick"].experiments
+    assert (one.name, one.dataset, one.model, one.seeds) == ("one", "digits", "lenet300", 3)
+    assert (one.recipe, one.start) == (Recipe(epochs=2, lr=0.1), Recipe(epochs=4, lr=0.1))
+    # a start that trains nothing takes nothing over
+    assert (two.dataset, two.start) == ("mnist", Recipe(epochs=0, lr=0.2))
+    assert [(e.method, e.variant, e.seeds, e.params) for e in one.methods] == [
+        ("random", "", 2, {"more": 2}),
+        ("random", "rows", 2, {"seed": 1, "more": 2}),
+        ("dense", "", None, {}),
+        ("l1", "", None, {}),
+        ("l1", "slow", None, {"ramp": 0.5}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (
+            'name = "digits"',
+            'columns = ["name"]\n    rows = [["one", "two"]]',
+            "row = ['one', 'two']: at most 1 values, one for each of columns",
+        ),
+        (
+            'job = "seed"',
+            'job = "seed"\n    sedes = 3',
+            "profiles.quick.sedes: extra inputs are not permitted",
+        ),
+        (
+            'job = "seed"',
+            "start = 3",
+            "profiles.quick.start: extra inputs are not permitted",
+        ),
+        (
+            'job = "seed"',
+            "seeds = 0",
+            "profiles.quick.experiments.0.seeds: input should be greater than or equal to 1",
+        ),
+    ],
+)
+def test_wrong_shorthand_is_refused_in_one_line(card_file, old, new, message):
+    text = CARD if new != "seeds = 0" else CARD.replace("    seeds = 1\n", "")
+    with pytest.raises(InputError) as caught:
+        papers.read_card(card_file(text.replace(old, new, 1)))
+    assert one_line(caught) == f"card toy.toml: {message}"
+
+
+def test_an_unknown_set_is_refused_in_one_line(card_file):
+    text = CARD.replace('{ method = "random" }', '{ set = "chance" }')
+    path = card_file(text.replace("    [profiles.quick]", "    [sets]\n    [profiles.quick]"))
+    with pytest.raises(InputError) as caught:
+        papers.read_card(path)
+    assert one_line(caught).startswith("card toy.toml: set = 'chance'")
 
 
 @pytest.mark.parametrize(("paper", "profile"), PROFILES)
@@ -399,7 +583,7 @@ def test_tiny_is_smaller_than_the_card(card_file):
     text = CARD.replace("epochs = 1", "epochs = 7").replace("seeds = 1", "seeds = 3")
     card_file(text.replace('{ method = "dense" }', '{ method = "dense", seeds = 5 }'))
     assert len(plan("quick", (), Tiny())) == 2 * 5 + 2 * 3
-    for tiny, seeds, epochs in ((Tiny(1, 2), 1, 2), (Tiny(2, 0), 2, 7), (Tiny(9, 3), 3, 3)):
+    for tiny, seeds, epochs in ((Tiny(1, 2), 1, 2), (Tiny(2, 0), 2, 7), (Tiny(9, 50), 5, 50)):
         planned = plan("quick", (), tiny)
         assert {p.settings.seed for p in planned} == set(range(seeds))
         assert {p.settings.recipe.epochs for p in planned} == {epochs}
@@ -713,8 +897,24 @@ def test_a_paper_named_twice_is_planned_once(toy_card):
     assert plan("quick", ("toy", "toy")) == plan("quick", ("toy",))
 
 
-def test_tiny_never_has_more_epochs_than_the_card(toy_card):
-    assert plan("quick", (), Tiny(epochs=500)) == plan("quick")
+def test_epochs_are_what_was_asked_for_wherever_something_is_trained(card_file):
+    entries = """methods = [
+        { method = "magnitude", epochs = 0 },
+        { method = "random", epochs = 5 },
+        { method = "l1" },
+        { method = "dense", fresh = true },
+    ]"""
+    text = CARD[: CARD.index("methods = [{")] + entries
+    card_file(text.replace("recipe = { epochs = 1", "recipe = { epochs = 2, steps = 9"))
+    planned = plan("quick", (), Tiny(epochs=50))
+    assert {(p.settings.method, p.stage): p.settings.recipe.epochs for p in planned} == {
+        ("dense", "start"): 50,
+        ("magnitude", ""): 0,
+        ("random", ""): 50,
+        ("l1", ""): 50,
+        ("dense", ""): 100,
+    }
+    assert {p.settings.recipe.steps for p in planned} == {0}
 
 
 def test_milestones_can_be_a_list():

@@ -11,6 +11,7 @@ from prunestudy import papers
 from prunestudy.errors import InputError
 from prunestudy.study import tables, verdicts
 from prunestudy.study.plan import Planned, plan
+from prunestudy.study.select import of_card
 from prunestudy.study.verdicts import Interval
 
 DESIGN = """run, parent, paper, method, variant, model, dataset, seed, epochs, precision, threads,
@@ -147,7 +148,7 @@ def test_latencies_come_from_the_records(store, filled):
 def test_runs_of_a_search_are_left_out(store, filled):
     other = [Planned(p.paper, p.experiment, "search", p.variant, p.settings) for p in filled]
     assert len(tables.runs_table(store, other)) == 0
-    assert verdicts.paired(store, other, papers.card("toy").claims[0].tests[0]).n == 0
+    assert of_card(papers.card("toy"), other) == []
 
 
 def test_a_run_under_two_labels_is_one_row_under_the_plainer(store, filled):
@@ -367,22 +368,18 @@ def test_verdicts_of_a_card(store, filled):
 
 def test_a_contradicted_claim_an_undecided_one_and_one_without_runs(store, card_file):
     claims = CARD.replace('method = "magnitude"\n', 'method = "random"\n', 1)
-    claims = claims.replace('against = "random"', 'against = "magnitude"')
+    claims = claims.replace('against = ["random"]', 'against = ["magnitude"]')
     more = """
     [[claims.tests]]
     method = "magnitude"
-    against = "dense"
-    model = "lenet300"
-    dataset = "digits"
-    target = 0.9
-    at_least = -0.01
+    against = ["dense"]
+    at_least = { digits = -0.01, other = 0.5 }
 
     [[claims.tests]]
     method = "magnitude"
-    against = "dense"
-    model = "lenet300"
-    dataset = "digits"
-    target = 0.5
+    against = ["dense", "l1"]
+    where = { targets = [0.5] }
+    why = "nothing is there"
 
     [[claims]]
     id = "never"
@@ -414,7 +411,9 @@ def test_a_contradicted_claim_an_undecided_one_and_one_without_runs(store, card_
 
 
 def test_claims_on_other_metrics(store, card_file):
-    card_file(CARD.replace("    target = 0.9\n", '    target = 0.9\n    metric = "kept_scale"\n'))
+    card_file(
+        CARD.replace('against = ["random"]', 'against = ["random"]\n    metric = "kept_scale"')
+    )
     planned = plan("quick")
     for item in planned:
         values = {"magnitude": {"kept_scale": 1.25}, "random": {"kept_scale": 0.5}}
@@ -428,8 +427,8 @@ def test_claims_on_other_metrics(store, card_file):
     [("", 0.85, 1), ("0.001", 0.8995, 1), ("0.001", 0.95, 1), ("0.001", 0.898, 0), ("0.0", 0.9, 1)],
 )
 def test_pairs_count_where_ours_removed_as_much(store, card_file, within, ours, n):
-    line = f"    target = 0.9\n    within = {within}\n" if within else "    target = 0.9\n"
-    card_file(CARD.replace("    target = 0.9\n", line))
+    line = 'against = ["random"]' + (f"\n    within = {within}" if within else "")
+    card_file(CARD.replace('against = ["random"]', line))
     planned = plan("quick")
     for item in planned:
         put(
@@ -439,17 +438,48 @@ def test_pairs_count_where_ours_removed_as_much(store, card_file, within, ours, 
     assert row["n"] == n
 
 
-def test_equal_size_is_of_what_the_target_counts():
-    test = papers.Comparison(
-        method="uniform", against="", model="m", dataset="d", target_kind="macs", within=0.01
+@pytest.mark.parametrize(("macs", "n"), [(509, 1), (511, 0)])
+def test_equal_size_is_of_what_the_target_counts(store, card_file, macs, n):
+    text = CARD.replace('"magnitude"', '"group_l2"').replace(
+        "targets =", 'target_kind = "macs"\n    targets ='
     )
-    ours, theirs = {"macs": 51, "dense_macs": 100}, {"macs": 505, "dense_macs": 1000}
-    assert verdicts._as_sparse(ours, theirs, test)
-    assert not verdicts._as_sparse(ours | {"macs": 52}, theirs, test)
+    card_file(text.replace('against = ["random"]', 'against = ["random"]\n    within = 0.005'))
+    planned = plan("quick")
+    for item in planned:
+        ours = item.settings.method == "group_l2"
+        values = {"macs": macs, "dense_macs": 1000} if ours else {"macs": 505, "dense_macs": 1000}
+        put(store, item.settings, 0.5, **values)
+    (row,) = verdicts.verdicts_table(store, planned, papers.card("toy")).to_dict("records")
+    assert row["n"] == n
+
+
+def test_runs_of_different_devices_are_never_paired(store, planned, monkeypatch):
+    """A seed that both devices have is two pairs; one side alone on a device is none."""
+
+    def read_all(settings):
+        devices = {"magnitude": ["cpu", "cuda"], "random": ["cpu", "cuda", "mps"][settings.seed :]}
+        return [
+            {
+                "settings": settings.model_dump(),
+                "metrics": {"metric": 0.5},
+                "environment": {"device": device},
+            }
+            for device in devices[settings.method]
+        ]
+
+    monkeypatch.setattr(store, "read_all", read_all)
+    (found,) = of_card(papers.card("toy"), planned)
+    pairs = verdicts.pairs(store, found)
+    assert [a["environment"] for a, b in pairs] == [b["environment"] for a, b in pairs]
+    assert [(a["settings"]["seed"], a["environment"]["device"]) for a, b in pairs] == [
+        (0, "cpu"),
+        (0, "cuda"),
+        (1, "cuda"),
+    ]
 
 
 def test_a_claim_on_a_value_itself(store, card_file):
-    text = CARD.replace('against = "random"\n', 'against = ""\n    at_least = 0.85\n')
+    text = CARD.replace('against = ["random"]\n', "at_least = 0.85\n")
     card_file(text.replace("seeds = 1", "seeds = 3"))
     planned = plan("quick")
     for item in planned:
@@ -614,7 +644,7 @@ def test_readable_names_the_paper_where_there_are_several(store, filled, card_fi
 
 
 def test_readable_says_the_margin_of_a_verdict(store, planned, card_file):
-    claim = CARD.replace('against = "random"', 'against = "dense"\n    at_least = -0.05')
+    claim = CARD.replace('against = ["random"]', 'against = ["dense"]\n    at_least = -0.05')
     card_file(claim.replace("seeds = 1", "seeds = 3"))
     for item in planned:
         settings = item.settings

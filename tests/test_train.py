@@ -410,15 +410,16 @@ def test_an_interrupted_run_ends_like_an_undisturbed_one(variant, step, tmp_path
     straight = undisturbed(variant, moved=True)
     path = tmp_path / "checkpoint.pt"
     options = {"checkpoint": path, "checkpoint_seconds": 0.0, "run": "r"}
+    looked_at = 1 if variant == "snip" else 0  # batches, before the first step
     with pytest.raises(KilledError):
-        fit(made_of(variant), batches=Fragile(step, **MOVED), **options)
+        fit(made_of(variant), batches=Fragile(step + looked_at, **MOVED), **options)
     assert read_checkpoint(path, "r")["at"]["step"] == step
     # what the new process starts with does not matter: other weights, other random states
     torch.manual_seed(step)
     net = randomise(BatchNormNet(), seed=99)
     resumed = Fragile(10**9, **MOVED)
     same(straight, fit(made_of(variant), batches=resumed, net=net, **options))
-    assert resumed.left == 10**9 - (16 - step)
+    assert resumed.left == 10**9 - (16 - step) - looked_at
 
 
 def dropping():
@@ -600,7 +601,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_earlier_one(tmp_path, mo
 
 
 def test_a_loss_that_is_not_finite_ends_the_run():
-    made = fit(recipe=Recipe(epochs=3, lr=1e20))
+    made = fit(recipe=Recipe(epochs=3, lr=1e18))
     assert (made.status, made.history) == ("diverged", [])
 
     class Later(Method):
@@ -615,14 +616,14 @@ def test_a_loss_that_is_not_finite_ends_the_run():
 
 def test_a_net_that_breaks_in_the_last_step_is_diverged():
     batches = toy_batches(batch_size=64)
-    made = fit(recipe=Recipe(epochs=1, lr=1e38, weight_decay=1.0), batches=batches)
+    made = fit(recipe=Recipe(epochs=1, lr=1e18, weight_decay=1e18), batches=batches)
     assert not math.isfinite(made.history[-1]["validation_loss"])
     assert made.status == "diverged"
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_diverged_run_still_gives_a_plain_net(variant):
-    made = fit(made_of(variant), recipe=Recipe(epochs=3, lr=1e20))
+    made = fit(made_of(variant), recipe=Recipe(epochs=3, lr=1e18))
     assert made.status == "diverged"
     assert made.model.state_dict().keys() == BatchNormNet().state_dict().keys()
 

@@ -2,12 +2,13 @@
 
 A card is a TOML file beside this one; every key is checked, an unknown one is refused. The
 overview's card has no citation: it compares the papers and has runs of its own only.
+
+What a card says once for several places is in `shorthand`.
 """
 
 import json
 import tomllib
-from collections.abc import Callable
-from functools import lru_cache, wraps
+from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -15,6 +16,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from prunestudy.errors import InputError, require_one_of
+from prunestudy.papers.shorthand import written_out
 from prunestudy.train import Recipe
 
 Mark = Literal["P", "S", "N", "D", "O"]
@@ -32,27 +34,57 @@ class _Strict(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class Comparison(_Strict):
+class Where(_Strict):
+    """The only nets, data sets or targets that a rule is on; empty: all."""
+
+    models: tuple[str, ...] = ()
+    datasets: tuple[str, ...] = ()
+    targets: tuple[float, ...] = ()
+
+
+class Rule(_Strict):
     """A claim as a rule: the paired difference `method - against` of `metric` is >= `at_least`.
 
-    Over the runs of `model` on `dataset` at `target`, the share removed of what `target_kind`
-    counts (None: runs without a target); `metric` is a key of the records' metrics. The variants
-    are those of the two methods. With `against` "" the metric itself is compared. With
-    `within` a pair counts only where `method` removed as much as `against`, or at most that share
-    less.
+    It holds against each of `against`, for every net, data set and target of a profile where both
+    have runs; `where` narrows that and `why` says for what reason. Sides are labels ("method" or
+    "method, variant"); `metric` is a key of the records' metrics, which without `against` is
+    compared itself. `at_least` may differ by data set, with one for all "other". Only targets of
+    `target_kind` count, and with `within` only pairs where `method` removed as much as `against`,
+    or at most that share less.
     """
 
     method: str
-    against: str
-    model: str
-    dataset: str
-    target: float | None = None
-    target_kind: TargetKind = "sparsity"
-    variant: str = ""
-    against_variant: str = ""
+    against: tuple[str, ...] = ()
     metric: str = "metric"
-    at_least: float = 0.0
+    at_least: float | dict[str, float] = 0.0
     within: Annotated[float, Field(ge=0, lt=1)] | None = None
+    target_kind: TargetKind | None = None
+    where: Where = Where()
+    why: str = ""
+
+    @model_validator(mode="after")
+    def _narrowed_for_a_reason(self) -> Self:
+        if (self.where == Where()) != (not self.why):
+            raise ValueError("where and why come together")
+        if isinstance(self.at_least, dict) and "other" not in self.at_least:
+            raise ValueError("at_least by data set needs one for all other")
+        return self
+
+    def margin(self, dataset: str) -> float:
+        """The least difference on `dataset`."""
+        if isinstance(self.at_least, float):
+            return self.at_least
+        return self.at_least.get(dataset, self.at_least["other"])
+
+    def covers(self, model: str, dataset: str, target: float | None, kind: str) -> bool:
+        """Whether the rule is on this net, data set and target of `kind`."""
+        where = self.where
+        return (
+            model in (where.models or (model,))
+            and dataset in (where.datasets or (dataset,))
+            and target in (where.targets or (target,))
+            and kind == (self.target_kind or kind)
+        )
 
 
 class Claim(_Strict):
@@ -62,7 +94,7 @@ class Claim(_Strict):
     text: str
     mark: Mark
     place: str
-    tests: tuple[Comparison, ...] = ()
+    tests: tuple[Rule, ...] = ()
     not_testable: str = ""
 
     @model_validator(mode="after")
@@ -175,7 +207,6 @@ class Experiment(_Strict):
     """
 
     name: str
-    title: str
     dataset: str
     model: str
     recipe: Recipe
@@ -185,7 +216,7 @@ class Experiment(_Strict):
     targets: tuple[float, ...]
     target_kind: TargetKind = "sparsity"
     seeds: Annotated[int, Field(ge=1)]
-    validation: Annotated[int, Field(ge=1)]
+    validation: Annotated[int, Field(ge=1)] = 5000
     methods: tuple[Entry, ...]
     purpose: Literal["results", "ablation", "search"] = "results"
 
@@ -204,23 +235,6 @@ class Experiment(_Strict):
     def entry(self, label: str) -> Entry:
         """The entry called `label`."""
         return next(entry for entry in self.methods if entry.label == label)
-
-
-class Drawn(_Strict):
-    """Arrays that the notebook draws: `names` of the runs of `methods`, of the first `seeds`.
-
-    Without methods those of all; of the methods' own readings, or also of variants.
-    """
-
-    names: tuple[str, ...]
-    methods: tuple[str, ...] = ()
-    seeds: Annotated[int, Field(ge=1)] = 1
-    variants: bool = False
-
-    def holds(self, method: str, variant: str, seed: int) -> bool:
-        """Whether the arrays of such a run are drawn."""
-        plain = self.variants or not variant
-        return plain and seed < self.seeds and method in (self.methods or (method,))
 
 
 class Profile(_Strict):
@@ -247,11 +261,10 @@ class Card(_Strict):
     venue: str = ""
     year: int | None = None
     arxiv: str = ""
-    claims: tuple[Claim, ...]
-    published: tuple[Published, ...]
+    claims: tuple[Claim, ...] = ()
+    published: tuple[Published, ...] = ()
     ranks: tuple[PublishedRanks, ...] = ()
-    unknown: tuple[Unknown, ...]
-    drawn: tuple[Drawn, ...] = ()
+    unknown: tuple[Unknown, ...] = ()
     profiles: dict[Literal["quick", "cpu", "cpu-long", "paper"], Profile]
 
     @property
@@ -274,28 +287,18 @@ class Card(_Strict):
 PROFILES = ("quick", "cpu", "cpu-long", "paper")
 
 
-def _once(read: Callable[[Path], Card]) -> Callable[[Path], Card]:
-    """Read a card once, and again when its file changes: tables ask for it row by row."""
-
-    @lru_cache
-    def cached(path: Path, _changed: int, _size: int) -> Card:
-        return read(path)
-
-    @wraps(read)
-    def wrapped(path: Path) -> Card:
-        state = path.stat()
-        return cached(path, state.st_mtime_ns, state.st_size)
-
-    return wrapped
-
-
-@_once
-def read_card(path: Path) -> Card:
-    """Read and check the card at `path`; raises `InputError` naming a key that is wrong."""
+@lru_cache
+def _read(path: Path, _changed: int, _size: int) -> Card:
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"card = {path.name!r}: not valid TOML ({error})") from None
+    try:
+        values = written_out(values)
+    except InputError as error:
+        raise InputError(f"card {path.name}: {error}") from None
+    except (AttributeError, KeyError, TypeError, ValueError):
+        pass  # of another form: refused below
     try:
         # Through JSON, where a list may stand for a tuple and strictness still holds.
         return Card.model_validate_json(json.dumps(values))
@@ -303,6 +306,15 @@ def read_card(path: Path) -> Card:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "as a whole"
         raise InputError(f"card {path.name}: {where}: {first['msg'].lower()}") from None
+
+
+def read_card(path: Path) -> Card:
+    """Read and check the card at `path`; raises `InputError` naming a key that is wrong.
+
+    Once, and again when its file changes: tables ask for it row by row.
+    """
+    state = path.stat()
+    return _read(path, state.st_mtime_ns, state.st_size)
 
 
 def names() -> tuple[str, ...]:

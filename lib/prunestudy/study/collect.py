@@ -8,7 +8,7 @@ from typing import Any
 from safetensors.numpy import save
 
 from prunestudy.errors import InputError, require_one_of
-from prunestudy.papers import PROFILES, card
+from prunestudy.papers import PROFILES
 from prunestudy.study.lines import changed, line_of, read_lines, write_bytes
 from prunestudy.study.plan import plan
 from prunestudy.study.records import Store, meaning
@@ -86,19 +86,29 @@ def _require_same_run(before: dict[str, Any], record: dict[str, Any], path: Path
         )
 
 
-_Drawn = dict[str, tuple[str, frozenset[str]]]
+# What the notebooks draw, by the beginnings of the arrays' names: of runs of the first seed with
+# the methods' own settings, some of the paper's method alone; the shapes of layers of all runs.
+_DRAWN = {
+    "sparse_gates": ("kept",),
+    "force": ("angles", "energy_after"),
+    "gdp": ("final_gates",),
+    "magnitude_attention": ("trail",),
+    "component_aware": ("shown", "output", "latent", "labels"),
+}
+_OF_OURS = ("gate_", "cost_path", "filters", "attention")
+_OF_ALL = "energy_before"
+_Drawn = dict[str, tuple[str, tuple[str, ...]]]
 
 
 def _drawn(profile: str) -> _Drawn:
-    """Planned run to the paper that draws it, and the names of its arrays that are drawn."""
+    """Planned run to the paper that draws it, and the beginnings of the names of its arrays."""
     drawn: _Drawn = {}
     for item in plan(profile) if profile in PROFILES else ():
-        settings = item.settings
-        paper, names = drawn.get(settings.run, ("", frozenset()))
-        for rule in card(item.paper).drawn:
-            if rule.holds(settings.method, item.variant, settings.seed):
-                paper, names = paper or item.paper, names | set(rule.names)
-        drawn[settings.run] = paper, names
+        paper, names = drawn.get(item.settings.run, (item.paper, (_OF_ALL,)))
+        if item.settings.seed == 0 and not item.variant:
+            names += _DRAWN.get(item.paper, ())
+            names += _OF_OURS if item.settings.method == item.paper else ()
+        drawn[item.settings.run] = paper, names
     return drawn
 
 
@@ -109,8 +119,8 @@ def _pack(
     packed: dict[str, dict[str, Any]] = {}
     lost = []
     for name, record in sorted(records.items()):
-        paper, names = drawn.get(record["run"], ("", frozenset()))
-        keys = [key for key in record["files"]["arrays"] if key.partition(".")[0] in names]
+        paper, names = drawn.get(record["run"], ("", ()))
+        keys = [key for key in record["files"]["arrays"] if key.startswith(names)]
         arrays = _arrays(record, origin[name], keys)
         if keys and not arrays:
             lost.append(f"{name}: its arrays are missing or damaged")

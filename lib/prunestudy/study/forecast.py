@@ -7,52 +7,19 @@ rate and are an estimate.
 
 import functools
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import pandas as pd
 
 from prunestudy import datasets, measure, models
 from prunestudy.errors import require
-from prunestudy.papers import Comparison, card
+from prunestudy.papers import card
 from prunestudy.study.plan import Planned
+from prunestudy.study.select import of_card
 from prunestudy.study.settings import RunSettings
 
 # Assumed, not measured here: 10^12 MACs of training a second.
 RATE = 3.0
-_PASSES = 3
-_ARRAYS = 2**20  # bytes; the bound on a run's arrays file
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Of one run without its parents: `macs` of its training, `disk` in bytes."""
-
-    epochs: int
-    samples: int
-    macs: float
-    disk: int
-
-    def hours(self, rate: float) -> float:
-        """At `rate` times 10^12 MACs a second."""
-        return self.macs / (rate * 1e12) / 3600
-
-
-def cost(settings: RunSettings) -> Cost:
-    """Of the run with these settings; needs no data on disk."""
-    info = datasets.info(settings.dataset)
-    shape = (info.channels, info.height, info.width)
-    macs, parameters = _dense(settings.model, shape, info.num_classes)
-    recipe = settings.recipe
-    samples = recipe.epochs * (info.train_images - settings.validation)
-    if recipe.steps:
-        samples = min(samples, recipe.steps * recipe.batch_size)
-    return Cost(recipe.epochs, samples, _PASSES * float(samples) * macs, 4 * parameters + _ARRAYS)
-
-
-@functools.lru_cache(maxsize=64)
-def _dense(model: str, shape: tuple[int, int, int], num_classes: int) -> tuple[int, int]:
-    net = models.build(model, shape, num_classes)
-    return measure.macs(net, shape), measure.parameters(net)
+_COLUMNS = ["runs", "epochs", "samples", "PMACs", "hours", "disk GB"]
 
 
 def forecast(planned: Iterable[Planned], rate: float = RATE) -> pd.DataFrame:
@@ -61,21 +28,32 @@ def forecast(planned: Iterable[Planned], rate: float = RATE) -> pd.DataFrame:
     Raises `InputError` unless `rate` (10^12 MACs of training a second) is positive.
     """
     _require_positive("rate", rate)
-    rows, seen = {}, set()
-    for item in planned:
-        row = rows.setdefault((item.paper, item.experiment), [0, 0, 0, 0.0, 0.0, 0.0])
-        if item.settings.run in seen:
-            continue
-        seen.add(item.settings.run)
-        of_run = cost(item.settings)
-        added = (1, of_run.epochs, of_run.samples, of_run.macs / 1e15)
-        for place, value in enumerate((*added, of_run.hours(rate), of_run.disk / 1e9)):
-            row[place] += value
-    columns = ["runs", "epochs", "samples", "PMACs", "hours", "disk GB"]
-    index = pd.MultiIndex.from_tuples(rows, names=["paper", "experiment"])
-    table = pd.DataFrame(list(rows.values()), index, columns)
+    names = ["paper", "experiment"]
+    rows = [[p.paper, p.experiment, p.settings.run, 1, *cost(p.settings, rate)] for p in planned]
+    table = pd.DataFrame(rows, columns=[*names, "run", *_COLUMNS])
+    table.loc[table["run"].duplicated(), _COLUMNS] = 0
+    table = table.groupby(names, sort=False)[_COLUMNS].sum()
     table.loc[("all", ""), :] = table.sum()
-    return table.astype(dict.fromkeys(columns[:3], int)).reset_index()
+    return table.astype(dict.fromkeys(_COLUMNS[:3], int)).reset_index()
+
+
+def cost(settings: RunSettings, rate: float = RATE) -> tuple[int, int, float, float, float]:
+    """Epochs, samples, PMACs, hours and GB on disk (arrays: 1 MiB) of a run without its parents."""
+    info, recipe = datasets.info(settings.dataset), settings.recipe
+    shape = (info.channels, info.height, info.width)
+    macs, parameters = _dense(settings.model, shape, info.num_classes)
+    samples = recipe.epochs * (info.train_images - settings.validation)
+    if recipe.steps:
+        samples = min(samples, recipe.steps * recipe.batch_size)
+    trained = 3 * float(samples) * macs
+    hours = trained / (rate * 1e12) / 3600
+    return recipe.epochs, samples, trained / 1e15, hours, (4 * parameters + 2**20) / 1e9
+
+
+@functools.lru_cache(maxsize=64)
+def _dense(model: str, shape: tuple[int, int, int], num_classes: int) -> tuple[int, int]:
+    net = models.build(model, shape, num_classes)
+    return measure.macs(net, shape), measure.parameters(net)
 
 
 def choose(planned: Iterable[Planned], hours: float, rate: float = RATE) -> list[Planned]:
@@ -88,81 +66,29 @@ def choose(planned: Iterable[Planned], hours: float, rate: float = RATE) -> list
     _require_positive("hours", hours)
     _require_positive("rate", rate)
     runs = {item.settings.run: item for item in reversed(list(planned))}
+    price = {name: cost(item.settings, rate)[3] for name, item in runs.items()}
+
+    def order(group: list[Planned]) -> tuple[int, int, float, str]:
+        purpose = ("results", "ablation", "search").index(group[0].purpose)
+        names = [item.settings.run for item in group]
+        return purpose, group[0].settings.seed, sum(map(price.__getitem__, names)), names[0]
+
+    results = [item for item in runs.values() if item.purpose == "results"]
+    found = [c for paper in {p.paper for p in results} for c in of_card(card(paper), results)]
+    pairs = [[item for item in pair if item] for comparison in found for pair in comparison.pairs()]
     chosen: dict[str, Planned] = {}
-    left = hours
-    for group in (*_pairs(runs.values()), *([item] for item in _by_purpose(runs.values()))):
-        new = _missing(group, runs, chosen)
-        price = sum(cost(item.settings).hours(rate) for item in new)
-        if price <= left:
-            left -= price
-            chosen |= {item.settings.run: item for item in new}
+    for group in sorted(pairs, key=order) + sorted(([item] for item in runs.values()), key=order):
+        names = dict.fromkeys(name for item in group for name in _line(item.settings))
+        new = [name for name in names if name not in chosen]
+        if sum(price[name] for name in new) <= hours:
+            hours -= sum(price[name] for name in new)
+            chosen |= {name: runs[name] for name in new}
     return list(chosen.values())
 
 
-def _missing(
-    group: list[Planned], runs: dict[str, Planned], chosen: dict[str, Planned]
-) -> list[Planned]:
-    """The runs of `group` and their parents that are not chosen yet, parents first."""
-    needed: dict[str, Planned] = {}
-    for item in group:
-        line, settings = [], item.settings
-        while settings:
-            parent = Planned(item.paper, item.experiment, item.purpose, "start", settings)
-            line.append(runs.get(settings.run, parent))
-            settings = settings.parent
-        needed |= {each.settings.run: each for each in reversed(line)}
-    return [item for name, item in needed.items() if name not in chosen]
-
-
-def _pairs(planned: Iterable[Planned]) -> list[list[Planned]]:
-    planned = [item for item in planned if item.purpose == "results"]
-    tests = [
-        (paper, test)
-        for paper in sorted({item.paper for item in planned})
-        for claim in card(paper).claims
-        for test in claim.tests
-    ]
-    pairs = []
-    for paper, test in tests:
-        ours = _side(planned, paper, test, test.method, test.variant)
-        if not test.against:
-            pairs += [[item] for item in ours.values()]
-            continue
-        others = _side(planned, paper, test, test.against, test.against_variant)
-        pairs += [[ours[seed], others[seed]] for seed in sorted(set(ours) & set(others))]
-    return sorted(pairs, key=_seed_and_price)
-
-
-def _seed_and_price(pair: list[Planned]) -> tuple[int, float, str]:
-    ours = pair[0].settings
-    return ours.seed, sum(cost(item.settings).macs for item in pair), ours.run
-
-
-def _side(
-    planned: list[Planned], paper: str, test: Comparison, method: str, variant: str
-) -> dict[int, Planned]:
-    """Seed to run, of one side of a comparison; the dense net has no target."""
-    found = {}
-    for item in planned:
-        s = item.settings
-        aim = (s.aim.value, s.aim.kind) if s.aim else (None, test.target_kind)
-        wanted = (test.target if s.aim else None, test.target_kind)
-        same = (item.paper, s.method, item.variant, s.model, s.dataset) == (
-            (paper, method, variant, test.model, test.dataset)
-        )
-        if same and aim == wanted:
-            found[s.seed] = item
-    return found
-
-
-def _by_purpose(planned: Iterable[Planned]) -> list[Planned]:
-    order = ("results", "ablation", "search")
-
-    def key(item: Planned) -> tuple[int, int, float, str]:
-        s = item.settings
-        return order.index(item.purpose), s.seed, cost(s).macs, s.run
-
-    return sorted(planned, key=key)
+def _line(settings: RunSettings) -> list[str]:
+    """Names of the run and of all that is trained before it, parents first."""
+    return [*(_line(settings.parent) if settings.parent else []), settings.run]
 
 
 def _require_positive(name: str, value: float) -> None:

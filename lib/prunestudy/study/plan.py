@@ -38,7 +38,10 @@ def _label(reading: str, stage: str, after: str) -> str:
 
 @dataclass(frozen=True)
 class Tiny:
-    """Smaller than the card says, for a first look or a test; 0 leaves what the card says."""
+    """Other sizes than the card's, for a first look or a test; 0 leaves what the card says.
+
+    At most `seeds`; exactly `epochs` for every training, where the card has any.
+    """
 
     seeds: int = 0
     epochs: int = 0
@@ -65,33 +68,26 @@ def _of_card(paper: Card, profile: str, tiny: Tiny) -> list[Planned]:
     return [
         run
         for experiment in size.experiments
-        for run in _of_experiment(paper.id, size, _smaller(experiment, tiny))
+        for run in _of_experiment(paper.id, size, _sized(experiment, tiny))
     ]
 
 
-def _smaller(experiment: Experiment, tiny: Tiny) -> Experiment:
+def _sized(experiment: Experiment, tiny: Tiny) -> Experiment:
+    """The experiment with `tiny`'s seeds at most, and its epochs wherever anything is trained."""
+    entries = experiment.methods
     changes: dict = {}
     if tiny.seeds:
         changes["seeds"] = min(tiny.seeds, experiment.seeds)
+        few = [{"seeds": min(tiny.seeds, entry.seeds)} if entry.seeds else {} for entry in entries]
+        entries = [e.model_copy(update=u) for e, u in zip(entries, few, strict=True)]
     if tiny.epochs:
-        changes["recipe"] = _shorter(experiment.recipe, tiny.epochs)
-        if experiment.start:
-            changes["start"] = _shorter(experiment.start, tiny.epochs)
-    entries = tuple(_smaller_entry(entry, experiment.seeds, tiny) for entry in experiment.methods)
-    return experiment.model_copy(update=changes | {"methods": entries})
-
-
-def _smaller_entry(entry: Entry, seeds: int, tiny: Tiny) -> Entry:
-    changes = {}
-    if tiny.seeds:
-        changes["seeds"] = min(tiny.seeds, seeds, entry.seeds or seeds)
-    if tiny.epochs and entry.epochs:
-        changes["epochs"] = min(tiny.epochs, entry.epochs)
-    return entry.model_copy(update=changes)
-
-
-def _shorter(recipe: Recipe, epochs: int) -> Recipe:
-    return recipe.model_copy(update={"epochs": min(epochs, recipe.epochs)})
+        own = {"epochs": tiny.epochs}
+        entries = [entry.model_copy(update=own) if entry.epochs else entry for entry in entries]
+        for name in ("recipe", "start"):
+            recipe = getattr(experiment, name)
+            if recipe and recipe.epochs:
+                changes[name] = recipe.model_copy(update=own | {"steps": 0})
+    return experiment.model_copy(update=changes | {"methods": tuple(entries)})
 
 
 def _of_experiment(paper: str, size: Profile, experiment: Experiment) -> list[Planned]:

@@ -6,21 +6,30 @@ claimed side, *contradicted* if on the other, *undecided* otherwise.
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 
 from prunestudy import methods
-from prunestudy.papers import Card, Claim, Comparison
+from prunestudy.papers import Card, Rule
 from prunestudy.study.plan import Planned
 from prunestudy.study.records import Store
+from prunestudy.study.select import Comparison, comparisons, index
+
+Record = dict[str, Any]
+NO_RUNS = "no runs in this profile"
 
 
+@dataclass(frozen=True)
 class Interval:
-    """Mean of paired differences with its 95% t-interval."""
+    """Mean of `n` paired differences with its standard deviation and 95% t-interval."""
 
-    def __init__(self, n: int, mean: float, sd: float, low: float, high: float) -> None:
-        self.n, self.mean, self.sd, self.low, self.high = n, mean, sd, low, high
+    n: int
+    mean: float
+    sd: float
+    low: float
+    high: float
 
     @classmethod
     def of(cls, values: list[float]) -> "Interval":
@@ -31,10 +40,10 @@ class Interval:
         mean = math.fsum(values) / n
         if n == 1:
             return cls(1, mean, *[math.nan] * 3)
-        from scipy import stats  # late: it takes a second
+        from scipy.special import stdtrit  # late: it takes a second
 
         sd = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1))
-        half = float(stats.t.ppf(0.975, n - 1)) * sd / math.sqrt(n)
+        half = float(stdtrit(n - 1, 0.975)) * sd / math.sqrt(n)
         return cls(n, mean, sd, mean - half, mean + half)
 
     def verdict(self, at_least: float) -> str:
@@ -46,43 +55,35 @@ class Interval:
         return "contradicted" if self.high < at_least else "undecided"
 
 
-def paired(store: Store, planned: list[Planned], test: Comparison) -> Interval:
-    """Paired per-seed difference `test.method - test.against` of `test.metric`."""
-    return _interval(pairs(store, planned, test), test.metric)
+def pairs(store: Store, comparison: Comparison) -> list[tuple[Record, Record | None]]:
+    """The records that `comparison` is on, by seed; without an opponent the second is None.
 
-
-def _interval(
-    compared: list[tuple[dict[str, Any], dict[str, Any] | None]], metric: str
-) -> Interval:
-    return Interval.of(
-        [
-            ours["metrics"][metric] - (theirs["metrics"][metric] if theirs else 0)
-            for ours, theirs in compared
-        ]
-    )
-
-
-def pairs(
-    store: Store, planned: list[Planned], test: Comparison
-) -> list[tuple[dict[str, Any], dict[str, Any] | None]]:
-    """The records that `test` compares, by seed; without a control the second is None.
-
-    Pairs share model, data, seed, target (where the control has one) and total epochs.
+    A pair is of one device and has the metric; with the rule's `within` it counts only where ours
+    removed as much, or at most that share less.
     """
-    ours = _records(store, planned, test, (test.method, test.variant))
-    if not test.against:
-        return [(ours[key], None) for key in sorted(ours)]
-    theirs = _records(store, planned, test, (test.against, test.against_variant))
-    both = [(ours[key], theirs[key]) for key in sorted(ours) if key in theirs]
-    return [(a, b) for a, b in both if _as_sparse(a["metrics"], b["metrics"], test)]
+    rule, found = comparison.rule, []
+    for ours, theirs in comparison.pairs():
+        others = _by_device(store, theirs, rule.metric) if theirs else None
+        for device, record in _by_device(store, ours, rule.metric).items():
+            if others is None:
+                found.append((record, None))
+            elif device in others and _as_small(record, others[device], comparison):
+                found.append((record, others[device]))
+    return found
 
 
-def _as_sparse(ours: dict[str, Any], theirs: dict[str, Any], test: Comparison) -> bool:
-    """Whether the pair is close enough in what was removed, or ours removed more."""
-    if test.within is None:
+def _by_device(store: Store, item: Planned, metric: str) -> dict[str, Record]:
+    records = store.read_all(item.settings)
+    with_metric = [r for r in records if r["metrics"].get(metric) is not None]
+    return {record.get("environment", {}).get("device", ""): record for record in with_metric}
+
+
+def _as_small(ours: Record, theirs: Record, comparison: Comparison) -> bool:
+    within, target = comparison.rule.within, comparison.target
+    if within is None:
         return True
-    more = _left(ours, test.target_kind) - _left(theirs, test.target_kind)
-    return more <= test.within
+    kind = target.kind if target else ""
+    return _left(ours["metrics"], kind) - _left(theirs["metrics"], kind) <= within
 
 
 def _left(metrics: dict[str, Any], kind: str) -> float:
@@ -92,22 +93,10 @@ def _left(metrics: dict[str, Any], kind: str) -> float:
     return 1 - metrics["sparsity"]
 
 
-def _records(
-    store: Store, planned: list[Planned], test: Comparison, side: tuple[str, str]
-) -> dict[tuple[int, int], dict[str, Any]]:
-    found = {}
-    for item in planned:
-        s = item.settings
-        wanted = (*side, test.model, test.dataset) == (
-            *(s.method, item.variant),
-            *(s.model, s.dataset),
-        )
-        at_target = s.aim is None or (s.aim.value, s.aim.kind) == (test.target, test.target_kind)
-        if wanted and at_target and item.purpose != "search":
-            record = store.read(s)
-            if record and record["metrics"].get(test.metric) is not None:
-                found[s.seed, s.epochs] = record
-    return found
+def difference(compared: list[tuple[Record, Record | None]], metric: str) -> Interval:
+    """Interval of what `metric` differs by in `compared` pairs of records."""
+    sides = [(a["metrics"][metric], b["metrics"][metric] if b else 0.0) for a, b in compared]
+    return Interval.of([ours - theirs for ours, theirs in sides])
 
 
 def verdicts_table(store: Store, planned: list[Planned], paper: Card) -> pd.DataFrame:
@@ -117,41 +106,57 @@ def verdicts_table(store: Store, planned: list[Planned], paper: Card) -> pd.Data
 
 def judged(store: Store, planned: list[Planned], paper: Card) -> pd.DataFrame:
     """`verdicts_table`, and in `record` the names of the compared runs of the first seed."""
-    rows = [row for claim in paper.claims for row in _judge(store, planned, claim)]
+    runs = index(item for item in planned if item.paper == paper.id)
+    rows: list[dict[str, Any]] = []
+    for claim in paper.claims:
+        base = {"claim": claim.id, "says": claim.text, "mark": claim.mark}
+        if claim.not_testable:
+            why = {"verdict": "not testable here", "why": claim.not_testable, "record": ""}
+            rows.append(base | why)
+        for rule in claim.tests:
+            found = [_judge(store, comparison) for comparison in comparisons(rule, runs)]
+            rows += [base | row for row in found or [_without_runs(rule)]]
     return pd.DataFrame(rows)
 
 
-def _judge(store: Store, planned: list[Planned], claim: Claim) -> list[dict[str, Any]]:
-    base = {"claim": claim.id, "says": claim.text, "mark": claim.mark}
-    if claim.not_testable:
-        return [base | {"verdict": "not testable here", "why": claim.not_testable, "record": ""}]
-    rows = []
-    for test in claim.tests:
-        compared = pairs(store, planned, test)
-        got = _interval(compared, test.metric)
-        first = compared[0] if compared else ()
-        record = " - ".join(side["run"] for side in first if side)
-        sides = (test.method, test.variant), (test.against, test.against_variant)
-        ours, theirs = (f"{name} ({label})" if label else name for name, label in sides)
-        minus = f" - {theirs}" if theirs else ""
-        rule = f"{ours}{minus} of {test.metric} >= {test.at_least:g}"
-        where = f"{test.model}, {test.dataset}"
-        if test.target:
-            where += f", {removed(test.target, test.target_kind)} removed"
-        numbers = {"difference": got.mean, "low": got.low, "high": got.high, "n": got.n}
-        verdict = got.verdict(test.at_least) if got.n else "no runs in this profile"
-        told = {"rule": rule, "where": where} | numbers
-        rows.append(base | told | {"verdict": verdict, "record": record})
-    return rows
+def _judge(store: Store, comparison: Comparison) -> dict[str, Any]:
+    c, compared = comparison, pairs(store, comparison)
+    got = difference(compared, c.rule.metric)
+    where = [c.model, c.dataset]
+    if c.target:
+        where.append(f"{removed(c.target.value, c.target.kind)} removed")
+    return {
+        "rule": _told(c.rule, c.against, f"{c.at_least:g}"),
+        "where": ", ".join(where),
+        "difference": got.mean,
+        "low": got.low,
+        "high": got.high,
+        "n": got.n,
+        "verdict": got.verdict(c.at_least) if got.n else NO_RUNS,
+        "record": " - ".join(side["run"] for side in compared[0] if side) if compared else "",
+    }
+
+
+def _without_runs(rule: Rule) -> dict[str, Any]:
+    margin = "its margin" if isinstance(rule.at_least, dict) else f"{rule.at_least:g}"
+    nothing = {"where": "", **dict.fromkeys(("difference", "low", "high"), math.nan), "n": 0}
+    told = {"rule": _told(rule, ", ".join(rule.against), margin)}
+    return told | nothing | {"verdict": NO_RUNS, "record": ""}
+
+
+def _told(rule: Rule, against: str, margin: str) -> str:
+    words = (label.partition(", ") for label in (rule.method, against) if label)
+    sides = (f"{name} ({variant})" if variant else name for name, _, variant in words)
+    return f"{' - '.join(sides)} of {rule.metric} >= {margin}"
 
 
 def margin_to_dense(paper: Card, row: Mapping[str, Any]) -> float | None:
     """By how much at least this setting's metric is above dense, as the paper claims; or None."""
-    keys = ("method", "variant", "model", "dataset", "target", "target_kind")
-    for test in (test for claim in paper.claims for test in claim.tests):
-        same = all(getattr(test, key) == row[key] for key in keys)
-        if same and not test.variant and (test.against, test.metric) == ("dense", "metric"):
-            return test.at_least
+    where = (row["model"], row["dataset"], row["target"], row["target_kind"])
+    for rule in (rule for claim in paper.claims for rule in claim.tests):
+        plain = rule.metric == "metric" and "dense" in rule.against
+        if plain and not row["variant"] and rule.method == row["method"] and rule.covers(*where):
+            return rule.margin(row["dataset"])
     return None
 
 
