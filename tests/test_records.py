@@ -144,11 +144,8 @@ def test_record_of_a_dense_run(runner, store):
     assert record["cost"]["process_peak_mb"] > 100
     (last,) = store.history(settings.run)
     assert record["validation"] == {k: last[f"validation_{k}"] for k in ("top1", "loss")}
-    assert {p.name for p in store.path(settings.run).iterdir()} == {
-        "arrays.safetensors",
-        "record.json",
-        "weights.safetensors",
-    }
+    files = sorted(p.name for p in store.path(settings.run).iterdir())
+    assert files == ["arrays.safetensors", "record.json", "weights.safetensors"]
     assert not store.work(settings.run).exists()
     assert store.names() == store.places() == [settings.run]
     said, _, epoch = store.shown(settings.run).rpartition("}\n")
@@ -188,10 +185,7 @@ def test_kept_scale_by_hand():
     start = {"weight": torch.tensor([[9.0, 2.0, -4.0, 1.0]])}
     assert measure.kept_scale(net, start) == 0.5
     sample = measure.kept_sample(net, start, most=1)
-    assert {name: a.tolist() for name, a in sample.items()} == {
-        "kept_start": [2.0],
-        "kept_end": [-1.0],
-    }
+    assert (sample["kept_start"].tolist(), sample["kept_end"].tolist()) == ([2.0], [-1.0])
     assert measure.same_shapes(net, start)
     assert not measure.same_shapes(nn.Linear(3, 1), start)
     net.weight.data.zero_()
@@ -199,11 +193,12 @@ def test_kept_scale_by_hand():
 
 
 def test_a_search_looks_at_validation_images_only(runner):
-    settings = small_run().model_copy(update={"evaluate": "validation"})
+    name = (dense := small_run()).run
+    settings = dense.model_copy(update={"evaluate": "validation"})
+    assert settings.run != name == dense.run
     record = runner.ensure(settings)
     assert record["metrics"]["images"] == 200
     assert record["metrics"]["metric"] == record["validation"]["top1"]
-    assert settings.run != small_run().run
 
 
 def test_history_arrays_and_files_of_gates(runner, store):
@@ -334,24 +329,24 @@ def better(record):
     record["metrics"]["metric"] = 1.0
 
 
+CHECKSUM, FORMAT = "was edited or cut off (checksum)", "is not of format 2"
+SETTINGS, DATA = "was made with other settings", "was made from other data than today's"
+
+
 @pytest.mark.parametrize(
-    ("change", "sign", "why"),
+    ("why", "sign", "change"),
     [
-        (better, False, "was edited or cut off (checksum)"),
-        (lambda r: r.update(latency={"ms": "<script>"}), False, "was edited or cut off (checksum)"),
-        (lambda r: r.pop("cost"), False, "was edited or cut off (checksum)"),
-        (lambda r: r.update(format=1), True, "is not of format 2"),
-        (lambda r: r.pop("format"), True, "is not of format 2"),
-        (lambda r: r.pop("settings"), True, "is not of format 2"),
-        (lambda r: r.update(colour="red"), True, "is not of format 2"),
-        (lambda r: r["settings"]["recipe"].update(lr=0.06), True, "was made with other settings"),
-        (lambda r: r["settings"].update(colour="red"), True, "was made with other settings"),
-        (lambda r: r.update(settings=None), True, "was made with other settings"),
-        (
-            lambda r: r["data"].update(fingerprint="0"),
-            True,
-            "was made from other data than today's",
-        ),
+        (CHECKSUM, False, better),
+        (CHECKSUM, False, lambda r: r.update(latency={"ms": "<script>"})),
+        (CHECKSUM, False, lambda r: r.pop("cost")),
+        (FORMAT, True, lambda r: r.update(format=1)),
+        (FORMAT, True, lambda r: r.pop("format")),
+        (FORMAT, True, lambda r: r.pop("settings")),
+        (FORMAT, True, lambda r: r.update(colour="red")),
+        (SETTINGS, True, lambda r: r["settings"]["recipe"].update(lr=0.06)),
+        (SETTINGS, True, lambda r: r["settings"].update(colour="red")),
+        (SETTINGS, True, lambda r: r.update(settings=None)),
+        (DATA, True, lambda r: r["data"].update(fingerprint="0")),
     ],
 )
 def test_bad_records_are_refused_in_one_line(runner, store, done, count, change, sign, why):
@@ -379,45 +374,40 @@ def cut(text):
     return text[: len(text) * 2 // 3]
 
 
-@pytest.mark.parametrize(
-    ("damage", "what"),
-    [
-        (cut, "was edited or cut off"),
-        (lambda t: t[:-2], "was edited or cut off"),
-        (lambda t: t.replace(b"cpu", b"\xff\xfe!"), "was edited or cut off"),
-        (lambda t: t.replace(b"dense", b"force", 1), "was edited or cut off"),
-        (lambda t: t + t, "was edited or cut off"),
-        (lambda t: t + b"\n", "was edited or cut off"),
-        (lambda _: b"", "line 1: is no record"),
-        (lambda _: b"null\n", "line 1: is no record"),
-        (lambda _: b'{"run": "', "line 1: is no record"),
-    ],
-)
-def test_a_damaged_record_of_a_folder_is_refused(store, damage, what):
+EDITED, NONE, TWICE = "was edited or cut off", "is no record", "is there twice"
+DAMAGES = [
+    (EDITED, cut),
+    (EDITED, lambda t: t.replace(b"0.5", b"0.6")),
+    (EDITED, lambda t: t.replace(b'"cpu"', b'"\xff"')),
+    (EDITED, lambda t: t.replace(b"dense", b"force", 1)),
+    (EDITED, lambda t: t[:-2]),
+    (NONE, lambda t: b"<<<<<<< ours\n" + t),
+    (NONE, lambda _: b'null\n{"run": "'),
+    (NONE, lambda _: b"\xff\xfe"),
+]
+OF_LINES = [
+    (EDITED, lambda t: t.replace(b"\n", b"", 1)),
+    (TWICE, lambda t: t + t.split(b"\n")[0] + b"\n"),
+    (NONE, lambda t: t.replace(b"\n", b"\n=======\n", 1)),
+    (NONE, lambda t: t.replace(b"\n", b"\n\n", 1)),
+    (NONE, lambda t: t + b"[1]\n"),
+]
+
+
+def test_a_damaged_record_of_a_folder_is_refused(store):
     settings = small_run()
-    put_record(store, settings)
+    put_record(store, settings, 0.5)
     path = own(store, settings.run)
-    path.write_bytes(damage(path.read_bytes()))
-    line = refused(store.read, settings)
-    assert what in line
-    assert line.endswith(f"in {path.parent}; delete that folder to train the run again")
+    data = path.read_bytes()
+    end = f"in {path.parent}; delete that folder to train the run again"
+    for what, damage in [*DAMAGES, (EDITED, lambda t: t + t), (NONE, lambda _: b"")]:
+        path.write_bytes(damage(data))
+        line = refused(store.read, settings)
+        assert what in line
+        assert line.endswith(end)
 
 
-@pytest.mark.parametrize(
-    ("damage", "what"),
-    [
-        (cut, "was edited or cut off"),
-        (lambda t: t.replace(b"0.5", b"0.6"), "was edited or cut off"),
-        (lambda t: t.replace(b"\n", b"", 1), "was edited or cut off"),
-        (lambda t: t + t.split(b"\n")[0] + b"\n", "is there twice"),
-        (lambda t: b"<<<<<<< ours\n" + t, "line 1: is no record"),
-        (lambda t: t.replace(b"\n", b"\n=======\n", 1), "line 2: is no record"),
-        (lambda t: t.replace(b"\n", b"\n\n", 1), "line 2: is no record"),
-        (lambda t: t + b"\xff\xfe\n", "line 3: is no record"),
-        (lambda t: t + b"[1]\n", "line 3: is no record"),
-        (lambda t: t.replace(b'"cpu"', b'"\xff"'), "was edited or cut off"),
-    ],
-)
+@pytest.mark.parametrize(("what", "damage"), DAMAGES + OF_LINES)
 def test_damaged_lines_are_refused_by_name(store, runner, count, damage, what):
     settings = [small_run(seed=seed) for seed in (0, 1)]
     collected(store, *(put_record(store, s, 0.5, folder=False) for s in settings))

@@ -46,11 +46,11 @@ class Store:
 
     def path(self, run: str) -> Path:
         """Folder of `run` once it was trained here."""
-        return self.runs / self._called(run)
+        return self.runs / self.called(run)
 
     def work(self, run: str) -> Path:
         """Folder of the unfinished run `run`."""
-        return self.folder / "work" / self._called(run)
+        return self.folder / "work" / self.called(run)
 
     def weights(self, run: str) -> Path:
         """File of the finished net of `run`."""
@@ -60,7 +60,8 @@ class Store:
         """File of what became of each single weight in `run`, where its method tells."""
         return self.path(run) / "cuts.safetensors"
 
-    def _called(self, run: str) -> str:
+    def called(self, run: str) -> str:
+        """Where `run` is in this store: its place, of the CPU unless only CUDA has one."""
         if self.device:
             return called(run, self.device)
         names = (called(run, device) for device in ("cpu", "cuda"))
@@ -108,7 +109,7 @@ class Store:
 
     def load(self, run: str) -> dict[str, Any] | None:
         """Return the record of the run named `run`, its checksum verified, or None."""
-        return self.at(self._called(run))
+        return self.at(self.called(run))
 
     def require(self, run: str) -> dict[str, Any]:
         """Return the record of the run named `run` as `load` does; `InputError` if it has none."""
@@ -213,7 +214,7 @@ class Store:
 
     def has_all(self, run: str) -> bool:
         """Whether all files that training `run` leaves are here, and unharmed."""
-        record = self.trained(self._called(run))
+        record = self.trained(self.called(run))
         return record is not None and all(
             lines.noted(read_arrays(self.path(run) / f"{kind}.safetensors"), kind) == files
             for kind, files in record["files"].items()
@@ -228,7 +229,7 @@ class Store:
         return self._require_file(run, "cuts")
 
     def _require_file(self, run: str, kind: str) -> dict[str, np.ndarray]:
-        path, record = self.path(run) / f"{kind}.safetensors", self.trained(self._called(run))
+        path, record = self.path(run) / f"{kind}.safetensors", self.trained(self.called(run))
         arrays = read_arrays(path)
         if record is None or not arrays or lines.noted(arrays, kind) != record["files"].get(kind):
             raise InputError(
@@ -277,7 +278,7 @@ class Store:
 
     def write_latency(self, run: str, latency: dict[str, Any]) -> None:
         """Add what was measured of the net of `run`, which was trained here, to its record."""
-        name = self._called(run)
+        name = self.called(run)
         record = self.trained(name)
         if record is None:
             raise InputError(f"run = {run}: was not trained in {self.folder}")

@@ -95,28 +95,23 @@ class Runner:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         with deterministic(settings.threads):
-            parent = settings.parent and self.store.weights(settings.parent.run)
-            model = (
-                shrink.load_net(parent, settings.model).requires_grad_(True)
-                if parent
-                else job.fresh()
-            )
+            model = job.fresh()
+            if settings.parent:
+                parent = self.store.weights(settings.parent.run)
+                model = shrink.load_net(parent, settings.model).requires_grad_(True)
             start = {name: w.detach().clone() for name, w in measure.prunable_weights(model)}
             target = (settings.target.value, settings.target.kind) if settings.target else ()
             method = methods.build(settings.method, settings.params, *target)
             work.mkdir(parents=True, exist_ok=True)
             made = job.fit(method, model, work / "checkpoint.pt", self.show)
             metrics = job.metrics(made, method)
-            if made.status == "done" and parent and measure.same_shapes(made.model, start):
+            pruned = made.status == "done" and settings.parent
+            if pruned and measure.same_shapes(made.model, start):
                 metrics["kept_scale"] = measure.kept_scale(made.model, start)
                 made.arrays.update(measure.kept_sample(made.model, start))
-        cost = {
-            "train_seconds": round(made.seconds, 3),
-            "seconds": round(time.perf_counter() - started, 3),
-        }
         weights = work / "weights.safetensors"
         shrink.save_net(made.model.cpu(), weights, *job.like)
-        record = job.record(made, metrics, cost | _peaks(self.device))
+        record = job.record(made, metrics, time.perf_counter() - started)
         self.store.write(record, made.arrays, weights, method.per_weight())
         shutil.rmtree(work, ignore_errors=True)
 
@@ -223,9 +218,7 @@ class _Job:
             metrics[f"metric_{name}"] = self.score(other).metric
         return metrics | costs
 
-    def record(
-        self, made: TrainResult, metrics: dict[str, Any], cost: dict[str, Any]
-    ) -> dict[str, Any]:
+    def record(self, made: TrainResult, metrics: dict[str, Any], seconds: float) -> dict[str, Any]:
         settings, data, history = self.settings, self.data, made.history
         last = history[-1] if history else {}
         columns = dict.fromkeys(name for row in history for name in row)
@@ -249,7 +242,11 @@ class _Job:
             "history": {name: [row.get(name) for row in history] for name in columns},
             "latency": None,
             "environment": _environment(self.device),
-            "cost": cost,
+            "cost": {
+                "train_seconds": round(made.seconds, 3),
+                "seconds": round(seconds, 3),
+                **_peaks(self.device),
+            },
         }
 
 

@@ -124,11 +124,12 @@ def measure_latency(store: Store, planned: list[Planned], rounds: int = 30) -> i
 def is_untimed(store: Store, item: Planned) -> bool:
     """Whether the net of `item` is there and still to be timed (seed 0 of results only)."""
     settings = item.settings
-    wanted = settings.seed == 0 and item.purpose == "results"
-    if not wanted or not (settings.parent or settings.method != "dense"):
+    pruned = settings.parent is not None or settings.method != "dense"
+    if settings.seed != 0 or item.purpose != "results" or not pruned:
         return False
-    record = store.read(settings)
-    waiting = record is not None and record["status"] == "done" and record["latency"] is None
+    # The stored record may be that of another training than the net that is here.
+    both = store.read(settings), store.trained(store.called(settings.run))
+    waiting = all(r and r["status"] == "done" and r["latency"] is None for r in both)
     return waiting and store.weights(settings.run).exists()
 
 

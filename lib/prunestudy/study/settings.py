@@ -50,7 +50,13 @@ class RunSettings(Values):
         parent = self.parent.filled() if self.parent else None
         return self.model_copy(update={"params": params, "parent": parent})
 
-    @property
+    def model_copy(self, **values: Any) -> "RunSettings":
+        """The same with `update`, as of any model; its name is another."""
+        copied = super().model_copy(**values)
+        copied.__dict__.pop("run", None)
+        return copied
+
+    @functools.cached_property
     def run(self) -> str:
         """Name of the run: method, model, data set and a hash of all that is not a default."""
         values = self.model_dump(mode="json", exclude_defaults=True, exclude={"parent", "params"})
