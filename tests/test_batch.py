@@ -3,6 +3,7 @@
 import signal
 import time
 
+import nbformat
 import psutil
 import pytest
 from conftest import NASTY, tree
@@ -84,11 +85,13 @@ def test_ctrl_c_ends_all_and_says_how_to_go_on(start, tmp_path, command, number)
 
 def test_of_a_failed_job_all_is_shown(start, checkout, tmp_path):
     source = checkout / "notebooks/99_toy.ipynb"
-    source.write_text(source.read_text().replace('profile = \\"quick', 'profile = \\"a\\" / \\"b'))
+    notebook = nbformat.read(source, as_version=4)
+    notebook.cells.append(nbformat.v4.new_code_cell("1 / 0"))
+    nbformat.write(notebook, source)
     process = start("study", "--results", str(tmp_path / "results"))
     _, err = process.communicate(timeout=300)
     assert process.returncode == 2
-    assert "toy: notebook 99_toy: TypeError: unsupported operand" in err
+    assert "toy: notebook 99_toy: ZeroDivisionError: division by zero" in err
     assert err.splitlines()[-1] == (
         "prunestudy: study = quick: a job failed, see above; finished runs are kept"
     )
