@@ -24,13 +24,13 @@ test: .venv/ready  ## run the tests
 	@$(BIN)/python -m pytest
 
 lab: .venv/ready  ## open JupyterLab: notebooks/, and results/ with the executed copies
-	@$(BIN)/jupyter lab --notebook-dir=. notebooks
+	@$(BIN)/jupyter lab --notebook-dir=. --LabApp.default_url=/lab/tree/notebooks
 
 report: .venv/ready  ## write the study as a site that needs no network
-	@prunestudy report --profile $(PROFILE)
+	@prunestudy report --profile '$(PROFILE)'
 
 slides: .venv/ready  ## write slides of the executed notebooks, of all or of PAPER
-	@prunestudy slides $(PAPER) --profile $(PROFILE)
+	@prunestudy slides $(PAPER) --profile '$(PROFILE)'
 
 bench: .venv/ready  ## measure ratios side by side, write results/bench.md
 	@prunestudy bench
