@@ -51,10 +51,6 @@ def test_any_path_is_a_path_and_a_second_study_does_nothing(start, tmp_path):
     now = tree(results / "quick/records"), notebooks.executed(store, "toy").stat().st_mtime_ns
     assert now == before
 
-    notebooks.executed(store, "toy").write_text(text[:200])
-    study(start, f"--results={results}")
-    assert notebooks.executed(store, "toy").read_text() == text
-
 
 def alive(process):
     """Commands that `process` has begun."""
@@ -83,6 +79,7 @@ def test_ctrl_c_ends_all_and_says_how_to_go_on(start, tmp_path, command, number)
     assert not [child for child in children if child.is_running()]
 
 
+@pytest.mark.usefixtures("toy_card")
 def test_of_a_failed_job_all_is_shown(start, checkout, tmp_path):
     source = checkout / "notebooks/99_toy.ipynb"
     notebook = nbformat.read(source, as_version=4)
