@@ -8,7 +8,7 @@ import psutil
 import pytest
 from conftest import NASTY, tree
 
-from prunestudy.study import notebooks
+from prunestudy.study import batch, notebooks
 from prunestudy.study.plan import plan
 from prunestudy.study.records import Store
 
@@ -50,6 +50,20 @@ def test_any_path_is_a_path_and_a_second_study_does_nothing(start, tmp_path):
     assert out.splitlines()[-1].split()[1::2] == ["tables", "total"]
     now = tree(results / "quick/records"), notebooks.executed(store, "toy").stat().st_mtime_ns
     assert now == before
+
+
+@pytest.mark.usefixtures("toy_card")
+def test_local_jobs_share_all_runs_and_those_of_a_cluster_have_their_own(tmp_path):
+    store, planned = Store("quick", tmp_path), plan("quick")
+    names = [item.settings.run for item in planned]
+    local = batch.describe(store, "quick", planned, 2)
+    assert local["train"] == dict.fromkeys("01", {"runs": names, "needs": []})
+    assert local["notebooks"] == {"0": ["toy"]}
+    cluster = batch.describe(store, "quick", planned, 0)
+    assert cluster["train"] == {"toy.digits.s0": {"runs": names, "needs": []}}
+    assert cluster["notebooks"] == {"toy": ["toy"]}
+    same = {"results": str(tmp_path), "gpu": False, "latency": True, "papers": ["toy"]}
+    assert local | same == local
 
 
 def alive(process):

@@ -84,7 +84,7 @@ def test_where_uv_fails_pip_installs(monkeypatch, capsys):
     assert install["main"](["-e", "."]) == 0
     pip = ["pip", "--disable-pip-version-check", "install"]
     assert called[0] == [*pip, "-qq", "uv"]
-    assert called[-1] == [*pip, "--quiet", "-e", "."]
+    assert called[-1] == [*pip, "-qq", "-e", "."]
     assert capsys.readouterr().err == "uv did not install it, see above: pip does, and is slower\n"
 
 
