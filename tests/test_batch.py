@@ -57,7 +57,7 @@ def test_local_jobs_share_all_runs_and_those_of_a_cluster_have_their_own(tmp_pat
     store, planned = Store("quick", tmp_path), plan("quick")
     names = [item.settings.run for item in planned]
     local = batch.describe(store, "quick", planned, 2)
-    assert local["train"] == dict.fromkeys("01", {"runs": names, "needs": []})
+    assert local["train"] == {key: {"runs": names, "needs": []} for key in "01"}
     assert local["notebooks"] == {"0": ["toy"]}
     cluster = batch.describe(store, "quick", planned, 0)
     assert cluster["train"] == {"toy.digits.s0": {"runs": names, "needs": []}}
