@@ -26,7 +26,7 @@ test: .venv/ready  ## run the tests, in two processes
 	@$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lab: .venv/ready  ## open JupyterLab: notebooks/, and results/ with the executed copies
-	@$(BIN)/jupyter lab --notebook-dir=. notebooks
+	@$(BIN)/jupyter lab --notebook-dir=. --LabApp.default_url=/lab/tree/notebooks
 
 report: pages  ## write the executed notebooks as a site that needs no network
 	@$(BIN)/sphinx-build -qWE -d "$(FOLDER)/work/doctrees" "$(FOLDER)/work/docs" "$(FOLDER)/work/report"

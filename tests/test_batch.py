@@ -3,11 +3,12 @@
 import signal
 import time
 
+import nbformat
 import psutil
 import pytest
 from conftest import NASTY, tree
 
-from prunestudy.study import notebooks
+from prunestudy.study import batch, notebooks
 from prunestudy.study.plan import plan
 from prunestudy.study.records import Store
 
@@ -50,9 +51,19 @@ def test_any_path_is_a_path_and_a_second_study_does_nothing(start, tmp_path):
     now = tree(results / "quick/records"), notebooks.executed(store, "toy").stat().st_mtime_ns
     assert now == before
 
-    notebooks.executed(store, "toy").write_text(text[:200])
-    study(start, f"--results={results}")
-    assert notebooks.executed(store, "toy").read_text() == text
+
+@pytest.mark.usefixtures("toy_card")
+def test_local_jobs_share_all_runs_and_those_of_a_cluster_have_their_own(tmp_path):
+    store, planned = Store("quick", tmp_path), plan("quick")
+    names = [item.settings.run for item in planned]
+    local = batch.describe(store, "quick", planned, 2)
+    assert local["train"] == {key: {"runs": names, "needs": []} for key in "01"}
+    assert local["notebooks"] == {"0": ["toy"]}
+    cluster = batch.describe(store, "quick", planned, 0)
+    assert cluster["train"] == {"toy.digits.s0": {"runs": names, "needs": []}}
+    assert cluster["notebooks"] == {"toy": ["toy"]}
+    same = {"results": str(tmp_path), "gpu": False, "latency": True, "papers": ["toy"]}
+    assert local | same == local
 
 
 def alive(process):
@@ -82,13 +93,16 @@ def test_ctrl_c_ends_all_and_says_how_to_go_on(start, tmp_path, command, number)
     assert not [child for child in children if child.is_running()]
 
 
+@pytest.mark.usefixtures("toy_card")
 def test_of_a_failed_job_all_is_shown(start, checkout, tmp_path):
     source = checkout / "notebooks/99_toy.ipynb"
-    source.write_text(source.read_text().replace('profile = \\"quick', 'profile = \\"a\\" / \\"b'))
+    notebook = nbformat.read(source, as_version=4)
+    notebook.cells.append(nbformat.v4.new_code_cell("1 / 0"))
+    nbformat.write(notebook, source)
     process = start("study", "--results", str(tmp_path / "results"))
     _, err = process.communicate(timeout=300)
     assert process.returncode == 2
-    assert "toy: notebook 99_toy: TypeError: unsupported operand" in err
+    assert "toy: notebook 99_toy: ZeroDivisionError: division by zero" in err
     assert err.splitlines()[-1] == (
         "prunestudy: study = quick: a job failed, see above; finished runs are kept"
     )

@@ -126,7 +126,13 @@ def test_report_has_a_panel_for_each_metric():
 
 
 def test_psnr_against_removed_splits_by_fine_tuning():
-    base = {"model": "autoencoder", "dataset": "digits", "target_kind": "parameters", "n": 3}
+    base = {
+        "model": "autoencoder",
+        "dataset": "digits",
+        "target_kind": "parameters",
+        "n": 3,
+        "device": "cpu",
+    }
     base |= {"metric_sd": 0.1, "dense_metric": 20.0, "method": "component_aware"}
     rows = [
         base | {"reading": "", "stage": "", "target": 0.5, "metric": 18.0},

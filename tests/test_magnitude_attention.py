@@ -632,6 +632,34 @@ def test_snip_looks_at_as_many_batches_as_it_is_told_and_leaves_the_net_alone():
     torch.testing.assert_close(scores[2], by_hand)
 
 
+def test_a_resumed_snip_run_keeps_its_mask(tmp_path):
+    class Broken:
+        def __init__(self):
+            self.inner = toy_batches()
+
+        def __getattr__(self, name):
+            return getattr(self.inner, name)
+
+        def epoch(self, number, start=0):
+            if number == 2:
+                raise KeyboardInterrupt
+            return self.inner.epoch(number, start)
+
+    def run(batches, net_seed=0, **options):
+        net = randomise(BatchNormNet(), net_seed)
+        recipe = Recipe(epochs=4, lr=0.02)
+        return train(net, methods.build("snip", {}, 0.8), recipe, batches, toy_batches(), **options)
+
+    straight = run(toy_batches(), seed=0)
+    options = {"seed": 0, "checkpoint": tmp_path / "c", "run": "r"}
+    with pytest.raises(KeyboardInterrupt):
+        run(Broken(), **options)
+    resumed = run(toy_batches(), net_seed=5, **options)
+    assert resumed.history == straight.history
+    for name, tensor in straight.model.state_dict().items():
+        assert torch.equal(tensor, resumed.model.state_dict()[name]), name
+
+
 # --- records, and the question when a weight was cut
 
 
@@ -741,6 +769,7 @@ def test_figures_of_a_run(done, store):
 @pytest.mark.parametrize(("random", "cut"), [(0.82, False), (0.1, True)])
 def test_a_figure_says_that_values_are_cut_off_only_where_some_are(random, cut):
     row = {"model": "lenet5", "dataset": "mnist", "variant": "", "target_kind": "sparsity"}
+    row |= {"device": "cpu"}
     row |= {"metric_name": "top1", "metric_sd": 0.0, "dense_metric": 0.9, "n": 3}
     values = {(CUT, 0.95): 0.88, (CUT, 0.98): 0.8, ("random", 0.95): random}
     rows = [
@@ -755,6 +784,7 @@ def test_a_figure_says_that_values_are_cut_off_only_where_some_are(random, cut):
 
 def test_a_legend_says_from_how_many_seeds_the_points_of_a_line_are():
     row = {"model": "lenet5", "dataset": "mnist", "variant": "", "target_kind": "sparsity"}
+    row |= {"device": "cpu"}
     row |= {"metric_name": "top1", "metric": 0.8, "metric_sd": 0.0, "dense_metric": 0.9}
     counts = {(CUT, 0.95): 1, (CUT, 0.98): 3, ("dpf", 0.95): 2, ("dpf", 0.98): 2}
     rows = [

@@ -1,10 +1,12 @@
 """Notebooks through papermill, with tiny settings; bad parameters change nothing on disk."""
 
 import base64
+import json
 
 import nbformat
 import papermill
 import pytest
+from conftest import one_line
 
 from prunestudy.errors import InputError
 from prunestudy.papers import cards
@@ -87,12 +89,101 @@ def test_check_parameters_names_what_is_wrong():
         check_parameters(space | {"seeds": 1.5}, {"before"}, seeds=int)
 
 
-def test_executed_copy_is_stale_when_nothing_is_there(tmp_path):
-    assert not notebooks.is_current(Store("quick", tmp_path), "quick", PAPERS[0])
+WHOLE = json.dumps({"nbformat": 4, "metadata": {}, "cells": []})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "\0", "[]", "3", '{"cells": 3}', WHOLE[:-3], "[" * 100_000),
+        WHOLE.replace("4", "3"),
+        WHOLE.replace("[]", '[{"cell_type": "code", "metadata": {}, "source": ""}]'),
+        WHOLE.replace("[]", '[{"cell_type": "markdown", "metadata": {}, "source": 7}]'),
+    ],
+)
+def test_what_is_no_notebook_is_refused_in_one_line_and_made_again(text, tmp_path, monkeypatch):
+    store = Store("quick", tmp_path)
+    path = notebooks.executed(store, PAPERS[0])
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    with pytest.raises(InputError) as caught:
+        notebooks.read(path)
+    assert one_line(caught) == (
+        f"notebook = {path}: damaged, or no notebook of format 4; get it back from git, or make it"
+        " again"
+    )
+    assert not notebooks.is_current(store, "quick", PAPERS[0])
+    monkeypatch.setattr(notebooks, "source_of", lambda _: path)
+    with pytest.raises(InputError, match="damaged, or no notebook"):
+        notebooks.execute(PAPERS[0], "quick", str(tmp_path))
+    path.unlink()
+    assert not notebooks.is_current(store, "quick", PAPERS[0])
+    with pytest.raises(InputError, match="not there"):
+        notebooks.read(path)
+
+
+DIRTY = """
+import builtins, os, random, sys, warnings
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from prunestudy import errors
+clean = [
+    not set(dir()) & {"left", "clean_before"}, not plt.get_fignums(), len(In) == 2, Out == {},
+    plt.rcParams["lines.linewidth"] == 1.5, not hasattr(builtins, "left"),
+    not hasattr(errors, "left"), "LEFT" not in os.environ, "left" not in sys.path,
+    os.path.basename(os.getcwd()) != "..", ("ignore", None, UserWarning, None, 7)
+    not in warnings.filters, pd.get_option("display.max_rows") == 60,
+    torch.get_default_dtype() is torch.float32, torch.is_grad_enabled(),
+    get_ipython().display_formatter.formatters["image/png"].type_printers.get(Figure) is not id,
+]
+drawn = [float(torch.rand(1)), float(np.random.rand()), random.random(), os.getcwd()]
+clean_before = left = builtins.left = errors.left = 1
+plt.figure(), plt.rc("lines", linewidth=9)
+os.environ["LEFT"] = "1"
+sys.path.append("left")
+os.chdir("/")
+warnings.filterwarnings("ignore", category=UserWarning, lineno=7)
+pd.set_option("display.max_rows", 7)
+torch.set_default_dtype(torch.float64)
+torch.set_grad_enabled(False)
+get_ipython().display_formatter.formatters["image/png"].type_printers[Figure] = id
+print(clean, drawn)
+"""
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_on_one_kernel_nothing_of_a_notebook_is_left_for_the_next(tmp_path):
+    def notebook(name, *sources):
+        cells = [nbformat.v4.new_code_cell(source) for source in sources]
+        nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / name)
+        return tmp_path / name
+
+    dirty = notebook("dirty.ipynb", DIRTY)
+    broken = notebook("broken.ipynb", "import os\nprint(os.getpid())\n1 / 0")
+    number = notebook("number.ipynb", "import os\nprint(os.getpid())")
+    said = []
+    with notebooks.Kernel() as kernel:
+        for source in (dirty, dirty, number, number, broken, number, dirty):
+            try:
+                kernel.execute(source, tmp_path / "out.ipynb", {})
+            except InputError as error:
+                assert str(error) == "notebook broken: ZeroDivisionError: division by zero"
+            (cell,) = nbformat.read(tmp_path / "out.ipynb", as_version=4).cells[-1:]
+            assert cell.execution_count == 1
+            said.append(cell.outputs[0].text)
+    first, second, *numbers, last = said
+    assert first.startswith(f"[{', '.join(['True'] * 15)}] [")
+    assert first == second
+    assert first.split("]")[0] == last.split("]")[0]  # what chance begins with differs
+    # One kernel, until a notebook fails.
+    assert numbers[0] == numbers[1] == numbers[2] != numbers[3]
 
 
 def test_colab_badge_waits_for_the_repository(tmp_path, monkeypatch):
-    monkeypatch.setattr(notebooks, "repository", lambda: tmp_path)
+    monkeypatch.setattr(notebooks.places, "checkout", lambda: tmp_path)
     page = tmp_path / "pyproject.toml"
     page.write_text('[tool.prunestudy]\nrepository = ""\n')
     assert notebooks.colab_badge("a.ipynb") == ""

@@ -1,6 +1,7 @@
 """The checkout itself: one source of dependencies, notebooks without outputs, a README in step."""
 
 import re
+import runpy
 import subprocess
 import sys
 import tomllib
@@ -10,6 +11,7 @@ import nbformat
 import pandas as pd
 import pytest
 
+from prunestudy import datasets, places
 from prunestudy.errors import InputError
 from prunestudy.papers import cards
 from prunestudy.study import tables
@@ -29,10 +31,84 @@ def test_environment_names_only_python_pip_and_the_project():
     assert [re.split(r"[<>=:]", name)[0] for name in names] == ["python", "pip", "pip", "e ."]
 
 
-def test_torch_and_torchvision_are_bounded_as_a_pair():
+def test_torch_is_bounded_below_and_not_to_one_minor_version():
     needs = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     assert "torch>=2.11,<3" in needs
     assert "torchvision>=0.26,<1" in needs
+
+
+def test_the_lock_names_every_dependency_with_hashes_and_no_host():
+    text = (ROOT / "environment.lock").read_text()
+    assert "//" not in text
+    locked = re.findall(r"^([a-z0-9.-]+)==[^ ]+ \\\n    --hash=sha256:[0-9a-f]{64}", text, re.M)
+    assert len(locked) == len(re.findall(r"^[^ ]", text, re.M))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    groups = [project["dependencies"], *project["optional-dependencies"].values()]
+    names = {re.match(r"[a-zA-Z0-9-]+", need)[0] for group in groups for need in group}
+    names -= {"prunestudy"}
+    assert names <= set(locked)
+
+
+@pytest.mark.parametrize(
+    ("listed", "variables"),
+    [
+        ("", {}),
+        ("global.timeout='9'", {}),
+        ("global.index-url='file:///a b'", {"UV_DEFAULT_INDEX": "file:///a b"}),
+        (
+            "global.extra-index-url='a\\nb'\n:env:.find-links='x y'\nglobal.find-links='z'",
+            {
+                "UV_INDEX": "a b",
+                "UV_FIND_LINKS": "x,y",
+                "UV_INDEX_STRATEGY": "unsafe-best-match",
+            },
+        ),
+    ],
+)
+def test_uv_is_told_what_pip_is_told(listed, variables, monkeypatch):
+    install = runpy.run_path(str(ROOT / ".ci/install"))
+    said = subprocess.CompletedProcess([], 0, stdout=listed)
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: said)
+    assert install["settings"]() == variables
+
+
+def test_where_uv_fails_pip_installs(monkeypatch, capsys):
+    install = runpy.run_path(str(ROOT / ".ci/install"))
+    called = []
+
+    def run(command, **options):
+        called.append(command[2:])
+        failed = command[2] == "uv"
+        return subprocess.CompletedProcess(command, int(failed), stdout="")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert install["main"](["-e", "."]) == 0
+    pip = ["pip", "--disable-pip-version-check", "install"]
+    assert called[0] == [*pip, "-qq", "uv"]
+    assert called[-1] == [*pip, "-qq", "-e", "."]
+    assert capsys.readouterr().err == "uv did not install it, see above: pip does, and is slower\n"
+
+
+def test_outside_a_checkout_results_and_data_are_below_the_current_folder(tmp_path, monkeypatch):
+    package = tmp_path / "site-packages/prunestudy"
+    monkeypatch.setattr(places, "_PACKAGE", package)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PRUNESTUDY_DATA", raising=False)
+    assert places.checkout() is None
+    assert places.notebooks() == package / "notebooks"
+    assert Store("quick").folder == tmp_path / "results/quick"
+    assert datasets.data_root() == tmp_path / "data"
+
+
+def test_the_wheel_holds_workflow_cards_and_notebooks():
+    """The notebooks by a link, which setuptools follows."""
+    data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    lib = ROOT / "lib"
+    for package, patterns in data["package-data"].items():
+        folder = lib / package.replace(".", "/")
+        assert all(list(folder.glob(pattern)) for pattern in patterns), package
+    shipped = {path.name for path in (lib / "prunestudy/notebooks").glob("*.ipynb")}
+    assert shipped == {path.name for path in NOTEBOOKS}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

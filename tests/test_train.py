@@ -370,7 +370,6 @@ VARIANTS = {
     "dense": {},
     "magnitude": {},
     "random": {},
-    "snip": {},
     "gradual_magnitude": {"harden": 0.6, "period": 3},
     "l1": {"harden": 0.6},
     "magnitude_attention": {"period": 3, "ramp": 0.6},

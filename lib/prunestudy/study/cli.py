@@ -113,6 +113,9 @@ def _parser() -> argparse.ArgumentParser:
     note.add_argument("paper")
     readme = add("readme", _readme, "write README's table of results")
     readme.add_argument("--profile", default="cpu", help=_PROFILE_HELP)
+    merge = add("collect", _collect, "merge finished runs, and records of elsewhere, into one file")
+    merge.add_argument("folders", nargs="*", metavar="FOLDER", help="brought back from elsewhere")
+    merge.add_argument("--replace", action="store_true", help="the newcomer takes a run's place")
     show = add("show", _show, "print a run's settings, metrics, environment and history")
     show.add_argument("run_name", metavar="RUN", help="a run's name or its beginning")
     show.add_argument("--weight", nargs=2, metavar=("LAYER", "INDEX"), help=_WEIGHT_HELP)
@@ -122,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     export = add("export", _export, "write a finished net as an ONNX file")
     export.add_argument("run_name", metavar="RUN", help="a run's name or its beginning")
     export.add_argument("file", metavar="FILE", help="the ONNX file")
-    for command in (note, show, compare, export):
+    for command in (note, merge, show, compare, export):
         command.add_argument("--profile", default="quick", help=_PROFILE_HELP)
     own = with_data(add("train", _train, "train one run of your own, with settings of your own"))
     own.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=_SET_HELP)
@@ -156,11 +159,13 @@ def _store(a: argparse.Namespace) -> Any:
 
 def _study(a: argparse.Namespace) -> None:
     from prunestudy.study import batch, tables
+    from prunestudy.study.collect import collect
     from prunestudy.study.plan import plan
 
     started, store, planned = time.monotonic(), _store(a), _planned(a)
     seconds = batch.run(store, a.profile, planned, a.jobs, a.data, a.executor)
     since = time.monotonic()
+    collect(a.profile, [], a.results, False)
     tables.write(store, plan(a.profile))
     summary = tables.read_table(store.folder / "tables" / "summary.csv")
     _print_summary(summary[summary.paper.isin({item.paper for item in planned})])
@@ -170,6 +175,12 @@ def _study(a: argparse.Namespace) -> None:
     now = time.monotonic()
     seconds |= {"tables": now - since, "total": now - started}
     print("seconds:  ", ", ".join(f"{name} {value:.1f}" for name, value in seconds.items()))
+
+
+def _collect(a: argparse.Namespace) -> None:
+    from prunestudy.study.collect import collect
+
+    collect(a.profile, a.folders, a.results, a.replace)
 
 
 def _print_summary(summary: Any) -> None:

@@ -13,11 +13,10 @@ _PARTS = ("settings", "data", "environment", "status", "validation", "metrics", 
 
 
 def differences(store: Store, a: str, b: str) -> list[tuple[str, str, str]]:
-    """(key, value of run `a`, value of run `b`) where the two differ, in the order of a record.
+    """(key, value of run `a`, value of run `b`) where the two differ; "-" for what one lacks.
 
-    Keys are dotted paths such as `settings.recipe.lr`; "-" stands for what a run does not have.
-    The last row says at which epoch the two histories part. Raises `InputError` for a record that
-    is missing or damaged.
+    Keys are dotted paths such as `settings.recipe.lr`; the last row says at which epoch the two
+    histories part. Raises `InputError` for a record that is missing or damaged.
     """
     records = [store.require(run) for run in (a, b)]
     rows = []
@@ -42,10 +41,8 @@ def weight_line(store: Store, run: str, layer: str, index: str) -> str:
     """
     path = store.cuts(run)
     if not path.exists():
-        raise InputError(
-            f"cuts = {run}: no file (it is not tracked, and only magnitude_attention and dpf write"
-            " one); delete the run's folder to train it again"
-        )
+        why = "no file (it is not tracked, and only magnitude_attention and dpf write one)"
+        raise InputError(f"cuts = {run}: {why}; `prunestudy run RUN --weights` makes it")
     cuts = store.read_cuts(run)
     name = layer if layer.endswith(".weight") else f"{layer}.weight"
     names = [key.removesuffix(":when") for key in cuts if key.endswith(":when")]

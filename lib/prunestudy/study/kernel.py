@@ -42,7 +42,6 @@ def note_start(shell: Any) -> None:
     def start_afresh() -> None:
         plt.close("all")
         shell.reset(new_session=True)
-        shell.execution_count = 0  # one is added when this cell ends
         for name in [name for name in sys.modules if name.split(".")[0] == "prunestudy"]:
             del sys.modules[name]
         with warnings.catch_warnings():

@@ -90,6 +90,7 @@ def check(path: Path, values: dict[str, Any]) -> None:
         require(type(value) is wanted, f"parameter {name}", value, allowed)
 
 
+_ARGUMENTS = ["--HistoryManager.hist_file=:memory:"]
 _NOTE_START = "from prunestudy.study.kernel import note_start; note_start(get_ipython())"
 
 
@@ -101,6 +102,7 @@ class Kernel:
 
     def __init__(self) -> None:
         self._manager: Any = None
+        self._client: Any = None
 
     def __enter__(self) -> Self:
         return self
@@ -108,9 +110,11 @@ class Kernel:
     def __exit__(self, *_: object) -> None:
         from jupyter_core.utils import run_sync
 
+        if self._client:
+            self._client.stop_channels()
         if self._manager:
             run_sync(self._manager.shutdown_kernel)(now=True)
-        self._manager = None
+        self._manager = self._client = None
 
     def execute(self, source: Path, target: Path, values: dict[str, Any]) -> None:
         """Execute `source` with parameters `values` into `target`.
@@ -120,39 +124,50 @@ class Kernel:
         import papermill
 
         if not self._manager:
-            self._manager = self._started()
-        names = {"kernel_name": "python3", "progress_bar": False, "km": self._manager}
+            self._start()
+        options = {"kernel_name": "python3", "progress_bar": False, "km": self._manager}
         try:
-            papermill.execute_notebook(str(source), str(target), parameters=values, **names)
+            papermill.execute_notebook(str(source), str(target), parameters=values, **options)
             self._run("get_ipython().start_afresh()")
         except papermill.exceptions.PapermillExecutionError as error:
             self.__exit__()
             raise InputError(f"notebook {source.stem}: {error.ename}: {error.evalue}") from None
 
-    def _started(self) -> Any:
+    def _start(self) -> None:
         from jupyter_client import AsyncKernelManager
         from jupyter_core.utils import run_sync
 
+        quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         for attempt in (1, 2):
             self._manager = AsyncKernelManager(kernel_name="python3")
-            options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-            options["extra_arguments"] = ["--HistoryManager.hist_file=:memory:"]
+            # nbclient asks for a client for each notebook, and leaves it open.
+            new_client = self._manager.client
+            self._manager.client = lambda new=new_client: self._one_client(new())
+            run_sync(self._manager.start_kernel)(extra_arguments=_ARGUMENTS, **quiet)
             try:
-                run_sync(self._manager.start_kernel)(**options)
                 self._run(_NOTE_START)
-                return self._manager
+                return
             except RuntimeError:
                 # Starting a kernel races for a port now and then.
                 self.__exit__()
                 if attempt == 2:
                     raise
 
-    def _run(self, code: str) -> None:
-        import nbclient
-        import nbformat
+    def _one_client(self, client: Any) -> Any:
+        if self._client:
+            self._client.stop_channels()
+        self._client = client
+        return client
 
-        cells = [nbformat.v4.new_code_cell(code)]
-        nbclient.NotebookClient(nbformat.v4.new_notebook(cells=cells), km=self._manager).execute()
+    def _run(self, code: str) -> None:
+        from jupyter_core.utils import run_sync
+
+        client = self._manager.client()
+        client.start_channels()
+        run_sync(client.wait_for_ready)(timeout=120)
+        content = run_sync(client.execute_interactive)(code, store_history=False)["content"]
+        if content["status"] != "ok":
+            raise RuntimeError(f"{content['ename']}: {content['evalue']}")
 
 
 def execute(

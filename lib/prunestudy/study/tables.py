@@ -12,7 +12,7 @@ import pandas as pd
 
 from prunestudy import datasets, methods, papers
 from prunestudy.errors import InputError
-from prunestudy.papers import card
+from prunestudy.papers import Card, card
 from prunestudy.study.plan import Planned
 from prunestudy.study.records import Store, write_text
 from prunestudy.study.verdicts import Interval, margin_to_dense, removed
@@ -68,12 +68,13 @@ def runs_table(store: Store, planned: list[Planned]) -> pd.DataFrame:
 
 def _row(item: Planned, record: dict[str, Any]) -> dict[str, Any]:
     settings, aim = item.settings, item.settings.aim
-    own = "run method model dataset seed epochs precision threads".split()
+    own = "method model dataset seed epochs precision threads".split()
     return {
         **{name: record["metrics"].get(name) for name in RUN_COLUMNS if name in record["metrics"]},
         **{name: getattr(settings, name) for name in own},
         **{name: getattr(item, name) for name in ("paper", "variant", "reading", "stage", "after")},
         **(record["latency"] or {}).get("ms", {}),
+        "run": record["run"],  # settings.run would hash them once more
         "parent": record["parent"] or "",
         "target_kind": aim.kind if aim else "",
         "target": aim.value if aim else math.nan,
@@ -100,32 +101,30 @@ def summary_table(runs: pd.DataFrame) -> pd.DataFrame:
     rows["n"] = groups.size()
     everything = runs.groupby(keys, dropna=False).size()
     rows["diverged"] = everything.reindex(rows.index) - rows["n"]
-    intervals = groups["difference"].agg(lambda values: Interval.of(list(values.dropna())))
+    intervals = groups["difference"].agg(
+        lambda values: Interval.of([x for x in values if not math.isnan(x)])
+    )
     for name in ("n", "mean", "sd", "low", "high"):
         column = "difference" if name == "mean" else f"difference_{name}"
         rows[column] = [getattr(interval, name) for interval in intervals]
     rows = rows.reset_index()
-    said = [
-        (*_beside(row), _verdict_to_dense(row, interval))
-        for row, interval in zip(rows.to_dict("records"), intervals, strict=True)
-    ]
+    cards = {paper: card(paper) for paper in set(rows["paper"])}
+    said = []
+    for row, interval in zip(rows.to_dict("records"), intervals, strict=True):
+        margin = margin_to_dense(cards[row["paper"]], row)
+        verdict = "" if margin is None else interval.verdict(margin)
+        said.append((*_beside(cards[row["paper"]], row), verdict))
     columns = ["published", "mark", "source", "verdict"]
-    rows = rows.join(pd.DataFrame(said, columns=columns))
-    return rows[SUMMARY_COLUMNS]
+    return rows.join(pd.DataFrame(said, columns=columns))[SUMMARY_COLUMNS]
 
 
-def _beside(row: dict[str, Any]) -> tuple[float, str, str]:
+def _beside(paper: Card, row: dict[str, Any]) -> tuple[float, str, str]:
     """The published number beside a setting, its mark and source; NaN and "" without one."""
     keys = ("method", "model", "dataset", "target", "target_kind")
-    for number in card(row["paper"]).published if not row["variant"] else ():
+    for number in paper.published if not row["variant"] else ():
         if number.target is not None and all(getattr(number, key) == row[key] for key in keys):
             return number.value, number.mark, number.source
     return math.nan, "", ""
-
-
-def _verdict_to_dense(row: dict[str, Any], interval: Interval) -> str:
-    margin = margin_to_dense(card(row["paper"]), row)
-    return "" if margin is None else interval.verdict(margin)
 
 
 def build(store: Store, planned: list[Planned]) -> tuple[pd.DataFrame, pd.DataFrame]:

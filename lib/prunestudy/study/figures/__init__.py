@@ -32,9 +32,8 @@ def metric_against_target(
     With the sd, the dense net of the same epochs, and published numbers that belong here. Raises
     `InputError` if no run is done.
     """
-    rows = summary[(summary.model == model) & (summary.dataset == dataset)]
-    rows = rows[(rows.variant == "") & (rows.target_kind == kind) & rows.target.notna()]
-    look.require_rows(rows, f"{model} on {dataset}", "no finished run with a target")
+    where = {"model": model, "dataset": dataset, "variant": "", "target_kind": kind}
+    rows = look.select(summary, f"{model} on {dataset}", "no finished run with a target", **where)
     factor, unit = tables.UNITS[rows.metric_name.iloc[0]]
     figure, (axes,) = look.canvas(size=(6.4, 4.2))
     for method in look.in_order(rows.method):
@@ -83,10 +82,8 @@ def variants(summary: pd.DataFrame, method: str) -> Figure:
     At the net, data set and target of the first variant. Raises `InputError` without variants.
     """
     ours = summary[summary.method == method]
-    others = ours[ours.variant != ""]
-    look.require_rows(others, f"variants of {method}")
-    keys = ["model", "dataset", "target_kind", "target"]
-    first = others.iloc[0]
+    first = look.select(ours[ours.variant != ""], f"variants of {method}").iloc[0]
+    keys = ["model", "dataset", "target_kind", "target", "device"]
     rows = ours[(ours[keys] == first[keys]).all(axis=1)].sort_values("difference")
     lost = rows.diverged.map(lambda count: f" ({count} diverged)" if count else "")
     factor, unit = tables.UNITS[first.metric_name]

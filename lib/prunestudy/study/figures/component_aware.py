@@ -19,12 +19,17 @@ from prunestudy.study.figures import look
 from prunestudy.study.plan import Planned
 from prunestudy.study.records import Store
 
-_CONTROLS = {
-    "": ("uniform share", look.COLOURS["uniform"], "s"),
-    "one ranking": ("one ranking, group L2", look.COLOURS["group_l2"], "D"),
-    "one ranking, Taylor": ("one ranking, Taylor", look.COLOURS["l1_filter"], "^"),
-    "random": ("random", look.COLOURS["random"], "v"),
+_STAGES = {"": "after pruning", "fine-tuned": "fine-tuned"}
+# Method and reading to label, colour and marker. Where components are looked at, it is dashed.
+_LINES = {
+    ("component_aware", ""): ("soft coefficients", look.COLOURS["component_aware"], "o"),
+    ("component_aware", "grid"): ("soft coefficients, grid", "black", "*"),
+    ("uniform", ""): ("uniform share", look.COLOURS["uniform"], "s"),
+    ("uniform", "one ranking"): ("one ranking, group L2", look.COLOURS["group_l2"], "D"),
+    ("uniform", "one ranking, Taylor"): ("one ranking, Taylor", look.COLOURS["l1_filter"], "^"),
+    ("uniform", "random"): ("random", look.COLOURS["random"], "v"),
 }
+_BY_COMPONENT = ", by component"
 _COUPLING, _GOOD = "#d55e00", "#029e73"
 
 
@@ -33,17 +38,23 @@ def psnr_against_removed(summary: pd.DataFrame, model: str, dataset: str) -> Fig
 
     Dashed: the same control, component by component.
     """
-    rows = summary[(summary.model == model) & (summary.dataset == dataset)]
-    rows = rows[rows.target_kind == "parameters"]
-    look.require_rows(rows, f"{model} on {dataset}", "no finished run with a target")
+    where = {"model": model, "dataset": dataset, "target_kind": "parameters"}
+    rows = look.select(summary, f"{model} on {dataset}", "no finished run with a target", **where)
     panels = [(stage, part) for stage, part in rows.groupby("stage") if stage in _STAGES]
     figure, axes = look.canvas(len(panels), (1 + 4.3 * len(panels), 4.4), sharey=True)
     for panel, (stage, part) in zip(axes, panels, strict=True):
-        for method, reading, style in _lines():
-            line = part[(part.method == method) & (part.reading == reading)].sort_values("target")
-            if len(line):
-                sd = line.metric_sd.fillna(0)
-                panel.errorbar(100 * line.target, line.metric, sd, capsize=2, **style)
+        for (method, reading), (label, colour, marker) in _LINES.items():
+            ours = method == "component_aware"
+            style = {"color": colour, "marker": marker, "ms": 7 if ours else 4, "capsize": 2}
+            style |= {"lw": 2.5 if ours else 1.2, "zorder": 3 if ours else 2}
+            dashes = {"": "" if reading == "grid" else "-"}
+            for more, dash in (dashes if ours else {"": "-", _BY_COMPONENT: "--"}).items():
+                wanted = (reading + more).removeprefix(", ")
+                line = part[(part.method == method) & (part.reading == wanted)]
+                line = line.sort_values("target")
+                if len(line):
+                    spots = (100 * line.target, line.metric, line.metric_sd.fillna(0))
+                    panel.errorbar(*spots, ls=dash, label=label + more, **style)
         panel.axhline(part.dense_metric.mean(), color=look.COLOURS["dense"], ls=":", lw=1.5)
         panel.set(title=_STAGES[stage], xlabel="parameters removed, %")
         panel.set_xticks([100 * target for target in sorted(set(part.target))])
@@ -51,25 +62,6 @@ def psnr_against_removed(summary: pd.DataFrame, model: str, dataset: str) -> Fig
     figure.suptitle(f"{look.place_of(rows)}; dotted: dense", fontsize=10)
     look.legend_of_all(figure, "outside lower center", columns=1 + len(panels))
     return figure
-
-
-_STAGES = {"": "after pruning", "fine-tuned": "fine-tuned"}
-
-
-def _lines() -> list[tuple[str, str, dict[str, Any]]]:
-    """Method, reading and look of each line."""
-    ours = {"color": look.COLOURS["component_aware"], "marker": "o", "lw": 2.5, "zorder": 3}
-    grid = {"color": "black", "marker": "*", "ls": "", "ms": 9, "zorder": 4}
-    lines = [
-        ("component_aware", "", ours | {"label": "soft coefficients"}),
-        ("component_aware", "grid", grid | {"label": "soft coefficients, grid"}),
-    ]
-    for reading, (label, colour, marker) in _CONTROLS.items():
-        style = {"color": colour, "marker": marker, "ms": 4, "lw": 1.2}
-        dashed = style | {"label": f"{label}, by component", "ls": "--"}
-        lines.append(("uniform", reading, style | {"label": label}))
-        lines.append(("uniform", f"{reading}, by component".removeprefix(", "), dashed))
-    return lines
 
 
 def groups(found: Sequence[ComponentGroup]) -> Figure:
@@ -130,8 +122,7 @@ def coefficients(store: Store, planned: Sequence[Planned], model: str, dataset: 
     table["target"] = [f"{target:.0%}" for target in table.target]
     axes = look.bars(table, "flare", 1.5 * table.group.nunique() + 2)
     axes.set(ylabel="channels removed, %", ylim=(0, 100))
-    where = f"{model} on {tables.datasets_title(dataset)}"
-    axes.set_title(f"coefficients found, {where}")
+    axes.set_title(f"coefficients found, {model} on {tables.datasets_title(dataset)}")
     look.legend_beside(axes, "parameters\nremoved")
     return axes.figure
 
@@ -139,30 +130,20 @@ def coefficients(store: Store, planned: Sequence[Planned], model: str, dataset: 
 def search_cost(store: Store, planned: Sequence[Planned]) -> Figure:
     """Sample passes of both solvers against the number of coefficients, one point a run."""
     found = look.finished(store, planned, lambda item: item.settings.method == "component_aware")
-    points: dict[str, set[tuple[int, int]]] = {kind: set() for kind in _SEARCHES}
-    for settings, record in found:
-        metrics = record["metrics"]
-        count, passes = metrics["coefficients"], metrics["search_passes"]
-        if settings.params["solver"] == "grid":
-            points["grid: judged"].add((count, passes))
-            points["grid: all points"].add((count, metrics["grid_passes"]))
-        else:
-            points["gradient descent"].add((count, passes))
+    runs = [(settings.params["solver"] == "grid", record["metrics"]) for settings, record in found]
     figure, (axes,) = look.canvas(size=(6.4, 3.8))
-    for kind, (colour, marker) in _SEARCHES.items():
-        axes.scatter(*zip(*points[kind], strict=True), 45, colour, marker=marker, label=kind)
+    for label, of_grid, passes, colour, marker in (
+        ("gradient descent", False, "search_passes", look.COLOURS["component_aware"], "o"),
+        ("grid: judged", True, "search_passes", "0.4", "s"),
+        ("grid: all points", True, "grid_passes", "black", "*"),
+    ):
+        spots = {(m["coefficients"], m[passes]) for is_grid, m in runs if is_grid == of_grid}
+        axes.scatter(*np.array([*spots]).T, 45, colour, marker=marker, label=label)
     axes.set(yscale="log", xlabel="coefficients", ylabel="sample passes")
-    axes.set_xticks(sorted({count for spots in points.values() for count, _ in spots}))
+    axes.set_xticks(sorted({m["coefficients"] for _, m in runs}))
     axes.set_title("what the search costs (forward 1, forward and backward 3)")
     axes.legend(fontsize=8)
     return figure
-
-
-_SEARCHES = {
-    "gradient descent": (look.COLOURS["component_aware"], "o"),
-    "grid: judged": ("0.4", "s"),
-    "grid: all points": ("black", "*"),
-}
 
 
 def latent_space(store: Store, run: str, title: str = "") -> Figure:

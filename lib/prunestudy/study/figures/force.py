@@ -220,33 +220,26 @@ def strengths(store: Store, planned: Sequence[Planned]) -> Figure:
         kind = s.params["kind"].upper() if s.method == "force" else "no force"
         scores = (100 * metrics["metric_whole"], 100 * metrics["metric"])
         rows.append((kind, s.params.get("strength"), metrics["rank_total"], *scores))
-    table = pd.DataFrame(rows, columns=["kind", "lambda", "rank", "whole net", "factorised"])
-    look.require_rows(table[table.kind != "no force"], "lambda", "no finished run of the search")
+    table = pd.DataFrame(rows, columns=["kind", "lambda", "rank", "whole", "factorised"])
+    forced = table[table.kind != "no force"].sort_values("lambda")
+    look.require_rows(forced, "lambda", "no finished run of the search")
     figure, (left, right) = look.canvas(2, (9, 3.6))
-    for kind, line in table.sort_values("lambda").groupby("kind"):
-        for axes, column, style in (
-            (left, "rank", "-"),
-            (right, "whole net", "-"),
-            (right, "factorised", ":"),
-        ):
-            label = kind if axes is left else f"{kind}, {column}"
-            drawn = {"color": _SEARCHED[kind], "ls": style, "label": label}
-            if kind == "no force":
-                drawn["ls"] = "--" if style == "-" else style
-                axes.axhline(line[column].iloc[0], **drawn)
-                continue
-            face = {"mfc": "white"} if column == "factorised" else {}
-            axes.plot(line["lambda"], line[column], marker="o", **drawn, **face)
-    plain = table[table.kind == "no force"]["whole net"]
-    if len(plain):
-        right.set_ylim(plain.iloc[0] - 3, plain.iloc[0] + 0.3)
+    for colour, (kind, line) in zip(("#029e73", "#0173b2"), forced.groupby("kind"), strict=False):
+        style = {"color": colour, "marker": "o"}
+        left.plot(line["lambda"], line["rank"], label=kind, **style)
+        right.plot(line["lambda"], line.whole, label=f"{kind}, whole net", **style)
+        style |= {"ls": ":", "mfc": "white", "label": f"{kind}, factorised"}
+        right.plot(line["lambda"], line.factorised, **style)
+    for plain in table[table.kind == "no force"].itertuples():
+        style = {"color": look.COLOURS["plain_low_rank"], "ls": "--"}
+        left.axhline(plain.rank, label="no force", **style)
+        right.axhline(plain.whole, label="no force, whole net", **style)
+        right.axhline(plain.factorised, label="no force, factorised", **style | {"ls": ":"})
+        right.set_ylim(plain.whole - 3, plain.whole + 0.3)
     for axes, name in ((left, "total rank at 5% error"), (right, "validation accuracy, %")):
         axes.set(xscale="log", xlabel="lambda", ylabel=name)
         axes.legend(fontsize=8, loc="lower left")
     return figure
-
-
-_SEARCHED = {"L1": "#029e73", "L2": "#0173b2", "no force": look.COLOURS["plain_low_rank"]}
 
 
 def layers_of(ranks: pd.DataFrame, model: str) -> list[str]:

@@ -78,11 +78,13 @@ def accuracy_against_latency(runs: pd.DataFrame, model: str, dataset: str, batch
 
     Raises `InputError` if no net was timed.
     """
-    rows = runs[(runs.model == model) & (runs.dataset == dataset) & (runs.variant == "")]
-    keys = ["method", "target_kind", "target"]
-    rows = rows.assign(mean=rows.groupby(keys).metric.transform("mean"))
+    name = f"latency of {model} on {dataset}"
+    rows = look.select(runs, name, model=model, dataset=dataset, variant="")
+    rows = rows.assign(
+        mean=rows.groupby(["method", "target_kind", "target"]).metric.transform("mean")
+    )
     timed = rows[rows[f"latency_b{batch}_ms"].notna() & rows.target.notna()]
-    look.require_rows(timed, f"latency of {model} on {dataset}", "no net was timed")
+    look.require_rows(timed, name, "no net was timed")
     factor, unit = tables.UNITS[timed.metric_name.iloc[0]]
     figure, (axes,) = look.canvas(size=(7.4, 4))
     for method, points in timed.groupby("method"):
@@ -90,8 +92,8 @@ def accuracy_against_latency(runs: pd.DataFrame, model: str, dataset: str, batch
         axes.scatter(gain, factor * points["mean"], s=45, **look.of(method))
     axes.axhline(factor * rows.dense_metric.mean(), color=look.COLOURS["dense"], ls="--", lw=1)
     axes.axvline(1, color="black", lw=0.8)
-    name = "accuracy, %" if unit == "%" else f"metric,{unit}"
-    axes.set(xlabel=f"measured speed-up at batch {batch}, times", ylabel=f"test {name}")
+    metric = "accuracy, %" if unit == "%" else f"metric,{unit}"
+    axes.set(xlabel=f"measured speed-up at batch {batch}, times", ylabel=f"test {metric}")
     axes.set_title(f"{look.place_of(rows)}: mean over seeds; dashed: dense")
     look.legend_beside(axes)
     return figure

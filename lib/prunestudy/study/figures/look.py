@@ -104,6 +104,19 @@ def require_rows(rows: Any, figure: str, why: str = "no finished run") -> None:
         raise InputError(f"figure = {figure}: {why}")
 
 
+def select(
+    table: pd.DataFrame, figure: str, why: str = "no finished run", **where: Any
+) -> pd.DataFrame:
+    """The rows whose columns are as in `where`, of the device that has most of them.
+
+    Runs of two devices are not drawn as one line. Raises `InputError` if there is no row.
+    """
+    for name, value in where.items():
+        table = table[table[name] == value]
+    require_rows(table, figure, why)
+    return table[table["device"] == table["device"].mode()[0]]
+
+
 def finished(
     store: Store, planned: Sequence[Planned], wanted: Callable[[Planned], bool]
 ) -> Iterator[tuple[RunSettings, dict[str, Any]]]:
@@ -163,4 +176,4 @@ def cut_off(axes: Axes, values: pd.Series, where: str = "top") -> None:
     if values.min() < axes.get_ylim()[0]:
         height = {"top": 0.985, "bottom": 0.02}[where]
         place = {"transform": axes.transAxes, "va": where, "fontsize": 7}
-        axes.text(0.015, height, "values below the frame are cut off", **place)
+        axes.text(0.01, height, "values below the frame are cut off", **place)

@@ -95,9 +95,8 @@ def pareto(rows: pd.DataFrame, dataset: str) -> Figure:
     `rows` of `overview.settings_table`; combinations are left out. The line joins the settings
     that no smaller one beats.
     """
-    part = rows[(rows.dataset == dataset) & ~rows.combined & (rows.method != "dense")]
-    part = part[part.difference.notna()]
-    look.require_rows(part, f"costs on {dataset}")
+    single = rows[(rows.method != "dense") & rows.difference.notna()]
+    part = look.select(single, f"costs on {dataset}", dataset=dataset, combined=False)
     factor, _ = tables.UNITS[part.metric_name.iloc[0]]
     part = part.assign(points=factor * part.difference, sd=factor * part.difference_sd.fillna(0))
     figure, axes = look.canvas(3, (11.5, 7.4), rows=2, sharey=True)
@@ -154,9 +153,8 @@ def training_against_gain(rows: pd.DataFrame, dataset: str, gain: str = "time_b1
     Raises `InputError` for another gain as well.
     """
     require_one_of("gain", gain, COSTS)
-    part = rows[(rows.dataset == dataset) & (rows.method != "dense")]
-    part = part[part[gain].notna() & part.training.notna()]
-    look.require_rows(part, f"{gain} on {dataset}", "nothing was measured")
+    timed = rows[(rows.method != "dense") & rows[gain].notna() & rows.training.notna()]
+    part = look.select(timed, f"{gain} on {dataset}", "nothing was measured", dataset=dataset)
     figure, (axes,) = look.canvas(size=(8.4, 4.6))
     for (method, both), points in part.groupby(["method", "combined"], sort=False):
         spread = np.abs([points.training_low, points.training_high] - points.training.to_numpy())
@@ -179,10 +177,9 @@ def pairs(rows: pd.DataFrame, dataset: str) -> Figure:
 
     To the right of each: what is left of weights and MACs.
     """
-    part = rows[rows.dataset == dataset]
-    both = part[part.combined]
-    look.require_rows(both, f"combinations on {dataset}")
-    alone = part[~part.combined & part.method.isin([*both.method, *both.after])]
+    both = look.select(rows, f"combinations on {dataset}", dataset=dataset, combined=True)
+    alone = rows[(rows.dataset == dataset) & (rows.device == both.device.iloc[0]) & ~rows.combined]
+    alone = alone[alone.method.isin([*both.method, *both.after])]
     shown = pd.concat([both, alone]).iloc[::-1]
     factor, _ = tables.UNITS[shown.metric_name.iloc[0]]
     figure, (axes,) = look.canvas(size=(9.5, 0.38 * len(shown) + 1.3))
