@@ -99,8 +99,7 @@ def points(axes: Axes, rows: pd.DataFrame, x: str, y: str, sd: str, **options: A
 
     Each in the colour and marker of its `method`, in the order of the palette.
     """
-    order = [*COLOURS].index
-    rows = rows.sort_values("method", key=lambda names: names.map(order), kind="stable")
+    rows = rows.sort_values("method", key=lambda names: names.map([*COLOURS].index), kind="stable")
     for label, line in rows.groupby("label", sort=False):
         colour, marker = _LOOK[line.method.iloc[0]]
         own = {"color": colour, "marker": marker, "ms": 7 if marker == "o" else 6, "capsize": 2}

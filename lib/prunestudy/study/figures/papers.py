@@ -31,7 +31,7 @@ _READINGS = {
 def gate_histograms(store: Store, run: str) -> Figure:
     """Gate variables at the first, a middle and the last epoch in which they train."""
     counts, rows = store.arrays(run)["gate_histograms"], store.history(run)
-    training = [i for i, row in enumerate(rows) if row["phase"] == "gates"]
+    training = [i for i, row in enumerate(rows) if row["phase"] == "gates"] or [0]
     chosen = sorted({training[0], training[len(training) // 2], training[-1]})
     colour = look.COLOURS["sparse_gates"]
     panels = {f"after epoch {i + 1}": {"gates": (counts[i], colour)} for i in chosen}
