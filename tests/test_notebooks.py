@@ -33,7 +33,7 @@ def _execute(paper, target, **values):
 @pytest.mark.filterwarnings("ignore")  # of papermill's and the kernel's own, in this process
 def test_runs_alone_with_tiny_settings(paper, tmp_path):
     _execute(paper, tmp_path / "out.ipynb", seeds=1, epochs=1, results=str(tmp_path))
-    found = list((tmp_path / "custom" / "records").glob("*/record.json"))
+    found = list((tmp_path / "custom" / "runs").glob("*/record.json"))
     assert len(found) >= 5
     assert list((tmp_path / "custom" / "figures").glob("*.png"))
     cells = nbformat.read(tmp_path / "out.ipynb", as_version=4).cells
