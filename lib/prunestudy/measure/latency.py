@@ -10,7 +10,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -77,14 +77,14 @@ def ratio(a: list[float], b: list[float], resamples: int = 1000, seed: int = 0) 
     return Ratio(float(np.median(ratios)), float(low), float(high))
 
 
-def timings(
+def latency(
     models: dict[str, nn.Module],
     shape: tuple[int, ...],
     batch: int,
     rounds: int = 100,
     threads: int | None = None,
-) -> dict[str, list[float]]:
-    """Seconds of each model's forward pass on a batch (batch, *shape), round by round.
+) -> dict[str, float]:
+    """Median milliseconds of each model's forward pass on one batch (batch, *shape).
 
     All are interleaved in one call; see `interleave`. Eval and inference mode, on each model's
     own device, waiting for CUDA; `threads` of torch's (the present number by default). Modes and
@@ -96,21 +96,11 @@ def timings(
     calls = {name: partial(_forward, m, zeros(m, shape, batch)) for name, m in models.items()}
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode())
-        stack.enter_context(_threads(threads))
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(threads or torch.get_num_threads())
         for model in models.values():
             stack.enter_context(evaluating(model))
-        return interleave(calls, rounds)
-
-
-def latency(
-    models: dict[str, nn.Module],
-    shape: tuple[int, ...],
-    batch: int,
-    rounds: int = 100,
-    threads: int | None = None,
-) -> dict[str, float]:
-    """Median milliseconds of each model's forward pass on one batch; see `timings`."""
-    seconds = timings(models, shape, batch, rounds, threads)
+        seconds = interleave(calls, rounds)
     return {name: 1e3 * statistics.median(times) for name, times in seconds.items()}
 
 
@@ -141,13 +131,3 @@ def _forward(model: nn.Module, x: Tensor) -> None:
     model(x)
     if x.is_cuda:
         torch.cuda.synchronize(x.device)
-
-
-@contextmanager
-def _threads(threads: int | None):
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
