@@ -129,17 +129,6 @@ def test_digits():
     assert (round(mean[0], 4), round(std[0], 4)) == (data.info.mean[0], data.info.std[0])
 
 
-def test_digits_parts_do_not_overlap():
-    from sklearn.datasets import load_digits
-
-    data = datasets.load("digits")
-    whole = sorted(
-        np.rint(image * 255 / 16).astype(np.uint8).tobytes() for image in load_digits().images
-    )
-    parts = torch.cat([data.train.images, data.test.images]).numpy()
-    assert sorted(image.tobytes() for image in parts) == whole
-
-
 # --- idx files
 
 
@@ -296,15 +285,6 @@ def test_a_download_is_moved_to_its_place(tmp_path, tiny, monkeypatch):
     monkeypatch.setattr("torchvision.datasets.MNIST._load_data", lambda _: (None, None))
     check_tiny(datasets.load("mnist", tmp_path))
     assert tree(tmp_path) == sorted(["MNIST", "MNIST/raw", *(f"MNIST/raw/{name}" for name in tiny)])
-    check_tiny(datasets.load("mnist", tmp_path, download=False))
-
-
-def test_download_not_wanted(tmp_path, tiny):
-    with pytest.raises(InputError) as caught:
-        datasets.load("mnist", tmp_path, download=False)
-    assert one_line(caught) == (
-        f"data = {str(tmp_path)!r}: mnist is not there (no folder {tmp_path}/MNIST/raw)"
-    )
 
 
 def test_missing_and_read_only_roots(tmp_path, tiny, monkeypatch):
@@ -671,7 +651,7 @@ def tiny_cifar(monkeypatch):
 )
 def test_cifar(tmp_path, tiny_cifar, name, folder, train, test, last):
     put(tmp_path / folder, CIFAR[name])
-    data = datasets.load(name, tmp_path, download=False)
+    data = datasets.load(name, tmp_path)
     assert data.train.labels.tolist() == train
     assert data.test.labels.tolist() == test
     assert data.train.images.shape == (3, 32, 32, 3)
@@ -687,7 +667,7 @@ def test_a_changed_cifar_file_is_refused_before_it_is_unpickled(tmp_path, tiny_c
     folder = put(tmp_path / "cifar-10-batches-py", CIFAR["cifar10"])
     (folder / "data_batch_2").write_bytes(pickle.dumps({"data": Evil()}))
     with pytest.raises(InputError) as caught:
-        datasets.load("cifar10", tmp_path, download=False)
+        datasets.load("cifar10", tmp_path)
     line = one_line(caught)
     assert line.startswith(f"data = {str(folder)!r}: Dataset not found or corrupted.")
     assert line.endswith("; delete it to download it again")
@@ -743,7 +723,7 @@ def test_fashion_mnist():
 
 
 def check_real(name, root, train_labels, test_labels):
-    data = datasets.load(name, root, download=False)
+    data = datasets.load(name, root)
     assert data.train.images.shape == (60_000, 28, 28, 1)
     assert data.test.images.shape == (10_000, 28, 28, 1)
     assert data.train.labels[:3].tolist() == train_labels

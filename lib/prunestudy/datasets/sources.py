@@ -7,7 +7,6 @@ import gzip
 import hashlib
 import tempfile
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -52,13 +51,8 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def subset(self, indices: Tensor | Sequence[int] | slice) -> "ImageSet":
-        """Images and labels at `indices`, in their order: copies, but views for a slice.
-
-        Raises `IndexError` for an index that is not there.
-        """
-        if not isinstance(indices, slice):
-            indices = torch.as_tensor(indices, dtype=torch.int64, device=self.labels.device)
+    def subset(self, indices: Tensor | slice) -> "ImageSet":
+        """Images and labels at `indices`, in their order; `IndexError` for an absent one."""
         return ImageSet(self.images[indices], self.labels[indices])
 
 
@@ -76,7 +70,7 @@ class Dataset:
     fingerprint: str
 
 
-def load(name: str, root: str | Path | None = None, download: bool = True) -> Dataset:
+def load(name: str, root: str | Path | None = None) -> Dataset:
     """Read the data set `name`, one of `names()` or `folder:PATH`, from below the data root.
 
     - `digits`: 8x8 images of scikit-learn, their values 0..16 stretched to 0..255. It has no
@@ -84,7 +78,7 @@ def load(name: str, root: str | Path | None = None, download: bool = True) -> Da
       test (1,437 and 360 images). The same writers are in both parts.
     - `mnist`, `fashion_mnist`: the four idx files, plain or .gz, in `<root>/MNIST/raw`,
       `<root>/FashionMNIST/raw` or Debian's folder; fetched by torchvision if there is none of
-      these and `download`.
+      these.
     - `cifar10`, `cifar100`: the files of the Python version, in `<root>/cifar-10-batches-py` and
       `<root>/cifar-100-python`; fetched likewise.
     - `cifar10_jpeg`: a copy of CIFAR-10 as JPEG files, an image folder `<root>/cifar10-jpeg`.
@@ -99,7 +93,7 @@ def load(name: str, root: str | Path | None = None, download: bool = True) -> Da
     """
     details, place = info(name, root), str(data_root(root))
     try:
-        data = _read(details, name, root, download)
+        data = _read(details, name, root)
     except OSError as error:
         why = _one_line(error)
         raise InputError(f"data = {place!r}: {name} cannot be read ({why})") from error
@@ -111,7 +105,7 @@ def load(name: str, root: str | Path | None = None, download: bool = True) -> Da
     return data
 
 
-def _read(details: DatasetInfo, name: str, root: str | Path | None, download: bool) -> Dataset:
+def _read(details: DatasetInfo, name: str, root: str | Path | None) -> Dataset:
     place = data_root(root) / _PLACES.get(name, "")
     if name in ("imagenet", "voc"):
         return Dataset(details, *streams.find(details, place))
@@ -124,7 +118,7 @@ def _read(details: DatasetInfo, name: str, root: str | Path | None, download: bo
         require(place.is_dir(), "data", str(place.parent), there)
         arrays = folders.read(folder_layout(f"{FOLDER}{place}", root))
     else:
-        arrays = _read_files(name, data_root(root), place, download)
+        arrays = _read_files(name, data_root(root), place)
     train, test = (ImageSet(*map(torch.from_numpy, part)) for part in arrays)
     if not details.mean:
         mean, std = channel_statistics(train.images)
@@ -186,21 +180,21 @@ def _digits() -> list[tuple[np.ndarray, np.ndarray]]:
     return [(images[part], labels[part]) for part in (~test, test)]
 
 
-def _read_files(
-    name: str, root: Path, place: Path, download: bool
-) -> list[tuple[np.ndarray, np.ndarray]]:
+def _read_files(name: str, root: Path, place: Path) -> list[tuple[np.ndarray, np.ndarray]]:
     """Images and labels of both parts of a set of torchvision's, downloaded first where needed."""
     import torchvision.datasets
 
     kind = getattr(torchvision.datasets, _CLASSES[name])
-    places = [place, *([_SYSTEM_FOLDERS[name]] if name in _SYSTEM_FOLDERS else [])]
-    folder = next((place for place in places if place.is_dir()), place)
+    system = _SYSTEM_FOLDERS.get(name, place)
+    folder = system if system.is_dir() and not place.is_dir() else place
     if not folder.is_dir():
-        absent = f"{name} is not there (no folder {' or '.join(map(str, places))})"
-        require(download, "data", str(root), absent)
         _download(kind, name, root, place)
     if not name.startswith("cifar"):
-        return [_idx_part(folder, prefix) for prefix in ("train", "t10k")]
+        arrays = [
+            [_idx(folder / f"{part}-{kind}-ubyte") for kind in ("images-idx3", "labels-idx1")]
+            for part in ("train", "t10k")
+        ]
+        return [(images[..., None], labels.astype(np.int64)) for images, labels in arrays]
     try:
         parts = [kind(place.parent, train=train) for train in (True, False)]
     except RuntimeError as error:  # a file is missing, or its md5 is not the known one
@@ -209,12 +203,6 @@ def _read_files(
     return [
         (np.ascontiguousarray(part.data), np.array(part.targets, dtype=np.int64)) for part in parts
     ]
-
-
-def _idx_part(folder: Path, prefix: str) -> tuple[np.ndarray, np.ndarray]:
-    """Images (N, H, W, 1) uint8 and labels (N,) int64 of one part of MNIST."""
-    images = _idx(folder / f"{prefix}-images-idx3-ubyte")
-    return images[..., None], _idx(folder / f"{prefix}-labels-idx1-ubyte").astype(np.int64)
 
 
 def _idx(path: Path) -> np.ndarray:

@@ -7,6 +7,7 @@ evaluate to, and gates or masks under a parametrisation do not count as paramete
 import io
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -87,27 +88,23 @@ def _without_bias() -> dict[Callable, Callable]:
 
 def nonzero_macs(model: nn.Module, shape: tuple[int, ...]) -> int:
     """MACs of one input of `shape` that a net needs which skips every zero weight."""
-    return sum(_layer_macs(model, shape, lambda weight: int(weight.count_nonzero())).values())
+    return sum(layer_macs(model, shape, Tensor.count_nonzero).values())
 
 
-def layer_macs(model: nn.Module, shape: tuple[int, ...]) -> dict[str, int]:
-    """MACs of each layer, by the name of its weight: output positions times weight elements.
+def layer_macs(
+    model: nn.Module, shape: tuple[int, ...], count: Callable[[Tensor], Any] = Tensor.numel
+) -> dict[str, int]:
+    """MACs of each layer, by the name of its weight: output positions times `count` of the weight.
 
     Sees convolution and linear modules only. For a transposed convolution it is input positions.
     """
-    return _layer_macs(model, shape, Tensor.numel)
-
-
-def _layer_macs(
-    model: nn.Module, shape: tuple[int, ...], count: Callable[[Tensor], int]
-) -> dict[str, int]:
     _refuse_csr(model)
     plain = fold(model)
     names = {layer: f"{name}.weight".lstrip(".") for name, layer in _layers(plain)}
     found = dict.fromkeys(names.values(), 0)
 
     def add(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        found[names[layer]] += _positions(layer, inputs[0], output) * count(layer.weight)
+        found[names[layer]] += _positions(layer, inputs[0], output) * int(count(layer.weight))
 
     for layer in names:
         layer.register_forward_hook(add)

@@ -60,19 +60,18 @@ def interleave(
     return seconds
 
 
-def ratio(a: list[float], b: list[float], resamples: int = 1000, seed: int = 0) -> Ratio:
+def ratio(a: list[float], b: list[float], seed: int = 0) -> Ratio:
     """Median of the paired ratios a_i / b_i, with a percentile bootstrap interval over pairs.
 
     Raises `InputError` unless both are positive, finite, of one length and not empty.
     """
     pairs = (np.asarray(a, float), np.asarray(b, float))
     require(len(a) == len(b) > 0, "a, b", (len(a), len(b)), "two equal lengths above 0")
-    require(type(resamples) is int and resamples > 0, "resamples", resamples, "at least 1")
     for name, times in zip("ab", pairs, strict=True):
         worst = float(times.min())
         require(bool(np.isfinite(times).all()) and worst > 0, name, worst, "positive, finite times")
     ratios = pairs[0] / pairs[1]
-    drawn = np.random.default_rng(seed).integers(0, len(ratios), (resamples, len(ratios)))
+    drawn = np.random.default_rng(seed).integers(0, len(ratios), (1000, len(ratios)))
     low, high = np.percentile(np.median(ratios[drawn], axis=1), [2.5, 97.5])
     return Ratio(float(np.median(ratios)), float(low), float(high))
 
