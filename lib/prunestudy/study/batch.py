@@ -35,12 +35,7 @@ _ON_GPU = ("gpu", "paper")  # profiles; of these one run is trained at a time
 
 
 def run(
-    store: Store,
-    profile: str,
-    planned: list[Planned],
-    count: int = 2,
-    data: str = "",
-    executor: str = "local",
+    store: Store, profile: str, planned: list[Planned], count: int, data: str, executor: str
 ) -> dict[str, float]:
     """Do all that is missing of `planned` with `count` jobs side by side.
 
@@ -48,71 +43,64 @@ def run(
     Raises `InputError` before anything starts for bad settings, records or data, and afterwards
     if something failed.
     """
-    most = 4 * (os.cpu_count() or 1) if executor == "local" else 1000
-    allowed = f"1 to {most}" + (", four a core" if executor == "local" else "")
-    require(1 <= count <= most, "jobs", count, allowed)
+    local = executor == "local"
+    most = 4 * (os.cpu_count() or 1) if local else 1000
+    require(1 <= count <= most, "jobs", count, f"1 to {most}" + ", four a core" * local)
     _require_executor(executor)
-    batch = describe(store, profile, planned, count if executor == "local" else 0, data)
-    if not (batch["train"] or batch["latency"] or batch["notebooks"]):
+    batch = describe(store, profile, planned, count if local else 0, data)
+    if not any(batch[kind] for kind in worker.KINDS):
         return {}
     # Data is looked at (and downloaded) once here, not by each job.
-    for name in sorted({item.settings.dataset for item in _missing(store, planned)}):
+    for name in batch["datasets"]:
         datasets.load(name, data or None)
     with _stage() as stage:
         (stage / "batch.json").write_text(json.dumps(batch), encoding="ascii")
-        code, seconds = _snakemake(stage, count, executor)
-    if code:
-        raise InputError(f"study = {profile}: a job failed, see above; finished runs are kept")
-    return seconds
+        total = len({item for runs in batch["train"].values() for item in runs})
+        if _snakemake(stage, count, executor, total):
+            raise InputError(f"study = {profile}: a job failed, see above; finished runs are kept")
+        said = worker.said(stage)
+    times = {kind: [at for of, at, _ in said if of == kind] for kind in worker.KINDS}
+    return {kind: max(at) - min(at) for kind, at in times.items() if at}
 
 
 def describe(
-    store: Store, profile: str, planned: list[Planned], count: int, data: str = ""
+    store: Store, profile: str, planned: list[Planned], count: int, data: str
 ) -> dict[str, Any]:
-    """What is to be done, for batch.json.
+    """What is to be done, for batch.json: of each kind of job, name to the runs or papers in it.
 
     With `count` > 0, as many jobs share the runs and the notebooks, each taking the next that no
     other has taken; with 0 (on a cluster) a job is one seed or method, and one notebook.
     """
-    missing = {item.settings.run for item in _missing(store, planned)}
-    groups = jobs(profile, planned)
-    needs = needed_jobs(groups)
-    train = {
-        name: {
-            "runs": [item.settings.run for item in runs if item.settings.run in missing],
-            "needs": sorted(needs[name]),
-        }
-        for name, runs in groups.items()
-    }
-    train = {name: job for name, job in train.items() if job["runs"]}
-    for job in train.values():
-        job["needs"] = [name for name in job["needs"] if name in train]
-    papers = dict.fromkeys(item.paper for item in planned)
-    papers = [name for name in papers if not notebooks.is_current(store, profile, name)]
-    papers.sort(key=lambda name: -sum(item.paper == name for item in planned))
-    books = {name: [name] for name in papers}
+    missing = [item for item in planned if store.read(item.settings) is None]
+    papers = list(dict.fromkeys(item.paper for item in planned))
+    stale = [name for name in papers if not notebooks.is_current(store, profile, name)]
+    stale.sort(key=lambda name: -sum(item.paper == name for item in planned))  # longest first
     if count:
         # Parents first, so that nobody waits for them long.
-        runs = [item.settings for item in planned if item.settings.run in missing]
-        runs = list(dict.fromkeys(s.run for s in sorted(runs, key=lambda s: s.parent is not None)))
+        ordered = sorted((i.settings for i in missing), key=lambda s: s.parent is not None)
+        runs, needs = list(dict.fromkeys(settings.run for settings in ordered)), {}
         sharers = min(1 if profile in _ON_GPU else count, len(runs))
-        train = {str(i): {"runs": runs, "needs": []} for i in range(sharers)}
-        books = {str(i): papers for i in range(min(count, len(papers)))}
+        train = dict.fromkeys(map(str, range(sharers)), runs)
+        books = dict.fromkeys(map(str, range(min(count, len(stale)))), stale)
+    else:
+        groups = jobs(profile, missing)
+        train = {name: [item.settings.run for item in items] for name, items in groups.items()}
+        needs = {name: sorted(before) for name, before in needed_jobs(groups).items()}
+        books = {name: [name] for name in stale}
+    waiting = bool(train) or any(is_untimed(store, item) for item in planned)
     return {
         "folder": str(Path.cwd()),
         "profile": profile,
-        "papers": list(dict.fromkeys(item.paper for item in planned)),
+        "papers": papers,
+        "datasets": sorted({item.settings.dataset for item in missing}),
         "results": str(store.folder.parent.resolve()),
         "data": data and str(Path(data).resolve()),
         "gpu": profile in _ON_GPU,
+        "needs": needs,
         "train": train,
-        "latency": bool(train) or any(is_untimed(store, item) for item in planned),
+        "latency": {"all": ["nets"]} if waiting else {},
         "notebooks": books,
     }
-
-
-def _missing(store: Store, planned: list[Planned]) -> list[Planned]:
-    return [item for item in planned if store.read(item.settings) is None]
 
 
 def _require_executor(name: str) -> None:
@@ -125,19 +113,19 @@ def _require_executor(name: str) -> None:
 
 
 def _slurm_answers() -> bool:
-    if not shutil.which("sbatch"):
-        return False
-    return subprocess.run(["sinfo", "--noheader"], capture_output=True, check=False).returncode == 0
+    command = ["sinfo", "--noheader"]
+    there = shutil.which("sbatch") and shutil.which("sinfo")
+    return bool(there) and not subprocess.run(command, capture_output=True, check=False).returncode
 
 
-def _snakemake(stage: Path, count: int, executor: str) -> tuple[int, dict[str, float]]:
-    """Call Snakemake, pass on what its jobs say; return its exit code and seconds per stage."""
+def _snakemake(stage: Path, count: int, executor: str, runs: int) -> int:
+    """Call Snakemake and pass on what its jobs say of the `runs`; return its exit code."""
     local, own = executor == "local", (places.checkout() or Path()) / "profiles" / executor
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(_SNAKEFILE), "--nolock"]
     command += ["--directory", str(stage), "--keep-going", "--quiet", "all"]
     command += ["--cores", str(count)] if local else ["--executor", executor, "--jobs", str(count)]
     command += ["--workflow-profile", str(own)] if own.is_dir() else []
-    said = worker.Progress(stage)
+    shown: set[tuple[str, float, str]] = set()
     with (stage / "snakemake.log").open("w+", encoding="utf-8", errors="replace") as log:
         # A cluster's jobs are cancelled by Snakemake: of a Ctrl-C it gets ours alone, once.
         streams = {"stdout": log, "stderr": subprocess.STDOUT, "start_new_session": not local}
@@ -145,17 +133,27 @@ def _snakemake(stage: Path, count: int, executor: str) -> tuple[int, dict[str, f
         try:
             while process.poll() is None:
                 time.sleep(0.3)
-                said.show()
+                _pass_on(stage, shown, runs)
         except KeyboardInterrupt:
             if not local:
                 process.send_signal(signal.SIGINT)
                 process.wait()
             raise
-        said.show()
+        _pass_on(stage, shown, runs)
         if process.returncode:
             log.seek(0)
             print(log.read().rstrip(), file=sys.stderr)
-    return process.returncode, said.seconds()
+    return process.returncode
+
+
+def _pass_on(stage: Path, shown: set[tuple[str, float, str]], runs: int) -> None:
+    """Print on stderr what the jobs have said since, a line per finished run and notebook."""
+    for kind, at, text in worker.said(stage):
+        if text and (kind, at, text) not in shown:
+            shown.add((kind, at, text))
+            number = sum(before == "train" for before, _, _ in shown)
+            of = f" {number}/{runs}" if kind == "train" else ""
+            print(f"{kind}{of} {text}", file=sys.stderr, flush=True)
 
 
 @contextmanager
