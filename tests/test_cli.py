@@ -311,8 +311,8 @@ def test_run_status_show_table(call, results):
     code, out, _ = call("show", "magnitude")
     text, _, history = out.partition("\n}\n")
     assert json.loads(text + "}") == store.load(magnitude) | {"history": None}
-    (row,) = store.history(magnitude)
-    assert history.strip() == " ".join(f"{k}={v}" for k, v in row.items())
+    columns = store.load(magnitude)["history"]
+    assert history.strip() == " ".join(f"{name}={value}" for name, (value,) in columns.items())
     assert call("table") == (0, "", "")
     lines = (results / "quick" / "tables" / "runs.csv").read_text().splitlines()
     assert len(lines) == 3
