@@ -25,13 +25,14 @@ from filelock import FileLock, Timeout
 
 from prunestudy import datasets, places
 from prunestudy.errors import InputError, require
-from prunestudy.study import notebooks, worker
+from prunestudy.study import notebooks
 from prunestudy.study.plan import Planned, jobs, needed_jobs
 from prunestudy.study.records import Store
 from prunestudy.study.session import is_untimed
 
 _SNAKEFILE = Path(__file__).with_name("Snakefile")
 _ON_GPU = ("gpu", "paper")  # profiles; of these one run is trained at a time
+_KINDS = ("train", "latency", "notebooks")  # of jobs, in order
 
 
 def run(
@@ -48,19 +49,20 @@ def run(
     require(1 <= count <= most, "jobs", count, f"1 to {most}" + ", four a core" * local)
     _require_executor(executor)
     batch = describe(store, profile, planned, count if local else 0, data)
-    if not any(batch[kind] for kind in worker.KINDS):
+    if not any(batch[kind] for kind in _KINDS):
         return {}
     # Data is looked at (and downloaded) once here, not by each job.
     for name in batch["datasets"]:
         datasets.load(name, data or None)
     with _stage() as stage:
         (stage / "batch.json").write_text(json.dumps(batch), encoding="ascii")
-        total = len({item for runs in batch["train"].values() for item in runs})
-        if _snakemake(stage, count, executor, total):
+        seconds, at = {}, time.time()
+        if _snakemake(stage, store, batch, count, executor):
             raise InputError(f"study = {profile}: a job failed, see above; finished runs are kept")
-        said = worker.said(stage)
-    times = {kind: [at for of, at, _ in said if of == kind] for kind in worker.KINDS}
-    return {kind: max(at) - min(at) for kind, at in times.items() if at}
+        for kind in (kind for kind in _KINDS if batch[kind]):
+            end = max(path.stat().st_mtime for path in stage.glob(f"{kind}.*.done"))
+            seconds[kind], at = end - at, end
+    return seconds
 
 
 def describe(
@@ -118,14 +120,14 @@ def _slurm_answers() -> bool:
     return bool(there) and not subprocess.run(command, capture_output=True, check=False).returncode
 
 
-def _snakemake(stage: Path, count: int, executor: str, runs: int) -> int:
-    """Call Snakemake and pass on what its jobs say of the `runs`; return its exit code."""
+def _snakemake(stage: Path, store: Store, batch: dict[str, Any], count: int, executor: str) -> int:
+    """Call Snakemake, say on stderr what is done, and of a failure all; return its exit code."""
     local, own = executor == "local", (places.checkout() or Path()) / "profiles" / executor
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(_SNAKEFILE), "--nolock"]
     command += ["--directory", str(stage), "--keep-going", "--quiet", "all"]
     command += ["--cores", str(count)] if local else ["--executor", executor, "--jobs", str(count)]
     command += ["--workflow-profile", str(own)] if own.is_dir() else []
-    shown: set[tuple[str, float, str]] = set()
+    shown: set[Path] = set()
     with (stage / "snakemake.log").open("w+", encoding="utf-8", errors="replace") as log:
         # A cluster's jobs are cancelled by Snakemake: of a Ctrl-C it gets ours alone, once.
         streams = {"stdout": log, "stderr": subprocess.STDOUT, "start_new_session": not local}
@@ -133,27 +135,33 @@ def _snakemake(stage: Path, count: int, executor: str, runs: int) -> int:
         try:
             while process.poll() is None:
                 time.sleep(0.3)
-                _pass_on(stage, shown, runs)
+                _show_ready(stage, store, batch, shown)
         except KeyboardInterrupt:
             if not local:
                 process.send_signal(signal.SIGINT)
                 process.wait()
             raise
-        _pass_on(stage, shown, runs)
         if process.returncode:
             log.seek(0)
             print(log.read().rstrip(), file=sys.stderr)
     return process.returncode
 
 
-def _pass_on(stage: Path, shown: set[tuple[str, float, str]], runs: int) -> None:
-    """Print on stderr what the jobs have said since, a line per finished run and notebook."""
-    for kind, at, text in worker.said(stage):
-        if text and (kind, at, text) not in shown:
-            shown.add((kind, at, text))
-            number = sum(before == "train" for before, _, _ in shown)
-            of = f" {number}/{runs}" if kind == "train" else ""
-            print(f"{kind}{of} {text}", file=sys.stderr, flush=True)
+def _show_ready(stage: Path, store: Store, batch: dict[str, Any], shown: set[Path]) -> None:
+    """Say on stderr which runs and notebooks are ready that are not yet `shown`."""
+    for path in sorted(set(stage.glob("*.ready")) - shown, key=lambda path: path.stat().st_mtime):
+        shown.add(path)
+        kind, name = path.name.removesuffix(".ready").split(".", 1)
+        number = len([other for other in shown if other.name.startswith(f"{kind}.")])
+        total = len({thing for things in batch[kind].values() for thing in things})
+        text = line_of_run(store.require(name)) if kind == "train" else name
+        print(f"{kind} {number}/{total} {text}", file=sys.stderr, flush=True)
+
+
+def line_of_run(record: dict[str, Any]) -> str:
+    """A run's name, status and score."""
+    score = record["metrics"].get("metric")
+    return f"{record['run']} {record['status']} {'' if score is None else f'{score:.4f}'}"
 
 
 @contextmanager

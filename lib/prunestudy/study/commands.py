@@ -24,7 +24,6 @@ from prunestudy.study.plan import Planned, plan
 from prunestudy.study.records import Store
 from prunestudy.study.runs import Runner
 from prunestudy.study.settings import RunSettings, own_settings
-from prunestudy.study.worker import line_of_run
 
 
 def _store(a: Namespace) -> Store:
@@ -170,7 +169,7 @@ def _ensure(a: Namespace, settings: RunSettings, weights: bool = False) -> str:
     """Train the run unless it is there, print a line of it; return its status."""
     show = sys.stderr.isatty() or "TQDM_DELAY" in os.environ
     record = Runner(_store(a), a.data or None, a.device, show).ensure(settings, weights)
-    print(line_of_run(record), flush=True)
+    print(batch.line_of_run(record), flush=True)
     return record["status"]
 
 
@@ -199,8 +198,8 @@ def value_of(text: str) -> object:
 
 def do_notebook(a: Namespace) -> None:
     plan(a.profile, (a.of,))  # refuses what is not there
-    with notebooks.Kernel() as kernel:
-        target = notebooks.execute(kernel, a.of, a.profile, a.results, a.data)
+    with notebooks.kernel() as kernel:
+        target = notebooks.execute(kernel, _store(a), a.profile, a.of, a.data)
     print(target if a.results else os.path.relpath(target))
 
 

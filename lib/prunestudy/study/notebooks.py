@@ -5,8 +5,11 @@ import json
 import subprocess
 import tempfile
 import tomllib
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from prunestudy import places
 from prunestudy.errors import InputError
@@ -49,68 +52,61 @@ def is_current(store: Store, profile: str, paper: str) -> bool:
     return found == stamp(store, profile, paper, cells)
 
 
-class Kernel:
-    """A Python kernel that notebooks are executed on, each from a fresh start.
+def start_afresh() -> None:
+    """In a kernel: forget the notebook before; what is slow to import stays imported."""
+    import matplotlib.pyplot as plt
+    import pandas as pd
+    import torch
+    from IPython import get_ipython
 
-    It starts with the first one, and again after one that failed; a context manager ends it.
-    """
+    plt.close("all")
+    with warnings.catch_warnings(action="ignore"):
+        plt.matplotlib.rc_file_defaults()
+        pd.reset_option("all")
+    torch.manual_seed(0)
+    get_ipython().reset(new_session=True)
 
-    def __init__(self) -> None:
-        self._client: Any = None
-        self._folder: Any = None
 
-    def __enter__(self) -> Self:
-        return self
+@contextmanager
+def kernel() -> Iterator[Any]:
+    """A client of a Python kernel for one notebook after the other; it starts with the first."""
+    from jupyter_client import AsyncKernelManager
+    from nbclient import NotebookClient
+    from nbformat import v4
 
-    def __exit__(self, *_: object) -> None:
-        if self._client:
-            self._client._cleanup_kernel()
-            self._folder.cleanup()
-            self._client = None
-
-    def execute(self, notebook: Any) -> None:
-        """Execute the cells of `notebook` in place; `InputError` with what one of them raised."""
-        from nbclient.exceptions import CellExecutionError
-
-        try:
-            if not self._client:
-                self._start()
-                self._run_line("from prunestudy.study.kernel import note_start; note_start()")
-            self._run(notebook)
-            self._run_line("get_ipython().start_afresh()")
-        except CellExecutionError as error:
-            self.__exit__()
-            raise InputError(f"{error.ename}: {error.evalue}") from None
-
-    def _start(self) -> None:
-        from jupyter_client import AsyncKernelManager
-        from nbclient import NotebookClient
-
-        # Sockets in a folder: kernels that start at the same time race for network ports.
-        self._folder = tempfile.TemporaryDirectory()
-        file = str(Path(self._folder.name) / "kernel.json")
+    # Sockets in a folder: kernels that start at the same time race for network ports.
+    with tempfile.TemporaryDirectory() as folder:
+        file = str(Path(folder) / "kernel.json")
         manager = AsyncKernelManager(transport="ipc", connection_file=file)
-        self._client = NotebookClient(None, km=manager, timeout=None)
-
-    def _run(self, notebook: Any) -> None:
-        self._client.nb = notebook
-        self._client.execute(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-    def _run_line(self, code: str) -> None:
-        from nbformat import v4
-
-        self._run(v4.new_notebook(cells=[v4.new_code_cell(code)]))
+        client = NotebookClient(v4.new_notebook(), km=manager)
+        try:
+            yield client
+        finally:
+            client._cleanup_kernel()
 
 
-def execute(kernel: Kernel, paper: str, profile: str, results: str = "", data: str = "") -> Path:
-    """Run the notebook of `paper` in `profile` on `kernel`; return the path of the executed copy.
+def run_cells(client: Any, notebook: Any) -> None:
+    """Execute `notebook` in place, from a fresh start; `InputError` where a cell fails."""
+    from nbclient.exceptions import CellExecutionError
+    from nbformat import v4
+
+    first = "from prunestudy.study.notebooks import start_afresh; start_afresh()"
+    try:
+        for client.nb in (v4.new_notebook(cells=[v4.new_code_cell(first)]), notebook):
+            client.execute(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    except CellExecutionError as error:
+        raise InputError(f"{error.ename}: {error.evalue}") from None
+
+
+def execute(client: Any, store: Store, profile: str, paper: str, data: str) -> Path:
+    """Run the notebook of `paper` in `profile`; return the path of the executed copy.
 
     A failed run leaves the earlier copy as it was. Raises `InputError` for what the notebook
     refuses, and for one that is not there or damaged.
     """
     import nbformat
 
-    store, source = Store(profile, results or None), source_of(paper)
+    source = source_of(paper)
     try:
         notebook = nbformat.read(source, as_version=4)
         tags = [cell.metadata.get("tags", []) for cell in notebook.cells]
@@ -118,13 +114,13 @@ def execute(kernel: Kernel, paper: str, profile: str, results: str = "", data: s
     except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
         why = f"not there or damaged ({type(error).__name__}); get it back from git"
         raise InputError(f"notebook = {source}: {why}") from None
-    values = {"profile": profile, "results": str(results), "data": str(data)}
+    values = {"profile": profile, "results": str(store.folder.parent), "data": data}
     lines = [f"{name} = {value!r}" for name, value in values.items()]
     given = nbformat.v4.new_code_cell("\n".join(lines), id="injected-parameters")
     given.metadata["tags"] = ["injected-parameters"]  # as papermill calls it
     notebook.cells.insert(place, given)
     try:
-        kernel.execute(notebook)
+        run_cells(client, notebook)
     except InputError as error:
         raise InputError(f"notebook {source.stem}: {error}") from None
     given.source = lines[0]  # what names folders of this machine goes, and what names the time
