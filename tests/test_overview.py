@@ -296,7 +296,7 @@ def test_most_runs_of_profile_cpu_are_the_papers_own():
 
 def test_the_executed_overview_is_as_old_as_the_records_of_all(tmp_path):
     store = Store("quick", tmp_path)
-    state = notebooks.stamp(store, "quick", "overview")["records"]
+    state = notebooks.stamp(store, "quick", "overview", [])["records"]
     assert state == state_of(store, plan("quick"))
     assert state != state_of(store, plan("quick", ("overview",)))
 
