@@ -166,8 +166,7 @@ def _study(a: argparse.Namespace) -> None:
     seconds = batch.run(store, a.profile, planned, a.jobs, a.data, a.executor)
     since = time.monotonic()
     collect(a.profile, [], a.results, False)
-    tables.write(store, plan(a.profile))
-    summary = tables.read_table(store.folder / "tables" / "summary.csv")
+    summary = tables.write(store, plan(a.profile))
     _print_summary(summary[summary.paper.isin({item.paper for item in planned})])
     folder = store.folder if a.results else os.path.relpath(store.folder)
     for name in ("tables", "figures", "notebooks", "records"):
@@ -248,8 +247,9 @@ def _table(a: argparse.Namespace) -> None:
 def _readme(a: argparse.Namespace) -> None:
     from prunestudy import places
     from prunestudy.study import tables
+    from prunestudy.study.plan import plan
 
-    summary = tables.read_table(_store(a).folder / "tables" / "summary.csv")
+    _, summary = tables.build(_store(a), plan(a.profile))
     tables.fill_readme(places.home() / "README.md", summary)
 
 
