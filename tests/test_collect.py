@@ -19,18 +19,15 @@ from prunestudy.study.plan import plan
 from prunestudy.study.records import Store
 from prunestudy.study.runs import Runner
 
-# The notebook draws "path" of magnitude, seed 0.
-DRAWN = CARD + '\n[[drawn]]\nnames = ["path"]\nmethods = ["magnitude"]\n'
-
 
 def arrays_of(settings, add=0.0):
-    return {"path": np.arange(3.0) + settings.seed + add, "other": np.ones(2)}
+    return {"energy_before": np.arange(3.0) + settings.seed + add, "other": np.ones(2)}
 
 
 @pytest.fixture
 def settings(card_file):
     """Runs of the toy's quick profile: start, dense, magnitude, random, with two seeds each."""
-    card_file(DRAWN.replace("seeds = 1", "seeds = 2"))
+    card_file(CARD.replace("seeds = 1", "seeds = 2"))
     return [item.settings for item in plan("quick")]
 
 
@@ -57,6 +54,10 @@ def tracked(store):
     return {path.name: path.read_bytes() for path in paths}
 
 
+def lost(settings):
+    return sorted(f"{s.run}: its arrays are missing or damaged" for s in settings)
+
+
 def refused(*words, **values):
     with pytest.raises(InputError) as caught:
         collect(*words, **values)
@@ -71,9 +72,10 @@ def test_finished_runs_become_lines_and_drawn_arrays(stores, settings):
     text = here.collected.read_text()
     assert text.splitlines() == sorted(text.splitlines())
     assert list(read_lines(here.collected)) == sorted(s.run for s in settings)
-    ours = magnitude(settings)
     packed = lines.read_arrays(here.folder / "arrays" / "toy.safetensors")
-    assert {key: a.tolist() for key, a in packed.items()} == {f"{ours.run}/path": [0.0, 1.0, 2.0]}
+    assert {key: a.tolist() for key, a in packed.items()} == {
+        f"{s.run}/energy_before": [s.seed, s.seed + 1, s.seed + 2] for s in settings
+    }
     before, stamps = tracked(here), tree(here.folder)
     assert run_collect(here) == []
     assert (tracked(here), tree(here.folder)) == (before, stamps)
@@ -97,7 +99,7 @@ def test_a_clone_reads_everything_and_trains_nothing(stores, settings, tmp_path,
     for one, other in zip(table, tables.build(clone, plan("quick")), strict=True):
         assert one.equals(other)
     ours = magnitude(settings)
-    assert clone.arrays(ours.run)["path"].tolist() == [0.0, 1.0, 2.0]
+    assert clone.arrays(ours.run)["energy_before"].tolist() == [0.0, 1.0, 2.0]
     assert clone.history(ours.run) == here.history(ours.run)
     assert run_collect(clone) == []
     shutil.rmtree(clone.folder / "work")
@@ -121,9 +123,9 @@ def test_records_of_another_machine_are_added(stores, settings, way, tmp_path):
     assert list(read_lines(here.collected)) == sorted(s.run for s in settings)
     ours = magnitude(settings)
     if way == "file":  # it has no arrays
-        assert left == [f"{ours.run}: its arrays are missing or damaged"]
+        assert left == lost(s for s in settings if s not in settings[:3])
         assert run_collect(here, there.folder) == []  # which come later
-    assert here.arrays(ours.run)["path"].tolist() == [0.0, 1.0, 2.0]
+    assert here.arrays(ours.run)["energy_before"].tolist() == [0.0, 1.0, 2.0]
     assert left == [] or way == "file"
 
 
@@ -139,7 +141,7 @@ def test_a_stored_record_stays_and_the_newcomer_is_named(stores, settings):
     assert tracked(here) == before
     assert run_collect(here, there.folder, replace=True) == []
     assert here.load(ours.run)["metrics"]["metric"] == 0.6
-    assert here.arrays(ours.run)["path"].tolist() == [1.0, 2.0, 3.0]
+    assert here.arrays(ours.run)["energy_before"].tolist() == [1.0, 2.0, 3.0]
     # the one trained here is the newcomer now
     assert run_collect(here) == named
     assert here.load(ours.run)["metrics"]["metric"] == 0.6
@@ -208,7 +210,7 @@ def test_a_run_on_cuda_stands_beside_the_one_on_the_cpu(stores, settings):
     assert run_collect(here, there.folder) == []
     assert list(read_lines(here.collected)) == [ours.run, f"{ours.run}-cuda"]
     assert [record["metrics"]["metric"] for record in here.read_all(ours)] == [0.5, 0.6]
-    found = [here.arrays_of(record)["path"][0] for record in here.read_all(ours)]
+    found = [here.arrays_of(record)["energy_before"][0] for record in here.read_all(ours)]
     assert found == [0.0, 1.0]
     assert here.devices() == {"cpu", "cuda"}
     assert run_collect(here, there.folder) == []
@@ -263,11 +265,11 @@ def test_lost_arrays_are_named_and_come_back(stores, settings):
     here, _ = stores
     fill(here, settings)
     run_collect(here)
-    before, ours = tracked(here), magnitude(settings)
+    before = tracked(here)
     packed = here.folder / "arrays" / "toy.safetensors"
     packed.write_bytes(packed.read_bytes()[:-1])
     runs_aside = here.runs.rename(here.folder / "aside")
-    assert run_collect(here) == [f"{ours.run}: its arrays are missing or damaged"]
+    assert run_collect(here) == lost(settings)
     runs_aside.rename(here.runs)
     assert run_collect(here) == []
     assert tracked(here) == before

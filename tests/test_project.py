@@ -15,7 +15,9 @@ from prunestudy import datasets, places
 from prunestudy.errors import InputError
 from prunestudy.papers import cards
 from prunestudy.study import tables
+from prunestudy.study.collect import drawn_arrays
 from prunestudy.study.exercises import exercise
+from prunestudy.study.lines import read_lines
 from prunestudy.study.plan import plan
 from prunestudy.study.records import Store, repository
 
@@ -211,14 +213,18 @@ def test_committed_tables_are_those_of_the_records(profile):
 
 
 @pytest.mark.parametrize("profile", ["cpu", "cpu-long"])
-def test_files_of_committed_records_are_whole(profile):
+def test_committed_records_are_whole_and_have_the_arrays_that_are_drawn(profile):
     store = Store(profile, ROOT / "results")
-    runs = {path.name for path in store.records.iterdir()}
-    planned = {item.settings.run for item in plan(profile)}
-    assert runs == planned if profile == "cpu" else runs <= planned
-    for run in runs:
-        assert store.history(run) or store.load(run)["status"] == "diverged"
-        store.arrays(run)
+    records, drawn = read_lines(store.collected), drawn_arrays(profile)
+    assert records.keys() == drawn.keys() if profile == "cpu" else records.keys() <= drawn.keys()
+    for item in plan(profile):
+        record = store.read(item.settings)
+        assert record or profile != "cpu"
+        if record:
+            assert store.history(record["run"]) or record["status"] == "diverged"
+    for run, record in records.items():
+        names = {name for name in record["files"]["arrays"] if name.startswith(drawn[run][1])}
+        assert not names or store.arrays(run).keys() == names
 
 
 def test_tracked_results_hold_no_path_or_name_of_a_machine():

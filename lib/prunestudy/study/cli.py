@@ -179,7 +179,8 @@ def _study(a: argparse.Namespace) -> None:
 def _collect(a: argparse.Namespace) -> None:
     from prunestudy.study.collect import collect
 
-    collect(a.profile, a.folders, a.results, a.replace)
+    for line in collect(a.profile, a.folders, a.results, a.replace):
+        print(line)
 
 
 def _print_summary(summary: Any) -> None:

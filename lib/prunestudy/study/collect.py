@@ -30,7 +30,7 @@ def collect(
     different data.
     """
     require_one_of("profile", profile, (*PROFILES, "custom"))
-    store, drawn = Store(profile, results or None), _drawn(profile)
+    store, drawn = Store(profile, results or None), drawn_arrays(profile)
     sources = [_source(profile, Path(folder)) for folder in folders]
     with store.lock("collect"):
         records, left = dict(read_lines(store.collected)), []
@@ -100,7 +100,7 @@ _OF_ALL = "energy_before"
 _Drawn = dict[str, tuple[str, tuple[str, ...]]]
 
 
-def _drawn(profile: str) -> _Drawn:
+def drawn_arrays(profile: str) -> _Drawn:
     """Planned run to the paper that draws it, and the beginnings of the names of its arrays."""
     drawn: _Drawn = {}
     for item in plan(profile) if profile in PROFILES else ():

@@ -23,6 +23,7 @@ from prunestudy.datasets.batches import mix
 from prunestudy.measure import Scores, Task
 from prunestudy.methods.base import Context, Method, Progress
 from prunestudy.train.checkpoint import read_checkpoint, write_checkpoint
+from prunestudy.train.deterministic import seed_default
 from prunestudy.train.memory import keep_freed_memory
 from prunestudy.train.recipe import Recipe
 
@@ -176,7 +177,7 @@ class Loop:
     def _step(self, x: torch.Tensor, y: torch.Tensor) -> bool:
         self._enter_phase()
         progress, lr = self._progress(), self._set_lr()
-        torch.manual_seed(mix(self.seed, self.at.step))
+        seed_default(mix(self.seed, self.at.step), self.device)
         value = self._backward(x, y, progress)
         if not math.isfinite(value):
             return False
