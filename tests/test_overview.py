@@ -4,7 +4,7 @@ import math
 
 import pandas as pd
 import pytest
-from conftest import CARD, child_run, one_line
+from conftest import CARD, child_run, one_line, put_record
 from matplotlib import pyplot as plt
 
 from prunestudy import papers
@@ -13,7 +13,6 @@ from prunestudy.study import notebooks, overview, session
 from prunestudy.study.figures import overview as drawings
 from prunestudy.study.plan import Planned, Tiny, plan
 from prunestudy.study.records import Store
-from prunestudy.study.runs import Runner
 from prunestudy.study.session import Session, state_of
 from prunestudy.study.tables import RUN_COLUMNS
 
@@ -138,85 +137,65 @@ def test_the_readable_table_leaves_empty_what_was_not_measured(rows):
     assert line["result"] == "89.50 ± 0.71%"
 
 
-# --- sentences
+# --- answers
 
 
 def test_of_settings_about_as_small_the_most_accurate_is_taken(rows):
     """group L2 is a little smaller than GDP, and worse; the gates lose less, and leave all MACs."""
-    assert overview.smallest(rows, "macs", -0.05).label == "GDP (ours), 70% of MACs removed"
-    assert overview.smallest(rows, "weights", -0.05).method == "sparse_gates"
-    assert overview.smallest(rows, "macs", -0.007).method == "sparse_gates"
-    worse = rows.assign(difference=rows.difference.mask(rows.method == "gdp", -0.04))
-    assert overview.smallest(worse, "macs", -0.05).method == "scratch"
-    assert overview.smallest(rows, "macs", 0.5) is None
-    assert overview.smallest(rows, "time_b1", -0.5) is None
-    with pytest.raises(InputError, match="cost = 'colour': allowed are"):
-        overview.smallest(rows, "colour", -0.5)
-
-
-def test_a_sentence_is_made_of_the_numbers_of_its_row(rows):
-    said = overview.which_when(rows, -0.02)
-    assert said[1] == (
-        "If it is about MACs: GDP (ours), 70% of MACs removed. That is 30% of dense, at -1.00 "
-        "[-1.00, -1.00] points against dense (n = 2); the interval stays above the limit."
-    )
-    assert len(said) == 6  # nothing was timed
-    gates = rows.assign(difference=rows.difference.mask(rows.method == "gdp", -0.03))
-    (other,) = (s for s in overview.which_when(gates, -0.02) if "about MACs:" in s)
-    assert other.startswith("If it is about MACs: found shape, from scratch, 70% of MACs removed.")
-    assert other.endswith("; the interval reaches below the limit.")
-    assert overview.which_when(rows[rows.method == "dense"], -1.0) == []
-    one = overview.which_when(rows[rows.method == "gdp"].assign(n=1), -0.02)
-    assert all(sentence.endswith("(n = 1); one seed, no interval.") for sentence in one)
-
-
-def test_duels_pair_seeds_and_say_who_is_ahead(runs, rows):
-    duels = overview.duels(rows).set_index(["method", "other"])
-    assert list(duels.index) == [("gdp", "group_l2"), ("gdp", "scratch")]
-    control, shape = duels.loc[("gdp", "group_l2")], duels.loc[("gdp", "scratch")]
-    assert [control.n, control["mean"], control.low] == pytest.approx([2, 0.02, 0.02])
-    assert (control.verdict, control.strongest) == ("better", True)
-    assert (shape.verdict, shape.strongest) == ("not told apart", False)
-    runs.loc[runs.method == "group_l2", "metric"] += 0.05
-    turned = overview.duels(overview.settings_table(runs))
-    assert turned.verdict.tolist() == ["worse", "not told apart"]
-    assert overview.what_learning_gains(turned) == [
-        "GDP (ours) against group L2, one shot: better in 0, worse in 1, "
-        "not told apart in 0 of 1 settings."
+    for worse, at_least, expected in (
+        (0, -0.05, "GDP (ours), 70% of MACs removed"),
+        (0, -0.007, "gate variables (ours), 90% of weights removed"),
+        (-0.03, -0.05, "found shape, from scratch, 70% of MACs removed"),
+    ):
+        changed = rows.assign(difference=rows.difference + worse * (rows.method == "gdp"))
+        best = overview.which_when(changed, at_least).set_index("to save")
+        assert best.loc["MACs", "setting"] == expected
+    best = overview.which_when(rows, -0.02).set_index("to save")
+    assert best.loc["MACs", ["minus dense", "n", "MACs, %"]].tolist() == [
+        "-1.00 [-1.00, -1.00]",
+        2,
+        "30",
     ]
-    shown = overview.readable_duels(turned)
-    assert shown.iloc[0]["points"] == "-3.00 [-3.00, -3.00]"
+    assert len(best) == 6  # nothing was timed
+    assert overview.which_when(rows, 0.5).empty
 
 
-def test_two_papers_meet_once():
-    made = [
-        run(method, seed, metric + seed / 100, kind="sparsity", target=0.9)
-        for method, metric in (("sparse_gates", 0.8), ("magnitude_attention", 0.7))
-        for seed in (0, 1)
+def test_every_duel_is_fought_once_and_judged_by_the_rule(store, card_file):
+    """Gates meet MAP once; each meets the controls, of which one is the strongest."""
+    names = ["dense", "sparse_gates", "magnitude_attention", "gradual_magnitude", "random"]
+    entries = ", ".join(f'{{ method = "{name}" }}' for name in names)
+    text = CARD[: CARD.index("methods = [{")] + f"methods = [{entries}]"
+    card_file(text.replace("seeds = 1", "seeds = 2"))
+    scores = dict(zip(names, (0.9, 0.8, 0.7, 0.85, 0.1), strict=True))
+    for item in plan("quick"):
+        method, seed = item.settings.method, item.settings.seed
+        put_record(store, item.settings, scores[method] + seed * (0.2 if method == "random" else 0))
+    duels = overview.duels(store, plan("quick"))
+    assert duels[["rule", "strongest", "n", "verdict"]].to_numpy().tolist() == [
+        [f"{ours} - {theirs} of metric >= 0", strongest, 2, verdict]
+        for ours, theirs, strongest, verdict in (
+            ("sparse_gates", "gradual_magnitude", "strongest", "contradicted"),
+            ("sparse_gates", "magnitude_attention", "", "confirmed"),
+            ("sparse_gates", "random", "", "undecided"),
+            ("magnitude_attention", "gradual_magnitude", "strongest", "contradicted"),
+            ("magnitude_attention", "random", "", "undecided"),
+        )
     ]
-    runs = table(*made, run("dense", 0, 0.9), run("dense", 1, 0.9))
-    duels = overview.duels(overview.settings_table(runs))
-    assert duels[["method", "other"]].to_numpy().tolist() == [
-        ["sparse_gates", "magnitude_attention"]
+    assert duels.method.tolist() == ["sparse_gates"] * 3 + ["magnitude_attention"] * 2
+    assert duels.difference[1] == "+0.1000 [+0.1000, +0.1000]"
+
+
+def test_a_pair_is_beside_the_best_single_one_of_its_size(rows):
+    pair, single = "GDP + gate variables (ours), 80% of weights removed", rows[~rows.combined]
+    assert overview.combinations(rows).label.tolist() == [
+        pair,
+        "gate variables (ours), 90% of weights removed",
     ]
-
-
-def test_a_pair_is_compared_with_the_best_single_one_of_its_size(runs, rows):
-    pair = row_of(rows, "sparse_gates", combined=True)
-    assert overview.rival(rows, pair).label == "gate variables (ours), 90% of weights removed"
-    by_macs = pair.copy()
-    by_macs["target_kind"] = "macs"
-    assert overview.rival(rows, by_macs).method == "gdp"
-    assert overview.rival(rows, by_macs.replace(by_macs.macs, 0.1)) is None
-    (line,) = overview.combinations(rows).to_dict("records")
-    assert line["so"] == (
-        "the pair is not told apart, with 10% of the weights instead of 10% and "
-        "50% of the MACs instead of 100%"
-    )
-    runs.loc[(runs.variant == "after GDP"), "metric"] = [0.93, 0.93]
-    (line,) = overview.combinations(overview.settings_table(runs)).to_dict("records")
-    assert line["so"].startswith("the pair is better, with")
-    assert list(overview.combinations(rows[~rows.combined])) == list(line)
+    by_macs = rows.assign(target_kind=rows.target_kind.mask(rows.combined, "macs"))
+    assert overview.combinations(by_macs).method.tolist() == ["sparse_gates", "gdp"]
+    tiny = by_macs.assign(macs=by_macs.macs.mask(by_macs.combined, 0.1))
+    assert overview.combinations(tiny).label.tolist() == [pair]
+    assert overview.combinations(single).empty
 
 
 # --- claims
@@ -235,34 +214,27 @@ def test_every_claim_of_every_paper_with_its_record(store, card_file):
     card_file(plain + "    claims = []\n" + CARD[end:], "sum")
     assert papers.names() == ("toy", "other", "sum")
 
+    said = "Magnitude is better than chance. [O]"
     nothing = overview.claims("quick", store, Tiny())
-    assert nothing[["paper", "verdict", "record"]].to_numpy().tolist() == [
-        ["A toy", "no runs in this profile", ""],
-        ["Other", "not testable here", ""],
+    assert nothing[["paper", "claim", "rule", "verdict", "record"]].to_numpy().tolist() == [
+        ["A toy", said, "magnitude - random of metric >= 0", "no runs in this profile", ""],
+        ["Other", said, "no time", "not testable here", ""],
     ]
     planned = plan("quick", ("toy",))
     for item in planned:
-        Runner(store, device="cpu").ensure(item.settings)
-    found = overview.claims("quick", store, Tiny())
+        put_record(store, item.settings, 0.7 if item.settings.method == "random" else 0.9)
     ours, theirs = (item.settings.run for item in planned[-2:])
-    assert found.record.tolist() == [f"{ours} - {theirs}", ""]
-    shown = dict(overview.readable_claims(found))
-    (row,) = shown["A toy"].to_dict("records")
-    assert (row["rule"], row["n"]) == ("magnitude - random of metric >= 0", 1)
-    assert shown["Other"].iloc[0]["rule"] == "no time"
-    counted = overview.shared(plan("quick", ("sum",)), Tiny(), "quick").to_dict("records")
-    assert counted == [{"experiment": "digits", "runs": 4, "shared": 4, "added": 0}]
+    row = overview.claims("quick", store, Tiny()).iloc[0]
+    assert row[["n", "difference", "record"]].tolist() == [1, "+0.2000", f"{ours} - {theirs}"]
 
 
-def test_a_claim_with_several_tests_is_said_once():
-    rows = [
-        {"paper": "A", "says": "x", "mark": "P", "rule": r, "where": "w", "difference": 0.5}
-        | {"low": 0.4, "high": 0.6, "n": 3.0, "verdict": "confirmed", "why": None, "record": "r"}
-        for r in ("a >= 0", "b >= 0")
-    ]
-    ((_, shown),) = overview.readable_claims(pd.DataFrame(rows))
-    assert shown.claim.tolist() == ["x [P]", ""]
-    assert shown.difference.tolist() == ["+0.5000 [+0.4000, +0.6000]"] * 2
+def test_a_claim_with_several_tests_is_said_once(store, card_file):
+    card_file(CARD.replace('against = ["random"]', 'against = ["random", "dense"]'))
+    for item in plan("quick"):
+        put_record(store, item.settings)
+    found = overview.claims("quick", store, Tiny())
+    assert found.claim.tolist() == ["Magnitude is better than chance. [O]", ""]
+    assert found.verdict.tolist() == ["undecided"] * 2
 
 
 # --- the card and its notebook
@@ -285,13 +257,6 @@ def test_the_force_is_as_strong_as_its_own_card_has_it(profile):
                 yield s.model, s.params["strength"], s.params["layers"]
 
     assert set(strengths("overview")) <= set(strengths("force"))
-
-
-def test_most_runs_of_profile_cpu_are_the_papers_own():
-    table = overview.shared(plan("cpu", ("overview",)), Tiny(), "cpu")
-    assert table.runs.sum() == table.shared.sum() + table.added.sum()
-    assert table.set_index("experiment").loc["lenet5_mnist_macs", "added"] == 10
-    assert table.shared.sum() > table.added.sum()
 
 
 def test_the_executed_overview_is_as_old_as_the_records_of_all(tmp_path):

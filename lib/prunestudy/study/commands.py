@@ -62,8 +62,7 @@ def do_study(a: Namespace) -> None:
     since = time.monotonic()
     for line in collect(a.profile, results=a.results):
         print(line)
-    tables.write(store, plan(a.profile))
-    summary = tables.read_table(store.folder / "tables" / "summary.csv")
+    summary = tables.write(store, plan(a.profile))
     ours = summary.paper.isin({item.paper for item in planned}) & (summary.variant == "")
     columns = "paper method model dataset target n metric difference difference_low".split()
     shown = summary.loc[ours, [*columns, "difference_high", "verdict"]]
@@ -152,8 +151,8 @@ def do_table(a: Namespace) -> None:
 
 
 def do_readme(a: Namespace) -> None:
-    path = Store("cpu", a.results or None).folder / "tables" / "summary.csv"
-    tables.fill_readme(places.home() / "README.md", tables.read_table(path))
+    _, summary = tables.build(_store(a), plan(a.profile))
+    tables.fill_readme(places.home() / "README.md", summary)
 
 
 def do_latency(a: Namespace) -> None:

@@ -6,7 +6,7 @@ rate and are an estimate.
 """
 
 import functools
-from collections.abc import Iterable
+import math
 
 import pandas as pd
 
@@ -22,7 +22,7 @@ RATE = 3.0
 _COLUMNS = ["runs", "epochs", "samples", "PMACs", "hours", "disk GB"]
 
 
-def forecast(planned: Iterable[Planned], rate: float = RATE) -> pd.DataFrame:
+def forecast(planned: list[Planned], rate: float = RATE) -> pd.DataFrame:
     """One row per paper and experiment, and their sum; a run that two ask for counts once.
 
     Raises `InputError` unless `rate` (10^12 MACs of training a second) is positive.
@@ -30,8 +30,7 @@ def forecast(planned: Iterable[Planned], rate: float = RATE) -> pd.DataFrame:
     _require_positive("rate", rate)
     names = ["paper", "experiment"]
     rows = [[p.paper, p.experiment, p.settings.run, 1, *cost(p.settings, rate)] for p in planned]
-    table = pd.DataFrame(rows, columns=[*names, "run", *_COLUMNS])
-    table.loc[table["run"].duplicated(), _COLUMNS] = 0
+    table = pd.DataFrame(rows, columns=[*names, "run", *_COLUMNS]).drop_duplicates("run")
     table = table.groupby(names, sort=False)[_COLUMNS].sum()
     table.loc[("all", ""), :] = table.sum()
     return table.astype(dict.fromkeys(_COLUMNS[:3], int)).reset_index()
@@ -56,7 +55,7 @@ def _dense(model: str, shape: tuple[int, int, int], num_classes: int) -> tuple[i
     return measure.macs(net, shape), measure.parameters(net)
 
 
-def choose(planned: Iterable[Planned], hours: float, rate: float = RATE) -> list[Planned]:
+def choose(planned: list[Planned], hours: float, rate: float = RATE) -> list[Planned]:
     """The runs that tell most within `hours`, parents before children.
 
     First both sides of every comparison of a claim, seed by seed and the cheapest first; with
@@ -65,24 +64,25 @@ def choose(planned: Iterable[Planned], hours: float, rate: float = RATE) -> list
     """
     _require_positive("hours", hours)
     _require_positive("rate", rate)
-    runs = {item.settings.run: item for item in reversed(list(planned))}
+    runs = {item.settings.run: item for item in reversed(planned)}
     price = {name: cost(item.settings, rate)[3] for name, item in runs.items()}
 
-    def order(group: list[Planned]) -> tuple[int, int, float, str]:
-        purpose = ("results", "ablation", "search").index(group[0].purpose)
-        names = [item.settings.run for item in group]
-        return purpose, group[0].settings.seed, sum(map(price.__getitem__, names)), names[0]
+    def order(group: tuple[Planned, ...]) -> tuple[int, int, float, str]:
+        names, first = [item.settings.run for item in group], group[0]
+        purpose = ("results", "ablation", "search").index(first.purpose)
+        return purpose, first.settings.seed, sum(price[name] for name in names), names[0]
 
     results = [item for item in runs.values() if item.purpose == "results"]
-    found = [c for paper in {p.paper for p in results} for c in of_card(card(paper), results)]
-    pairs = [[item for item in pair if item] for comparison in found for pair in comparison.pairs()]
+    compared = [c for paper in {p.paper for p in results} for c in of_card(card(paper), results)]
+    pairs = [pair for comparison in compared for pair in comparison.pairs]
     chosen: dict[str, Planned] = {}
-    for group in sorted(pairs, key=order) + sorted(([item] for item in runs.values()), key=order):
-        names = dict.fromkeys(name for item in group for name in _line(item.settings))
-        new = [name for name in names if name not in chosen]
-        if sum(price[name] for name in new) <= hours:
-            hours -= sum(price[name] for name in new)
-            chosen |= {name: runs[name] for name in new}
+    for group in sorted(pairs, key=order) + sorted(((each,) for each in runs.values()), key=order):
+        line = [name for item in group for name in _line(item.settings)]
+        new = {name: runs[name] for name in line if name not in chosen}
+        needed = sum(price[name] for name in new)
+        if needed <= hours:
+            hours -= needed
+            chosen |= new
     return list(chosen.values())
 
 
@@ -92,4 +92,4 @@ def _line(settings: RunSettings) -> list[str]:
 
 
 def _require_positive(name: str, value: float) -> None:
-    require(0 < value < float("inf"), name, value, "a finite number above 0")
+    require(0 < value < math.inf, name, value, "a finite number above 0")

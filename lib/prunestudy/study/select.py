@@ -1,23 +1,20 @@
 """Which runs a comparison means: a card's rules, written out over the planned runs of a profile."""
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
+from typing import NamedTuple
 
 from prunestudy.papers import Card, Rule
 from prunestudy.study.plan import Planned
 from prunestudy.study.settings import Target
 
-# By seed and total epochs, which pairs share.
-Side = dict[tuple[int, int], Planned]
-# By label, net and data set, then by target.
-Index = dict[tuple[str, str, str], dict[Target | None, Side]]
+# By label, net and data set, then by target, then by seed and total epochs, which pairs share.
+Index = dict[tuple[str, str, str], dict[Target | None, dict[tuple[int, int], Planned]]]
 
 
-@dataclass(frozen=True)
-class Comparison:
+class Comparison(NamedTuple):
     """A rule on one net, data set and target, against one opponent ("": the metric itself).
 
-    `theirs` has the keys of `ours`: seed and total epochs. Without an opponent it is empty.
+    `pairs` are the runs of both sides by seed, without an opponent of one side.
     """
 
     rule: Rule
@@ -25,17 +22,7 @@ class Comparison:
     model: str
     dataset: str
     target: Target | None
-    ours: Side
-    theirs: Side
-
-    @property
-    def at_least(self) -> float:
-        """The least difference that the claim is about."""
-        return self.rule.margin(self.dataset)
-
-    def pairs(self) -> Iterator[tuple[Planned, Planned | None]]:
-        """The runs of both sides, by seed."""
-        return ((self.ours[key], self.theirs.get(key)) for key in sorted(self.ours))
+    pairs: list[tuple[Planned, ...]]
 
 
 def index(planned: Iterable[Planned]) -> Index:
@@ -55,25 +42,21 @@ def comparisons(rule: Rule, runs: Index) -> list[Comparison]:
     found = []
     for (label, model, dataset), targets in runs.items():
         for target, ours in targets.items() if label == rule.method else ():
-            if not _covers(rule, model, dataset, target):
-                continue
+            share, kind = (target.value, target.kind) if target else (None, "")
             for against in rule.against or ("",):
                 at = runs.get((against, model, dataset), {})
                 theirs = at.get(target) or at.get(None, {})
-                both = {key: ours[key] for key in ours if key in theirs or not against}
-                if both:
-                    other = {key: theirs[key] for key in both} if against else {}
-                    found.append(Comparison(rule, against, model, dataset, target, both, other))
+                pairs = [(ours[key], theirs[key]) for key in sorted(ours) if key in theirs]
+                if not against:
+                    pairs = [(ours[key],) for key in sorted(ours)]
+                if pairs and rule.covers(model, dataset, share, kind):
+                    found.append(Comparison(rule, against, model, dataset, target, pairs))
     return found
-
-
-def _covers(rule: Rule, model: str, dataset: str, target: Target | None) -> bool:
-    kind = target.kind if target else ""
-    return rule.covers(model, dataset, target.value if target else None, kind)
 
 
 def of_card(card: Card, planned: Iterable[Planned]) -> list[Comparison]:
     """Every comparison of the card's claims among its planned runs."""
     runs = index(item for item in planned if item.paper == card.id)
-    tests = [rule for claim in card.claims for rule in claim.tests]
-    return [comparison for rule in tests for comparison in comparisons(rule, runs)]
+    return [
+        each for claim in card.claims for rule in claim.tests for each in comparisons(rule, runs)
+    ]

@@ -66,7 +66,7 @@ class RunSettings(Values):
         text = json.dumps(values, sort_keys=True, separators=(",", ":"))
         digest = hashlib.sha256(text.encode()).hexdigest()[:12]
         name = re.sub(r"[^A-Za-z0-9_.-]", "_", f"{self.method}-{self.model}-{self.dataset}")
-        return f"{name[:_LONGEST]}-{digest}"
+        return f"{name[:200]}-{digest}"  # it is a folder, whose name may have 255 bytes
 
     @property
     def aim(self) -> Target | None:
@@ -81,9 +81,6 @@ class RunSettings(Values):
         """
         inherits = self.parent and not methods.method_class(self.method).from_scratch
         return self.recipe.epochs + (self.parent.epochs if inherits else 0)
-
-
-_LONGEST = 200  # characters of a name before the hash: it is a folder, and paths may be longer
 
 
 def resolve(
@@ -101,26 +98,29 @@ def resolve(
     Raises `InputError` with one line for the first thing that is wrong.
     """
     require_one_of("model", model, models.names())
-    kind = methods.method_class(method)
-    known = datasets.info(dataset, root or None)
-    target, takes = rest.get("target"), " or ".join(map(methods.TARGETS.get, kind.target_kinds))
-    allowed = _share_of(takes) if takes else "no target"
-    right = bool(target) == bool(takes)
-    require(right, "target", target and target.value, f"{method} takes {allowed}")
-    shaped = not kind.from_scratch or rest.get("parent") is not None
-    require(shaped, "parent", None, f"{method} needs the run whose shape it takes; see a card")
-    own = methods.params_of(method, params or {}).model_dump(mode="json")
-    facts = {"dataset": dataset, "dataset_version": known.version, "revision": kind.revision}
-    names = {"model": model, "method": method, "params": own}
-    settings = checked(RunSettings, facts | names | rest)
-    trained = settings.recipe.epochs > 0 or settings.parent is not None or settings.pretrained
+    kind, known = methods.method_class(method), datasets.info(dataset, root or None)
+    target, parent = rest.get("target"), rest.get("parent")
+    takes = " or ".join(methods.TARGETS[name] for name in kind.target_kinds)
+    allowed = f"{method} takes {_SHARE.format(takes) if takes else 'no target'}"
+    require(bool(target) == bool(takes), "target", target and target.value, allowed)
+    allowed = f"{method} needs the run whose shape it takes; see a card"
+    require(bool(parent) or not kind.from_scratch, "parent", None, allowed)
+    values = {"dataset": dataset, "dataset_version": known.version, "model": model}
+    values |= {"method": method, "revision": kind.revision}
+    values["params"] = methods.params_of(method, params or {}).model_dump(mode="json")
+    settings = checked(RunSettings, values | rest)
+    pretrained, epochs = settings.pretrained, settings.recipe.epochs
     allowed = "at least 1 for a run without a parent or pretrained weights"
-    require(trained, "epochs", settings.recipe.epochs, allowed)
-    there = models.has_pretrained(model) and not settings.parent
+    require(bool(epochs or parent or pretrained), "epochs", epochs, allowed)
+    there = models.has_pretrained(model) and not parent
     allowed = "for a run without a parent, of a net that torchvision has weights of"
-    require(not settings.pretrained or there, "pretrained", settings.pretrained, allowed)
-    _fits(settings, known)
+    require(there or not pretrained, "pretrained", pretrained, allowed)
+    _require_fit(settings, known)
     return settings
+
+
+_SHARE = "the share of {} to remove, above 0 and below 1"
+_OWN = ("dataset", "model", "pretrained", "method", "seed", "precision", "threads", "validation")
 
 
 def own_settings(values: dict[str, Any], root: str = "") -> RunSettings:
@@ -130,23 +130,19 @@ def own_settings(values: dict[str, Any], root: str = "") -> RunSettings:
     lr, ...), `target` (share removed), `target_kind` (of what, a key of `methods.TARGETS`) and
     `params.NAME`. Raises `InputError`.
     """
-    values = {"dataset": "digits", "model": "lenet300", "method": "dense", "seed": 0} | values
-    values = {"epochs": 20, "lr": 0.05, "validation": 200} | values
-    params = {k.removeprefix("params."): v for k, v in values.items() if k.startswith("params.")}
-    own = {k: v for k, v in values.items() if k in _OWN}
-    rest = {k: v for k, v in values.items() if k not in own and not k.startswith("params.")}
+    rest = {"dataset": "digits", "model": "lenet300", "method": "dense", "seed": 0}
+    rest |= {"epochs": 20, "lr": 0.05, "validation": 200} | values
     allowed = sorted({*_OWN, *Recipe.model_fields, "target", "target_kind", "params.NAME"})
-    unknown = sorted(set(rest) - set(allowed))
-    require(not unknown, "setting", unknown and unknown[0], f"allowed are {', '.join(allowed)}")
+    params = {k.removeprefix("params."): rest.pop(k) for k in values if k.startswith("params.")}
+    for name in sorted(rest):
+        require(name in allowed, "setting", name, f"allowed are {', '.join(allowed)}")
+    own = {name: rest.pop(name) for name in _OWN if name in rest}
     target, kind = rest.pop("target", None), rest.pop("target_kind", None)
-    made = checked(Recipe, rest)
+    recipe = checked(Recipe, rest)
     if target is not None:
         kinds = methods.method_class(own["method"]).target_kinds or ("sparsity",)
         target = target_of(kind or kinds[0], target)
-    return resolve(params=params, recipe=made, target=target, root=root, **own)
-
-
-_OWN = ("dataset", "model", "pretrained", "method", "seed", "precision", "threads", "validation")
+    return resolve(params=params, recipe=recipe, target=target, root=root, **own)
 
 
 def target_of(kind: str, value: Any) -> Target:
@@ -155,21 +151,17 @@ def target_of(kind: str, value: Any) -> Target:
     try:
         return checked(Target, {"kind": kind, "value": value})
     except InputError:
-        raise InputError(f"target = {value!r}: {_share_of(methods.TARGETS[kind])}") from None
-
-
-def _share_of(what: str) -> str:
-    return f"the share of {what} to remove, above 0 and below 1"
+        allowed = _SHARE.format(methods.TARGETS[kind])
+        raise InputError(f"target = {value!r}: {allowed}") from None
 
 
 @functools.lru_cache(maxsize=32)
 def _shapes_of(model: str, shape: tuple[int, int, int]) -> torch.nn.Module:
-    """The net without numbers, to be looked at only."""
-    with torch.device("meta"):
+    with torch.device("meta"):  # without numbers, to be looked at only
         return models.build(model, shape, 1)
 
 
-def _fits(settings: RunSettings, known: datasets.DatasetInfo) -> None:
+def _require_fit(settings: RunSettings, known: datasets.DatasetInfo) -> None:
     """Refuse a net that cannot take these images, a method that cannot take the net, and so on."""
     fits = (models.task_of(settings.model) == "segment") == known.masks
     allowed = f"{known.name} has {'masks' if known.masks else 'one label an image'}"
@@ -181,10 +173,11 @@ def _fits(settings: RunSettings, known: datasets.DatasetInfo) -> None:
     except InputError as error:
         raise InputError(f"model = {settings.model!r}: not for {known.name}: {error}") from None
     method.check(net)
-    plan, side = settings.recipe, min(known.height, known.width)
-    total, held_out = known.train_images, settings.validation
-    left, size = total - held_out, plan.batch_size
-    require(plan.shift < side, "shift", plan.shift, f"below {side}, the images' size in pixels")
-    require(held_out < total, "validation", held_out, f"below {total}, the training images")
+    recipe, side = settings.recipe, min(known.height, known.width)
+    total, held_out, size = known.train_images, settings.validation, recipe.batch_size
+    left = total - held_out
+    require(recipe.shift < side, "shift", recipe.shift, f"below {side}, the images' size in pixels")
+    require(left > 0, "validation", held_out, f"below {total}, the training images")
     require(size <= left, "batch_size", size, f"at most {left}, the training images left")
-    require(plan.pieces <= size, "pieces", plan.pieces, f"at most {size}, the images of a batch")
+    allowed = f"at most {size}, the images of a batch"
+    require(recipe.pieces <= size, "pieces", recipe.pieces, allowed)

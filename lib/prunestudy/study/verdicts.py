@@ -6,8 +6,7 @@ claimed side, *contradicted* if on the other, *undecided* otherwise.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -21,8 +20,7 @@ Record = dict[str, Any]
 NO_RUNS = "no runs in this profile"
 
 
-@dataclass(frozen=True)
-class Interval:
+class Interval(NamedTuple):
     """Mean of `n` paired differences with its standard deviation and 95% t-interval."""
 
     n: int
@@ -35,13 +33,11 @@ class Interval:
     def of(cls, values: list[float]) -> "Interval":
         """Return the interval of `values`; without bounds for fewer than two."""
         n = len(values)
-        if not n:
-            return cls(0, *[math.nan] * 4)
-        mean = math.fsum(values) / n
-        if n == 1:
-            return cls(1, mean, *[math.nan] * 3)
+        if n < 2:
+            return cls(n, *(values or [math.nan]), *[math.nan] * 3)
         from scipy.special import stdtrit  # late: it takes a second
 
+        mean = math.fsum(values) / n
         sd = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1))
         half = float(stdtrit(n - 1, 0.975)) * sd / math.sqrt(n)
         return cls(n, mean, sd, mean - half, mean + half)
@@ -55,99 +51,86 @@ class Interval:
         return "contradicted" if self.high < at_least else "undecided"
 
 
-def pairs(store: Store, comparison: Comparison) -> list[tuple[Record, Record | None]]:
-    """The records that `comparison` is on, by seed; without an opponent the second is None.
+def pairs(store: Store, comparison: Comparison) -> list[list[Record]]:
+    """The records that `comparison` is on, by seed; without an opponent of one side.
 
     A pair is of one device and has the metric; with the rule's `within` it counts only where ours
     removed as much, or at most that share less.
     """
-    rule, found = comparison.rule, []
-    for ours, theirs in comparison.pairs():
-        others = _by_device(store, theirs, rule.metric) if theirs else None
-        for device, record in _by_device(store, ours, rule.metric).items():
-            if others is None:
-                found.append((record, None))
-            elif device in others and _as_small(record, others[device], comparison):
-                found.append((record, others[device]))
+    rule, kind = comparison.rule, comparison.target.kind if comparison.target else ""
+    found = []
+    for items in comparison.pairs:
+        sides = [_by_device(store, item, rule.metric) for item in items]
+        for device in sorted(set.intersection(*map(set, sides))):
+            pair = [side[device] for side in sides]
+            if rule.within is None or _left(pair[0], kind) - _left(pair[-1], kind) <= rule.within:
+                found.append(pair)
     return found
 
 
 def _by_device(store: Store, item: Planned, metric: str) -> dict[str, Record]:
     records = store.read_all(item.settings)
     with_metric = [r for r in records if r["metrics"].get(metric) is not None]
-    return {record.get("environment", {}).get("device", ""): record for record in with_metric}
+    return {record["environment"]["device"]: record for record in with_metric}
 
 
-def _as_small(ours: Record, theirs: Record, comparison: Comparison) -> bool:
-    within, target = comparison.rule.within, comparison.target
-    if within is None:
-        return True
-    kind = target.kind if target else ""
-    return _left(ours["metrics"], kind) - _left(theirs["metrics"], kind) <= within
-
-
-def _left(metrics: dict[str, Any], kind: str) -> float:
+def _left(record: Record, kind: str) -> float:
     """Share (0-1) of the parameters or MACs that is left; else of the prunable weights."""
+    metrics = record["metrics"]
     if kind in ("parameters", "macs"):
         return metrics[kind] / metrics[f"dense_{kind}"]
     return 1 - metrics["sparsity"]
 
 
-def difference(compared: list[tuple[Record, Record | None]], metric: str) -> Interval:
-    """Interval of what `metric` differs by in `compared` pairs of records."""
-    sides = [(a["metrics"][metric], b["metrics"][metric] if b else 0.0) for a, b in compared]
-    return Interval.of([ours - theirs for ours, theirs in sides])
-
-
 def verdicts_table(store: Store, planned: list[Planned], paper: Card) -> pd.DataFrame:
-    """One row per claim and comparison: difference, interval, n and verdict."""
-    return judged(store, planned, paper).drop(columns="record")
+    """One row per claim and comparison: difference, interval, n and verdict.
 
-
-def judged(store: Store, planned: list[Planned], paper: Card) -> pd.DataFrame:
-    """`verdicts_table`, and in `record` the names of the compared runs of the first seed."""
+    `record` names the compared runs of the first seed. The rule of a claim that is not tested is
+    the reason why not.
+    """
     runs = index(item for item in planned if item.paper == paper.id)
     rows: list[dict[str, Any]] = []
     for claim in paper.claims:
-        base = {"claim": claim.id, "says": claim.text, "mark": claim.mark}
+        said = {"claim": claim.id, "says": claim.text, "mark": claim.mark}
         if claim.not_testable:
-            why = {"verdict": "not testable here", "why": claim.not_testable, "record": ""}
-            rows.append(base | why)
+            rows.append(said | {"rule": claim.not_testable, "verdict": "not testable here"} | _NO)
         for rule in claim.tests:
-            found = [_judge(store, comparison) for comparison in comparisons(rule, runs)]
-            rows += [base | row for row in found or [_without_runs(rule)]]
-    return pd.DataFrame(rows)
+            told = _told(rule, rule.against, rule.margin("other"))
+            nothing = {"rule": told, "verdict": NO_RUNS} | _NO
+            found = [judged(store, comparison) for comparison in comparisons(rule, runs)]
+            rows += [said | row for row in found or [nothing]]
+    columns = ["claim", "says", "mark", "rule", "where", "difference", "low", "high", "n"]
+    return pd.DataFrame(rows, columns=[*columns, "verdict", "record"])
 
 
-def _judge(store: Store, comparison: Comparison) -> dict[str, Any]:
-    c, compared = comparison, pairs(store, comparison)
-    got = difference(compared, c.rule.metric)
-    where = [c.model, c.dataset]
-    if c.target:
-        where.append(f"{removed(c.target.value, c.target.kind)} removed")
+_NO = {"where": "", "n": 0, "record": ""}
+
+
+def judged(store: Store, comparison: Comparison) -> dict[str, Any]:
+    """What `comparison` came to: its rule and place for people, the difference, the verdict."""
+    rule, against, model, dataset, target, _ = comparison
+    margin, compared = rule.margin(dataset), pairs(store, comparison)
+    values = [[record["metrics"][rule.metric] for record in pair] for pair in compared]
+    got = Interval.of([ours - sum(theirs) for ours, *theirs in values])
     return {
-        "rule": _told(c.rule, c.against, f"{c.at_least:g}"),
-        "where": ", ".join(where),
+        "rule": _told(rule, (against,) * bool(against), margin),
+        "where": f"{model}, {dataset}"
+        + (f", {removed(target.value, target.kind)} removed" if target else ""),
         "difference": got.mean,
         "low": got.low,
         "high": got.high,
         "n": got.n,
-        "verdict": got.verdict(c.at_least) if got.n else NO_RUNS,
-        "record": " - ".join(side["run"] for side in compared[0] if side) if compared else "",
+        "verdict": got.verdict(margin) if got.n else NO_RUNS,
+        "record": " - ".join(record["run"] for record in compared[0]) if compared else "",
     }
 
 
-def _without_runs(rule: Rule) -> dict[str, Any]:
-    margin = "its margin" if isinstance(rule.at_least, dict) else f"{rule.at_least:g}"
-    nothing = {"where": "", **dict.fromkeys(("difference", "low", "high"), math.nan), "n": 0}
-    told = {"rule": _told(rule, ", ".join(rule.against), margin)}
-    return told | nothing | {"verdict": NO_RUNS, "record": ""}
-
-
-def _told(rule: Rule, against: str, margin: str) -> str:
-    words = (label.partition(", ") for label in (rule.method, against) if label)
-    sides = (f"{name} ({variant})" if variant else name for name, _, variant in words)
-    return f"{' - '.join(sides)} of {rule.metric} >= {margin}"
+def _told(rule: Rule, against: tuple[str, ...], margin: float) -> str:
+    """The rule for people: "magnitude - random (rows) of metric >= 0"."""
+    words = [label.partition(", ") for label in (rule.method, *against)]
+    ours, *theirs = [f"{name} ({more})" if more else name for name, _, more in words]
+    sides = f"{ours} - {' or '.join(theirs)}" if theirs else ours
+    return f"{sides} of {rule.metric} >= {margin:g}"
 
 
 def margin_to_dense(paper: Card, row: Mapping[str, Any]) -> float | None:
