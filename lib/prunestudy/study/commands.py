@@ -151,7 +151,7 @@ def do_table(a: Namespace) -> None:
 
 
 def do_readme(a: Namespace) -> None:
-    _, summary = tables.build(_store(a), plan(a.profile))
+    _, summary = tables.build(Store("cpu", a.results or None), plan("cpu"))
     tables.fill_readme(places.home() / "README.md", summary)
 
 
