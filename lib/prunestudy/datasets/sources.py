@@ -191,7 +191,7 @@ def _read_files(name: str, root: Path, place: Path) -> list[tuple[np.ndarray, np
         _download(kind, name, root, place)
     if not name.startswith("cifar"):
         arrays = [
-            [_idx(folder / f"{part}-{kind}-ubyte") for kind in ("images-idx3", "labels-idx1")]
+            [_idx(folder / f"{part}-{what}-ubyte") for what in ("images-idx3", "labels-idx1")]
             for part in ("train", "t10k")
         ]
         return [(images[..., None], labels.astype(np.int64)) for images, labels in arrays]
