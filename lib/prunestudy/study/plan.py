@@ -85,7 +85,9 @@ def _of_experiment(paper: str, size: Profile, experiment: Experiment, tiny: Tiny
         for target in targets:
             if after:
                 before = (entry.after, entry.after_target or target)
-                require(before in trained, "after_target", before[1], f"a target of {entry.after!r}")
+                require(
+                    before in trained, "after_target", before[1], f"a target of {entry.after!r}"
+                )
                 parents = trained[before]
             if methods.method_class(entry.method).target_kinds:
                 own["target"] = target_of(entry.target_kind or experiment.target_kind, target)
