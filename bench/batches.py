@@ -65,7 +65,7 @@ def bare(images: datasets.StreamSet) -> None:
     def work(first: int) -> None:
         torch.set_num_threads(1)
         for name in images.files[first::WORKERS]:
-            with Image.open(images.path(name)) as image:
+            with Image.open(images.folder / name.decode()) as image:
                 transforms(image.convert("RGB"))
 
     workers = [get_context("fork").Process(target=work, args=(i,)) for i in range(WORKERS)]

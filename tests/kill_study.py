@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+from prunestudy.study.plan import jobs, plan
 from prunestudy.study.records import Store
 
 # Seconds and memory of a process differ from one execution to the next; nothing else may.
@@ -63,7 +64,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--job", default="", help="one job of the batch instead of the whole study")
     a = parser.parse_args()
-    command = ["prunestudy", "job", a.job] if a.job else ["prunestudy", "study"]
+    runs = [item.settings.run for item in jobs("quick", plan("quick"))[a.job]] if a.job else []
+    command = ["prunestudy", "run", *runs] if a.job else ["prunestudy", "study"]
     finish(command, a.folder / "calm")
     moments = kill_at_random(command, a.folder / "killed", a.kills, a.longest, a.seed)
     finish(command, a.folder / "killed")

@@ -33,10 +33,7 @@ def test_any_path_is_a_path_and_a_second_study_does_nothing(start, tmp_path):
     lines = [line.split() for line in err.splitlines()]
     assert [words[1] for words in lines[:4]] == ["1/4", "2/4", "3/4", "4/4"]
     assert {words[2] for words in lines[:4]} == set(names)
-    assert [" ".join(words) for words in lines[4:]] == [
-        "latency 3 nets timed",
-        "notebooks 99_toy.ipynb",
-    ]
+    assert lines[4:] == [["latency", "1/1", "nets"], ["notebooks", "1/1", "toy"]]
     text = notebooks.executed(store, "toy").read_text()
     assert "touch" not in text
     seconds = out.splitlines()[-1].split()
@@ -44,11 +41,11 @@ def test_any_path_is_a_path_and_a_second_study_does_nothing(start, tmp_path):
     assert seconds[1::2] == ["train", "latency", "notebooks", "tables", "total"]
     assert list((tmp_path / "cache/prunestudy").iterdir()) == []
 
-    before = tree(results / "quick/records"), notebooks.executed(store, "toy").stat().st_mtime_ns
+    before = tree(results / "quick/runs"), notebooks.executed(store, "toy").stat().st_mtime_ns
     out, err = study(start, f"--results={results.name}", f"--data={data}")
     assert err == ""
     assert out.splitlines()[-1].split()[1::2] == ["tables", "total"]
-    now = tree(results / "quick/records"), notebooks.executed(store, "toy").stat().st_mtime_ns
+    now = tree(results / "quick/runs"), notebooks.executed(store, "toy").stat().st_mtime_ns
     assert now == before
 
 
@@ -56,13 +53,15 @@ def test_any_path_is_a_path_and_a_second_study_does_nothing(start, tmp_path):
 def test_local_jobs_share_all_runs_and_those_of_a_cluster_have_their_own(tmp_path):
     store, planned = Store("quick", tmp_path), plan("quick")
     names = [item.settings.run for item in planned]
-    local = batch.describe(store, "quick", planned, 2)
-    assert local["train"] == {key: {"runs": names, "needs": []} for key in "01"}
+    local = batch.describe(store, "quick", planned, 2, "")
+    assert local["train"] == {"0": names, "1": names}
     assert local["notebooks"] == {"0": ["toy"]}
-    cluster = batch.describe(store, "quick", planned, 0)
-    assert cluster["train"] == {"toy.digits.s0": {"runs": names, "needs": []}}
+    cluster = batch.describe(store, "quick", planned, 0, "")
+    assert cluster["train"] == {"toy.digits.s0": names}
+    assert (local["needs"], cluster["needs"]) == ({}, {"toy.digits.s0": []})
     assert cluster["notebooks"] == {"toy": ["toy"]}
-    same = {"results": str(tmp_path), "gpu": False, "latency": True, "papers": ["toy"]}
+    same = {"results": str(tmp_path), "gpu": False, "papers": ["toy"], "datasets": ["digits"]}
+    same["latency"] = {"all": ["nets"]}
     assert local | same == local
 
 

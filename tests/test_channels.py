@@ -294,7 +294,7 @@ def test_random_serves_weights_and_channels():
         made = fit("random", net, kind=kind).model
         shapes[kind] = sorted(tuple(p.shape) for p in made.parameters())
         if kind == "sparsity":
-            assert measure.sparsity(made) == pytest.approx(0.6, abs=1e-4)
+            assert measure.removed_share(made, made) == pytest.approx(0.6, abs=1e-4)
     full = sorted(tuple(p.shape) for p in net_of("mlp").parameters())
     assert shapes["sparsity"] == full
     assert shapes["macs"] != full != shapes["parameters"]

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CARD, small_run, tree
+from conftest import CARD, put_record, small_run, tree
 
 import prunestudy
 from prunestudy import shrink
-from prunestudy.study import batch, cli, notebooks, runs
+from prunestudy.study import batch, cli, commands, notebooks, runs
 from prunestudy.study.plan import plan
 from prunestudy.study.records import Store
 
@@ -41,7 +41,7 @@ def refused(call, tmp_path, monkeypatch):
         raise AssertionError("nothing may start")
 
     def run(*words, **options):
-        for place, name in ((runs, "train"), (batch.subprocess, "Popen"), (notebooks, "Kernel")):
+        for place, name in ((runs, "train"), (batch.subprocess, "Popen"), (notebooks, "kernel")):
             monkeypatch.setattr(place, name, no)
         before = tree(tmp_path)
         code, out, err = call(*words, **options)
@@ -84,11 +84,10 @@ def names_of(*labels):
         (["run", "magnitude", "--device", "tpu"], "device = 'tpu': allowed are auto, cpu, cuda"),
         (["run", "magnitude", "--device", "cuda"], "device = 'cuda': no CUDA device here"),
         (["run", "magnitude", "--profile", "fast"], "profile = 'fast': allowed are"),
-        (["job", "nope"], "job = 'nope': allowed are toy.digits.s0"),
-        (["job", "toy.digits.s0", "--device", "gpu"], "device = 'gpu': allowed are"),
+        (["train", "--device", "gpu"], "device = 'gpu': allowed are"),
         (["status", "--data", "a\udcff"], "unrecognized arguments: --data"),
         (["train", "--data", "a\udcff"], "data = 'a\\udcff': a path in UTF-8"),
-        (["job"], "the following arguments are required: job"),
+        (["export", "x"], "the following arguments are required: FILE"),
         (["show", "nope"], "run = 'nope': no such run"),
         (["notebook", "nope"], "paper = 'nope': allowed are toy"),
         (["study", "--jobs", "0"], "jobs = 0: 1 to "),
@@ -202,8 +201,7 @@ def test_nothing_changes_in_a_folder_with_results(call, refused, results):
     assert call("run", "magnitude")[0] == 0
     refused("run", "nope")
     refused("train", "--set", "lr=-1")
-    refused("job", "nope")
-    assert len(list((results / "quick" / "records").iterdir())) == 2
+    assert len(list((results / "quick" / "runs").iterdir())) == 2
 
 
 @pytest.mark.parametrize("place", ["--data", "environment", "nowhere"])
@@ -221,23 +219,22 @@ def test_missing_data_of_a_planned_run(refused, no_data, card_file, results):
         head + "    [profiles.quick]" + profile.replace('"digits"\n    model', '"mnist"\n    model')
     )
     assert "mnist" in plan("quick")[0].settings.dataset
-    for words in (["run", "magnitude"], ["job", "toy.digits.s0"], ["study"]):
+    for words in (["run", "magnitude"], ["study"]):
         assert refused(*words).startswith("data = ")
     assert not results.exists()
 
 
 def test_edited_records_stop_every_command(call, refused, results):
     assert call("run", *names_of("start"))[0] == 0
-    path = results / "quick" / "records" / names_of("start")[0] / "record.json"
-    path.write_text(path.read_text().replace('"seed": 0', '"seed": 1'))
-    words = [["status"], ["table"], ["run", "magnitude"], ["job", "toy.digits.s0"], ["study"]]
+    path = results / "quick" / "runs" / names_of("start")[0] / "record.json"
+    path.write_text(path.read_text().replace('"seed":0', '"seed":1'))
+    words = [["status"], ["table"], ["run", "magnitude"], ["study"]]
     for each in [*words, ["show", names_of("start")[0]]]:
-        assert refused(*each).startswith(f"record = {names_of('start')[0]}: was edited or damaged")
+        said = refused(*each)
+        assert said.startswith(f"record = {names_of('start')[0]}: was edited or cut off (checksum)")
 
 
-@pytest.mark.parametrize(
-    "words", [["status"], ["table"], ["run", "magnitude"], ["job", "toy.digits.s0"]]
-)
+@pytest.mark.parametrize("words", [["status"], ["table"], ["run", "magnitude"]])
 def test_a_file_in_the_place_of_the_results(refused, tmp_path, words):
     place = tmp_path / "file"
     place.write_text("mine")
@@ -254,7 +251,7 @@ def test_a_disk_without_space(call, results, monkeypatch):
     code, out, err = call("run", "magnitude")
     assert (code, out) == (2, "")
     assert err == "prunestudy: file = the/file: No space left on device\n"
-    assert not (results / "quick" / "records").exists()
+    assert not (results / "quick" / "runs").exists()
 
 
 def test_exit_code_and_line_of_the_real_command(tmp_path):
@@ -275,8 +272,8 @@ def test_help_names_every_command(capsys):
         cli.main(["--help"])
     assert caught.value.code == 0
     out = capsys.readouterr().out
-    names = "study plan list status table latency run job notebook show compare export train"
-    for name in names.split():
+    names = "study plan list status table latency run notebook readme collect show compare export"
+    for name in [*names.split(), "train"]:
         assert f"\n    {name} " in out
 
 
@@ -313,9 +310,9 @@ def test_run_status_show_table(call, results):
     ]
     code, out, _ = call("show", "magnitude")
     text, _, history = out.partition("\n}\n")
-    assert json.loads(text + "}") == store.load(magnitude)
-    (row,) = store.history(magnitude)
-    assert history.strip() == " ".join(f"{k}={v}" for k, v in row.items())
+    assert json.loads(text + "}") == store.load(magnitude) | {"history": None}
+    columns = store.load(magnitude)["history"]
+    assert history.strip() == " ".join(f"{name}={value}" for name, (value,) in columns.items())
     assert call("table") == (0, "", "")
     lines = (results / "quick" / "tables" / "runs.csv").read_text().splitlines()
     assert len(lines) == 3
@@ -329,38 +326,50 @@ def test_a_run_that_is_there_is_not_trained_again(call, results):
     assert tree(results) == before
 
 
-def test_job_and_latency(call, results):
-    code, out, _ = call("job", "toy.digits.s0")
+def all_runs():
+    return [item.settings.run for item in plan("quick")]
+
+
+def test_latency(call, results):
+    code, out, _ = call("run", *all_runs())
     assert code == 0
-    assert [line.split()[0] for line in out.splitlines()] == [p.settings.run for p in plan("quick")]
-    before = {k: v for k, v in tree(results).items() if k.endswith(("json", "safetensors"))}
+    assert [line.split()[0] for line in out.splitlines()] == all_runs()
+    store = Store("quick", results)
+    assert [store.latency(name) for name in all_runs()] == [{}] * 4
     assert call("latency")[0] == 0
-    after = {k: v for k, v in tree(results).items() if k.endswith(("json", "safetensors"))}
-    new = sorted(set(after) - set(before))
-    expected = names_of("dense", "magnitude", "random")
-    assert new == sorted(f"quick/records/{name}/latency.json" for name in expected)
-    assert {k: after[k] for k in before} == before
-    ms = json.loads((results / new[0]).read_text())["ms"]
-    assert sorted(ms) == [
-        "dense_latency_b128_ms",
-        "dense_latency_b1_ms",
-        "latency_b128_ms",
-        "latency_b1_ms",
-    ]
-    assert min(ms.values()) > 0
+    start, *timed = names_of("start", "dense", "magnitude", "random")
+    assert store.latency(start) == {}
+    for name in timed:
+        ms = store.latency(name)
+        expected = "dense_latency_b128_ms dense_latency_b1_ms latency_b128_ms latency_b1_ms"
+        assert sorted(ms) == expected.split()
+        assert min(ms.values()) > 0
+    before = tree(results)
     assert call("latency")[0] == 0
-    again = {k: v for k, v in tree(results).items() if k.endswith(("json", "safetensors"))}
-    assert again == after
+    assert tree(results) == before
 
 
 def test_nets_from_random_weights_are_timed_too_but_not_the_dense_ones(call, results, card_file):
     fresh = '{ method = "dense", fresh = true }, { method = "magnitude", fresh = true }'
     card_file(CARD.replace('{ method = "dense" }, { method = "magnitude" }', fresh))
-    call("job", "toy.digits.s0")
+    call("run", *all_runs())
     assert call("latency")[0] == 0
-    timed = [path.parent.name for path in results.glob("quick/records/*/latency.json")]
+    store = Store("quick", results)
     pruned = [p.settings.run for p in plan("quick") if p.settings.method != "dense"]
-    assert sorted(timed) == sorted(pruned)
+    assert [name for name in all_runs() if store.latency(name)] == pruned
+
+
+def test_collect_says_what_it_left_out(call, results, tmp_path):
+    call("run", "magnitude")
+    assert call("collect") == (0, "", "")
+    assert len((results / "quick/records.jsonl").read_text().splitlines()) == 2
+    other = Store("quick", tmp_path / "elsewhere")
+    settings = next(p.settings for p in plan("quick") if p.settings.method == "magnitude")
+    put_record(other, settings, 0.1)
+    code, out, err = call("collect", str(other.folder))
+    assert (code, err) == (0, "")
+    why = "is stored already, with other numbers; that stays"
+    assert out.splitlines()[0] == f"{settings.run}: {why}"
 
 
 def test_export(call, results, tmp_path):
@@ -383,7 +392,9 @@ def test_export_of_another_runs_net(call, refused, results, tmp_path):
     store, (ours, other) = Store("quick", results), names_of("magnitude", "random")
     store.weights(ours).write_bytes(store.weights(other).read_bytes())
     file = tmp_path / "net.onnx"
-    assert refused("export", ours, str(file)).startswith(f"weights = {ours}: not those of its")
+    assert refused("export", ours, str(file)).startswith(
+        f"weights = {ours}: not there, or not those of its"
+    )
     assert not file.exists()
 
 
@@ -391,7 +402,7 @@ def test_export_of_a_run_without_its_net(call, refused, results, tmp_path):
     call("run", "magnitude")
     (name,) = names_of("magnitude")
     Store("quick", results).weights(name).unlink()
-    message = f"weights = '{name}': a run whose net is on disk (`prunestudy run RUN --weights`"
+    message = f"weights = {name}: not there, or not those of its record"
     assert refused("export", name, str(tmp_path / "net.onnx")).startswith(message)
     assert refused("export", "nope", "net.onnx").startswith("run = 'nope': no such run")
 
@@ -407,7 +418,7 @@ def test_compare(call, refused, results):
     assert "validation.loss" in [row[0] for row in rows]
     assert rows[-1] == "history from epoch 1 1 epochs 1 epochs".split()
     assert not [row for row in rows if row[0] in ("settings.seed", "data.fingerprint")]
-    assert call("compare", magnitude, magnitude) == (0, f"  {magnitude}  {magnitude}\n", "")
+    assert call("compare", magnitude, magnitude) == (0, "no difference\n", "")
     assert refused("compare", magnitude, "nope").startswith("run = 'nope': no such run")
 
 
@@ -445,7 +456,8 @@ def test_ones_own_runs_are_listed_and_compared(call, results):
         [second, "custom", "train", "seed 3", "target 0.500", ""],
     ]
     assert call("status", *custom)[1].splitlines() == ["done      2", "missing   0"]
-    assert f"{first}  {second}" in call("compare", first, second, *custom)[1]
+    header = call("compare", first, second, *custom)[1].splitlines()[0]
+    assert header.split() == [first, second]
     weights = Store("custom", results).weights(second)
     content = shrink.load_net(weights).state_dict()
     weights.unlink()
@@ -489,6 +501,6 @@ def test_names_of_what_settings_take(call, capsys):
 
 def test_numbers_and_text_of_settings():
     values = ["0.5", "3", "true", "null", "relu", "[1, 2]", '"3"', "1e-3", ""]
-    assert [cli._value(text) for text in values] == [
+    assert [commands.value_of(text) for text in values] == [
         *(0.5, 3, True, None, "relu", [1, 2], "3", 1e-3, "")
     ]

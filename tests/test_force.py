@@ -3,9 +3,11 @@ import math
 from functools import cache
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import one_line, toy_batches
+from matplotlib import pyplot as plt
 from torch import nn
 
 from prunestudy import measure, methods, models, papers, shrink
@@ -13,7 +15,7 @@ from prunestudy.errors import InputError
 from prunestudy.methods import Context, Progress, filters
 from prunestudy.methods.force import force, force_by_pairs
 from prunestudy.shrink import low_rank, ranks
-from prunestudy.study.figures import force as drawings
+from prunestudy.study.figures import papers as drawings
 from prunestudy.study.plan import plan
 from prunestudy.study.records import Store, repository
 from prunestudy.study.session import Session
@@ -678,34 +680,44 @@ def test_records_of_the_study_hold_ranks_and_both_scores(study):
         assert metrics["macs"] < metrics["dense_macs"]
 
 
-def test_table_of_ranks_and_its_published_neighbours(study):
+def test_table_of_ranks_has_a_row_per_run_and_layer(study):
     found = drawings.ranks_table(study.store, study.planned)
-    assert list(found[found.variant == ""].groupby("method").size().items()) == [
-        ("force", 3),
-        ("plain_low_rank", 3),
-    ]
+    sizes = found[found.variant == ""].groupby("method").size()
+    assert sizes.to_dict() == {"force": 3, "plain_low_rank": 3}
     assert list(found.full[:3]) == [25, 32, 64]
-    wide = drawings.ranks_beside_published(found, study.card)
-    assert not any("published" in name or "[P]" in name for name in wide)
-    lenet = found.assign(model="lenet5", layer=found.layer.str.replace("conv3", "fc1"))
-    wide = drawings.ranks_beside_published(lenet, study.card).set_index("layer")
-    (column,) = [name for name in wide if name.startswith("LeNet, L2 force 1e-4")]
-    assert column.endswith("[D]")
-    assert wide[column].dropna().to_dict() == {"conv1": 6, "conv2": 17}
+    assert drawings.ranks_table(study.store, 2 * study.planned).equals(found)
 
 
-def test_figures_say_what_is_missing(study, tmp_path):
+def test_ranks_stand_beside_the_published_ones_of_the_same_net():
+    paper = papers.card("force")
+    plain, *_ = (t for t in paper.ranks if (t.model, t.method) == ("resnet20", "plain_low_rank"))
+    rows = [
+        ("resnet20", "cifar10", method, "", seed, layer, rank, 16, 1.0)
+        for method, ranks in (("plain_low_rank", (8, 12)), ("force", (4, 4)))
+        for seed, rank in enumerate(ranks)
+        for layer in plain.layers
+    ]
+    columns = "model dataset method variant seed layer rank full speed_up".split()
+    ours = pd.DataFrame(rows, columns=columns)
+    axes = drawings.rank_per_layer(ours, paper, "resnet20", "cifar10").axes[0]
+    bars = [bar.get_height() for bar in axes.patches if bar.get_width()]
+    count = len(plain.layers)
+    assert bars[: 2 * count] == [62.5] * count + [25] * count
+    marks = {line.get_label(): list(line.get_ydata()) for line in axes.lines}
+    shares = [100 * rank / full for rank, full in zip(plain.ranks, plain.full, strict=True)]
+    assert marks["published: low rank, no force [P]"] == pytest.approx(shares)
+    plt.close("all")
+
+
+def test_figures_say_what_is_missing(tmp_path):
     empty = Session("force", "quick", results=tmp_path, device="cpu", show=False)
     nothing = drawings.ranks_table(empty.store, empty.planned)
     for draw in (
         lambda: drawings.rank_per_layer(nothing, empty.card, "convnet", "digits"),
-        lambda: drawings.speed_up(empty.store, empty.planned, empty.runs),
-        lambda: drawings.fine_tuning(empty.store, empty.planned),
-        lambda: drawings.strengths(study.store, study.planned),
+        lambda: drawings.speed_up(empty.runs),
     ):
         with pytest.raises(InputError, match=r"^figure = .*: no finished run"):
             draw()
-    assert drawings.ranks_beside_published(nothing, empty.card).empty
 
 
 def after_force(runner, method, target=None, kind="sparsity"):

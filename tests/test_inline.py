@@ -17,12 +17,12 @@ def test_alternative_text_is_made_of_titles_axes_and_legends():
     left.plot([1, 2], label="kept")
     left.legend()
     right.set(xlabel="layer")
-    assert inline.alt_text(figure) == "gates of fc1: gate g against step (kept). layer"
+    assert inline.alt_text(figure) == "gates of fc1: gate g against step. layer. kept"
     figure.suptitle("LeNet")
     right.set(xlabel="")
     right.plot([1, 2], label="of all")
     figure.legend(handles=right.lines)
-    assert inline.alt_text(figure) == "LeNet. gates of fc1: gate g against step (kept). of all"
+    assert inline.alt_text(figure) == "LeNet. gates of fc1: gate g against step. of all. kept"
     plt.close(figure)
 
 
@@ -37,7 +37,4 @@ def test_figures_in_notebooks_have_a_palette_and_show_the_same():
     pixels = [np.asarray(picture.convert("RGB"), int) for picture in (small, large)]
     assert np.abs(pixels[0] - pixels[1]).mean() < 0.5
     assert (pixels[0][0, 0] == 255).all()
-    figure.patch.set_alpha(0)
-    clear, _ = inline._display(figure)
-    assert Image.open(io.BytesIO(clear)).mode == "RGBA"
     plt.close(figure)

@@ -1,7 +1,6 @@
 """Notebooks through papermill, with tiny settings; bad parameters change nothing on disk."""
 
 import base64
-import json
 
 import nbformat
 import papermill
@@ -33,7 +32,7 @@ def _execute(paper, target, **values):
 @pytest.mark.filterwarnings("ignore")  # of papermill's and the kernel's own, in this process
 def test_runs_alone_with_tiny_settings(paper, tmp_path):
     _execute(paper, tmp_path / "out.ipynb", seeds=1, epochs=1, results=str(tmp_path))
-    found = list((tmp_path / "custom" / "records").glob("*/record.json"))
+    found = list((tmp_path / "custom" / "runs").glob("*/record.json"))
     assert len(found) >= 5
     assert list((tmp_path / "custom" / "figures").glob("*.png"))
     cells = nbformat.read(tmp_path / "out.ipynb", as_version=4).cells
@@ -64,22 +63,6 @@ def test_plain_papermill_with_a_bad_parameter_stops_in_the_first_cells(values, w
     assert not results.exists()
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "words"),
-    [
-        ("nothing", 1, "parameter = 'nothing'"),
-        ("seeds", "1", "parameter seeds = '1': must be of type int"),
-        ("profile", 3, "must be of type str"),
-        ("seeds", True, "must be of type int"),
-    ],
-)
-def test_command_refuses_before_a_kernel_starts(name, value, words):
-    with pytest.raises(InputError, match="parameter") as caught:
-        notebooks.check(notebooks.source_of(PAPERS[0]), {name: value})
-    assert words in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
 def test_check_parameters_names_what_is_wrong():
     space = {"before": 0, "seeds": 1}
     check_parameters(space, {"before"}, seeds=int)
@@ -89,97 +72,79 @@ def test_check_parameters_names_what_is_wrong():
         check_parameters(space | {"seeds": 1.5}, {"before"}, seeds=int)
 
 
-WHOLE = json.dumps({"nbformat": 4, "metadata": {}, "cells": []})
+@pytest.mark.filterwarnings("ignore")  # of a source without ids of cells
+@pytest.mark.parametrize("text", ["", "\0", "[]", "3", '{"cells": 3}', "[" * 100_000])
+def test_a_damaged_notebook_is_refused_and_a_damaged_copy_made_again(text, tmp_path, monkeypatch):
+    store, paper = Store("quick", tmp_path / "results"), "overview"
+    source = tmp_path / "source.ipynb"
+    monkeypatch.setattr(notebooks, "source_of", lambda _: source)
 
+    def run_cells(_, notebook):
+        assert [cell.source.split()[0] for cell in notebook.cells] == ["x", "profile", "1"]
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        *("", "\0", "[]", "3", '{"cells": 3}', WHOLE[:-3], "[" * 100_000),
-        WHOLE.replace("4", "3"),
-        WHOLE.replace("[]", '[{"cell_type": "code", "metadata": {}, "source": ""}]'),
-        WHOLE.replace("[]", '[{"cell_type": "markdown", "metadata": {}, "source": 7}]'),
-    ],
-)
-def test_what_is_no_notebook_is_refused_in_one_line_and_made_again(text, tmp_path, monkeypatch):
-    store = Store("quick", tmp_path)
-    path = notebooks.executed(store, PAPERS[0])
-    path.parent.mkdir(parents=True)
-    path.write_text(text)
-    with pytest.raises(InputError) as caught:
-        notebooks.read(path)
-    assert one_line(caught) == (
-        f"notebook = {path}: damaged, or no notebook of format 4; get it back from git, or make it"
-        " again"
-    )
-    assert not notebooks.is_current(store, "quick", PAPERS[0])
-    monkeypatch.setattr(notebooks, "source_of", lambda _: path)
-    with pytest.raises(InputError, match="damaged, or no notebook"):
-        notebooks.execute(PAPERS[0], "quick", str(tmp_path))
-    path.unlink()
-    assert not notebooks.is_current(store, "quick", PAPERS[0])
-    with pytest.raises(InputError, match="not there"):
-        notebooks.read(path)
+    def execute():
+        return notebooks.execute(None, store, "quick", paper, "some where")
+
+    def refusal():
+        with pytest.raises(InputError) as caught:
+            execute()
+        return one_line(caught)
+
+    monkeypatch.setattr(notebooks, "run_cells", run_cells)
+    assert refusal().startswith(f"notebook = {source}: not there or damaged")
+    given = nbformat.v4.new_code_cell("x = 1", metadata={"tags": ["parameters"]})
+    cells = [given, nbformat.v4.new_code_cell("1 / 2")]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), source)
+    target = execute()
+    whole = target.read_text()
+    assert "some where" not in whole
+    assert str(tmp_path) not in whole
+    assert notebooks.is_current(store, "quick", paper)
+    for damaged in (text, whole[:-9], whole.replace("1 / 2", "1 / 3"), whole.replace("[]", "3")):
+        target.write_text(damaged)
+        assert not notebooks.is_current(store, "quick", paper)
+    target.write_text(whole)
+    source.write_text(source.read_text() + " ")
+    assert not notebooks.is_current(store, "quick", paper)
+    source.write_text(text)
+    assert refusal().startswith(f"notebook = {source}: not there or damaged")
+    assert target.read_text() == whole
 
 
 DIRTY = """
-import builtins, os, random, sys, warnings
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 import torch
-from matplotlib.figure import Figure
-from prunestudy import errors
 clean = [
     not set(dir()) & {"left", "clean_before"}, not plt.get_fignums(), len(In) == 2, Out == {},
-    plt.rcParams["lines.linewidth"] == 1.5, not hasattr(builtins, "left"),
-    not hasattr(errors, "left"), "LEFT" not in os.environ, "left" not in sys.path,
-    os.path.basename(os.getcwd()) != "..", ("ignore", None, UserWarning, None, 7)
-    not in warnings.filters, pd.get_option("display.max_rows") == 60,
-    torch.get_default_dtype() is torch.float32, torch.is_grad_enabled(),
-    get_ipython().display_formatter.formatters["image/png"].type_printers.get(Figure) is not id,
+    plt.rcParams["lines.linewidth"] == 1.5, pd.get_option("display.max_rows") == 60,
+    float(torch.rand(1)),
 ]
-drawn = [float(torch.rand(1)), float(np.random.rand()), random.random(), os.getcwd()]
-clean_before = left = builtins.left = errors.left = 1
+clean_before = left = 1
 plt.figure(), plt.rc("lines", linewidth=9)
-os.environ["LEFT"] = "1"
-sys.path.append("left")
-os.chdir("/")
-warnings.filterwarnings("ignore", category=UserWarning, lineno=7)
 pd.set_option("display.max_rows", 7)
-torch.set_default_dtype(torch.float64)
-torch.set_grad_enabled(False)
-get_ipython().display_formatter.formatters["image/png"].type_printers[Figure] = id
-print(clean, drawn)
+print(clean)
 """
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_on_one_kernel_nothing_of_a_notebook_is_left_for_the_next(tmp_path):
-    def notebook(name, *sources):
-        cells = [nbformat.v4.new_code_cell(source) for source in sources]
-        nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / name)
-        return tmp_path / name
-
-    dirty = notebook("dirty.ipynb", DIRTY)
-    broken = notebook("broken.ipynb", "import os\nprint(os.getpid())\n1 / 0")
-    number = notebook("number.ipynb", "import os\nprint(os.getpid())")
-    said = []
-    with notebooks.Kernel() as kernel:
-        for source in (dirty, dirty, number, number, broken, number, dirty):
-            try:
-                kernel.execute(source, tmp_path / "out.ipynb", {})
-            except InputError as error:
-                assert str(error) == "notebook broken: ZeroDivisionError: division by zero"
-            (cell,) = nbformat.read(tmp_path / "out.ipynb", as_version=4).cells[-1:]
+def test_on_one_kernel_nothing_of_a_notebook_is_left_for_the_next():
+    number, said = "import os\nprint(os.getpid())", []
+    with notebooks.kernel() as client:
+        for source in (DIRTY, DIRTY, number, number, f"{number}\n1 / 0", number, DIRTY):
+            (cell,) = cells = [nbformat.v4.new_code_cell(source)]
+            notebook = nbformat.v4.new_notebook(cells=cells)
+            if "1 / 0" in source:
+                with pytest.raises(InputError, match=r"^ZeroDivisionError: division by zero$"):
+                    notebooks.run_cells(client, notebook)
+            else:
+                notebooks.run_cells(client, notebook)
             assert cell.execution_count == 1
             said.append(cell.outputs[0].text)
     first, second, *numbers, last = said
-    assert first.startswith(f"[{', '.join(['True'] * 15)}] [")
-    assert first == second
-    assert first.split("]")[0] == last.split("]")[0]  # what chance begins with differs
-    # One kernel, until a notebook fails.
-    assert numbers[0] == numbers[1] == numbers[2] != numbers[3]
+    assert first.startswith(f"[{', '.join(['True'] * 6)}, 0.")
+    assert first == second == last
+    assert len(set(numbers)) == 1
 
 
 def test_colab_badge_waits_for_the_repository(tmp_path, monkeypatch):

@@ -159,10 +159,10 @@ def test_metrics_are_those_of_the_net_on_disk(runner, store):
     metrics = runner.ensure(settings)["metrics"]
     net, data = runner.net(settings), datasets.load("digits")
     test = datasets.Batches(data.test, data.info, 360)
-    quality = measure.evaluate(net, test.ordered(), 10)
-    assert metrics["metric"] == quality.top1
+    scores = measure.Task().evaluate(net, test.ordered(), 10)
+    assert metrics["metric"] == scores.metric
     assert (metrics["metric_name"], metrics["images"]) == ("top1", 360)
-    assert metrics["macro_f1"] == quality.macro_f1
+    assert metrics["macro_f1"] == scores.more["macro_f1"]
     assert metrics["sparsity"] == 0.9
     assert metrics["parameters"] == metrics["dense_parameters"] == 64 * 300 + 30_000 + 1000 + 410
     assert metrics["nonzeros"] == 5020 + 410
@@ -242,7 +242,7 @@ def test_bf16_and_two_threads_are_runs_of_their_own(runner):
 def test_a_finished_net_is_an_ordinary_module(runner):
     net = runner.net(child_run("sparse_gates", 0.9))
     assert type(net) is models.LeNet300
-    assert measure.sparsity(net) == 0.9
+    assert measure.removed_share(net, net) == 0.9
     fresh = models.build("lenet300", (1, 8, 8), 10)
     fresh.load_state_dict(copy.deepcopy(net.state_dict()))
     assert shrink.storage(net).nonzeros == 5430

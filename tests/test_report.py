@@ -16,7 +16,7 @@ from conftest import one_line, tree
 
 from prunestudy.errors import InputError
 from prunestudy.papers import cards
-from prunestudy.study.notebooks import executed, stamp
+from prunestudy.study.notebooks import executed, write
 from prunestudy.study.records import Store, repository
 
 ROOT = repository()
@@ -51,9 +51,9 @@ def results(tmp_path_factory):
         shutil.copy(ROOT / f"results/cpu/notebooks/{path.name}", path)
         if paper not in REAL:
             notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(f"# {paper}")])
-            if paper == CURRENT:
-                notebook.metadata["prunestudy"] = stamp(store, "quick", paper)
             nbformat.write(notebook, path)
+            if paper == CURRENT:
+                write(store, "quick", paper, notebook)
     return root
 
 

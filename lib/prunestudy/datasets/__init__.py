@@ -12,31 +12,9 @@ batches of either.
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from prunestudy.datasets.catalogue import DatasetInfo, data_root, fingerprint, info, names
-
-if TYPE_CHECKING:
-    from prunestudy.datasets.batches import Batches
-    from prunestudy.datasets.sources import Dataset, ImageSet, load, split
-    from prunestudy.datasets.stream_batches import StreamBatches, batches_of
-    from prunestudy.datasets.streams import StreamSet
-
-__all__ = [
-    "Batches",
-    "Dataset",
-    "DatasetInfo",
-    "ImageSet",
-    "StreamBatches",
-    "StreamSet",
-    "batches_of",
-    "data_root",
-    "fingerprint",
-    "info",
-    "load",
-    "names",
-    "split",
-]
 
 # These need torch, whose import takes two seconds: they come at their first use.
 _WITH_TORCH = {
@@ -49,6 +27,7 @@ _WITH_TORCH = {
     "load": "sources",
     "split": "sources",
 }
+__all__ = ["DatasetInfo", "data_root", "fingerprint", "info", "names"]
 
 
 def __getattr__(name: str) -> Any:

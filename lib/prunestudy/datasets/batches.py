@@ -76,7 +76,7 @@ class Batches:
         order, first, direction = (part.to(self.device) for part in self._draw(epoch))
         return (
             (self._gather(first[batch], direction[batch]), self.labels[order[batch]])
-            for batch in self._slices(self.steps, self.batch_size, start)
+            for batch in slices(self.steps, self.batch_size, start)
         )
 
     def ordered(self, batch_size: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
@@ -90,12 +90,8 @@ class Batches:
         direction = torch.ones_like(first)
         return (
             (self._gather(first[batch], direction[batch]), self.labels[batch])
-            for batch in self._slices(-(-len(self) // size), size)
+            for batch in slices(-(-len(self) // size), size)
         )
-
-    @staticmethod
-    def _slices(steps: int, size: int, start: int = 0) -> Iterator[slice]:
-        return (slice(step * size, (step + 1) * size) for step in range(start, steps))
 
     def _pad(self, images: Tensor) -> None:
         """Keep the images as a list of pixels, each image with a black border of `shift`."""
@@ -154,6 +150,11 @@ def mix(seed: int, number: int) -> int:
     digest = hashlib.sha256(f"{seed} {number}".encode()).digest()
     # 32 bits: torch's generator on the CPU uses no more of its seed
     return int.from_bytes(digest[:4], "big")
+
+
+def slices(steps: int, size: int, start: int = 0) -> list[slice]:
+    """Places in an epoch of the batches from number `start` on."""
+    return [slice(step * size, (step + 1) * size) for step in range(start, steps)]
 
 
 def require_whole(parameter: str, value: int, least: int, most: int | None = None) -> None:

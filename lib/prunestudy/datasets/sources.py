@@ -1,13 +1,12 @@
 """Reading data sets: scikit-learn's digits, MNIST, Fashion-MNIST, CIFAR, image folders, streams.
 
-Every byte of a downloaded set is verified by md5 at each loading.
+What is read is verified by its fingerprint where that is known, CIFAR's files by torchvision.
 """
 
 import gzip
 import hashlib
 import tempfile
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,24 +14,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prunestudy.datasets import cifar, folders, streams
-from prunestudy.datasets.catalogue import (
-    FOLDER,
-    IMAGE_FOLDERS,
-    STREAMED,
-    DatasetInfo,
-    data_root,
-    folder_layout,
-    info,
-)
+from prunestudy.datasets import folders, streams
+from prunestudy.datasets.catalogue import FOLDER, DatasetInfo, data_root, folder_layout, info
 from prunestudy.errors import InputError, require
 
-# Name of torchvision's class, and its folder below the data root.
-_TORCHVISION = {
-    "mnist": ("MNIST", "MNIST/raw"),
-    "fashion_mnist": ("FashionMNIST", "FashionMNIST/raw"),
-    "cifar10": ("CIFAR10", "cifar-10-batches-py"),
-    "cifar100": ("CIFAR100", "cifar-100-python"),
+# Folders below the data root.
+_PLACES = {
+    "mnist": "MNIST/raw",
+    "fashion_mnist": "FashionMNIST/raw",
+    "cifar10": "cifar-10-batches-py",
+    "cifar10_jpeg": "cifar10-jpeg",
+    "cifar100": "cifar-100-python",
+    "imagenet": "imagenet",
+    "voc": "VOCdevkit/VOC2012",
+}
+# torchvision's classes.
+_CLASSES = {
+    "mnist": "MNIST",
+    "fashion_mnist": "FashionMNIST",
+    "cifar10": "CIFAR10",
+    "cifar100": "CIFAR100",
 }
 # Where Debian's package dataset-fashion-mnist puts the files.
 _SYSTEM_FOLDERS = {"fashion_mnist": Path("/usr/share/datasets/fashion-mnist")}
@@ -50,18 +51,9 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def subset(self, indices: Tensor | Sequence[int] | slice) -> "ImageSet":
-        """Images and labels at `indices`, in their order: copies, but views for a slice.
-
-        Raises `IndexError` for an index that is not there.
-        """
-        if not isinstance(indices, slice):
-            indices = torch.as_tensor(indices, dtype=torch.int64, device=self.labels.device)
+    def subset(self, indices: Tensor | slice) -> "ImageSet":
+        """Images and labels at `indices`, in their order; `IndexError` for an absent one."""
         return ImageSet(self.images[indices], self.labels[indices])
-
-    def to(self, device: str | torch.device) -> "ImageSet":
-        """The same images and labels on `device`."""
-        return ImageSet(self.images.to(device), self.labels.to(device))
 
 
 @dataclass(frozen=True)
@@ -78,15 +70,15 @@ class Dataset:
     fingerprint: str
 
 
-def load(name: str, root: str | Path | None = None, download: bool = True) -> Dataset:
+def load(name: str, root: str | Path | None = None) -> Dataset:
     """Read the data set `name`, one of `names()` or `folder:PATH`, from below the data root.
 
     - `digits`: 8x8 images of scikit-learn, their values 0..16 stretched to 0..255. It has no
       official split; ours takes each fifth image of each class in a fixed random order for the
       test (1,437 and 360 images). The same writers are in both parts.
     - `mnist`, `fashion_mnist`: the four idx files, plain or .gz, in `<root>/MNIST/raw`,
-      `<root>/FashionMNIST/raw` or Debian's folder; fetched by torchvision if they are in none of
-      these and `download`.
+      `<root>/FashionMNIST/raw` or Debian's folder; fetched by torchvision if there is none of
+      these.
     - `cifar10`, `cifar100`: the files of the Python version, in `<root>/cifar-10-batches-py` and
       `<root>/cifar-100-python`; fetched likewise.
     - `cifar10_jpeg`: a copy of CIFAR-10 as JPEG files, an image folder `<root>/cifar10-jpeg`.
@@ -95,13 +87,13 @@ def load(name: str, root: str | Path | None = None, download: bool = True) -> Da
       there is verified, see `streams.py`.
     - `folder:PATH`: see `info`; its `mean` and `std` are computed here.
 
-    Raises `InputError` for an unknown name, missing files that cannot be downloaded, a wrong md5
-    or fingerprint, what does not fit into memory, and, for folders, whatever is not a well-formed
+    Raises `InputError` for an unknown name, missing files that cannot be downloaded, damaged or
+    changed ones, what does not fit into memory, and, for folders, whatever is not a well-formed
     set of images of one size.
     """
     details, place = info(name, root), str(data_root(root))
     try:
-        data = _read(details, name, root, download)
+        data = _read(details, name, root)
     except OSError as error:
         why = _one_line(error)
         raise InputError(f"data = {place!r}: {name} cannot be read ({why})") from error
@@ -109,28 +101,34 @@ def load(name: str, root: str | Path | None = None, download: bool = True) -> Da
         raise InputError(f"dataset = {name!r}: does not fit into memory") from error
     right = details.fingerprint in ("", data.fingerprint)
     allowed = f"{name} has fingerprint {data.fingerprint}, {details.fingerprint} expected"
-    require(right, "data", place, allowed)
+    require(right, "data", place, f"{allowed}; delete its files to fetch them again")
     return data
 
 
-def _read(details: DatasetInfo, name: str, root: str | Path | None, download: bool) -> Dataset:
-    if name in STREAMED:
-        train, test, fingerprint = streams.find(details, data_root(root) / STREAMED[name])
-        return Dataset(details, train, test, fingerprint)
+def _read(details: DatasetInfo, name: str, root: str | Path | None) -> Dataset:
+    place = data_root(root) / _PLACES.get(name, "")
+    if name in ("imagenet", "voc"):
+        return Dataset(details, *streams.find(details, place))
     if name == "digits":
-        train, test = _digits()
+        arrays = _digits()
     elif name.startswith(FOLDER):
         arrays = folders.read(folder_layout(name, root))
-        train, test = (ImageSet(*map(torch.from_numpy, arrays[part])) for part in folders.SPLITS)
+    elif name == "cifar10_jpeg":
+        there = f"{name} needs {place.name} in it"
+        require(place.is_dir(), "data", str(place.parent), there)
+        arrays = folders.read(folder_layout(f"{FOLDER}{place}", root))
+    else:
+        arrays = _read_files(name, data_root(root), place)
+    train, test = (ImageSet(*map(torch.from_numpy, part)) for part in arrays)
+    if not details.mean:
         mean, std = channel_statistics(train.images)
         details = replace(details, mean=mean, std=std)
-    elif name in IMAGE_FOLDERS:
-        train, test = _known_folder(details, root)
-    else:
-        files = _read_files(details, data_root(root), download)
-        arrays = cifar.parse(files) if name.startswith("cifar") else _parse_idx_files(files)
-        train, test = (ImageSet(*map(torch.from_numpy, arrays[part])) for part in folders.SPLITS)
-    return Dataset(details, train, test, _fingerprint(train, test))
+    digest = hashlib.sha256()
+    for part in (train, test):
+        digest.update(repr(tuple(part.images.shape)).encode())
+        digest.update(part.images.numpy())
+        digest.update(part.labels.numpy())
+    return Dataset(details, train, test, digest.hexdigest())
 
 
 def split(
@@ -143,12 +141,9 @@ def split(
 
     Raises `InputError` unless 1 <= `validation` < len(train).
     """
-    require(
-        type(validation) is int and 1 <= validation < len(train),
-        "validation",
-        validation,
-        f"a number of images from 1 to {len(train) - 1}",
-    )
+    allowed = f"a number of images from 1 to {len(train) - 1}"
+    right = type(validation) is int and 1 <= validation < len(train)
+    require(right, "validation", validation, allowed)
     generator = torch.Generator().manual_seed(_VALIDATION_SEED)
     order = torch.randperm(len(train), generator=generator)
     return train.subset(order[:-validation]), train.subset(order[-validation:])
@@ -171,124 +166,73 @@ def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, 
     return tuple(means), tuple(deviations)
 
 
-def _fingerprint(*parts: ImageSet) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(repr(tuple(part.images.shape)).encode())
-        digest.update(part.images.numpy())
-        digest.update(part.labels.numpy())
-    return digest.hexdigest()
-
-
-def _digits() -> tuple[ImageSet, ImageSet]:
+def _digits() -> list[tuple[np.ndarray, np.ndarray]]:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    images = torch.from_numpy(np.rint(digits.images * 255 / 16).astype(np.uint8)).unsqueeze(3)
-    whole = ImageSet(images, torch.from_numpy(digits.target.astype(np.int64)))
+    images = np.rint(digits.images * 255 / 16).astype(np.uint8)[..., None]
+    labels = digits.target.astype(np.int64)
     # RandomState: its stream is frozen for ever, that of newer generators is not
-    order = np.random.RandomState(_DIGITS_SEED).permutation(len(whole))
-    by_class = order[np.argsort(digits.target[order], kind="stable")]
-    test = np.zeros(len(whole), dtype=bool)
+    order = np.random.RandomState(_DIGITS_SEED).permutation(len(labels))
+    by_class = order[np.argsort(labels[order], kind="stable")]
+    test = np.zeros(len(labels), dtype=bool)
     test[by_class[::5]] = True
-    return whole.subset(np.flatnonzero(~test)), whole.subset(np.flatnonzero(test))
+    return [(images[part], labels[part]) for part in (~test, test)]
 
 
-def _known_folder(details: DatasetInfo, root: str | Path | None) -> tuple[ImageSet, ImageSet]:
-    """Train and test images of a folder whose files' names and sizes are known."""
-    place = data_root(root) / IMAGE_FOLDERS[details.name]
-    require(place.is_dir(), "data", str(place.parent), f"{details.name} needs {place.name} in it")
-    layout = folder_layout(f"{FOLDER}{place}", root)
-    allowed = f"files of version {details.version} expected; some are missing, changed or added"
-    require(layout.version == details.version, "data", str(place), allowed)
-    arrays = folders.read(layout)
-    train, test = (ImageSet(*map(torch.from_numpy, arrays[part])) for part in folders.SPLITS)
-    return train, test
+def _read_files(name: str, root: Path, place: Path) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Images and labels of both parts of a set of torchvision's, downloaded first where needed."""
+    import torchvision.datasets
+
+    kind = getattr(torchvision.datasets, _CLASSES[name])
+    system = _SYSTEM_FOLDERS.get(name, place)
+    folder = system if system.is_dir() and not place.is_dir() else place
+    if not folder.is_dir():
+        _download(kind, name, root, place)
+    if not name.startswith("cifar"):
+        arrays = [
+            [_idx(folder / f"{part}-{kind}-ubyte") for kind in ("images-idx3", "labels-idx1")]
+            for part in ("train", "t10k")
+        ]
+        return [(images[..., None], labels.astype(np.int64)) for images, labels in arrays]
+    try:
+        parts = [kind(place.parent, train=train) for train in (True, False)]
+    except RuntimeError as error:  # a file is missing, or its md5 is not the known one
+        again = "delete it to download it again"
+        raise InputError(f"data = {str(place)!r}: {_one_line(error)}; {again}") from error
+    return [
+        (np.ascontiguousarray(part.data), np.array(part.targets, dtype=np.int64)) for part in parts
+    ]
 
 
-def _read_files(details: DatasetInfo, root: Path, download: bool) -> dict[str, bytes]:
-    """The verified files of a set of torchvision's, by name, downloaded first where needed."""
-    raw = root / _TORCHVISION[details.name][1]
-    places = [raw, *([_SYSTEM_FOLDERS[details.name]] if details.name in _SYSTEM_FOLDERS else [])]
-    folder = next((place for place in places if _has_all(place, details)), None)
-    if folder is None:
-        absent = f"{details.name} is not there (no files in {', '.join(map(str, places))})"
-        require(download, "data", str(root), absent)
-        _download(details, root)
-        folder = raw
-    return {file: _verified(folder, file, details) for file in details.checksums}
-
-
-def _parse_idx_files(files: dict[str, bytes]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Images (N, H, W, 1) uint8 and labels (N,) int64 of both parts."""
-    arrays = {file: _parse_idx(data) for file, data in files.items()}
-    return {
-        part: (
-            arrays[f"{prefix}-images-idx3-ubyte"][..., None],
-            arrays[f"{prefix}-labels-idx1-ubyte"].astype(np.int64),
-        )
-        for part, prefix in zip(folders.SPLITS, ("train", "t10k"), strict=True)
-    }
-
-
-def _has_all(folder: Path, details: DatasetInfo) -> bool:
-    return all(
-        (folder / file).is_file() or (folder / f"{file}.gz").is_file() for file in details.checksums
-    )
-
-
-def _verified(folder: Path, file: str, details: DatasetInfo) -> bytes:
-    """The unpacked bytes of one file, plain or .gz, if they have the md5 that they should have."""
-    path = folder / file
-    if not path.is_file():
-        path = folder / f"{file}.gz"
-    expected = details.checksums[file]
+def _idx(path: Path) -> np.ndarray:
+    """The uint8 array of an idx file: 0, 0, type, dimensions; big-endian sizes; the values."""
+    path = path if path.is_file() else path.with_name(f"{path.name}.gz")
     try:
         data = path.read_bytes()
         if path.suffix == ".gz":
             data = gzip.decompress(data)
-    except (OSError, EOFError, zlib.error) as error:
-        raise InputError(
-            f"data = {str(path)!r}: cannot be read ({_one_line(error)}), "
-            f"contents of md5 {expected} expected"
-        ) from error
-    found = hashlib.md5(data, usedforsecurity=False).hexdigest()
-    require(
-        found == expected,
-        "data",
-        str(path),
-        f"has md5 {found}, {expected} expected; delete it to download it again",
-    )
-    return data
+        shape = np.frombuffer(data, dtype=">i4", count=data[3], offset=4)
+        values = np.frombuffer(data, dtype=np.uint8, offset=4 + 4 * data[3])
+        return values.reshape(shape).copy()  # a copy: bytes are not writable
+    except (OSError, EOFError, zlib.error, ValueError, IndexError) as error:
+        why = f"cannot be read ({_one_line(error)}); delete {path.parent} to download it again"
+        raise InputError(f"data = {str(path)!r}: {why}") from error
 
 
-def _parse_idx(data: bytes) -> np.ndarray:
-    """The uint8 array of an idx file: 0, 0, type, dimensions; big-endian sizes; the values."""
-    dimensions = data[3]
-    shape = np.frombuffer(data, dtype=">i4", count=dimensions, offset=4)
-    values = np.frombuffer(data, dtype=np.uint8, offset=4 + 4 * dimensions)
-    return values.reshape(shape).copy()  # a copy: bytes are not writable
-
-
-def _download(details: DatasetInfo, root: Path) -> None:
-    """Fetch the files into a temporary folder below `root`, verify, move: all or nothing."""
-    allowed = f"{details.name} needs it, and there is no such folder"
+def _download(kind: type, name: str, root: Path, place: Path) -> None:
+    """Fetch a set into a temporary folder below `root`, then move it to `place`: all or nothing."""
+    allowed = f"{name} needs it, and there is no such folder"
     require(root.is_dir(), "data", str(root), allowed)
-    name, place = _TORCHVISION[details.name]
     try:
         with tempfile.TemporaryDirectory(prefix=".download-", dir=root) as temporary:
-            import torchvision.datasets
-
-            getattr(torchvision.datasets, name)(temporary, download=True)
-            fetched, raw = Path(temporary, place), root / place
-            for file in details.checksums:
-                _verified(fetched, file, details)
-            raw.mkdir(parents=True, exist_ok=True)
-            for file in details.checksums:
-                (fetched / file).replace(raw / file)
+            kind(temporary, download=True)
+            place.parent.mkdir(exist_ok=True)
+            if not place.is_dir():  # another process may have been faster
+                (Path(temporary) / place.relative_to(root)).replace(place)
     except Exception as error:  # no network, a mirror's answer, a full or read-only disk
         raise InputError(
-            f"data = {str(root)!r}: {details.name} is not there and could not be downloaded "
+            f"data = {str(root)!r}: {name} is not there and could not be downloaded "
             f"({_one_line(error)})"
         ) from error
 

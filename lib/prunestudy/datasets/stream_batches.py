@@ -10,6 +10,7 @@ process and that is used again and again. Normalisation is done on the device.
 import math
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader, default_collate, default_convert
 
-from prunestudy.datasets.batches import Batches, Normalised, mix, require_whole
+from prunestudy.datasets.batches import Batches, Normalised, mix, require_whole, slices
 from prunestudy.datasets.catalogue import DatasetInfo
 from prunestudy.datasets.streams import UNLABELLED, StreamSet, cores
 from prunestudy.errors import InputError, require
@@ -89,8 +90,8 @@ class StreamBatches:
         generator = torch.Generator().manual_seed(mix(self.seed, epoch))
         order = torch.randperm(len(self), generator=generator)
         seeds = torch.randint(2**31, (len(self),), generator=generator)
-        places = _Places(order, seeds, self.batch_size, start, self.steps)
-        return self._read(places, training_transforms(self.info, self.flip))
+        transforms = training_transforms(self.info, self.flip)
+        return self._read(order, seeds, slices(self.steps, self.batch_size, start), transforms)
 
     def ordered(self, batch_size: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """All images once, in order, their middle cut out; with masks the whole image, padded.
@@ -104,12 +105,17 @@ class StreamBatches:
         values = self.info.channels * self.info.height * self.info.width
         size = min(size, max(1, _MOST_VALUES // values))
         order = torch.arange(len(self))
-        places = _Places(order, torch.zeros_like(order), size, 0, math.ceil(len(self) / size))
-        return self._read(places, looking_transforms(self.info))
+        at = slices(math.ceil(len(self) / size), size)
+        return self._read(order, torch.zeros_like(order), at, looking_transforms(self.info))
 
-    def _read(self, places: "_Places", transforms: Callable) -> Iterator[tuple[Tensor, Tensor]]:
+    def _read(
+        self, order: Tensor, seeds: Tensor, at: list[slice], transforms: Callable
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of the images `order`, decoded with their `seeds`, for each slice of `at`."""
+        places = [(n, order.numpy()[part], seeds.numpy()[part]) for n, part in enumerate(at)]
         normalised = Normalised(self.info, self.device)
-        shape = (places.size, self.info.height, self.info.width, self.info.channels)
+        size = max((len(images) for _, images, _ in places), default=1)
+        shape = (size, self.info.height, self.info.width, self.info.channels)
         workers = min(self.workers, len(places), _workers_that_fit(math.prod(shape)))
         slots = _slots(shape, workers)
         loader = DataLoader(
@@ -117,7 +123,7 @@ class StreamBatches:
             batch_sampler=places,
             num_workers=workers,
             prefetch_factor=_AHEAD if workers else None,
-            collate_fn=_as_it_is,
+            collate_fn=default_convert,  # as it is
             generator=torch.Generator(),  # else it would draw from torch's own
         )
         for step, batch in enumerate(loader):
@@ -171,44 +177,27 @@ def looking_transforms(info: DatasetInfo) -> Callable:
 
     size = (info.height, info.width)
     if info.masks:
-        return v2.Compose([_PadTo(info), v2.CenterCrop(size)])
+        return v2.Compose([partial(_pad, info), v2.CenterCrop(size)])
     larger = v2.Resize(round(min(size) * 256 / 224))
     return v2.Compose([larger, v2.CenterCrop(size)])
-
-
-class _Places:
-    """Batches of (index, seed of its draws) with their number, made when they are asked for."""
-
-    def __init__(self, order: Tensor, seeds: Tensor, size: int, start: int, steps: int) -> None:
-        self.order, self.seeds, self.size = order, seeds, size
-        self.start, self.steps = start, steps
-
-    def __len__(self) -> int:
-        return self.steps - self.start
-
-    def __iter__(self) -> Iterator[tuple[int, list[tuple[int, int]]]]:
-        for number, step in enumerate(range(self.start, self.steps)):
-            at = slice(step * self.size, (step + 1) * self.size)
-            places = zip(self.order[at].tolist(), self.seeds[at].tolist(), strict=True)
-            yield number, list(places)
 
 
 class _Decoded(torch.utils.data.Dataset):
     """What a worker does: images into a slot, (B, H, W, C) uint8; labels or masks are handed on.
 
-    An error is handed on as a value: raised, it would grow a traceback.
+    A batch is its number, which says in which slot it belongs, its images and their seeds. An error
+    is handed on as a value: raised, it would grow a traceback.
     """
 
     def __init__(self, images: StreamSet, transforms: Callable, slots: Tensor) -> None:
         self.images, self.transforms, self.slots = images, transforms, slots
 
-    def __getitems__(self, batch: tuple[int, list[tuple[int, int]]]) -> Tensor | InputError:
-        number, places = batch
-        slot = self.slots[number % len(self.slots)].numpy()
+    def __getitems__(self, batch: tuple[int, np.ndarray, np.ndarray]) -> Tensor | InputError:
+        number, order, seeds = batch
+        slot = self.slots[number % len(self.slots), : len(order)].numpy()
+        places = zip(order.tolist(), seeds.tolist(), slot, strict=True)
         try:
-            return default_collate(
-                [self._decode(*place, pixels) for place, pixels in zip(places, slot, strict=False)]
-            )
+            return default_collate([self._decode(*place) for place in places])
         except InputError as error:
             return error
 
@@ -222,21 +211,14 @@ class _Decoded(torch.utils.data.Dataset):
         return target if isinstance(target, int) else target[0].as_subclass(Tensor)
 
 
-class _PadTo:
-    """Pads an image and its mask, to the right and below, to the size of `info`."""
+def _pad(info: DatasetInfo, image: Image.Image, mask: Tensor) -> tuple[Image.Image, Tensor]:
+    """Pad an image and its mask, to the right and below, to the size of `info`."""
+    from torchvision.transforms.v2 import functional as tv
 
-    def __init__(self, info: DatasetInfo) -> None:
-        self.size, self.fill = (info.width, info.height), _fill(info)
-
-    def __call__(self, image: Image.Image, mask: Any) -> tuple[Image.Image, Any]:
-        from torchvision.transforms.v2 import functional as tv
-
-        more = [max(0, want - have) for want, have in zip(self.size, image.size, strict=True)]
-        fills = self.fill["others"], self.fill[type(mask)]
-        return tuple(
-            tv.pad(part, [0, 0, *more], fill=fill)
-            for part, fill in zip((image, mask), fills, strict=True)
-        )
+    sizes = zip((info.width, info.height), image.size, strict=True)
+    more = [0, 0, *(max(0, want - have) for want, have in sizes)]
+    fill = _fill(info)
+    return tv.pad(image, more, fill=fill["others"]), tv.pad(mask, more, fill=fill[type(mask)])
 
 
 def _fill(info: DatasetInfo) -> dict[Any, Any]:
@@ -257,7 +239,3 @@ def _floats(pixels: Tensor) -> Tensor:
     start = -room.ctypes.data % align
     values = torch.from_numpy(room[start : start + size].view(np.float32))
     return values.view(pixels.shape).copy_(pixels)
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,6 @@ class StreamSet:
     def __len__(self) -> int:
         return len(self.files)
 
-    @property
-    def masks(self) -> bool:
-        """Whether the targets are files of masks."""
-        return self.targets.dtype.kind == "S"
-
     def subset(self, indices: Tensor | np.ndarray) -> "StreamSet":
         """Files and targets at `indices`, in their order."""
         at = np.asarray(indices)
@@ -56,19 +52,15 @@ class StreamSet:
         Raises `InputError` naming the file that cannot be read.
         """
         image = self._open(self.files[index]).convert("RGB")
-        if not self.masks:
+        if self.targets.dtype.kind != "S":
             return image, int(self.targets[index])
         from torchvision import tv_tensors
 
         return image, tv_tensors.Mask(self._open(self.targets[index]))
 
-    def path(self, name: bytes) -> Path:
-        """Where the file `name` lies."""
-        return self.folder / name.decode()
-
     def _open(self, name: bytes) -> Image.Image:
         try:
-            with Image.open(self.path(name)) as image:
+            with Image.open(self.folder / name.decode()) as image:
                 image.load()
                 return image
         except Exception as error:  # Pillow's decoders raise many kinds
@@ -84,29 +76,33 @@ def find(details: DatasetInfo, folder: Path) -> tuple[StreamSet, StreamSet, str]
     images that cannot be read, masks of another size than their image or with other classes.
     """
     require(folder.is_dir(), "data", str(folder), f"{details.name} needs this folder")
-    train, test, fingerprint = (_find_masks if details.masks else _find_labels)(details, folder)
-    for images, wanted, part in (
-        (train, details.train_images, "training"),
-        (test, details.test_images, "test"),
+    *sets, fingerprint = (_find_masks if details.masks else _find_labels)(details, folder)
+    for images, wanted, part in zip(
+        sets, (details.train_images, details.test_images), ("training", "test"), strict=True
     ):
         allowed = f"{len(images)} {part} images, {wanted} expected"
         require(len(images) == wanted, "data", str(folder), allowed)
-    folders.refuse_broken(details.name, _broken(train) + _broken(test))
+    seen, broken = [], []
+    for images in sets:
+        for names, classes in ((images.files, 0), (images.targets, details.num_classes)):
+            if names.dtype.kind == "S":
+                seen.append(_each(names, partial(_look, folder, classes)))
+                pairs = zip(names, seen[-1], strict=True)
+                broken += [name.decode() for name, looked in pairs if looked is None]
+    folders.refuse_broken(details.name, broken)
     if details.masks:
-        _check_masks(train, details)
-        _check_masks(test, details)
-    return train, test, fingerprint
+        for images, files, masks in zip(sets, seen[::2], seen[1::2], strict=True):
+            _check_masks(images, details, files, masks)
+    return *sets, fingerprint
 
 
 def _find_labels(details: DatasetInfo, folder: Path) -> tuple[StreamSet, StreamSet, str]:
-    splits = ("train", "val")
-    classes, files, digest = folders.list_files(details.name, folder, splits)
-    allowed = f"{len(classes)} classes in {splits[0]} and {splits[1]}, {details.num_classes}"
-    right = len(classes) == details.num_classes
-    require(right, "data", str(folder), f"{allowed} expected")
+    classes, files, digest = folders.list_files(details.name, folder, ("train", "val"))
+    allowed = f"{len(classes)} classes in train and val, {details.num_classes} expected"
+    require(len(classes) == details.num_classes, "data", str(folder), allowed)
     sets = []
-    for split in splits:
-        names, labels = zip(*files.pop(split), strict=True)
+    for pairs in files.values():
+        names, labels = zip(*pairs, strict=True)
         sets.append(StreamSet(details.name, folder, _bytes(names), np.array(labels)))
     return *sets, digest
 
@@ -131,27 +127,14 @@ def _find_masks(details: DatasetInfo, folder: Path) -> tuple[StreamSet, StreamSe
     return *sets, digest.hexdigest()
 
 
-def _broken(images: StreamSet) -> list[str]:
-    """Names of the files that cannot be read, masks included."""
-    names = [images.files, images.targets] if images.masks else [images.files]
-    pairs = [
-        pair
-        for part in names
-        for pair in zip(part, _each(part, lambda name: _size(images.path(name))), strict=True)
-    ]
-    return [name.decode() for name, size in pairs if size is None]
-
-
-def _check_masks(images: StreamSet, details: DatasetInfo) -> None:
+def _check_masks(images: StreamSet, details: DatasetInfo, files: list, masks: list) -> None:
     """Refuse masks of another size than their image, and labels that are no class."""
-    sizes = _each(images.files, lambda name: _size(images.path(name)))
-    found = _each(images.targets, lambda name: _mask(images.path(name), details.num_classes))
-    for name, size, (own, strange) in zip(images.files, sizes, found, strict=True):
+    for name, (size, _), (own, strange) in zip(images.files, files, masks, strict=True):
         named = f"the mask of {name.decode()}"
-        allowed = f"{named} is {_by(own)} pixels, {_by(size)} expected as the image"
+        allowed = f"{named} is {own} pixels, {size} expected as the image"
         require(own == size, "dataset", details.name, allowed)
         allowed = f"{named} has labels {strange}, 0..{details.num_classes - 1} or 255 expected"
-        require(strange is None, "dataset", details.name, allowed)
+        require(not strange, "dataset", details.name, allowed)
 
 
 def _each(names: np.ndarray, look: Callable[[bytes], Any]) -> list[Any]:
@@ -163,14 +146,23 @@ def _each(names: np.ndarray, look: Callable[[bytes], Any]) -> list[Any]:
     return seen
 
 
-def _size(path: Path) -> tuple[int, int] | None:
-    """Width and height of an image, None for a file that is none or is cut short."""
+def _look(folder: Path, classes: int, name: bytes) -> tuple[str, str] | None:
+    """Size of an image, height x width, and of a mask the first label that is none of `classes`.
+
+    None for a file that is no image or is cut short.
+    """
+    path = folder / name.decode()
     try:
         with Image.open(path) as image:
             folders.channels_of(image)
             if image.format != "JPEG" or not _ends_as_jpeg(path):
                 image.load()
-            return image.size
+            size = f"{image.height}x{image.width}"
+            if classes and image.mode not in ("P", "L"):
+                return size, f"of mode {image.mode}"
+            labels = np.unique(np.asarray(image)) if classes else np.array([])
+            strange = labels[(labels >= classes) & (labels != UNLABELLED)]
+            return size, str(strange[0]) if len(strange) else ""
     except Exception:  # Pillow's decoders raise many kinds
         return None
 
@@ -181,22 +173,8 @@ def _ends_as_jpeg(path: Path) -> bool:
         return file.read() == b"\xff\xd9"
 
 
-def _mask(path: Path, classes: int) -> tuple[tuple[int, int], int | str | None]:
-    """Width and height of a mask, and the first label in it that is none of the classes."""
-    with Image.open(path) as image:
-        if image.mode not in ("P", "L"):
-            return image.size, f"of mode {image.mode}"
-        values = np.unique(np.asarray(image))
-        strange = values[(values >= classes) & (values != UNLABELLED)]
-        return image.size, int(strange[0]) if len(strange) else None
-
-
 def _bytes(names: Any) -> np.ndarray:
     return np.array([name.encode() for name in names])
-
-
-def _by(size: tuple[int, int]) -> str:
-    return f"{size[1]}x{size[0]}"
 
 
 def cores() -> int:

@@ -10,7 +10,6 @@ from prunestudy.measure.application import (
 )
 from prunestudy.measure.boundary import boundary_f1
 from prunestudy.measure.cost import (
-    closed_form_macs,
     layer_macs,
     layer_sparsity,
     macs,
@@ -18,12 +17,10 @@ from prunestudy.measure.cost import (
     nonzeros,
     parameters,
     prunable_weights,
-    sparsity,
 )
 from prunestudy.measure.kept import kept_sample, kept_scale, removed_share, same_shapes
-from prunestudy.measure.latency import Ratio, interleave, latency, onnx_latency, ratio, timings
+from prunestudy.measure.latency import Ratio, interleave, latency, onnx_latency, ratio
 from prunestudy.measure.memory import peak_memory_mb
-from prunestudy.measure.quality import Quality, evaluate
 from prunestudy.measure.tasks import TASKS, Scores, Task, task
 
 __all__ = [
@@ -32,14 +29,11 @@ __all__ = [
     "Constraint",
     "Judgement",
     "Metric",
-    "Quality",
     "Ratio",
     "RefusedError",
     "Scores",
     "Task",
     "boundary_f1",
-    "closed_form_macs",
-    "evaluate",
     "interleave",
     "kept_sample",
     "kept_scale",
@@ -56,8 +50,6 @@ __all__ = [
     "ratio",
     "removed_share",
     "same_shapes",
-    "sparsity",
     "task",
     "task_metrics",
-    "timings",
 ]

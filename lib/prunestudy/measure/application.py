@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from prunestudy.errors import InputError, require, require_one_of
+from prunestudy.errors import InputError, require
 from prunestudy.measure.boundary import IGNORED
 from prunestudy.measure.tasks import Task
 
@@ -35,7 +35,6 @@ class Metric:
     name: str
     direction: Literal["higher", "lower"]
     function: Callable[[nn.Module, Data], float]
-    unit: str = ""
     smooth: Callable[[object, Tensor, Tensor], Tensor] | None = None
 
     def better(self, a: float, b: float) -> bool:
@@ -68,9 +67,8 @@ class Constraint:
 
     def shortfall(self, value: float) -> float:
         """By how much `value` breaks the limit; 0 or less where it holds, infinite for NaN."""
-        if math.isnan(value):
-            return math.inf
-        return self.limit - value if self.sign == ">=" else value - self.limit
+        by = self.limit - value if self.sign == ">=" else value - self.limit
+        return math.inf if math.isnan(value) else by
 
     def share(self, value: float | Tensor) -> float | Tensor:
         """The shortfall of `value` in units of the limit's size; differentiable."""
@@ -120,27 +118,20 @@ class RefusedError(InputError):
 
 
 class Application:
-    """Metrics and limits; `objective` (by default the first) is to be as good as possible.
+    """Metrics and limits; the first metric, the `objective`, is to be as good as possible.
 
-    Raises `InputError` for two metrics of one name, a constraint on an unknown metric, one that
-    limits its metric from the wrong side, and an unknown objective.
+    Raises `InputError` for two metrics of one name, a constraint on an unknown metric, and one that
+    limits its metric from the wrong side.
     """
 
-    def __init__(
-        self,
-        metrics: Iterable[Metric],
-        constraints: Iterable[str] = (),
-        objective: str = "",
-    ) -> None:
+    def __init__(self, metrics: Iterable[Metric], constraints: Iterable[str] = ()) -> None:
         listed = tuple(metrics)
         require(bool(listed), "metrics", listed, "at least one")
         self.metrics = {metric.name: metric for metric in listed}
         distinct = len(self.metrics) == len(listed)
         require(distinct, "metrics", [m.name for m in listed], "each name once")
         self.constraints = tuple(self._read(text) for text in constraints)
-        name = objective or listed[0].name
-        require_one_of("objective", name, self.metrics)
-        self.objective = self.metrics[name]
+        self.objective = listed[0]
 
     def _read(self, text: str) -> Constraint:
         constraint = Constraint.parse(text)
@@ -162,27 +153,26 @@ class Application:
 
         `before` is the judgement it was accepted with; a metric that got worse has drifted.
         """
-        now, limits = self.judge(model, data), {}
-        for constraint in self.constraints:
-            limits.setdefault(constraint.metric, []).append(constraint)
+        now = self.judge(model, data)
         return [
             {
                 "metric": name,
                 "then": before.values[name],
                 "now": value,
-                "worse by": self._loss(name, before.values[name], value),
-                "limit": " and ".join(map(str, limits.get(name, []))),
+                "worse by": loss,
+                "limit": " and ".join(str(c) for c in self.constraints if c.metric == name),
                 "holds": not any(c.metric == name for c, _ in now.broken),
             }
-            for name, value in now.values.items()
+            for (name, value), loss in zip(
+                now.values.items(), self.cost(before, now).values(), strict=True
+            )
         ]
 
     def cost(self, before: Judgement, after: Judgement) -> dict[str, float]:
         """By how much `after` is worse than `before`, in each metric; negative where better."""
-        return {n: self._loss(n, before.values[n], after.values[n]) for n in self.metrics}
-
-    def _loss(self, name: str, before: float, after: float) -> float:
-        return before - after if self.metrics[name].direction == "higher" else after - before
+        rises = {name: after.values[name] - before.values[name] for name in self.metrics}
+        lower = {name for name, metric in self.metrics.items() if metric.direction == "lower"}
+        return {name: rise if name in lower else -rise for name, rise in rises.items()}
 
 
 def task_metrics(task: Task, num_classes: int) -> tuple[Metric, ...]:
@@ -191,12 +181,12 @@ def task_metrics(task: Task, num_classes: int) -> tuple[Metric, ...]:
     psnr in dB (of the mean MSE); accuracy, of the images or of the pixels that have a label; miou.
     """
 
-    def own(model: nn.Module, data: Data) -> float:
-        return task.evaluate(model, data, num_classes).metric
+    def score(name: str) -> Callable[[nn.Module, Data], float]:
+        def measured(model: nn.Module, data: Data) -> float:
+            scores = task.evaluate(model, data, num_classes)
+            return scores.metric if name == task.metric_name else scores.more[name]
 
-    def accuracy(model: nn.Module, data: Data) -> float:
-        scores = task.evaluate(model, data, num_classes)
-        return scores.metric if task.name == "classify" else scores.more[_ACCURACY[task.name]]
+        return measured
 
     def smooth_psnr(output: object, x: Tensor, y: Tensor) -> Tensor:  # noqa: ARG001
         images = output[0] if task.name == "reconstruct_and_classify" else output
@@ -216,22 +206,20 @@ def task_metrics(task: Task, num_classes: int) -> tuple[Metric, ...]:
         shares = both / (chances.sum(0) + here.sum(0) - both)
         return shares[here.sum(0) > 0].mean()
 
-    found = {
-        "psnr": Metric("psnr", "higher", own, "dB", smooth_psnr),
-        "miou": Metric("miou", "higher", own, "", smooth_miou),
-        "accuracy": Metric("accuracy", "higher", accuracy, "", smooth_accuracy),
-    }
-    return tuple(found[name] for name in _METRICS[task.name])
+    smooth = {"psnr": smooth_psnr, "miou": smooth_miou, "accuracy": smooth_accuracy}
+    return tuple(
+        Metric(name, "higher", score(scored), smooth[name])
+        for name, scored in _METRICS[task.name].items()
+    )
 
 
+# Metrics of each task, by the names of its scores.
 _METRICS = {
-    "classify": ("accuracy",),
-    "reconstruct": ("psnr",),
-    "reconstruct_and_classify": ("psnr", "accuracy"),
-    "segment": ("miou", "accuracy"),
+    "classify": {"accuracy": "top1"},
+    "reconstruct": {"psnr": "psnr"},
+    "reconstruct_and_classify": {"psnr": "psnr", "accuracy": "top1"},
+    "segment": {"miou": "miou", "accuracy": "pixel_accuracy"},
 }
-# Where the accuracy stands among a task's further scores.
-_ACCURACY = {"reconstruct_and_classify": "top1", "segment": "pixel_accuracy"}
 
 
 def _labelled(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ evaluate to, and gates or masks under a parametrisation do not count as paramete
 import io
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,16 +35,11 @@ def prunable_weights(model: nn.Module) -> list[tuple[str, Tensor]]:
     In order of registration, detached. A plain layer's tensor shares memory with the layer; a
     parametrised one's is its value in eval mode.
     """
-    return [(f"{name}.weight".lstrip("."), _weight(layer)) for name, layer in _layers(model)]
-
-
-def sparsity(model: nn.Module) -> float:
-    """Share (0-1) of the prunable weights that are exactly zero; `InputError` if there are none."""
-    weights = [weight for _, weight in prunable_weights(model)]
-    require(
-        bool(weights), "model", type(model).__name__, "a net with convolutions or linear layers"
-    )
-    return 1 - sum(int(w.count_nonzero()) for w in weights) / sum(w.numel() for w in weights)
+    weights = []
+    for name, layer in _layers(model):
+        with evaluating(layer), torch.no_grad():
+            weights.append((f"{name}.weight".lstrip("."), layer.weight.detach()))
+    return weights
 
 
 def layer_sparsity(model: nn.Module) -> dict[str, float]:
@@ -60,7 +56,8 @@ def macs(model: nn.Module, shape: tuple[int, ...]) -> int:
     """
     import ptflops  # late: it takes seconds
 
-    plain, said = _copy(model), io.StringIO()
+    _refuse_csr(model)
+    plain, said = fold(model), io.StringIO()
     zeros(plain, shape, 1)  # refuses a bad shape
     # Not inference_mode: there linear and conv2d reach ptflops whole, under names it ignores.
     with torch.no_grad(), redirect_stdout(said), redirect_stderr(said):
@@ -89,33 +86,25 @@ def _without_bias() -> dict[Callable, Callable]:
     }
 
 
-def closed_form_macs(model: nn.Module, shape: tuple[int, ...]) -> int:
-    """The same as `macs`, from the layers: output positions times weight elements.
+def nonzero_macs(model: nn.Module, shape: tuple[int, ...]) -> int:
+    """MACs of one input of `shape` that a net needs which skips every zero weight."""
+    return sum(layer_macs(model, shape, Tensor.count_nonzero).values())
+
+
+def layer_macs(
+    model: nn.Module, shape: tuple[int, ...], count: Callable[[Tensor], Any] = Tensor.numel
+) -> dict[str, int]:
+    """MACs of each layer, by the name of its weight: output positions times `count` of the weight.
 
     Sees convolution and linear modules only. For a transposed convolution it is input positions.
     """
-    return sum(_layer_macs(model, shape, Tensor.numel).values())
-
-
-def nonzero_macs(model: nn.Module, shape: tuple[int, ...]) -> int:
-    """MACs of one input of `shape` that a net needs which skips every zero weight."""
-    return sum(_layer_macs(model, shape, lambda weight: int(weight.count_nonzero())).values())
-
-
-def layer_macs(model: nn.Module, shape: tuple[int, ...]) -> dict[str, int]:
-    """The same as `closed_form_macs`, layer by layer, by the name of the weight."""
-    return _layer_macs(model, shape, Tensor.numel)
-
-
-def _layer_macs(
-    model: nn.Module, shape: tuple[int, ...], count: Callable[[Tensor], int]
-) -> dict[str, int]:
-    plain = _copy(model)
+    _refuse_csr(model)
+    plain = fold(model)
     names = {layer: f"{name}.weight".lstrip(".") for name, layer in _layers(plain)}
     found = dict.fromkeys(names.values(), 0)
 
     def add(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        found[names[layer]] += _positions(layer, inputs[0], output) * count(layer.weight)
+        found[names[layer]] += _positions(layer, inputs[0], output) * int(count(layer.weight))
 
     for layer in names:
         layer.register_forward_hook(add)
@@ -138,20 +127,10 @@ def _layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(name, layer) for name, layer in model.named_modules() if isinstance(layer, LAYERS)]
 
 
-def _weight(layer: nn.Module) -> Tensor:
-    with evaluating(layer), torch.no_grad():
-        return layer.weight.detach()
-
-
 def _plain(model: nn.Module) -> nn.Module:
     """`model` itself if nothing in it is parametrised, else a folded copy."""
     _refuse_csr(model)
     return fold(model) if any(map(parametrize.is_parametrized, model.modules())) else model
-
-
-def _copy(model: nn.Module) -> nn.Module:
-    _refuse_csr(model)
-    return fold(model)
 
 
 def _refuse_csr(model: nn.Module) -> None:

@@ -10,7 +10,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -60,31 +60,30 @@ def interleave(
     return seconds
 
 
-def ratio(a: list[float], b: list[float], resamples: int = 1000, seed: int = 0) -> Ratio:
+def ratio(a: list[float], b: list[float], seed: int = 0) -> Ratio:
     """Median of the paired ratios a_i / b_i, with a percentile bootstrap interval over pairs.
 
     Raises `InputError` unless both are positive, finite, of one length and not empty.
     """
     pairs = (np.asarray(a, float), np.asarray(b, float))
     require(len(a) == len(b) > 0, "a, b", (len(a), len(b)), "two equal lengths above 0")
-    require(type(resamples) is int and resamples > 0, "resamples", resamples, "at least 1")
     for name, times in zip("ab", pairs, strict=True):
         worst = float(times.min())
         require(bool(np.isfinite(times).all()) and worst > 0, name, worst, "positive, finite times")
     ratios = pairs[0] / pairs[1]
-    drawn = np.random.default_rng(seed).integers(0, len(ratios), (resamples, len(ratios)))
+    drawn = np.random.default_rng(seed).integers(0, len(ratios), (1000, len(ratios)))
     low, high = np.percentile(np.median(ratios[drawn], axis=1), [2.5, 97.5])
     return Ratio(float(np.median(ratios)), float(low), float(high))
 
 
-def timings(
+def latency(
     models: dict[str, nn.Module],
     shape: tuple[int, ...],
     batch: int,
     rounds: int = 100,
     threads: int | None = None,
-) -> dict[str, list[float]]:
-    """Seconds of each model's forward pass on a batch (batch, *shape), round by round.
+) -> dict[str, float]:
+    """Median milliseconds of each model's forward pass on one batch (batch, *shape).
 
     All are interleaved in one call; see `interleave`. Eval and inference mode, on each model's
     own device, waiting for CUDA; `threads` of torch's (the present number by default). Modes and
@@ -96,21 +95,11 @@ def timings(
     calls = {name: partial(_forward, m, zeros(m, shape, batch)) for name, m in models.items()}
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode())
-        stack.enter_context(_threads(threads))
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(threads or torch.get_num_threads())
         for model in models.values():
             stack.enter_context(evaluating(model))
-        return interleave(calls, rounds)
-
-
-def latency(
-    models: dict[str, nn.Module],
-    shape: tuple[int, ...],
-    batch: int,
-    rounds: int = 100,
-    threads: int | None = None,
-) -> dict[str, float]:
-    """Median milliseconds of each model's forward pass on one batch; see `timings`."""
-    seconds = timings(models, shape, batch, rounds, threads)
+        seconds = interleave(calls, rounds)
     return {name: 1e3 * statistics.median(times) for name, times in seconds.items()}
 
 
@@ -141,13 +130,3 @@ def _forward(model: nn.Module, x: Tensor) -> None:
     model(x)
     if x.is_cuda:
         torch.cuda.synchronize(x.device)
-
-
-@contextmanager
-def _threads(threads: int | None):
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

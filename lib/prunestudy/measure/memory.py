@@ -63,15 +63,14 @@ class _LiveBytes(TorchDispatchMode):
 
     def _add(self, tensors: list[Tensor]) -> None:
         for tensor in tensors:
-            if tensor.layout == torch.strided:  # a CSR tensor only groups buffers counted already
-                self._add_storage(tensor.untyped_storage())
+            if tensor.layout != torch.strided:
+                continue  # a CSR tensor only groups buffers that are counted already
+            storage = tensor.untyped_storage()
+            key, size = id(storage), storage.nbytes()
+            if key not in self.alive:  # views share a storage, and torch keeps its Python object
+                self.now += size
+                self.alive[key] = weakref.finalize(storage, self._drop, key, size)
         self.peak = max(self.peak, self.now)
-
-    def _add_storage(self, storage: torch.UntypedStorage) -> None:
-        key, size = id(storage), storage.nbytes()
-        if key not in self.alive:  # views share a storage, and torch keeps its Python object
-            self.now += size
-            self.alive[key] = weakref.finalize(storage, self._drop, key, size)
 
     def _drop(self, key: int, size: int) -> None:
         self.now -= size

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from prunestudy.errors import require, require_one_of
 from prunestudy.measure.boundary import IGNORED, boundary_f1
 from prunestudy.measure.forward import device_of, evaluating
-from prunestudy.measure.quality import evaluate
 
 Batch = tuple[Tensor, Tensor]
 
@@ -51,17 +50,39 @@ class Task:
         return F.cross_entropy(output, y)
 
     def evaluate(self, model: nn.Module, batches: Iterable[Batch], num_classes: int) -> Scores:
-        """Score `model` in eval mode on batches of inputs and labels; see `measure.evaluate`."""
-        quality = evaluate(model, batches, num_classes)
-        more = {"macro_f1": quality.macro_f1}
-        if num_classes > 5:
-            more["top5"] = quality.top5
-        return Scores(quality.top1, quality.loss, quality.count, more)
+        """Score `model` in eval mode on batches of inputs and labels 0..num_classes-1.
+
+        Inputs go to the model's device; its modes are put back. Of classes `more` has macro-F1 and,
+        above five classes, the share whose class is among the five most likely. Of images the
+        metric is PSNR in dB, 10 log10(1 / MSE) of the mean MSE (not a mean of PSNRs). Of masks it
+        is the mean IoU over all pixels with a label, of the classes that occur or are predicted;
+        `more` has `boundary_f1`, the mean over the images, and the accuracy of the pixels.
+
+        Outputs that are not finite make the loss infinite or NaN. Raises `InputError` if there is
+        no sample with a label, a label is out of range, or the logits are not
+        (batch, num_classes).
+        """
+        scorers, device = self._scorers(num_classes), device_of(model)
+        with evaluating(model), torch.inference_mode():
+            for inputs, labels in batches:
+                x, y = inputs.to(device), labels.to(device)
+                output = model(x)
+                outputs = output if isinstance(output, tuple) else (output,)
+                for scorer, part in zip(scorers, outputs, strict=True):
+                    scorer.add(part, x, y)
+        return self._together(*(scorer.scores() for scorer in scorers))
 
     def pixels(self, x: Tensor) -> Tensor:
         """Images (batch, C, H, W) as they were before normalisation, in 0-1."""
         mean, std = (torch.tensor(v, dtype=x.dtype, device=x.device) for v in (self.mean, self.std))
         return x * std.view(-1, 1, 1) + mean.view(-1, 1, 1)
+
+    def _scorers(self, num_classes: int) -> tuple:
+        """One for each output of the net."""
+        return (_Classes(num_classes),)
+
+    def _together(self, scores: Scores) -> Scores:
+        return scores
 
 
 class Reconstruct(Task):
@@ -74,20 +95,8 @@ class Reconstruct(Task):
         """Mean squared error of the pixels."""
         return F.mse_loss(output, self.pixels(x))
 
-    def evaluate(self, model: nn.Module, batches: Iterable[Batch], num_classes: int) -> Scores:  # noqa: ARG002
-        """PSNR in dB, 10 log10(1 / MSE), of the mean MSE over all samples (not a mean of PSNRs)."""
-        psnr = _psnr()
-        device, count = device_of(model), 0
-        with evaluating(model), torch.inference_mode():
-            for inputs, _ in batches:
-                x = inputs.to(device)
-                self._update(psnr, model(x), x)
-                count += len(x)
-        decibel = float(psnr.compute())
-        return Scores(decibel, 10 ** (-decibel / 10), count)
-
-    def _update(self, psnr, output: Tensor, x: Tensor) -> None:
-        psnr.update(output.float().cpu(), self.pixels(x).float().cpu())
+    def _scorers(self, num_classes: int) -> tuple:  # noqa: ARG002
+        return (_Images(self),)
 
 
 class ReconstructAndClassify(Reconstruct):
@@ -101,13 +110,12 @@ class ReconstructAndClassify(Reconstruct):
         """Mean squared error of the pixels plus a tenth of the cross-entropy."""
         return super().loss(output[0], x, y) + self.class_weight * F.cross_entropy(output[1], y)
 
-    def evaluate(self, model: nn.Module, batches: Iterable[Batch], num_classes: int) -> Scores:
-        """PSNR in dB of the images; `more` has top-1 and macro-F1 of the classes."""
-        held = list(batches)
-        quality = evaluate(_Part(model, 1), held, num_classes)
-        images = super().evaluate(_Part(model, 0), held, num_classes)
-        more = {"top1": quality.top1, "macro_f1": quality.macro_f1}
-        loss = images.loss + self.class_weight * quality.loss
+    def _scorers(self, num_classes: int) -> tuple:
+        return _Images(self), _Classes(num_classes)
+
+    def _together(self, images: Scores, classes: Scores) -> Scores:
+        loss = images.loss + self.class_weight * classes.loss
+        more = {"top1": classes.metric, "macro_f1": classes.more["macro_f1"]}
         return Scores(images.metric, loss, images.count, more)
 
 
@@ -119,62 +127,88 @@ class Segment(Task):
 
     def loss(self, output: Tensor, x: Tensor, y: Tensor) -> Tensor:  # noqa: ARG002
         """Mean cross-entropy of the pixels of masks `y` (batch, H, W) that have a label."""
-        return self._cross_entropy(output, y, "mean")
+        return _pixel_loss(output, y, "mean")
 
-    def evaluate(self, model: nn.Module, batches: Iterable[Batch], num_classes: int) -> Scores:
-        """Mean IoU over all pixels with a label, of the classes that occur or are predicted.
+    def _scorers(self, num_classes: int) -> tuple:
+        return (_Masks(num_classes),)
 
-        `more` has `boundary_f1` (see `boundary.py`), the mean over the images, and the accuracy
-        of the pixels. Raises `InputError` if no pixel has a label.
-        """
-        confusion = _confusion(num_classes)
-        device, contours, loss, count = device_of(model), [], 0.0, 0
-        with evaluating(model), torch.inference_mode():
-            for inputs, masks in batches:
-                output, y = model(inputs.to(device)), masks.to(device)
-                loss += float(self._cross_entropy(output, y, "sum"))
-                guess = output.argmax(1)
-                confusion.update(guess.cpu(), masks.cpu())
-                contours += [boundary_f1(a, b) for a, b in zip(guess, masks, strict=True)]
-                count += len(y)
-        cells = confusion.confmat.double()
-        pixels, right = float(cells.sum()), cells.diagonal()
+
+class _Classes:
+    """Adds up what is known of logits (batch, classes)."""
+
+    def __init__(self, num_classes: int) -> None:
+        right = type(num_classes) is int and num_classes > 0
+        require(right, "num_classes", num_classes, "at least 1")
+        self.confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)
+        self.loss, self.among_five = 0.0, 0
+
+    def add(self, logits: Tensor, _: Tensor, y: Tensor) -> None:
+        n, shape = len(self.confusion), tuple(logits.shape)
+        require(shape == (len(y), n), "output", shape, f"(batch, {n}) for {n} classes")
+        low, high = (int(y.min()), int(y.max())) if len(y) else (0, 0)
+        require(low >= 0 and high < n, "labels", (low, high), f"0..{n - 1}")
+        self.loss += float(F.cross_entropy(logits.double(), y, reduction="sum"))
+        self.among_five += int((logits.topk(min(5, n), 1).indices == y[:, None]).sum())
+        cells = torch.bincount(y * n + logits.argmax(1), minlength=n**2)
+        self.confusion += cells.view(n, n).cpu()
+
+    def scores(self) -> Scores:
+        count, counts = int(self.confusion.sum()), self.confusion.double()
+        require(count > 0, "batches", count, "at least one sample")
+        # F1 = 2 TP / (2 TP + FP + FN), of the classes that occur or are predicted
+        right, seen = counts.diagonal(), counts.sum(0) + counts.sum(1)
+        more = {"macro_f1": float((2 * right[seen > 0] / seen[seen > 0]).mean())}
+        if len(counts) > 5:
+            more["top5"] = self.among_five / count
+        return Scores(int(right.sum()) / count, self.loss / count, count, more)
+
+
+class _Images:
+    """Adds up the errors of images."""
+
+    def __init__(self, task: Reconstruct) -> None:
+        from torchmetrics.image import PeakSignalNoiseRatio  # late: it takes seconds
+
+        self.task, self.psnr, self.count = task, PeakSignalNoiseRatio(data_range=1.0), 0
+
+    def add(self, images: Tensor, x: Tensor, _: Tensor) -> None:
+        self.psnr.update(images.float().cpu(), self.task.pixels(x).float().cpu())
+        self.count += len(x)
+
+    def scores(self) -> Scores:
+        decibel = float(self.psnr.compute())
+        return Scores(decibel, 10 ** (-decibel / 10), self.count)
+
+
+class _Masks:
+    """Adds up what is known of the classes of pixels."""
+
+    def __init__(self, num_classes: int) -> None:
+        from torchmetrics.classification import MulticlassJaccardIndex  # late: it takes seconds
+
+        self.iou = MulticlassJaccardIndex(num_classes, ignore_index=IGNORED)
+        self.contours, self.loss = [], 0.0
+
+    def add(self, output: Tensor, _: Tensor, y: Tensor) -> None:
+        self.loss += float(_pixel_loss(output, y, "sum"))
+        guess, true = output.argmax(1).cpu(), y.cpu()
+        self.iou.update(guess, true)
+        self.contours += map(boundary_f1, guess, true)
+
+    def scores(self) -> Scores:
+        cells, count = self.iou.confmat.double(), len(self.contours)
+        pixels, right = float(cells.sum()), float(cells.diagonal().sum())
         require(pixels > 0, "batches", count, "at least one pixel with a label")
-        seen = [value for value in contours if not math.isnan(value)]
-        more = {
-            "boundary_f1": sum(seen) / len(seen) if seen else math.nan,
-            "pixel_accuracy": float(right.sum()) / pixels,
-        }
-        return Scores(float(confusion.compute()), loss / pixels, count, more)
-
-    def _cross_entropy(self, output: Tensor, y: Tensor, reduction: str) -> Tensor:
-        # As rows: of pixels in an image the loss has no deterministic backward pass on CUDA.
-        rows = output.movedim(1, -1).flatten(0, -2)
-        return F.cross_entropy(rows, y.flatten(), ignore_index=IGNORED, reduction=reduction)
+        seen = [value for value in self.contours if not math.isnan(value)]
+        contours = sum(seen) / len(seen) if seen else math.nan
+        more = {"boundary_f1": contours, "pixel_accuracy": right / pixels}
+        return Scores(float(self.iou.compute()), self.loss / pixels, count, more)
 
 
-class _Part(nn.Module):
-    """One of several outputs of a net."""
-
-    def __init__(self, model: nn.Module, index: int) -> None:
-        super().__init__()
-        self.model, self.index = model, index
-        self.training = model.training
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model(x)[self.index]
-
-
-def _psnr():
-    from torchmetrics.image import PeakSignalNoiseRatio  # late: it takes seconds
-
-    return PeakSignalNoiseRatio(data_range=1.0)
-
-
-def _confusion(num_classes: int):
-    from torchmetrics.classification import MulticlassJaccardIndex  # late: it takes seconds
-
-    return MulticlassJaccardIndex(num_classes, ignore_index=IGNORED)
+def _pixel_loss(output: Tensor, y: Tensor, reduction: str) -> Tensor:
+    # As rows: of pixels in an image the loss has no deterministic backward pass on CUDA.
+    rows = output.movedim(1, -1).flatten(0, -2)
+    return F.cross_entropy(rows, y.flatten(), ignore_index=IGNORED, reduction=reduction)
 
 
 TASKS = {cls.name: cls for cls in (Task, Reconstruct, ReconstructAndClassify, Segment)}

@@ -25,22 +25,18 @@ from filelock import FileLock, Timeout
 
 from prunestudy import datasets, places
 from prunestudy.errors import InputError, require
-from prunestudy.study import notebooks, worker
+from prunestudy.study import notebooks
 from prunestudy.study.plan import Planned, jobs, needed_jobs
 from prunestudy.study.records import Store
 from prunestudy.study.session import is_untimed
 
 _SNAKEFILE = Path(__file__).with_name("Snakefile")
 _ON_GPU = ("gpu", "paper")  # profiles; of these one run is trained at a time
+_KINDS = ("train", "latency", "notebooks")  # of jobs, in order
 
 
 def run(
-    store: Store,
-    profile: str,
-    planned: list[Planned],
-    count: int = 2,
-    data: str = "",
-    executor: str = "local",
+    store: Store, profile: str, planned: list[Planned], count: int, data: str, executor: str
 ) -> dict[str, float]:
     """Do all that is missing of `planned` with `count` jobs side by side.
 
@@ -48,71 +44,65 @@ def run(
     Raises `InputError` before anything starts for bad settings, records or data, and afterwards
     if something failed.
     """
-    most = 4 * (os.cpu_count() or 1) if executor == "local" else 1000
-    allowed = f"1 to {most}" + (", four a core" if executor == "local" else "")
-    require(1 <= count <= most, "jobs", count, allowed)
+    local = executor == "local"
+    most = 4 * (os.cpu_count() or 1) if local else 1000
+    require(1 <= count <= most, "jobs", count, f"1 to {most}" + ", four a core" * local)
     _require_executor(executor)
-    batch = describe(store, profile, planned, count if executor == "local" else 0, data)
-    if not (batch["train"] or batch["latency"] or batch["notebooks"]):
+    batch = describe(store, profile, planned, count if local else 0, data)
+    if not any(batch[kind] for kind in _KINDS):
         return {}
     # Data is looked at (and downloaded) once here, not by each job.
-    for name in sorted({item.settings.dataset for item in _missing(store, planned)}):
+    for name in batch["datasets"]:
         datasets.load(name, data or None)
     with _stage() as stage:
         (stage / "batch.json").write_text(json.dumps(batch), encoding="ascii")
-        code, seconds = _snakemake(stage, count, executor)
-    if code:
-        raise InputError(f"study = {profile}: a job failed, see above; finished runs are kept")
+        seconds, at = {}, time.time()
+        if _snakemake(stage, store, batch, count, executor):
+            raise InputError(f"study = {profile}: a job failed, see above; finished runs are kept")
+        for kind in (kind for kind in _KINDS if batch[kind]):
+            end = max(path.stat().st_mtime for path in stage.glob(f"{kind}.*.done"))
+            seconds[kind], at = end - at, end
     return seconds
 
 
 def describe(
-    store: Store, profile: str, planned: list[Planned], count: int, data: str = ""
+    store: Store, profile: str, planned: list[Planned], count: int, data: str
 ) -> dict[str, Any]:
-    """What is to be done, for batch.json.
+    """What is to be done, for batch.json: of each kind of job, name to the runs or papers in it.
 
     With `count` > 0, as many jobs share the runs and the notebooks, each taking the next that no
     other has taken; with 0 (on a cluster) a job is one seed or method, and one notebook.
     """
-    missing = {item.settings.run for item in _missing(store, planned)}
-    groups = jobs(profile, planned)
-    needs = needed_jobs(groups)
-    train = {
-        name: {
-            "runs": [item.settings.run for item in runs if item.settings.run in missing],
-            "needs": sorted(needs[name]),
-        }
-        for name, runs in groups.items()
-    }
-    train = {name: job for name, job in train.items() if job["runs"]}
-    for job in train.values():
-        job["needs"] = [name for name in job["needs"] if name in train]
-    papers = dict.fromkeys(item.paper for item in planned)
-    papers = [name for name in papers if not notebooks.is_current(store, profile, name)]
-    papers.sort(key=lambda name: -sum(item.paper == name for item in planned))
-    books = {name: [name] for name in papers}
+    missing = [item for item in planned if store.read(item.settings) is None]
+    papers = list(dict.fromkeys(item.paper for item in planned))
+    stale = [name for name in papers if not notebooks.is_current(store, profile, name)]
+    stale.sort(key=lambda name: -sum(item.paper == name for item in planned))  # longest first
     if count:
         # Parents first, so that nobody waits for them long.
-        runs = [item.settings for item in planned if item.settings.run in missing]
-        runs = list(dict.fromkeys(s.run for s in sorted(runs, key=lambda s: s.parent is not None)))
+        ordered = sorted((i.settings for i in missing), key=lambda s: s.parent is not None)
+        runs, needs = list(dict.fromkeys(settings.run for settings in ordered)), {}
         sharers = min(1 if profile in _ON_GPU else count, len(runs))
-        train = {str(i): {"runs": runs, "needs": []} for i in range(sharers)}
-        books = {str(i): papers for i in range(min(count, len(papers)))}
+        train = dict.fromkeys(map(str, range(sharers)), runs)
+        books = dict.fromkeys(map(str, range(min(count, len(stale)))), stale)
+    else:
+        groups = jobs(profile, missing)
+        train = {name: [item.settings.run for item in items] for name, items in groups.items()}
+        needs = {name: sorted(before) for name, before in needed_jobs(groups).items()}
+        books = {name: [name] for name in stale}
+    waiting = bool(train) or any(is_untimed(store, item) for item in planned)
     return {
         "folder": str(Path.cwd()),
         "profile": profile,
-        "papers": list(dict.fromkeys(item.paper for item in planned)),
+        "papers": papers,
+        "datasets": sorted({item.settings.dataset for item in missing}),
         "results": str(store.folder.parent.resolve()),
         "data": data and str(Path(data).resolve()),
         "gpu": profile in _ON_GPU,
+        "needs": needs,
         "train": train,
-        "latency": bool(train) or any(is_untimed(store, item) for item in planned),
+        "latency": {"all": ["nets"]} if waiting else {},
         "notebooks": books,
     }
-
-
-def _missing(store: Store, planned: list[Planned]) -> list[Planned]:
-    return [item for item in planned if store.read(item.settings) is None]
 
 
 def _require_executor(name: str) -> None:
@@ -125,19 +115,19 @@ def _require_executor(name: str) -> None:
 
 
 def _slurm_answers() -> bool:
-    if not shutil.which("sbatch"):
-        return False
-    return subprocess.run(["sinfo", "--noheader"], capture_output=True, check=False).returncode == 0
+    command = ["sinfo", "--noheader"]
+    there = shutil.which("sbatch") and shutil.which("sinfo")
+    return bool(there) and not subprocess.run(command, capture_output=True, check=False).returncode
 
 
-def _snakemake(stage: Path, count: int, executor: str) -> tuple[int, dict[str, float]]:
-    """Call Snakemake, pass on what its jobs say; return its exit code and seconds per stage."""
+def _snakemake(stage: Path, store: Store, batch: dict[str, Any], count: int, executor: str) -> int:
+    """Call Snakemake, say on stderr what is done, and of a failure all; return its exit code."""
     local, own = executor == "local", (places.checkout() or Path()) / "profiles" / executor
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(_SNAKEFILE), "--nolock"]
     command += ["--directory", str(stage), "--keep-going", "--quiet", "all"]
     command += ["--cores", str(count)] if local else ["--executor", executor, "--jobs", str(count)]
     command += ["--workflow-profile", str(own)] if own.is_dir() else []
-    said = worker.Progress(stage)
+    shown: set[Path] = set()
     with (stage / "snakemake.log").open("w+", encoding="utf-8", errors="replace") as log:
         # A cluster's jobs are cancelled by Snakemake: of a Ctrl-C it gets ours alone, once.
         streams = {"stdout": log, "stderr": subprocess.STDOUT, "start_new_session": not local}
@@ -145,17 +135,33 @@ def _snakemake(stage: Path, count: int, executor: str) -> tuple[int, dict[str, f
         try:
             while process.poll() is None:
                 time.sleep(0.3)
-                said.show()
+                _show_ready(stage, store, batch, shown)
         except KeyboardInterrupt:
             if not local:
                 process.send_signal(signal.SIGINT)
                 process.wait()
             raise
-        said.show()
         if process.returncode:
             log.seek(0)
             print(log.read().rstrip(), file=sys.stderr)
-    return process.returncode, said.seconds()
+    return process.returncode
+
+
+def _show_ready(stage: Path, store: Store, batch: dict[str, Any], shown: set[Path]) -> None:
+    """Say on stderr which runs and notebooks are ready that are not yet `shown`."""
+    for path in sorted(set(stage.glob("*.ready")) - shown, key=lambda path: path.stat().st_mtime):
+        shown.add(path)
+        kind, name = path.name.removesuffix(".ready").split(".", 1)
+        number = len([other for other in shown if other.name.startswith(f"{kind}.")])
+        total = len({thing for things in batch[kind].values() for thing in things})
+        text = line_of_run(store.require(name)) if kind == "train" else name
+        print(f"{kind} {number}/{total} {text}", file=sys.stderr, flush=True)
+
+
+def line_of_run(record: dict[str, Any]) -> str:
+    """A run's name, status and score."""
+    score = record["metrics"].get("metric")
+    return f"{record['run']} {record['status']} {'' if score is None else f'{score:.4f}'}"
 
 
 @contextmanager

@@ -7,18 +7,12 @@ import torch
 
 
 def exercise(answer: Callable[..., Any], cases: Sequence[tuple[tuple, Any]]) -> None:
-    """Check `answer` on `cases` of (arguments, expected value).
-
-    An answer that still returns None is not yet given; a wrong one raises `AssertionError` with
-    the arguments, what came and what was expected.
-    """
+    """Check `answer` on `cases` of (arguments, expected); `AssertionError` if it is wrong."""
     for arguments, expected in cases:
         got = answer(*arguments)
         if got is None:
-            print(f"{answer.__name__}: not answered yet")
-            return
-        wanted = torch.as_tensor(expected, dtype=torch.float64)
-        given = torch.as_tensor(got, dtype=torch.float64)
+            return print(f"{answer.__name__}: not answered yet")
+        given, wanted = (torch.as_tensor(value, dtype=torch.float64) for value in (got, expected))
         right = given.shape == wanted.shape and torch.allclose(given, wanted, atol=1e-6, rtol=1e-6)
         assert right, f"{answer.__name__}{arguments}: got {got}, expected {expected}"
-    print(f"{answer.__name__}: right")
+    return print(f"{answer.__name__}: right")

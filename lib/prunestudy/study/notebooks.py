@@ -1,16 +1,18 @@
-"""Notebooks: parameters checked beforehand, executed by papermill, kept only when whole."""
+"""Notebooks: executed one after the other on one kernel, kept only when whole."""
 
-import ast
 import hashlib
 import json
 import subprocess
 import tempfile
 import tomllib
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from prunestudy import places
-from prunestudy.errors import InputError, require, require_one_of
+from prunestudy.errors import InputError
 from prunestudy.papers import card
 from prunestudy.study.plan import plan
 from prunestudy.study.records import Store, write_text
@@ -27,188 +29,114 @@ def executed(store: Store, paper: str) -> Path:
     return store.folder / "notebooks" / f"{card(paper).notebook}.ipynb"
 
 
-def read(path: Path) -> dict[str, Any]:
-    """Return the notebook in `path`, as its JSON says it.
+def stamp(store: Store, profile: str, paper: str, cells: list[Any]) -> dict[str, str]:
+    """Digests of an executed notebook's `cells`, and of what they were made from.
 
-    Raises `InputError` where it is not there, cut off or something else. nbformat's own check
-    takes seconds to import.
+    That is the source and the records: the paper's, or for the overview those of all papers.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"notebook = {path}: not there") from None
-    except (ValueError, RecursionError):
-        content = None
-    if not _is_notebook(content):
-        why = "damaged, or no notebook of format 4; get it back from git, or make it again"
-        raise InputError(f"notebook = {path}: {why}")
-    return content
-
-
-def _is_notebook(content: Any) -> bool:
-    if not isinstance(content, dict) or content.get("nbformat") != 4:
-        return False
-    cells = content.get("cells")
-    whole = isinstance(content.get("metadata"), dict) and isinstance(cells, list)
-    needed = {"cell_type": str, "metadata": dict, "source": str | list}
-    code = needed | {"outputs": list}
-    return whole and all(
-        isinstance(cell, dict)
-        and all(
-            isinstance(cell.get(key), kind)
-            for key, kind in (code if cell.get("cell_type") == "code" else needed).items()
-        )
-        for cell in cells
-    )
-
-
-def stamp(store: Store, profile: str, paper: str) -> dict[str, str]:
-    """What an executed notebook was made from: its source and the records, of a paper or of all."""
-    source = hashlib.sha256(source_of(paper).read_bytes()).hexdigest()
     papers = (paper,) if card(paper).is_paper else ()
-    return {"source": source, "records": state_of(store, plan(profile, papers))}
+    return {
+        "source": hashlib.sha256(source_of(paper).read_bytes()).hexdigest(),
+        "records": state_of(store, plan(profile, papers)),
+        "cells": hashlib.sha256(json.dumps(cells, sort_keys=True).encode()).hexdigest(),
+    }
 
 
 def is_current(store: Store, profile: str, paper: str) -> bool:
     """Whether the executed notebook is there, whole, and made from today's source and records."""
     try:
-        found = read(executed(store, paper))["metadata"].get("prunestudy")
-    except InputError:
+        notebook = json.loads(executed(store, paper).read_text(encoding="utf-8"))
+        found, cells = notebook["metadata"]["prunestudy"], notebook["cells"]
+    except (FileNotFoundError, ValueError, TypeError, LookupError, RecursionError):
         return False
-    return found == stamp(store, profile, paper)
+    return found == stamp(store, profile, paper, cells)
 
 
-def check(path: Path, values: dict[str, Any]) -> None:
-    """Refuse parameters that the notebook does not have, or of another type than its own."""
-    import papermill
+def start_afresh() -> None:
+    """In a kernel: forget the notebook before; what is slow to import stays imported."""
+    import matplotlib.pyplot as plt
+    import pandas as pd
+    import torch
+    from IPython import get_ipython
 
-    known = papermill.inspect_notebook(str(path))
-    for name, value in values.items():
-        require_one_of("parameter", name, known)
-        wanted = type(ast.literal_eval(known[name]["default"]))
-        allowed = f"must be of type {wanted.__name__}"
-        require(type(value) is wanted, f"parameter {name}", value, allowed)
+    plt.close("all")
+    with warnings.catch_warnings(action="ignore"):
+        plt.matplotlib.rc_file_defaults()
+        pd.reset_option("all")
+    torch.manual_seed(0)
+    get_ipython().reset(new_session=True)
 
 
-_ARGUMENTS = ["--HistoryManager.hist_file=:memory:"]
-_NOTE_START = "from prunestudy.study.kernel import note_start; note_start(get_ipython())"
+@contextmanager
+def kernel() -> Iterator[Any]:
+    """A client of a Python kernel for one notebook after the other; it starts with the first."""
+    from jupyter_client import AsyncKernelManager
+    from nbclient import NotebookClient
+    from nbformat import v4
 
-
-class Kernel:
-    """A Python kernel on which notebooks are executed one after the other, each from a fresh start.
-
-    It starts with the first one; a context manager ends it.
-    """
-
-    def __init__(self) -> None:
-        self._manager: Any = None
-        self._client: Any = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        from jupyter_core.utils import run_sync
-
-        if self._client:
-            self._client.stop_channels()
-        if self._manager:
-            run_sync(self._manager.shutdown_kernel)(now=True)
-        self._manager = self._client = None
-
-    def execute(self, source: Path, target: Path, values: dict[str, Any]) -> None:
-        """Execute `source` with parameters `values` into `target`.
-
-        Raises `InputError` with what the notebook raised; the next one gets a new kernel then.
-        """
-        import papermill
-
-        if not self._manager:
-            self._start()
-        options = {"kernel_name": "python3", "progress_bar": False, "km": self._manager}
+    # Sockets in a folder: kernels that start at the same time race for network ports.
+    with tempfile.TemporaryDirectory() as folder:
+        file = str(Path(folder) / "kernel.json")
+        manager = AsyncKernelManager(transport="ipc", connection_file=file)
+        client = NotebookClient(v4.new_notebook(), km=manager)
         try:
-            papermill.execute_notebook(str(source), str(target), parameters=values, **options)
-            self._run("get_ipython().start_afresh()")
-        except papermill.exceptions.PapermillExecutionError as error:
-            self.__exit__()
-            raise InputError(f"notebook {source.stem}: {error.ename}: {error.evalue}") from None
-
-    def _start(self) -> None:
-        from jupyter_client import AsyncKernelManager
-        from jupyter_core.utils import run_sync
-
-        quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        for attempt in (1, 2):
-            self._manager = AsyncKernelManager(kernel_name="python3")
-            # nbclient asks for a client for each notebook, and leaves it open.
-            new_client = self._manager.client
-            self._manager.client = lambda new=new_client: self._one_client(new())
-            run_sync(self._manager.start_kernel)(extra_arguments=_ARGUMENTS, **quiet)
-            try:
-                self._run(_NOTE_START)
-                return
-            except RuntimeError:
-                # Starting a kernel races for a port now and then.
-                self.__exit__()
-                if attempt == 2:
-                    raise
-
-    def _one_client(self, client: Any) -> Any:
-        if self._client:
-            self._client.stop_channels()
-        self._client = client
-        return client
-
-    def _run(self, code: str) -> None:
-        from jupyter_core.utils import run_sync
-
-        client = self._manager.client()
-        client.start_channels()
-        run_sync(client.wait_for_ready)(timeout=120)
-        content = run_sync(client.execute_interactive)(code, store_history=False)["content"]
-        if content["status"] != "ok":
-            raise RuntimeError(f"{content['ename']}: {content['evalue']}")
+            yield client
+        finally:
+            client._cleanup_kernel()
 
 
-def execute(
-    paper: str, profile: str, results: str = "", data: str = "", kernel: Kernel | None = None
-) -> Path:
-    """Run the notebook of `paper` in `profile`, on `kernel` if given; return the copy's path.
+def run_cells(client: Any, notebook: Any) -> None:
+    """Execute `notebook` in place, from a fresh start; `InputError` where a cell fails."""
+    from nbclient.exceptions import CellExecutionError
+    from nbformat import v4
+
+    first = "from prunestudy.study.notebooks import start_afresh; start_afresh()"
+    try:
+        for client.nb in (v4.new_notebook(cells=[v4.new_code_cell(first)]), notebook):
+            client.execute(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    except CellExecutionError as error:
+        raise InputError(f"{error.ename}: {error.evalue}") from None
+
+
+def execute(client: Any, store: Store, profile: str, paper: str, data: str) -> Path:
+    """Run the notebook of `paper` in `profile`; return the path of the executed copy.
 
     A failed run leaves the earlier copy as it was. Raises `InputError` for what the notebook
-    refuses.
+    refuses, and for one that is not there or damaged.
     """
     import nbformat
 
-    plan(profile, (paper,))  # refuses a profile or paper that is not there
-    store = Store(profile, results or None)
-    source, target = source_of(paper), executed(store, paper)
-    values = {"profile": profile, "results": str(results), "data": str(data)}
-    read(source)
-    check(source, values)
-    if kernel is None:
-        with Kernel() as own:
-            return execute(paper, profile, results, data, own)
-    with tempfile.TemporaryDirectory() as folder:
-        temporary = Path(folder) / source.name
-        kernel.execute(source, temporary, values)
-        notebook = nbformat.read(temporary, as_version=4)
-        notebook.metadata["prunestudy"] = stamp(store, profile, paper)
-        write_text(target, nbformat.writes(_without_machine(notebook)))
-    return target
-
-
-def _without_machine(notebook: Any) -> Any:
-    """Drop what names this machine or the time, the folders given as parameters, a random id."""
-    notebook.metadata.pop("papermill", None)
+    source = source_of(paper)
+    try:
+        notebook = nbformat.read(source, as_version=4)
+        tags = [cell.metadata.get("tags", []) for cell in notebook.cells]
+        place = ["parameters" in each for each in tags].index(True) + 1
+    except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+        why = f"not there or damaged ({type(error).__name__}); get it back from git"
+        raise InputError(f"notebook = {source}: {why}") from None
+    values = {"profile": profile, "results": str(store.folder.parent), "data": data}
+    lines = [f"{name} = {value!r}" for name, value in values.items()]
+    given = nbformat.v4.new_code_cell("\n".join(lines), id="injected-parameters")
+    given.metadata["tags"] = ["injected-parameters"]  # as papermill calls it
+    notebook.cells.insert(place, given)
+    try:
+        run_cells(client, notebook)
+    except InputError as error:
+        raise InputError(f"notebook {source.stem}: {error}") from None
+    given.source = lines[0]  # what names folders of this machine goes, and what names the time
     for cell in notebook.cells:
-        cell.metadata.pop("papermill", None)
         cell.metadata.pop("execution", None)
-        if "injected-parameters" in cell.metadata.get("tags", []):
-            lines = cell.source.splitlines()
-            kept = [x for x in lines if not x.startswith(("results =", "data ="))]
-            cell.source, cell.id = "\n".join(kept), "injected-parameters"
-    return notebook
+    return write(store, profile, paper, notebook)
+
+
+def write(store: Store, profile: str, paper: str, notebook: Any) -> Path:
+    """Write the executed `notebook` with its stamp; return its path."""
+    import nbformat
+
+    cells = json.loads(nbformat.writes(notebook))["cells"]
+    notebook.metadata["prunestudy"] = stamp(store, profile, paper, cells)
+    write_text(executed(store, paper), nbformat.writes(notebook))
+    return executed(store, paper)
 
 
 def colab_badge(notebook: str) -> str:
@@ -216,7 +144,6 @@ def colab_badge(notebook: str) -> str:
     path = (places.checkout() or Path()) / "pyproject.toml"
     settings = tomllib.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     address = settings.get("tool", {}).get("prunestudy", {}).get("repository", "")
-    if not address:
-        return ""
     place = f"https://colab.research.google.com/github/{address}/blob/main/notebooks/{notebook}"
-    return f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({place})"
+    badge = "https://colab.research.google.com/assets/colab-badge.svg"
+    return f"[![Open in Colab]({badge})]({place})" if address else ""

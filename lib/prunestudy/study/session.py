@@ -86,7 +86,7 @@ class Session:
         """Save `drawn` under the paper's name and return it."""
         from prunestudy.study import figures  # late: a batch job draws nothing
 
-        figures.save(drawn, self.store, f"{self.paper}_{name}")
+        figures.save_to(drawn, self.store.folder / "figures", f"{self.paper}_{name}")
         return drawn
 
     def find(self, method: str, target: float | None, seed: int = 0, **where: Any) -> RunSettings:

@@ -2,13 +2,8 @@
 
 import io
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.legend import Legend
 from PIL import Image
-
-# Executed notebooks are tracked: a palette of this size takes less than half the bytes.
-_COLOURS = 256
 
 
 def show_well() -> None:
@@ -16,13 +11,11 @@ def show_well() -> None:
     from IPython import get_ipython
 
     shell = get_ipython()
-    png = shell.display_formatter.formatters["image/png"] if shell else None
-    if png is None or png.type_printers.get(Figure) is _display:
-        return
-    # It sets formatters of its own the first time it is imported: let it, then replace them.
-    import matplotlib_inline.backend_inline  # noqa: F401
+    if shell and "image/png" in shell.display_formatter.formatters:
+        # It sets formatters of its own the first time it is imported: let it, then replace them.
+        import matplotlib_inline.backend_inline  # noqa: F401
 
-    png.for_type(Figure, _display)
+        shell.display_formatter.formatters["image/png"].for_type(Figure, _display)
 
 
 def _display(figure: Figure) -> tuple[bytes, dict[str, object]] | None:
@@ -32,34 +25,18 @@ def _display(figure: Figure) -> tuple[bytes, dict[str, object]] | None:
     if drawn is None:
         return None
     png, size = drawn
-    return _with_palette(png), {**size, "alt": alt_text(figure)}
-
-
-def _with_palette(png: bytes) -> bytes:
-    picture = Image.open(io.BytesIO(png)).convert("RGBA")
-    if picture.getextrema()[3] != (255, 255):
-        return png
-    picture, out = picture.convert("RGB"), io.BytesIO()
-    picture.quantize(_COLOURS, dither=Image.Dither.NONE).save(out, "png", optimize=True)
-    return out.getvalue()
+    # Executed notebooks are tracked: with a palette of 256 colours less than half the bytes.
+    picture, out = Image.open(io.BytesIO(png)).convert("RGB"), io.BytesIO()
+    picture.quantize(256, dither=Image.Dither.NONE).save(out, "png", optimize=True)
+    return out.getvalue(), {**size, "alt": alt_text(figure)}
 
 
 def alt_text(figure: Figure) -> str:
     """What the figure shows, for who cannot see it: titles, axes, and what the legends name."""
-    parts = [figure.get_suptitle(), *(_panel(axes) for axes in figure.axes)]
-    parts += [_named(legend) for legend in figure.legends]
-    return ". ".join(dict.fromkeys(part for part in parts if part))
-
-
-def _panel(axes: Axes) -> str:
-    title, across, up = (
-        " ".join(text.split()) for text in (axes.get_title(), axes.get_xlabel(), axes.get_ylabel())
-    )
-    against = f"{up} against {across}" if up and across else up or across
-    named = _named(axes.get_legend())
-    drawn = ": ".join(part for part in (title, against) if part)
-    return f"{drawn} ({named})" if drawn and named else drawn or named
-
-
-def _named(legend: Legend | None) -> str:
-    return ", ".join(text.get_text() for text in legend.get_texts()) if legend else ""
+    parts = [figure.get_suptitle()]
+    for axes in figure.axes:
+        against = " against ".join(filter(None, (axes.get_ylabel(), axes.get_xlabel())))
+        parts.append(": ".join(filter(None, (axes.get_title(), against))))
+    legends = [*figure.legends, *(axes.get_legend() for axes in figure.axes)]
+    parts += [", ".join(text.get_text() for text in each.get_texts()) for each in legends if each]
+    return ". ".join(dict.fromkeys(" ".join(part.split()) for part in parts if part))

@@ -1,0 +1,230 @@
+"""The commands of `prunestudy`, one function each, of its parsed words; cli.py says what they do.
+
+They print what they have to say, and return the exit code or None. Raise `InputError`.
+"""
+# ruff: noqa: D103
+
+import json
+import os
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Iterable
+
+import pandas as pd
+
+from prunestudy import datasets, methods, models, places, shrink
+from prunestudy.errors import InputError, require, require_one_of
+from prunestudy.papers import PROFILES, cards
+from prunestudy.study import batch, forecast, inspect, notebooks, session, tables
+from prunestudy.study.cli import LISTS
+from prunestudy.study.collect import collect
+from prunestudy.study.lines import write_text
+from prunestudy.study.plan import Planned, plan
+from prunestudy.study.records import Store
+from prunestudy.study.runs import Runner
+from prunestudy.study.settings import RunSettings, own_settings
+
+
+def _store(a: Namespace) -> Store:
+    return Store(a.profile, a.results or None)
+
+
+def _planned(a: Namespace) -> list[Planned]:
+    """The planned runs; with profile custom, where a command takes it, one's own finished ones."""
+    if a.profile != "custom" or a.command not in ("list", "status", "run"):
+        return plan(a.profile, tuple(a.paper))
+    require(not a.paper, "paper", "".join(a.paper[:1]), "none with --profile custom")
+    store = _store(a)
+    texts = (json.dumps(store.require(name)["settings"]) for name in store.names())
+    own = [RunSettings.model_validate_json(text).filled() for text in texts]
+    return [Planned("custom", "train", "results", "", settings) for settings in own]
+
+
+def _choose(begins: str, names: Iterable[str], store: Store) -> str:
+    """The one of `names` that begins so; of several the one that `train` was last called for."""
+    found = [name for name in names if name.startswith(begins)]
+    if begins in found or len(found) == 1:
+        return begins if begins in found else found[0]
+    path = store.folder / "latest"
+    latest = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    if latest in found:
+        print(f"{len(found)} runs begin so; this is the last trained: {latest}", file=sys.stderr)
+        return latest
+    some = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
+    why = f"{len(found)} runs begin so, {some}; write more of the name" if found else "no such run"
+    raise InputError(f"run = {begins!r}: {why}; `prunestudy list` names them")
+
+
+def do_study(a: Namespace) -> None:
+    started, store, planned = time.monotonic(), _store(a), _planned(a)
+    seconds = batch.run(store, a.profile, planned, a.jobs, a.data, a.executor)
+    since = time.monotonic()
+    for line in collect(a.profile, results=a.results):
+        print(line)
+    summary = tables.write(store, plan(a.profile))
+    ours = summary.paper.isin({item.paper for item in planned}) & (summary.variant == "")
+    columns = "paper method model dataset target n metric difference difference_low".split()
+    shown = summary.loc[ours, [*columns, "difference_high", "verdict"]]
+    with pd.option_context("display.width", 200):
+        print(shown.to_string(index=False, float_format="{:.4f}".format, na_rep=""))
+    folder = store.folder if a.results else os.path.relpath(store.folder)
+    for name in ("tables", "figures", "notebooks", "records.jsonl"):
+        print(f"{name:13} {folder}/{name}")
+    now = time.monotonic()
+    seconds |= {"tables": now - since, "total": now - started}
+    print("seconds:", ", ".join(f"{name} {value:.1f}" for name, value in seconds.items()))
+
+
+def do_collect(a: Namespace) -> None:
+    for line in collect(a.profile, a.folders, a.results, a.replace):
+        print(line)
+
+
+def do_plan(a: Namespace) -> None:
+    rate = forecast.RATE if a.rate is None else a.rate
+    planned, said = _planned(a), sys.stdout
+    if a.gpu_hours is not None:
+        planned, said = forecast.choose(planned, a.gpu_hours, rate), sys.stderr
+        print(*(item.settings.run for item in planned), sep="\n")  # names alone, for a pipe
+    table = forecast.forecast(planned, rate)
+    print(table.to_string(index=False, float_format="{:.2f}".format), file=said)
+    source = "assumed" if a.rate is None else "as given"
+    print(
+        f"hours: an estimate, at {rate:g} x 10^12 MACs of training a second ({source}); "
+        "MACs: of the dense nets, three passes a step",
+        file=said,
+    )
+
+
+def do_list(a: Namespace) -> None:
+    if a.what:
+        require(a.what in LISTS or a.name, "list", a.what, f"{', '.join(LISTS)} or method NAME")
+        named = _NAMES[a.what]() if a.what in LISTS else _of_method(a.name)
+        print(*(f"{name:22} {text}" for name, text in named.items()), sep="\n")
+        return
+    for item in _planned(a):
+        target = f"{item.settings.target.value:.3f}" if item.settings.target else "-"
+        words = (item.settings.run, item.paper, item.experiment, f"seed {item.settings.seed}")
+        print(*words, f"target {target}", item.variant, sep="\t")
+
+
+def _datasets() -> dict[str, str]:
+    known = {name: datasets.info(name).title for name in datasets.names()}
+    return known | {"folder:NAME": "your images, NAME/{train,test}/<class>/ below the data root"}
+
+
+def _profiles() -> dict[str, str]:
+    has = {name: [card.id for card in cards() if name in card.profiles] for name in PROFILES}
+    return {name: ", ".join(papers) for name, papers in has.items()} | {"custom": "your own runs"}
+
+
+_NAMES = {
+    "models": models.describe,
+    "datasets": _datasets,
+    "methods": lambda: {name: methods.method_class(name).title for name in methods.names()},
+    "papers": lambda: {card.id: card.title for card in cards()},
+    "profiles": _profiles,
+}
+
+
+def _of_method(name: str) -> dict[str, str]:
+    kind = methods.method_class(name)
+    takes = " or ".join(f"{key} (of {methods.TARGETS[key]})" for key in kind.target_kinds)
+    fields = kind.Params.model_fields.items()
+    params = {f"params.{key}": json.dumps(field.get_default()) for key, field in fields}
+    return {"method": f"{name} ({kind.title})", "target_kind": takes or "none, no target"} | params
+
+
+def do_status(a: Namespace) -> None:
+    store = _store(a)
+    records = {item.settings.run: store.read(item.settings) for item in _planned(a)}
+    states = sorted(record["status"] if record else "missing" for record in records.values())
+    for state in sorted({*states, "missing"}):
+        print(f"{state:9} {states.count(state)}")
+    for name in (name for name, record in records.items() if not record):
+        print(f"  {name}" + ("  (begun)" if store.work(name).exists() else ""))
+
+
+def do_table(a: Namespace) -> None:
+    tables.write(_store(a), _planned(a))
+
+
+def do_readme(a: Namespace) -> None:
+    _, summary = tables.build(Store("cpu", a.results or None), plan("cpu"))
+    tables.fill_readme(places.home() / "README.md", summary)
+
+
+def do_latency(a: Namespace) -> None:
+    session.measure_latency(_store(a), _planned(a))
+
+
+def do_run(a: Namespace) -> None:
+    settings = {item.settings.run: item.settings for item in _planned(a)}
+    for name in [_choose(begins, settings, _store(a)) for begins in a.runs]:
+        _ensure(a, settings[name], a.weights)
+
+
+def _ensure(a: Namespace, settings: RunSettings, weights: bool = False) -> str:
+    """Train the run unless it is there, print a line of it; return its status."""
+    show = sys.stderr.isatty() or "TQDM_DELAY" in os.environ
+    record = Runner(_store(a), a.data or None, a.device, show).ensure(settings, weights)
+    print(batch.line_of_run(record), flush=True)
+    return record["status"]
+
+
+def do_train(a: Namespace) -> int:
+    a.profile, values = "custom", {}
+    for pair in a.set:
+        key, sign, text = pair.partition("=")
+        require(bool(sign), "--set", pair, "must be KEY=VALUE")
+        values[key] = value_of(text)
+    settings = own_settings(values, a.data)
+    status = _ensure(a, settings)
+    write_text(_store(a).folder / "latest", settings.run)  # for `_choose`
+    if status == "done":
+        return 0
+    why = f"run = {settings.run}: {status}; a smaller lr may help"
+    print(f"prunestudy: {why}", file=sys.stderr)
+    return 1
+
+
+def value_of(text: str) -> object:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def do_notebook(a: Namespace) -> None:
+    plan(a.profile, (a.of,))  # refuses what is not there
+    with notebooks.kernel() as kernel:
+        target = notebooks.execute(kernel, _store(a), a.profile, a.of, a.data)
+    print(target if a.results else os.path.relpath(target))
+
+
+def _done(a: Namespace, begins: str) -> tuple[Store, str]:
+    """The store, and the name of the finished run that begins so."""
+    require_one_of("profile", a.profile, _profiles())
+    store = _store(a)
+    return store, _choose(begins, store.names(), store)
+
+
+def do_show(a: Namespace) -> None:
+    store, name = _done(a, a.first)
+    text = inspect.weight_line(store, name, *a.weight) + "\n" if a.weight else store.shown(name)
+    print(text, end="")
+
+
+def do_compare(a: Namespace) -> None:
+    (store, first), (_, second) = _done(a, a.first), _done(a, a.second)
+    rows = inspect.differences(store, first, second)
+    print(rows.to_string() if len(rows) else "no difference")
+
+
+def do_export(a: Namespace) -> None:
+    store, name = _done(a, a.first)
+    store.require_weights(name)
+    net = shrink.load_net(store.weights(name))
+    shrink.export_onnx(net, a.file, shrink.input_shape(store.weights(name)))
+    print(a.file)

@@ -1,0 +1,256 @@
+"""Figures that one paper's notebook alone draws; papers in the order of their years.
+
+They raise `InputError` ("figure = ...") where no run is done that they would show.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+
+from prunestudy.papers import Card
+from prunestudy.study import tables
+from prunestudy.study.figures import look
+from prunestudy.study.plan import Planned
+from prunestudy.study.records import Store
+
+_LOW_RANK = ("plain_low_rank", "force")
+# Method and reading to a label, and to the method whose colour and marker stand for it.
+_READINGS = {
+    ("component_aware", ""): ("soft coefficients", "component_aware"),
+    ("component_aware", "grid"): ("soft coefficients, grid", "l1"),
+    ("uniform", ""): ("uniform share", "uniform"),
+    ("uniform", "one ranking"): ("one ranking, group L2", "group_l2"),
+    ("uniform", "one ranking, Taylor"): ("one ranking, Taylor", "l1_filter"),
+    ("uniform", "random"): ("random", "random"),
+}
+
+
+def gate_histograms(store: Store, run: str) -> Figure:
+    """Gate variables at the first, a middle and the last epoch in which they train."""
+    counts, rows = store.arrays(run)["gate_histograms"], store.history(run)
+    training = [i for i, row in enumerate(rows) if row["phase"] == "gates"] or [0]
+    chosen = sorted({training[0], training[len(training) // 2], training[-1]})
+    colour = look.COLOURS["sparse_gates"]
+    panels = {f"after epoch {i + 1}": {"gates": (counts[i], colour)} for i in chosen}
+    edges = np.linspace(0, 1, counts.shape[1] + 1)
+    return look.histograms(panels, edges, "gate g", "share of the weights", yscale="log")
+
+
+def kept_against_start(store: Store, runs: dict[str, str]) -> Figure:
+    """|w| of kept weights at the end against the start, one panel per method (name -> run)."""
+    figure, axes = look.canvas(len(runs), (3.6 * len(runs), 3.6), sharex=True, sharey=True)
+    for panel, (method, run) in zip(axes, runs.items(), strict=True):
+        arrays, scale = store.arrays(run), store.load(run)["metrics"]["kept_scale"]
+        start, end = np.abs(arrays["kept_start"]), np.abs(arrays["kept_end"])
+        panel.plot(start, end, ".", ms=3, alpha=0.5, color=look.COLOURS[method])
+        panel.axline((0, 0), slope=1, color="black", ls="--", lw=1)
+        panel.set(title=f"{look.title_of(method)}: x{scale:.2f}", xlabel="|w| of the dense start")
+    axes[0].set_ylabel("|w| in the sparse net")
+    return figure
+
+
+def ranks_table(store: Store, planned: Sequence[Planned]) -> pd.DataFrame:
+    """One row per run and layer of nets that are factorised at a share of the energy.
+
+    `rank` is that of the trained net at 5% error, `full` the full one, `speed_up` the layer's by
+    MACs at that rank.
+    """
+    rows = []
+    for item in planned:
+        s, record = item.settings, store.read(item.settings)
+        ours = s.method in _LOW_RANK and s.target.kind == "energy" and item.purpose != "search"
+        if ours and record and record["status"] == "done":
+            metrics, energy = record["metrics"], store.arrays(s.run)
+            for layer in (name[5:] for name in metrics if name.startswith("rank.")):
+                place = s.model, s.dataset, s.method, item.variant, s.seed, layer
+                ranks = metrics[f"rank.{layer}"], len(energy[f"energy_before.{layer}"])
+                rows.append((*place, *ranks, metrics[f"speed_up.{layer}"]))
+    columns = "model dataset method variant seed layer rank full speed_up".split()
+    return pd.DataFrame(rows, columns=columns).drop_duplicates(ignore_index=True)
+
+
+def rank_per_layer(ranks: pd.DataFrame, paper: Card, model: str, dataset: str) -> Figure:
+    """Ranks at 5% error in % of the full rank, mean and sd over seeds; published ones as marks."""
+    rows = ranks[(ranks.model == model) & (ranks.dataset == dataset) & (ranks.variant == "")]
+    look.require_rows(rows, f"ranks of {model} on {dataset}")
+    rows = rows.assign(share=100 * rows["rank"] / rows.full, method=rows.method.map(look.title_of))
+    figure, (axes,) = look.canvas(size=(5 + 0.45 * rows.layer.nunique(), 3.6))
+    style = {"saturation": 1, "errorbar": "sd", "err_kws": {"lw": 1}, "ax": axes}
+    style["palette"] = {look.title_of(method): look.COLOURS[method] for method in _LOW_RANK}
+    sns.barplot(rows, x="layer", y="share", hue="method", legend=True, **style)
+    axes.get_legend().remove()
+    for table in (t for t in paper.ranks if t.model == model and t.mark == "P"):
+        shares = 100 * np.array(table.ranks) / np.array(table.full)
+        mark = "kP" if table.method == "plain_low_rank" else "ko"
+        label = f"published: {look.title_of(table.method)} [{table.mark}]"
+        axes.plot(table.layers, shares, mark, ms=6, label=label)
+    axes.set(xlabel="", ylabel="rank at 5% error, % of full")
+    axes.set_title(f"{look.place_of(rows)} (n = {rows.seed.nunique()})")
+    axes.tick_params(axis="x", rotation=90 if rows.layer.nunique() > 6 else 0)
+    look.legend(figure)
+    return figure
+
+
+def angles(store: Store, runs: dict[str, str], layers: list[str]) -> Figure:
+    """Angles between filters of at most four `layers`: at the common start, and by method."""
+    places = np.linspace(0, len(layers) - 1, min(len(layers), 4)).round().astype(int)
+    panels = {layers[place]: {} for place in places}
+    for method, run in runs.items():
+        arrays, colour = store.arrays(run), look.COLOURS[method]
+        for layer, panel in panels.items():
+            panel["at the start"] = arrays[f"angles_before.{layer}"], "0.8"
+            panel[look.title_of(method)] = arrays[f"angles_after.{layer}"], colour
+    edges, across = np.linspace(0, 180, 37), "angle between two filters, degrees"
+    return look.histograms(panels, edges, across, "share of the pairs", xticks=(0, 45, 90, 135))
+
+
+def speed_up(runs: pd.DataFrame) -> Figure:
+    """Speed-up of nets factorised at 5% error, by MACs and measured: mean over seeds.
+
+    `runs` as in runs.csv. Measured bars are there once the timing step has run.
+    """
+    ours = runs[runs.method.isin(_LOW_RANK)]
+    rows = look.select(ours, "speed-up", target_kind="energy", variant="", status="done")
+    net = rows.model + ", " + rows.dataset.map(tables.datasets_title)
+    kinds = {
+        "net": net + ": " + rows.method.map(look.title_of),
+        "MACs": rows.dense_macs / rows.macs,
+        "measured, batch 1": rows.dense_latency_b1_ms / rows.latency_b1_ms,
+        "measured, batch 128": rows.dense_latency_b128_ms / rows.latency_b128_ms,
+    }
+    table = pd.DataFrame(kinds).melt("net", var_name="kind", value_name="speed-up")
+    figure, (axes,) = look.canvas(size=(7.5, 1.6 + 0.6 * table.net.nunique()))
+    style = {"palette": "Greys_r", "edgecolor": "0.3", "errorbar": None}
+    sns.barplot(table, y="net", x="speed-up", hue="kind", ax=axes, **style)
+    for bars in axes.containers:
+        for label in axes.bar_label(bars, fmt="{:.2f}x", fontsize=7, padding=2):
+            label.set_bbox({"fc": "white", "ec": "none", "pad": 0.3})
+    axes.axvline(1, color="black", ls="--", lw=1)
+    axes.margins(x=0.12)
+    axes.set(ylabel="", xlabel="times faster than the dense net")
+    sns.move_legend(axes, "upper left", bbox_to_anchor=(1, 1), title="")
+    return figure
+
+
+def gate_paths(store: Store, run: str) -> Figure:
+    """At most 60 gates of each of GDP's four largest groups, and the cost left, step by step."""
+    arrays, metrics = store.arrays(run), store.load(run)["metrics"]
+    steps, paths, group_of = (arrays[f"gate_{name}"] for name in ("steps", "paths", "groups"))
+    names, sizes = list(metrics["channels"]), np.bincount(group_of)
+    shown = sorted(np.argsort(-sizes, kind="stable")[:4])
+    figure, axes = look.canvas(len(shown) + 1, (2.7 * len(shown) + 2.7, 3.1), sharey=True)
+    for panel, group in zip(axes, shown, strict=False):
+        columns = np.flatnonzero(group_of == group)
+        columns = columns[:: -(-len(columns) // 60)]
+        kept = paths[-1, columns] > 0
+        panel.plot(steps, paths[:, columns[~kept]], color="0.6", lw=0.7, alpha=0.7)
+        panel.plot(steps, paths[:, columns[kept]], color=look.COLOURS["gdp"], lw=0.7, alpha=0.7)
+        panel.set_title(f"{names[group]}: {metrics['channels'][names[group]]} of {sizes[group]}")
+    soft, hard = arrays["cost_path"]
+    axes[-1].plot(steps, hard, color="black", label="open channels")
+    axes[-1].plot(steps, soft, color=look.COLOURS["gdp"], label="soft gates")
+    axes[-1].set_title("cost, share of dense")
+    axes[-1].legend()
+    for panel in axes:
+        panel.axvline(metrics["met_at"] * (steps[-1] + 1), color="black", ls=":", lw=1)
+        panel.set_xlabel("step")
+    axes[0].set_ylabel("gate g")
+    return figure
+
+
+def final_gates(store: Store, runs: dict[str, str]) -> Figure:
+    """Gates of channels before removal, one panel per method (name -> run).
+
+    GDP's at the end; those of hard concrete (at test time) before they are thresholded.
+    """
+    edges, panels = np.linspace(0, 1, 41), {}
+    for method, run in runs.items():
+        gates = store.arrays(run)["final_gates"].astype(float)
+        between = ((gates > 0) & (gates <= 0.5)).mean()
+        counts, _ = np.histogram(gates, edges)
+        title = f"{look.title_of(method)}: {between:.0%} in (0, 0.5]"
+        panels[title] = {"gates": (counts, look.COLOURS[method])}
+    return look.histograms(panels, edges, "gate", "share of the channels", yscale="log")
+
+
+def layers_of(trail: dict[str, np.ndarray]) -> list[str]:
+    """Names of the layers in MAP's audit trail."""
+    return bytes(trail["trail_layers"]).decode().replace(".weight", "").split("\n")
+
+
+def flow(store: Store, runs: dict[str, str]) -> Figure:
+    """Weights that are cut and that come back at each mask update, by method (name -> run)."""
+    figure, axes = look.canvas(1, (7.2, 0.6 + 2.2 * len(runs)), rows=len(runs), sharex=True)
+    for panel, (method, run) in zip(axes, runs.items(), strict=True):
+        trail = store.arrays(run)
+        edges, total = [0, *trail["trail_step"]], trail["trail_size"].sum()
+        cut, back = (100 * trail[f"trail_{kind}"].sum(1) / total for kind in ("cut", "returned"))
+        panel.stairs(back, edges, fill=True, color="0.6", label="come back")
+        panel.stairs(-cut, edges, fill=True, color=look.COLOURS[method], label="leave")
+        # A linear middle, so that the few that return can be seen beside the many that leave.
+        panel.set_yscale("symlog", linthresh=0.1)
+        panel.yaxis.set_major_formatter(lambda value, _: f"{abs(value):g}")
+        panel.set(ylabel="% of the weights", title=look.title_of(method))
+        panel.legend(loc="lower right", ncols=2)
+    axes[-1].set_xlabel("training step")
+    return figure
+
+
+def attention_histograms(store: Store, run: str) -> Figure:
+    """MAP's attention at the start, in the middle and at the end; kept weights stand out."""
+    counts = store.arrays(run)["attention"]
+    panels = {}
+    for epoch in sorted({0, (len(counts) - 1) // 2, len(counts) - 1}):
+        of_all, of_kept = counts[epoch]
+        ours = (of_kept, look.COLOURS["magnitude_attention"])
+        title = f"after epoch {epoch}" if epoch else "at the start"
+        panels[title] = {"all weights": (of_all, "0.8"), "kept weights": ours}
+    edges, across = np.linspace(0, 4, counts.shape[-1] + 1), "attention A (4: and above)"
+    return look.histograms(panels, edges, across, "share of the weights", yscale="log")
+
+
+def psnr_against_removed(summary: pd.DataFrame, model: str, dataset: str) -> Figure:
+    """Mean PSNR and sd over seeds against the share removed; dashed: component by component."""
+    where = {"model": model, "dataset": dataset, "target_kind": "parameters"}
+    rows = look.select(summary, f"{model} on {dataset}", **where)
+    reading = rows.reading.str.replace(r"(, )?by component$", "", regex=True)
+    known = [_READINGS.get(key, (None, None)) for key in zip(rows.method, reading, strict=True)]
+    labels, looks = zip(*known, strict=True)
+    rows = rows.assign(label=labels, method=looks)
+    rows = rows[rows.label.notna() & rows.stage.isin(["", "fine-tuned"])]
+    parted = rows.reading.str.endswith("by component")
+    rows = rows.assign(
+        removed=100 * rows.target,
+        sd=rows.metric_sd.fillna(0),
+        ls=parted.map({True: "--", False: "-"}),
+        label=rows.label + parted.map({True: ", by component", False: ""}),
+    )
+    stages = [*rows.groupby("stage")]
+    figure, axes = look.canvas(len(stages), (3 + 4 * len(stages), 4), sharey=True)
+    for panel, (stage, part) in zip(axes, stages, strict=True):
+        look.points(panel, part, "removed", "metric", "sd")
+        panel.axhline(rows.dense_metric.mean(), color=look.COLOURS["dense"], ls=":", label="dense")
+        panel.set(title=f"{look.place_of(rows)}, {stage or 'after pruning'}")
+        panel.set(xlabel="parameters removed, %", xticks=100 * part.target.unique())
+    axes[0].set_ylabel("test PSNR, dB (mean and sd)")
+    look.legend(figure)
+    return figure
+
+
+def reconstructions(store: Store, runs: Mapping[str, str]) -> Figure:
+    """Images, the dense net's outputs, and below them those of the pruned nets (label -> run)."""
+    arrays = {label: store.arrays(run) for label, run in runs.items()}
+    first = next(iter(arrays.values()))
+    rows = {"image": first["shown"], "dense": first["output_dense"]}
+    rows |= {label: held["output_pruned"] for label, held in arrays.items()}
+    picture = np.vstack([np.hstack(images[:, 0]) for images in rows.values()])
+    figure, (axes,) = look.canvas(size=(1.8 + 0.7 * len(first["shown"]), 0.7 * len(rows)))
+    axes.imshow(picture, cmap="gray", vmin=0, vmax=255)
+    middles = (np.arange(len(rows)) + 0.5) * len(picture) / len(rows)
+    axes.set_yticks(middles, rows)
+    axes.set_xticks([])
+    axes.grid(visible=False)
+    return figure
