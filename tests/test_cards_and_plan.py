@@ -188,7 +188,6 @@ def test_what_the_cards_name_is_there(card):
     assert len({claim.id for claim in card.claims}) == len(card.claims)
     for number in card.published:
         assert number.kept is None or 0 < number.kept < 1
-        assert number.mark in papers.MARKS
         assert number.source
     for unknown in card.unknown:
         assert unknown.reading
@@ -367,6 +366,14 @@ def test_wrong_shorthand_is_refused_in_one_line(card_file, old, new, message):
     with pytest.raises(InputError) as caught:
         papers.read_card(card_file(text.replace(old, new, 1)))
     assert one_line(caught) == f"card toy.toml: {message}"
+
+
+def test_a_rule_is_on_one_method(card_file):
+    text = CARD.replace('    method = "magnitude"', '    method = "two"')
+    sets = '    [sets]\n    two = ["magnitude", "random"]\n    [profiles.quick]'
+    with pytest.raises(InputError) as caught:
+        papers.read_card(card_file(text.replace("    [profiles.quick]", sets)))
+    assert one_line(caught) == "card toy.toml: method = 'two': a method, or a set of one"
 
 
 def test_an_unknown_set_is_refused_in_one_line(card_file):
@@ -568,6 +575,11 @@ def test_unknown_profiles_and_papers_are_refused(toy_card, profile, chosen, mess
         ),
         ("targets = [0.9]", "targets = [0.0]", "target = "),
         ("targets = [0.9]", "targets = [1.5]", "target.*= 1.5"),
+        (
+            '{ method = "random" }',
+            '{ method = "random", variant = "x", after = "magnitude", after_target = 0.7 }',
+            "after_target = 0.7: a target of 'magnitude'",
+        ),
     ],
 )
 def test_what_a_card_cannot_know_is_refused_at_planning(card_file, old, new, message):

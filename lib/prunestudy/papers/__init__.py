@@ -8,6 +8,7 @@ What a card says once for several places is in `shorthand`.
 
 import json
 import tomllib
+from contextlib import suppress
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
@@ -19,15 +20,10 @@ from prunestudy.errors import InputError, require_one_of
 from prunestudy.papers.shorthand import written_out
 from prunestudy.train import Recipe
 
+# P: read in the paper, its poster, its abstract or its authors' code; S: quoted by another paper or
+# project; N: a near method's number, read there; D: derived or checked numerically; O: our reading.
 Mark = Literal["P", "S", "N", "D", "O"]
 TargetKind = Literal["sparsity", "macs", "parameters", "rank", "energy"]
-MARKS: dict[str, str] = {
-    "P": "read in the paper, its poster, its abstract or its authors' code",
-    "S": "quoted by another paper or project",
-    "N": "a near method's number, read there",
-    "D": "derived by algebra or checked numerically",
-    "O": "our reading",
-}
 
 
 class _Strict(BaseModel):
@@ -104,20 +100,23 @@ class Claim(_Strict):
         return self
 
 
-class Published(_Strict):
+class _Read(_Strict):
+    text: str
+    method: str
+    model: str
+    dataset: str
+    mark: Mark
+    source: str
+
+
+class Published(_Read):
     """A published number: `dense` and `value` of `metric`, at the share `kept` of the weights.
 
     `target` names our setting it stands beside (share removed), `source` where it was read,
     `speed_up` the measured one of the whole net.
     """
 
-    text: str
-    method: str
-    model: str
-    dataset: str
     metric: Literal["top1", "top5", "psnr", "miou"]
-    mark: Mark
-    source: str
     value: float
     speed_up: float | None = None
     dense: float | None = None
@@ -127,18 +126,12 @@ class Published(_Strict):
     target_kind: TargetKind = "sparsity"
 
 
-class PublishedRanks(_Strict):
+class PublishedRanks(_Read):
     """Ranks of a net's layers: `ranks` of `full`, layer by layer, with the net's top-1 accuracy.
 
     `gpu`, `cpu` and `theory` are the speed-ups of these layers, where they were published.
     """
 
-    text: str
-    method: str
-    model: str
-    dataset: str
-    mark: Mark
-    source: str
     layers: tuple[str, ...]
     full: tuple[int, ...]
     ranks: tuple[int, ...]
@@ -274,8 +267,7 @@ class Card(_Strict):
 
     @model_validator(mode="after")
     def _cited_or_silent(self) -> Self:
-        citation = {"authors": self.authors, "venue": self.venue, "year": self.year}
-        citation |= {"arxiv": self.arxiv}
+        citation = {name: getattr(self, name) for name in ("authors", "venue", "year", "arxiv")}
         missing = [name for name, value in citation.items() if not value]
         if 0 < len(missing) < len(citation):
             raise ValueError(f"the citation lacks {', '.join(missing)}")
@@ -287,27 +279,6 @@ class Card(_Strict):
 PROFILES = ("quick", "cpu", "cpu-long", "paper")
 
 
-@lru_cache
-def _read(path: Path, _changed: int, _size: int) -> Card:
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise InputError(f"card = {path.name!r}: not valid TOML ({error})") from None
-    try:
-        values = written_out(values)
-    except InputError as error:
-        raise InputError(f"card {path.name}: {error}") from None
-    except (AttributeError, KeyError, TypeError, ValueError):
-        pass  # of another form: refused below
-    try:
-        # Through JSON, where a list may stand for a tuple and strictness still holds.
-        return Card.model_validate_json(json.dumps(values))
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "as a whole"
-        raise InputError(f"card {path.name}: {where}: {first['msg'].lower()}") from None
-
-
 def read_card(path: Path) -> Card:
     """Read and check the card at `path`; raises `InputError` naming a key that is wrong.
 
@@ -315,6 +286,24 @@ def read_card(path: Path) -> Card:
     """
     state = path.stat()
     return _read(path, state.st_mtime_ns, state.st_size)
+
+
+@lru_cache
+def _read(path: Path, _changed: int, _size: int) -> Card:
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        with suppress(AttributeError, KeyError, TypeError):  # of another form: refused below
+            values = written_out(values)
+        # Through JSON, where a list may stand for a tuple and strictness still holds.
+        return Card.model_validate_json(json.dumps(values))
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"card = {path.name!r}: not valid TOML ({error})") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "as a whole"
+        raise InputError(f"card {path.name}: {where}: {first['msg'].lower()}") from None
+    except InputError as error:
+        raise InputError(f"card {path.name}: {error}") from None
 
 
 def names() -> tuple[str, ...]:

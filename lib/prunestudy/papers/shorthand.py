@@ -24,22 +24,18 @@ _Sets = dict[str, list[dict[str, Any]]]
 def written_out(values: dict[str, Any]) -> dict[str, Any]:
     """The card with every claim, number and experiment whole; what is no shorthand stays as it is.
 
-    Raises `AttributeError`, `KeyError`, `TypeError` or `ValueError` where a card is of another
-    form, which the schema then refuses.
+    Raises `AttributeError`, `KeyError` or `TypeError` where a card is of another form, which the
+    schema then refuses.
     """
     sets: _Sets = {}
     for name, entries in values.get("sets", {}).items():
         sets[name] = list(_entries(entries, sets))
-    listed = {part: values[part] for part in ("published", "ranks", "unknown") if part in values}
-    return (
-        {key: value for key, value in values.items() if key != "sets"}
-        | {
-            part: [row for group in groups for row in _rows(group)]
-            for part, groups in listed.items()
-        }
-        | {"claims": [_claim(claim, sets) for claim in values.get("claims", [])]}
-        | {"profiles": {name: _profile(p, sets) for name, p in values["profiles"].items()}}
-    )
+    whole = {key: value for key, value in values.items() if key != "sets"}
+    for part in {"published", "ranks", "unknown"} & values.keys():
+        whole[part] = [row for group in values[part] for row in _rows(group)]
+    whole["claims"] = [_claim(claim, sets) for claim in values.get("claims", [])]
+    whole["profiles"] = {name: _profile(p, sets) for name, p in values["profiles"].items()}
+    return whole
 
 
 def _rows(group: dict[str, Any]) -> list[dict[str, Any]]:
@@ -52,14 +48,13 @@ def _rows(group: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _claim(claim: dict[str, Any], sets: _Sets) -> dict[str, Any]:
-    tests = [_rule(rule, sets) for rule in claim.get("tests", [])]
-    return claim | ({"tests": tests} if tests else {})
-
-
-def _rule(rule: dict[str, Any], sets: _Sets) -> dict[str, Any]:
-    against = [label for name in rule.get("against", []) for label in _labels(name, sets)]
-    (method,) = _labels(rule["method"], sets)
-    return rule | {"method": method} | ({"against": against} if against else {})
+    tests = []
+    for rule in claim.get("tests", []):
+        method, *more = _labels(rule["method"], sets)
+        require(not more, "method", rule["method"], "a method, or a set of one")
+        against = [label for name in rule.get("against", []) for label in _labels(name, sets)]
+        tests.append(rule | {"method": method, "against": against})
+    return claim | {"tests": tests}
 
 
 def _labels(name: str, sets: _Sets) -> list[str]:

@@ -1,5 +1,6 @@
 """From cards to the list of runs; needs no data on disk."""
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,49 +63,42 @@ def plan(profile: str, papers: tuple[str, ...] = (), tiny: Tiny = Tiny()) -> lis
 
 
 def _of_experiment(paper: str, size: Profile, experiment: Experiment, tiny: Tiny) -> list[Planned]:
-    common = {
-        "dataset": experiment.dataset,
-        "model": experiment.model,
+    names = ("dataset", "model", "validation")
+    common = {name: getattr(experiment, name) for name in names} | {
         "precision": experiment.precision or size.precision,
         "threads": size.threads,
-        "validation": experiment.validation,
         "evaluate": "validation" if experiment.purpose == "search" else "test",
     }
-    seeds = {e.label: e.seeds or experiment.seeds for e in experiment.methods}
-    seeds = {label: min(count, tiny.seeds or count) for label, count in seeds.items()}
-    most, starts = max(seeds.values()), []
+    counts = {e.label: e.seeds or experiment.seeds for e in experiment.methods}
+    counts = {label: min(count, tiny.seeds or count) for label, count in counts.items()}
+    most, starts = max(counts.values()), []
     if experiment.start:
         own = {"method": "dense", "recipe": _sized(experiment.start, tiny)}
         starts = _by_seed(most, [], **common, **own, pretrained=experiment.pretrained)
     trained: dict[tuple[str, float | None], list[RunSettings]] = {}
     runs: dict[tuple[str, str], Planned] = {}
-
-    def add(settings: RunSettings, reading: str, stage: str, after: str) -> None:
-        label = _label(reading, stage, after)
-        words = (label, settings, reading, stage, after)
-        item = Planned(paper, experiment.name, experiment.purpose, *words)
-        runs.setdefault((label, settings.run), item)
-
     for entry in experiment.methods:
         after = experiment.entry(entry.after).method if entry.after else ""
-        parents = [] if entry.fresh else starts
-        targets = _targets(experiment, entry)
+        own = {"method": entry.method, "params": entry.params}
+        own |= {"recipe": _recipe(experiment, entry, tiny)}
+        parents, targets = [] if entry.fresh else starts, _targets(experiment, entry)
         for target in targets:
             if after:
                 before = (entry.after, entry.after_target or target)
-                require(before in trained, "after_target", before[1], f"one of {entry.after}")
+                require(
+                    before in trained, "after_target", before[1], f"a target of {entry.after!r}"
+                )
                 parents = trained[before]
-            own = {"method": entry.method, "params": entry.params}
-            own |= {"recipe": _recipe(experiment, entry, tiny)}
             if methods.method_class(entry.method).target_kinds:
-                kind = entry.target_kind or experiment.target_kind
-                own["target"] = target_of(kind, target)
+                own["target"] = target_of(entry.target_kind or experiment.target_kind, target)
             trained[entry.label, target] = _by_seed(most, parents, **common, **own)
-        for seed in range(seeds[entry.label]):
-            for target in targets:
-                if parents is starts and starts:
-                    add(starts[seed], "", "start", "")
-                add(trained[entry.label, target][seed], entry.variant, entry.stage, after)
+        for seed, target in itertools.product(range(counts[entry.label]), targets):
+            found = [(trained[entry.label, target][seed], entry.variant, entry.stage, after)]
+            if parents and not after:
+                found.insert(0, (starts[seed], "", "start", ""))
+            for settings, *words in found:
+                item = (experiment.name, experiment.purpose, _label(*words), settings, *words)
+                runs.setdefault((_label(*words), settings.run), Planned(paper, *item))
     return list(runs.values())
 
 

@@ -75,10 +75,7 @@ class RunSettings(Values):
 
     @property
     def epochs(self) -> int:
-        """Epochs of this run and of its parents together.
-
-        Of a parent whose shape alone is taken nothing counts.
-        """
+        """Epochs of this run and its parents, but for a parent whose shape alone is taken."""
         inherits = self.parent and not methods.method_class(self.method).from_scratch
         return self.recipe.epochs + (self.parent.epochs if inherits else 0)
 
@@ -105,10 +102,11 @@ def resolve(
     require(bool(target) == bool(takes), "target", target and target.value, allowed)
     allowed = f"{method} needs the run whose shape it takes; see a card"
     require(bool(parent) or not kind.from_scratch, "parent", None, allowed)
-    values = {"dataset": dataset, "dataset_version": known.version, "model": model}
-    values |= {"method": method, "revision": kind.revision}
-    values["params"] = methods.params_of(method, params or {}).model_dump(mode="json")
-    settings = checked(RunSettings, values | rest)
+    own = methods.params_of(method, params or {}).model_dump(mode="json")
+    facts = {"dataset": dataset, "dataset_version": known.version, "revision": kind.revision}
+    settings = checked(
+        RunSettings, facts | {"model": model, "method": method, "params": own} | rest
+    )
     pretrained, epochs = settings.pretrained, settings.recipe.epochs
     allowed = "at least 1 for a run without a parent or pretrained weights"
     require(bool(epochs or parent or pretrained), "epochs", epochs, allowed)
@@ -124,11 +122,11 @@ _OWN = ("dataset", "model", "pretrained", "method", "seed", "precision", "thread
 
 
 def own_settings(values: dict[str, Any], root: str = "") -> RunSettings:
-    """Return the settings of a run outside the cards, from flat `values`.
+    """Return the settings of a run outside the cards, from flat `values`; raises `InputError`.
 
     Keys are those of a run (dataset, model, method, seed, validation, ...), of the recipe (epochs,
     lr, ...), `target` (share removed), `target_kind` (of what, a key of `methods.TARGETS`) and
-    `params.NAME`. Raises `InputError`.
+    `params.NAME`.
     """
     rest = {"dataset": "digits", "model": "lenet300", "method": "dense", "seed": 0}
     rest |= {"epochs": 20, "lr": 0.05, "validation": 200} | values

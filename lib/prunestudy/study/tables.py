@@ -40,12 +40,8 @@ UNITS = {"top1": (100, "%"), "miou": (100, "%"), "psnr": (1, " dB")}
 
 def runs_table(store: Store, planned: list[Planned]) -> pd.DataFrame:
     """One row per paper, run and device of the planned runs that are done, without the search."""
-    rows = [
-        _row(item, record)
-        for item in planned
-        if item.purpose != "search"
-        for record in store.read_all(item.settings)
-    ]
+    shown = [item for item in planned if item.purpose != "search"]
+    rows = [_row(item, record) for item in shown for record in store.read_all(item.settings)]
     table = pd.DataFrame(rows, columns=RUN_COLUMNS)
     # A run that two experiments share under two labels is one row, under the plainer label.
     one = ["paper", "run", "device"]

@@ -95,10 +95,9 @@ def verdicts_table(store: Store, planned: list[Planned], paper: Card) -> pd.Data
         if claim.not_testable:
             rows.append(said | {"rule": claim.not_testable, "verdict": "not testable here"} | _NO)
         for rule in claim.tests:
-            told = _told(rule, rule.against, rule.margin("other"))
-            nothing = {"rule": told, "verdict": NO_RUNS} | _NO
             found = [judged(store, comparison) for comparison in comparisons(rule, runs)]
-            rows += [said | row for row in found or [nothing]]
+            told = _told(rule, rule.against, rule.margin("other"))
+            rows += [said | row for row in found or [{"rule": told, "verdict": NO_RUNS} | _NO]]
     columns = ["claim", "says", "mark", "rule", "where", "difference", "low", "high", "n"]
     return pd.DataFrame(rows, columns=[*columns, "verdict", "record"])
 
@@ -112,16 +111,16 @@ def judged(store: Store, comparison: Comparison) -> dict[str, Any]:
     margin, compared = rule.margin(dataset), pairs(store, comparison)
     values = [[record["metrics"][rule.metric] for record in pair] for pair in compared]
     got = Interval.of([ours - sum(theirs) for ours, *theirs in values])
+    share = [f"{removed(target.value, target.kind)} removed"] if target else []
     return {
         "rule": _told(rule, (against,) * bool(against), margin),
-        "where": f"{model}, {dataset}"
-        + (f", {removed(target.value, target.kind)} removed" if target else ""),
+        "where": ", ".join([model, dataset, *share]),
         "difference": got.mean,
         "low": got.low,
         "high": got.high,
         "n": got.n,
         "verdict": got.verdict(margin) if got.n else NO_RUNS,
-        "record": " - ".join(record["run"] for record in compared[0]) if compared else "",
+        "record": " - ".join(record["run"] for pair in compared[:1] for record in pair),
     }
 
 
