@@ -183,7 +183,7 @@ def layers_of(trail: dict[str, np.ndarray]) -> list[str]:
 
 def flow(store: Store, runs: dict[str, str]) -> Figure:
     """Weights that are cut and that come back at each mask update, by method (name -> run)."""
-    figure, axes = look.canvas(1, (7.2, 0.6 + 2.2 * len(runs)), rows=len(runs), sharex=True)
+    figure, axes = look.canvas(1, (7.2, 1 + 2 * len(runs)), len(runs), sharex=True, sharey=True)
     for panel, (method, run) in zip(axes, runs.items(), strict=True):
         trail = store.arrays(run)
         edges, total = [0, *trail["trail_step"]], trail["trail_size"].sum()
