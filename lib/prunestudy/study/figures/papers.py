@@ -252,6 +252,6 @@ def reconstructions(store: Store, runs: Mapping[str, str]) -> Figure:
     axes.imshow(picture, cmap="gray", vmin=0, vmax=255)
     middles = (np.arange(len(rows)) + 0.5) * len(picture) / len(rows)
     axes.set_yticks(middles, rows)
-    axes.set_xticks([])
+    axes.set(xticks=[], title="images, and what is left of them")
     axes.grid(visible=False)
     return figure
