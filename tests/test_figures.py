@@ -10,6 +10,7 @@ from prunestudy.errors import InputError
 from prunestudy.papers import card
 from prunestudy.study import figures
 from prunestudy.study.figures import look, papers
+from prunestudy.study.figures.inline import alt_text
 
 
 @pytest.fixture(autouse=True)
@@ -111,6 +112,7 @@ def test_reconstructions_have_a_row_of_pictures_for_each_run():
     axes = papers.reconstructions(store, {"ours, 50%": "a", "uniform, 50%": "b"}).axes[0]
     labels = [text.get_text() for text in axes.get_yticklabels()]
     assert labels == ["image", "dense", "ours, 50%", "uniform, 50%"]
+    assert alt_text(axes.figure) == "images, and what is left of them"
     drawn = np.asarray(axes.images[0].get_array())
     assert drawn.shape == (16, 12)
     assert drawn[:4, 4:8].tolist() == pictures[1, 0].tolist()

@@ -17,8 +17,7 @@ from prunestudy.errors import InputError
 from prunestudy.study import tables
 from prunestudy.study.figures.inline import show_well
 
-# The same colour and marker for a method in every figure: the papers' own as dots in strong
-# colours that the colour-blind can tell apart, their controls in others.
+# Colour and marker of a method in every figure: the papers' own are dots, their controls not.
 _LOOK = {
     "dense": ("#4d4d4d", "x"),
     "sparse_gates": ("#0173b2", "o"),
@@ -145,4 +144,4 @@ def legend(figure: Figure, where: str = "outside right upper", columns: int = 1)
     """One legend beside all panels; what several of them show is named once."""
     named = [axes.get_legend_handles_labels() for axes in figure.axes]
     handles = {label: handle for pair in named for handle, label in zip(*pair, strict=True)}
-    figure.legend(handles.values(), handles, loc=where, ncols=columns)
+    figure.legend(handles.values(), handles, loc=where, ncols=columns, handlelength=3)

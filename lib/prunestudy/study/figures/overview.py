@@ -84,7 +84,7 @@ def pareto(rows: pd.DataFrame, dataset: str) -> Figure:
         look.points(panel, measured, cost, "lost", "sd", ls="")
         panel.axvline(100, color=look.COLOURS["dense"], ls="--", lw=1)
         panel.set_xscale("log", subs=[])
-        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
         panel.xaxis.set_major_formatter("{x:g}")
         panel.set_yscale("symlog", linthresh=1)
         panel.set_yticks(ticks := [-50, -20, -10, -5, -2, -1, -0.5, -0.2, 0, 0.2], map(str, ticks))

@@ -183,7 +183,7 @@ def layers_of(trail: dict[str, np.ndarray]) -> list[str]:
 
 def flow(store: Store, runs: dict[str, str]) -> Figure:
     """Weights that are cut and that come back at each mask update, by method (name -> run)."""
-    figure, axes = look.canvas(1, (7.2, 0.6 + 2.2 * len(runs)), rows=len(runs), sharex=True)
+    figure, axes = look.canvas(1, (7.2, 1 + 2 * len(runs)), len(runs), sharex=True, sharey=True)
     for panel, (method, run) in zip(axes, runs.items(), strict=True):
         trail = store.arrays(run)
         edges, total = [0, *trail["trail_step"]], trail["trail_size"].sum()
@@ -216,18 +216,19 @@ def psnr_against_removed(summary: pd.DataFrame, model: str, dataset: str) -> Fig
     """Mean PSNR and sd over seeds against the share removed; dashed: component by component."""
     where = {"model": model, "dataset": dataset, "target_kind": "parameters"}
     rows = look.select(summary, f"{model} on {dataset}", **where)
-    reading = rows.reading.str.replace(r"(, )?by component$", "", regex=True)
+    parted = rows.reading.str.endswith("by component") & (rows.method == "uniform")
+    reading = rows.reading.str.removesuffix("by component").str.removesuffix(", ")
+    reading = reading.where(parted, rows.reading)
     known = [_READINGS.get(key, (None, None)) for key in zip(rows.method, reading, strict=True)]
     labels, looks = zip(*known, strict=True)
-    rows = rows.assign(label=labels, method=looks)
-    rows = rows[rows.label.notna() & rows.stage.isin(["", "fine-tuned"])]
-    parted = rows.reading.str.endswith("by component")
     rows = rows.assign(
         removed=100 * rows.target,
         sd=rows.metric_sd.fillna(0),
         ls=parted.map({True: "--", False: "-"}),
-        label=rows.label + parted.map({True: ", by component", False: ""}),
+        label=pd.Series(labels, rows.index) + parted.map({True: ", by component", False: ""}),
+        method=looks,
     )
+    rows = rows[rows.label.notna() & rows.stage.isin(["", "fine-tuned"])]
     stages = [*rows.groupby("stage")]
     figure, axes = look.canvas(len(stages), (3 + 4 * len(stages), 4), sharey=True)
     for panel, (stage, part) in zip(axes, stages, strict=True):
@@ -251,6 +252,6 @@ def reconstructions(store: Store, runs: Mapping[str, str]) -> Figure:
     axes.imshow(picture, cmap="gray", vmin=0, vmax=255)
     middles = (np.arange(len(rows)) + 0.5) * len(picture) / len(rows)
     axes.set_yticks(middles, rows)
-    axes.set_xticks([])
+    axes.set(xticks=[], title="images, and what is left of them")
     axes.grid(visible=False)
     return figure
