@@ -33,7 +33,7 @@ def _execute(paper, target, **values):
 @pytest.mark.filterwarnings("ignore")  # of papermill's and the kernel's own, in this process
 def test_runs_alone_with_tiny_settings(paper, tmp_path):
     _execute(paper, tmp_path / "out.ipynb", seeds=1, epochs=1, results=str(tmp_path))
-    found = list((tmp_path / "custom" / "records").glob("*/record.json"))
+    found = list((tmp_path / "custom" / "runs").glob("*/record.json"))
     assert len(found) >= 5
     assert list((tmp_path / "custom" / "figures").glob("*.png"))
     cells = nbformat.read(tmp_path / "out.ipynb", as_version=4).cells
@@ -51,7 +51,7 @@ def test_runs_alone_with_tiny_settings(paper, tmp_path):
 
 @pytest.mark.parametrize(
     ("values", "words"),
-    [({"sedes": 1}, "parameter sedes"), ({"seeds": "many"}, "parameter seeds = 'many'")],
+    [({"sedes": 1}, "parameter = 'sedes'"), ({"seeds": "many"}, "parameter seeds = 'many'")],
 )
 @pytest.mark.filterwarnings("ignore")
 def test_plain_papermill_with_a_bad_parameter_stops_in_the_first_cells(values, words, tmp_path):
@@ -83,7 +83,7 @@ def test_command_refuses_before_a_kernel_starts(name, value, words):
 def test_check_parameters_names_what_is_wrong():
     space = {"before": 0, "seeds": 1}
     check_parameters(space, {"before"}, seeds=int)
-    with pytest.raises(InputError, match=r"parameter sedes: unknown; allowed are seeds"):
+    with pytest.raises(InputError, match="parameter = 'sedes': allowed are seeds"):
         check_parameters(space | {"sedes": 1}, {"before"}, seeds=int)
     with pytest.raises(InputError, match=r"parameter seeds = 1\.5: must be of type int"):
         check_parameters(space | {"seeds": 1.5}, {"before"}, seeds=int)

@@ -324,7 +324,7 @@ def _export(a: argparse.Namespace) -> None:
     hint = "a run whose net is on disk (`prunestudy run RUN --weights` brings it back)"
     require(weights.exists(), "weights", name, hint)
     net = shrink.load_net(weights)
-    store.require_weights(name)
+    store.kept(name, "weights")
     shrink.export_onnx(net, a.file, shrink.input_shape(weights))
     print(a.file)
 

@@ -39,11 +39,10 @@ def weight_line(store: Store, run: str, layer: str, index: str) -> str:
     `index` is its place, `3,0,2,2`, or a single number that counts through the layer. Raises
     `InputError` for a run whose method keeps no trail, a missing file, a wrong layer or index.
     """
-    path = store.cuts(run)
-    if not path.exists():
+    if not (store.path(run) / "cuts.safetensors").exists():
         why = "no file (it is not tracked, and only magnitude_attention and dpf write one)"
         raise InputError(f"cuts = {run}: {why}; `prunestudy run RUN --weights` makes it")
-    cuts = store.read_cuts(run)
+    cuts = store.kept(run, "cuts")
     name = layer if layer.endswith(".weight") else f"{layer}.weight"
     names = [key.removesuffix(":when") for key in cuts if key.endswith(":when")]
     require_one_of("layer", name, names)
