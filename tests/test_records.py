@@ -624,7 +624,7 @@ def test_arrays_keep_their_order_of_axes(store):
     weights.parent.mkdir(parents=True)
     save_file({"w": np.ones(1)}, weights)
     arrays = {"t": np.arange(6).reshape(2, 3).T}
-    store.write(put_record(store, settings, folder=False), arrays, weights)
+    store.write(put_record(store, settings, folder=False), weights, arrays=arrays)
     assert store.arrays(settings.run)["t"].tolist() == [[0, 3], [1, 4], [2, 5]]
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from safetensors.numpy import save
 
-from prunestudy.errors import InputError, require_one_of
+from prunestudy.errors import InputError, require_one_of, written_whole
 from prunestudy.papers import PROFILES
-from prunestudy.study.lines import changed, line_of, read_lines, write_bytes
+from prunestudy.study.lines import changed, line_of, read_lines
 from prunestudy.study.plan import plan
 from prunestudy.study.records import Store, require_same
 
@@ -60,7 +60,9 @@ def collect(
         text = "".join(line_of(record) + "\n" for _, record in sorted(records.items()))
         for path, data in (files | {store.collected: text.encode()}).items():
             if data and not (path.exists() and path.read_bytes() == data):
-                write_bytes(path, data)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with written_whole(path) as part:
+                    part.write_bytes(data)
     return left + lost
 
 

@@ -138,11 +138,6 @@ def noted(arrays: dict[str, np.ndarray], kind: str) -> Any:
 
 def write_text(path: Path, text: str) -> None:
     """Write `text` to `path` whole or not at all."""
-    write_bytes(path, text.encode("utf-8"))
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write `data` to `path` whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as part:
-        part.write_bytes(data)
+        part.write_text(text, encoding="utf-8")

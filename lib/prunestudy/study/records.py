@@ -210,30 +210,22 @@ class Store:
             )
         return arrays
 
-    def write(
-        self,
-        record: dict[str, Any],
-        arrays: dict[str, np.ndarray],
-        weights: Path,
-        cuts: dict[str, np.ndarray] | None = None,
-    ) -> None:
+    def write(self, record: dict[str, Any], weights: Path, **files: dict[str, np.ndarray]) -> None:
         """Put a finished run's folder in place under a temporary name, rename it.
 
-        `weights` is the file of the finished net, moved in; `cuts` what the method knows of single
-        weights. A run that was trained here before (its weights were lost) must have come out the
-        same, or `InputError`.
+        `weights` is the file of the finished net, moved in; `files` are named arrays each. A run
+        that was trained here before (its weights were lost) must have come out the same, or
+        `InputError`.
         """
         folder, temporary = self.path(record["run"]), self.work(record["run"]) / "finished"
-        files = {"arrays": arrays, "weights": read_arrays(weights)}
-        files |= {"cuts": cuts} if cuts else {}
+        files["weights"] = read_arrays(weights)
         record["files"] = {kind: lines.noted(named, kind) for kind, named in files.items()}
         line, before = lines.line_of(record), self.trained(place(record))
         if before is not None:
             for key in lines.changed(before, json.loads(line)):
                 why = f"trained again, it did not reproduce its {key}"
-                raise InputError(
-                    f"record = {record['run']}: {why}; delete {folder} to accept the new one"
-                )
+                way_out = f"delete {folder} to accept the new one"
+                raise InputError(f"record = {record['run']}: {why}; {way_out}")
             line = lines.line_of(before)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)

@@ -41,11 +41,7 @@ class Runner:
     """
 
     def __init__(
-        self,
-        store: Store,
-        data: Path | str | None = None,
-        device: str = "auto",
-        show: bool = False,
+        self, store: Store, data: Path | str = "", device: str = "auto", show: bool = False
     ) -> None:
         self.data, self.show = str(data) if data else None, show
         began = store.devices() if device == "auto" else set()
@@ -72,8 +68,7 @@ class Runner:
         return self.store.require(settings.run)
 
     def _done(self, settings: RunSettings, weights: bool) -> dict[str, Any] | None:
-        today = datasets.fingerprint(settings.dataset, self.data)
-        record = self.store.read(settings, today)
+        record = self.store.read(settings, datasets.fingerprint(settings.dataset, self.data))
         return record if not weights or self.store.has_all(settings.run) else None
 
     def net(self, settings: RunSettings) -> nn.Module:
@@ -113,7 +108,8 @@ class Runner:
         if made.status == "done":
             metrics["bytes"] = weights.stat().st_size
         record = job.record(made, metrics, time.perf_counter() - started)
-        self.store.write(record, made.arrays, weights, method.per_weight())
+        files, cuts = {"arrays": made.arrays}, method.per_weight()
+        self.store.write(record, weights, **files | ({"cuts": cuts} if cuts else {}))
         shutil.rmtree(work, ignore_errors=True)
 
 
