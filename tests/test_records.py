@@ -95,13 +95,6 @@ def test_a_line_and_back():
     assert "\n" not in text
 
 
-@pytest.mark.parametrize("change", [{"run": "s"}, {"metrics": 0.5000000001}, {"format": 3}])
-def test_the_checksum_is_of_everything(change):
-    record = dict.fromkeys(KEYS, 0.5) | {"run": "r", "format": 2}
-    sums = {json.loads(line_of(each))["checksum"] for each in (record, record | change)}
-    assert len(sums) == 2
-
-
 def test_write_text_is_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "folder" / "file"
     lines.write_text(path, "one")

@@ -82,18 +82,11 @@ class Runner:
 
     def _train(self, settings: RunSettings) -> None:
         started, work = time.perf_counter(), self.store.work(settings.run)
-        weights = work / "weights.safetensors"
         job = _Job(settings, self._load(settings), self.device)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         with deterministic(settings.threads):
-            if settings.parent:
-                parent = self.store.weights(settings.parent.run)
-                model = shrink.load_net(parent, settings.model).requires_grad_(True)
-            else:
-                with torch.random.fork_rng(devices=[]):
-                    torch.manual_seed(settings.seed)
-                    model = models.build(*job.like, settings.pretrained)
+            model = self._start(job)
             start = {name: w.detach().clone() for name, w in measure.prunable_weights(model)}
             target = (settings.target.value, settings.target.kind) if settings.target else ()
             method = methods.build(settings.method, settings.params, *target)
@@ -104,6 +97,7 @@ class Runner:
             if pruned and measure.same_shapes(made.model, start):
                 metrics["kept_scale"] = measure.kept_scale(made.model, start)
                 made.arrays.update(measure.kept_sample(made.model, start))
+        weights = work / "weights.safetensors"
         shrink.save_net(made.model.cpu(), weights, *job.like)
         if made.status == "done":
             metrics["bytes"] = weights.stat().st_size
@@ -111,6 +105,16 @@ class Runner:
         files, cuts = {"arrays": made.arrays}, method.per_weight()
         self.store.write(record, weights, **files | ({"cuts": cuts} if cuts else {}))
         shutil.rmtree(work, ignore_errors=True)
+
+    def _start(self, job: "_Job") -> nn.Module:
+        """The parent's net, or the dense one, initialised by the run's seed or pretrained."""
+        settings = job.settings
+        if settings.parent:
+            parent = self.store.weights(settings.parent.run)
+            return shrink.load_net(parent, settings.model).requires_grad_(True)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)
+            return models.build(*job.like, settings.pretrained)
 
 
 @functools.lru_cache(maxsize=2)
@@ -256,10 +260,9 @@ def commit() -> str:
 
     Outside git what PRUNESTUDY_COMMIT says, else "unknown".
     """
-    head = _git("rev-parse", "HEAD")
-    if not head:
-        return os.environ.get("PRUNESTUDY_COMMIT") or "unknown"
-    return head + ("-dirty" if _git("status", "--porcelain", "--", "lib", "pyproject.toml") else "")
+    head = _git("rev-parse", "HEAD") or os.environ.get("PRUNESTUDY_COMMIT") or "unknown"
+    dirty = _git("status", "--porcelain", "--", "lib", "pyproject.toml")
+    return f"{head}-dirty" if dirty else head
 
 
 @functools.cache

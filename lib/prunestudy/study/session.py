@@ -119,8 +119,7 @@ def measure_latency(store: Store, planned: list[Planned], rounds: int = 30) -> i
     form = f"linear layers of at least {_CSR_FROM:.0%} zeros from compressed rows (CSR)"
     for run, settings in tqdm(waiting.items(), desc="latency", unit="net", disable=not waiting):
         ms = _milliseconds(store, settings, rounds)
-        latency = {"ms": ms, "threads": 1, "rounds": rounds, "form": form}
-        store.write_latency(run, latency)
+        store.write_latency(run, {"ms": ms, "threads": 1, "rounds": rounds, "form": form})
     return len(waiting)
 
 
