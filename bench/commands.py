@@ -45,7 +45,7 @@ def _records(store: Store, count: int) -> list[Planned]:
         same = {"run": settings.run, "settings": settings.model_dump(mode="json")}
         lines.append(line_of(record | same))
         planned.append(replace(item, settings=settings))
-    write_text(store.lines, "\n".join([*lines, ""]))
+    write_text(store.collected, "\n".join([*lines, ""]))
     return planned
 
 

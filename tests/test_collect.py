@@ -164,16 +164,16 @@ def test_a_missing_latency_is_taken_and_one_that_is_there_stays(stores, settings
 
 
 @pytest.mark.parametrize(
-    ("key", "change"),
+    ("why", "change"),
     [
-        ("settings", lambda r: r["settings"]["recipe"].update(lr=0.06)),
-        ("settings", lambda r: r["settings"].update(colour="red")),
-        ("data", lambda r: r["data"].update(fingerprint="0")),
+        ("with other settings", lambda r: r["settings"]["recipe"].update(lr=0.06)),
+        ("with other settings", lambda r: r["settings"].update(colour="red")),
+        ("from other data", lambda r: r["data"].update(fingerprint="0")),
     ],
 )
 @pytest.mark.parametrize("replace", [False, True])
 def test_other_settings_or_data_are_refused_and_nothing_changes(
-    stores, settings, key, change, replace
+    stores, settings, why, change, replace
 ):
     here, there = stores
     fill(here, settings[:2])
@@ -186,8 +186,7 @@ def test_other_settings_or_data_are_refused_and_nothing_changes(
     path.write_text(line_of(record) + "\n")
     before = tree(here.folder)
     line = refused("quick", [there.folder], here.folder.parent, replace)
-    start = f"record = {settings[1].run}: its {key} in {path} are not those of the stored one"
-    assert line.startswith(start)
+    assert line.startswith(f"record = {settings[1].run}: was made {why} in {path.parent};")
     assert tree(here.folder) == before
 
 

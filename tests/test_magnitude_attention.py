@@ -682,7 +682,7 @@ def test_show_says_when_a_weight_was_cut_and_at_what_magnitude(done, store, runn
     plain = runner.net(made)
     from safetensors.numpy import load_file
 
-    cuts = load_file(store.cuts(made.run))
+    cuts = load_file(store.path(made.run) / "cuts.safetensors")
     zeros = (plain.fc1.weight == 0).numpy()
     assert (cuts["fc1.weight:kept"] == ~zeros).all()
     place = tuple(int(i) for i in np.argwhere(zeros & (cuts["fc1.weight:times"] == 1))[0])
@@ -710,13 +710,13 @@ def test_show_says_when_a_weight_was_cut_and_at_what_magnitude(done, store, runn
 
 def test_show_tells_of_weights_that_came_back(done, store, monkeypatch):
     run = done[0].run
-    cuts = store.read_cuts(run)
+    cuts = store.kept(run, "cuts")
     steps = len(cuts["step"])
     for key, value in {"when": 2, "times": 3, "magnitude": 0.125, "kept": True}.items():
         cuts[f"fc1.weight:{key}"][0, 0] = value
     cuts["fc1.weight:times"][0, 1], cuts["fc1.weight:when"][0, 1] = 4, 1
     cuts["fc1.weight:kept"][0, 1] = False
-    monkeypatch.setattr(store, "read_cuts", lambda _: cuts)
+    monkeypatch.setattr(store, "kept", lambda *_: cuts)
     said = weight_line(store, run, "fc1", "0,0")
     assert said.startswith(f"fc1.weight[0, 0]: kept; last cut at mask update 2 of {steps} (step 8)")
     assert said.endswith("and came back; cut 3 times in all")
@@ -802,10 +802,10 @@ def test_lost_weights_come_back_with_their_file_of_cuts(done, store, runner):
     made, record = done
     before = {p.name: p.read_bytes() for p in store.path(made.run).iterdir()}
     store.weights(made.run).unlink()
-    store.cuts(made.run).unlink()
+    (store.path(made.run) / "cuts.safetensors").unlink()
     assert runner.ensure(made, weights=True) == record
     assert {p.name: p.read_bytes() for p in store.path(made.run).iterdir()}.keys() == before.keys()
-    assert store.cuts(made.run).read_bytes() == before["cuts.safetensors"]
+    assert (store.path(made.run) / "cuts.safetensors").read_bytes() == before["cuts.safetensors"]
 
 
 def test_a_record_from_before_a_parameter_existed_is_still_the_run(runner, store):

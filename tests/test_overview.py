@@ -330,7 +330,7 @@ def test_a_run_that_experiments_share_is_timed_once(runner, store, monkeypatch):
     runner.ensure(settings)
     items = [Planned("toy", name, "results", "", settings) for name in ("one", "two")]
     timed = []
-    monkeypatch.setattr(session, "_latency", lambda _, s, rounds: timed.append(s.run) or "{}")
+    monkeypatch.setattr(session, "_milliseconds", lambda _, s, rounds: timed.append(s.run) or {})
     assert session.measure_latency(store, items) == 1
     assert session.measure_latency(store, items) == 0
     assert timed == [settings.run]

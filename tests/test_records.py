@@ -30,6 +30,8 @@ from prunestudy.study.records import Store
 from prunestudy.study.runs import Runner
 
 DIVERGED = {"epochs": 2, "lr": 1e18}
+KEYS = {*"run format parent status settings data metrics validation history latency cost".split()}
+KEYS |= {"environment", "files"}
 
 
 def own(store, run):
@@ -80,7 +82,7 @@ def refused(ask, *words):
 
 
 def test_a_line_and_back():
-    record = dict.fromkeys(lines.KEYS - {"checksum"}, (1, 2.5)) | {"run": "r", "format": 2}
+    record = dict.fromkeys(KEYS, (1, 2.5)) | {"run": "r", "format": 2}
     record |= {"metrics": {"b": math.nan, "a": [-math.inf, "ä"]}}
     text = line_of(record)
     assert line_of(dict(reversed(record.items()))) == text
@@ -91,13 +93,6 @@ def test_a_line_and_back():
     assert line_of(read) == text
     assert text.isascii()
     assert "\n" not in text
-
-
-@pytest.mark.parametrize("change", [{"run": "s"}, {"metrics": 0.5000000001}, {"format": 3}])
-def test_the_checksum_is_of_everything(change):
-    record = dict.fromkeys(lines.KEYS - {"checksum"}, 0.5) | {"run": "r", "format": 2}
-    sums = {json.loads(line_of(each))["checksum"] for each in (record, record | change)}
-    assert len(sums) == 2
 
 
 def test_write_text_is_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -119,7 +114,7 @@ def test_record_of_a_dense_run(runner, store):
     record = runner.ensure(settings)
     assert record == store.load(settings.run) == store.read(settings)
     assert store.read_all(settings) == [record]
-    assert record.keys() == lines.KEYS
+    assert record.keys() == KEYS | {"checksum"}
     assert (record["format"], record["status"], record["parent"]) == (lines.FORMAT, "done", None)
     assert (record["run"], record["latency"]) == (settings.run, None)
     assert record["settings"] == json.loads(settings.model_dump_json())
@@ -212,7 +207,7 @@ def test_history_arrays_and_files_of_gates(runner, store):
     assert record["parent"] == settings.parent.run
     assert record["files"] == {
         "arrays": {name: lines.digest(array) for name, array in arrays.items()},
-        "weights": lines.digest_of(load_file(store.weights(settings.run))),
+        "weights": lines.noted(load_file(store.weights(settings.run)), "weights"),
     }
 
 
@@ -294,11 +289,11 @@ def test_two_processes_at_the_same_time_train_once(store):
         # both are in ensure() before either is done
         me, other = sys.argv[3:]
         real = Store.read
-        def read(self, settings):
+        def read(self, settings, *words):
             Path(self.folder.parent, me).touch()
             while not Path(self.folder.parent, other).exists():
                 pass
-            return real(self, settings)
+            return real(self, settings, *words)
         Store.read = read
         import prunestudy.study.runs as runs
         train = runs.train
@@ -330,7 +325,7 @@ def better(record):
 
 
 CHECKSUM, FORMAT = "was edited or cut off (checksum)", "is not of format 2"
-SETTINGS, DATA = "was made with other settings", "was made from other data than today's"
+SETTINGS, DATA = "was made with other settings", "was made from other data"
 
 
 @pytest.mark.parametrize(
@@ -341,8 +336,6 @@ SETTINGS, DATA = "was made with other settings", "was made from other data than 
         (CHECKSUM, False, lambda r: r.pop("cost")),
         (FORMAT, True, lambda r: r.update(format=1)),
         (FORMAT, True, lambda r: r.pop("format")),
-        (FORMAT, True, lambda r: r.pop("settings")),
-        (FORMAT, True, lambda r: r.update(colour="red")),
         (SETTINGS, True, lambda r: r["settings"]["recipe"].update(lr=0.06)),
         (SETTINGS, True, lambda r: r["settings"].update(colour="red")),
         (SETTINGS, True, lambda r: r.update(settings=None)),
@@ -473,15 +466,15 @@ def test_lost_weights_are_trained_again_and_reproduce(runner, store, count, dama
         shutil.copy(store.weights(small_run(seed=1).run), path)
     else:
         path.write_bytes(damage(path.read_bytes()))
-    line = refused(store.require_weights, parent.run)
+    line = refused(store.kept, parent.run, "weights")
     assert line.startswith(f"weights = {parent.run}: not there, or not those of its record, in ")
     count.clear()
     assert runner.ensure(parent) == first
     assert (count, store.has_all(parent.run)) == ([], False)
     runner.ensure(settings)
     assert count == [parent.run, settings.run]
-    assert lines.digest_of(load_file(path)) == lines.digest_of(before)
-    store.require_weights(parent.run)
+    assert lines.noted(load_file(path), "weights") == lines.noted(before, "weights")
+    store.kept(parent.run, "weights")
     assert store.has_all(parent.run)
     assert store.load(parent.run) == first
     assert not store.work(parent.run).exists()
@@ -618,23 +611,14 @@ def test_a_disk_that_fills_at_the_record_itself_costs_no_training(runner, store,
     assert (without_cost(record), epochs) == (without_cost(straight), [1])
 
 
-def test_arrays_of_at_most_a_megabyte(store):
-    def write(settings, arrays):
-        store.work(settings.run).mkdir(parents=True)
-        weights = store.work(settings.run) / "weights.safetensors"
-        save_file({"w": np.ones(1)}, weights)
-        store.write(put_record(store, settings, folder=False), arrays, weights)
-
-    settings, other = small_run(), small_run(seed=1)
-    most = (1_000_000 - 200) // 4
-    write(settings, {"a": np.zeros(most, np.float32), "t": np.arange(6).reshape(2, 3).T})
+def test_arrays_keep_their_order_of_axes(store):
+    settings = small_run()
+    weights = store.work(settings.run) / "weights.safetensors"
+    weights.parent.mkdir(parents=True)
+    save_file({"w": np.ones(1)}, weights)
+    arrays = {"t": np.arange(6).reshape(2, 3).T}
+    store.write(put_record(store, settings, folder=False), weights, arrays=arrays)
     assert store.arrays(settings.run)["t"].tolist() == [[0, 3], [1, 4], [2, 5]]
-    size = (store.path(settings.run) / "arrays.safetensors").stat().st_size
-    assert 999_000 < size <= records.MAX_ARRAY_BYTES == 1_000_000
-    with pytest.raises(RuntimeError, match=rf"arrays of {other.run}: \d+ bytes, above 1000000"):
-        write(other, {"a": np.zeros(250_001, np.float32)})
-    assert store.load(other.run) is None
-    assert not store.path(other.run).exists()
 
 
 # --- killed
@@ -782,7 +766,7 @@ def test_an_image_folder_overwritten_with_others_of_the_same_sizes_is_refused(tm
     assert small_run(dataset=dataset, **FOLDER) == settings
     for each in (runner, Runner(store, device="cpu")):
         assert refused(each.ensure, settings) == (
-            f"record = {settings.run}: was made from other data than today's in"
+            f"record = {settings.run}: was made from other data in"
             f" {store.path(settings.run)}; delete that folder to train the run again"
         )
     shutil.rmtree(store.path(settings.run))

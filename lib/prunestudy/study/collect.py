@@ -7,11 +7,11 @@ from typing import Any
 
 from safetensors.numpy import save
 
-from prunestudy.errors import InputError, require_one_of
+from prunestudy.errors import InputError, require_one_of, written_whole
 from prunestudy.papers import PROFILES
-from prunestudy.study.lines import changed, line_of, read_lines, write_bytes
+from prunestudy.study.lines import changed, line_of, read_lines
 from prunestudy.study.plan import plan
-from prunestudy.study.records import Store, meaning
+from prunestudy.study.records import Store, require_same
 
 
 def collect(
@@ -33,31 +33,36 @@ def collect(
     store, drawn = Store(profile, results or None), drawn_arrays(profile)
     sources = [_source(profile, Path(folder)) for folder in folders]
     with store.lock("collect"):
+        here = sorted(path.parent.name for path in store.runs.glob("*/record.json"))
+        news = [(store, name, store.trained(name)) for name in here]
+        news += [(source, name, source.at(name)) for source in sources for name in source.places()]
         records, left = dict(read_lines(store.collected)), []
-        origin = {name: [store] for name in records}
-        here = {path.parent.name for path in store.runs.glob("*/record.json")}
-        news = [(store, name, store.trained(name)) for name in sorted(here)]
-        news += [(each, name, each.at(name)) for each in sources for name in each.places()]
         for source, name, record in news:
-            if record is None or (drawn and record["run"] not in drawn):
+            if record is None:  # it is being trained again at this moment
+                continue
+            if drawn and record["run"] not in drawn:
                 left.append(f"{name}: is not planned in {profile}")
                 continue
-            before = records.get(name)
-            if before is not None:
-                _require_same_run(before, record, source.file(name))
-            if before is not None and not changed(before, record):
+            before = records.setdefault(name, record)
+            settings, fingerprint = before["settings"], before["data"]["fingerprint"]
+            require_same(record, settings, fingerprint, source.file(name))
+            if not changed(before, record):
                 records[name] = before | {"latency": before["latency"] or record["latency"]}
-                origin[name].append(source)
-            elif before is None or (replace and (source is not store or not sources)):
-                records[name], origin[name] = record, [source]
+            elif replace and (source is not store or not sources):
+                records[name] = record
             else:
                 left.append(f"{name}: is stored already, with other numbers; that stays")
-        packed, lost = _pack(records, origin, drawn)
-        for paper, arrays in packed.items():
-            _write(store.folder / "arrays" / f"{paper}.safetensors", save(arrays))
+        packed, lost = _pack(records, [store, *sources], drawn)
+        files = {
+            store.folder / "arrays" / f"{paper}.safetensors": save(arrays)
+            for paper, arrays in packed.items()
+        }
         text = "".join(line_of(record) + "\n" for _, record in sorted(records.items()))
-        if text:
-            _write(store.collected, text.encode())
+        for path, data in (files | {store.collected: text.encode()}).items():
+            if data and not (path.exists() and path.read_bytes() == data):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with written_whole(path) as part:
+                    part.write_bytes(data)
     return left + lost
 
 
@@ -71,19 +76,6 @@ def _source(profile: str, path: Path) -> Store:
     store = Store(path.parent.name, path.parent.parent)
     store.collected = path
     return store
-
-
-def _require_same_run(before: dict[str, Any], record: dict[str, Any], path: Path) -> None:
-    one, other = before["settings"], record["settings"]
-    same = {
-        "settings": one == other or meaning(before) == meaning(record) is not None,
-        "data": before["data"]["fingerprint"] == record["data"]["fingerprint"],
-    }
-    for key in (key for key in same if not same[key]):
-        raise InputError(
-            f"record = {record['run']}: its {key} in {path} are not those of the stored one;"
-            " delete one of the two"
-        )
 
 
 # What the notebooks draw, by the beginnings of the arrays' names: of runs of the first seed with
@@ -113,32 +105,20 @@ def drawn_arrays(profile: str) -> _Drawn:
 
 
 def _pack(
-    records: dict[str, dict[str, Any]], origin: dict[str, list[Store]], drawn: _Drawn
+    records: dict[str, dict[str, Any]], stores: list[Store], drawn: _Drawn
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """Arrays to be kept per paper, and a line for each run whose arrays are lost."""
+    """Arrays to be kept per paper, and a line for each run that no store has whole arrays of."""
     packed: dict[str, dict[str, Any]] = {}
     lost = []
     for name, record in sorted(records.items()):
         paper, names = drawn.get(record["run"], ("", ()))
         keys = [key for key in record["files"]["arrays"] if key.startswith(names)]
-        arrays = _arrays(record, origin[name], keys)
-        if keys and not arrays:
-            lost.append(f"{name}: its arrays are missing or damaged")
-        for key, array in arrays.items():
-            packed.setdefault(paper, {})[f"{name}/{key}"] = array
+        for store in stores if keys else ():
+            with contextlib.suppress(InputError):
+                arrays = store.arrays_of(record)
+                if arrays.keys() >= set(keys):
+                    packed.setdefault(paper, {}).update({f"{name}/{k}": arrays[k] for k in keys})
+                    break
+        else:
+            lost += [f"{name}: its arrays are missing or damaged"] if keys else []
     return packed, lost
-
-
-def _arrays(record: dict[str, Any], stores: list[Store], keys: list[str]) -> dict[str, Any]:
-    """The arrays `keys` of a run, of the first store that has all of them; none if none has."""
-    for store in stores if keys else ():
-        with contextlib.suppress(InputError):
-            arrays = store.arrays_of(record)
-            if arrays.keys() >= set(keys):
-                return {key: arrays[key] for key in keys}
-    return {}
-
-
-def _write(path: Path, data: bytes) -> None:
-    if not path.exists() or path.read_bytes() != data:
-        write_bytes(path, data)

@@ -224,7 +224,7 @@ def do_compare(a: Namespace) -> None:
 
 def do_export(a: Namespace) -> None:
     store, name = _done(a, a.first)
-    store.require_weights(name)
+    store.kept(name, "weights")
     net = shrink.load_net(store.weights(name))
     shrink.export_onnx(net, a.file, shrink.input_shape(store.weights(name)))
     print(a.file)

@@ -36,10 +36,10 @@ def weight_line(store: Store, run: str, layer: str, index: str) -> str:
     `index` is its place, `3,0,2,2`, or a single number that counts through the layer. Raises
     `InputError` for a run whose method keeps no trail, a missing file, a wrong layer or index.
     """
-    if not store.cuts(run).exists():
+    if not (store.path(run) / "cuts.safetensors").exists():
         why = "no file (it is not tracked, and only magnitude_attention and dpf write one)"
         raise InputError(f"cuts = {run}: {why}; `prunestudy run RUN --weights` makes it")
-    cuts, name = store.read_cuts(run), layer.removesuffix(".weight") + ".weight"
+    cuts, name = store.kept(run, "cuts"), layer.removesuffix(".weight") + ".weight"
     names = [key.removesuffix(":when") for key in cuts if key.endswith(":when")]
     require_one_of("layer", name, names)
     place = _place(index, cuts[f"{name}:when"].shape)

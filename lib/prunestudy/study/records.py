@@ -12,7 +12,6 @@ The first two are tracked and written by `prunestudy collect`; the rest stays on
 A run on CUDA has `-cuda` behind its name wherever a file or a line is called by it.
 """
 
-import contextlib
 import json
 import math
 import shutil
@@ -22,17 +21,14 @@ from typing import Any
 
 import numpy as np
 from filelock import FileLock
-from pydantic import ValidationError
 from safetensors.numpy import save
 
 from prunestudy import datasets
 from prunestudy.errors import InputError
 from prunestudy.places import home as repository
 from prunestudy.study import lines
-from prunestudy.study.lines import called, place, read_arrays, read_lines, refusal, write_text
+from prunestudy.study.lines import CUDA, place, read_arrays, read_lines, refusal, write_text
 from prunestudy.study.settings import RunSettings
-
-MAX_ARRAY_BYTES = 1_000_000
 
 
 class Store:
@@ -44,39 +40,35 @@ class Store:
         self.collected = self.folder / "records.jsonl"
         self.device = device
 
+    def place(self, run: str) -> str:
+        """Where `run` is in this store: under its name, or that with `-cuda`."""
+        only_cuda = not self._has(run) and self._has(run + CUDA)
+        cuda = self.device == "cuda" if self.device else only_cuda
+        return run + CUDA if cuda else run
+
+    def _has(self, name: str) -> bool:
+        return name in read_lines(self.collected) or self._own(name).exists()
+
+    def _own(self, name: str) -> Path:
+        return self.runs / name / "record.json"
+
     def path(self, run: str) -> Path:
         """Folder of `run` once it was trained here."""
-        return self.runs / self.called(run)
+        return self.runs / self.place(run)
 
     def work(self, run: str) -> Path:
         """Folder of the unfinished run `run`."""
-        return self.folder / "work" / self.called(run)
+        return self.folder / "work" / self.place(run)
 
     def weights(self, run: str) -> Path:
         """File of the finished net of `run`."""
         return self.path(run) / "weights.safetensors"
 
-    def cuts(self, run: str) -> Path:
-        """File of what became of each single weight in `run`, where its method tells."""
-        return self.path(run) / "cuts.safetensors"
-
-    def called(self, run: str) -> str:
-        """Where `run` is in this store: its place, of the CPU unless only CUDA has one."""
-        if self.device:
-            return called(run, self.device)
-        names = (called(run, device) for device in ("cpu", "cuda"))
-        return next(filter(self._has, names), run)
-
-    def _has(self, name: str) -> bool:
-        return name in read_lines(self.collected) or self._own(name).exists()
-
-    @contextlib.contextmanager
-    def lock(self, run: str) -> Iterator[None]:
-        """Hold run `run`: two processes that ask for it train it once."""
+    def lock(self, run: str) -> FileLock:
+        """To be held while `run` is trained: two processes that ask for it train it once."""
         locks = self.folder / "work" / "locks"
         locks.mkdir(parents=True, exist_ok=True)
-        with FileLock(locks / f"{run}.lock"):
-            yield
+        return FileLock(locks / f"{run}.lock")
 
     # --- records
 
@@ -87,29 +79,39 @@ class Store:
 
     def names(self) -> list[str]:
         """Names of the finished runs."""
-        return sorted({name.removesuffix("-cuda") for name in self.places()})
+        return sorted({name.removesuffix(CUDA) for name in self.places()})
 
     def devices(self) -> set[str]:
         """Kinds of device, "cpu" or "cuda", that the finished runs were trained on."""
-        return {"cuda" if name.endswith("-cuda") else "cpu" for name in self.places()}
+        return {"cuda" if name.endswith(CUDA) else "cpu" for name in self.places()}
 
-    def read(self, settings: RunSettings) -> dict[str, Any] | None:
+    def read(
+        self, settings: RunSettings, fingerprint: str = "", name: str = ""
+    ) -> dict[str, Any] | None:
         """Return the record of `settings`, or None if that run is not done.
 
-        Raises `InputError` for a record that was edited, or made with other settings or data.
+        `fingerprint` is that of today's data, where a data set's name does not tell; `name` the
+        place to look in. Raises `InputError` for a record that was edited, or made with other
+        settings or data.
         """
-        record = self.load(settings.run)
-        return None if record is None else self._of(record, settings)
+        name = name or self.place(settings.run)
+        record = self.at(name)
+        if record is None:
+            return None
+        if not fingerprint and ":" not in settings.dataset:
+            fingerprint = datasets.info(settings.dataset).fingerprint
+        require_same(record, settings.model_dump(mode="json"), fingerprint, self.file(name))
+        return record
 
     def read_all(self, settings: RunSettings) -> list[dict[str, Any]]:
         """Return the records of `settings`, one per device that it was trained on."""
-        run = settings.run
-        records = (self.at(called(run, device)) for device in ("cpu", "cuda"))
-        return [self._of(record, settings) for record in records if record]
+        names = (settings.run, settings.run + CUDA)
+        records = (self.read(settings, name=name) for name in names)
+        return [record for record in records if record]
 
     def load(self, run: str) -> dict[str, Any] | None:
         """Return the record of the run named `run`, its checksum verified, or None."""
-        return self.at(self.called(run))
+        return self.at(self.place(run))
 
     def require(self, run: str) -> dict[str, Any]:
         """Return the record of the run named `run` as `load` does; `InputError` if it has none."""
@@ -139,45 +141,23 @@ class Store:
             return None
         record = lines.parse(text.removesuffix("\n"), path)
         if place(record) != name:
-            raise InputError(refusal(name, f"is that of another run, {record['run']},", path))
+            raise refusal(name, f"is that of another run, {record['run']},", path)
         return record
 
     def file(self, name: str) -> Path:
         """The file that the record in place `name` is read from."""
         return self.collected if name in read_lines(self.collected) else self._own(name)
 
-    def _own(self, name: str) -> Path:
-        return self.runs / name / "record.json"
-
-    def _of(self, record: dict[str, Any], settings: RunSettings) -> dict[str, Any]:
-        """`record`, unless it was made with other settings, or with images of another day."""
-        dumped = settings.model_dump(mode="json")
-        if record["settings"] != dumped and meaning(record) != settings:
-            why = "was made with other settings"
-            raise InputError(refusal(record["run"], why, self.file(place(record))))
-        known = "" if ":" in settings.dataset else datasets.info(settings.dataset).fingerprint
-        self.require_data(record, known or record["data"]["fingerprint"])
-        return record
-
-    def require_data(self, record: dict[str, Any], fingerprint: str) -> None:
-        """Raise `InputError` for a record that was not made from the data of `fingerprint`."""
-        if record["data"]["fingerprint"] != fingerprint:
-            why = "was made from other data than today's"
-            raise InputError(refusal(record["run"], why, self.file(place(record))))
-
     def shown(self, run: str) -> str:
         """The record of `run`, then its history, a line per epoch; `InputError` if missing."""
         record = self.require(run)
-        text, columns = json.dumps(record | {"history": None}, indent=1), record["history"]
-        rows = (zip(columns, row, strict=True) for row in zip(*columns.values(), strict=True))
-        epochs = (" ".join(f"{k}={v}" for k, v in row if v is not None) for row in rows)
-        return "\n".join([text, *epochs]) + "\n"
+        rows = (" ".join(f"{k}={v}" for k, v in row if v is not None) for row in _epochs(record))
+        return "\n".join([json.dumps(record | {"history": None}, indent=1), *rows]) + "\n"
 
     def history(self, run: str) -> list[dict[str, Any]]:
         """Rows of the run's history, an epoch each; NaN where a number was not there."""
-        columns = self.require(run)["history"]
-        rows = zip(*columns.values(), strict=True)
-        return [dict(zip(columns, map(_number, row), strict=True)) for row in rows]
+        rows = _epochs(self.require(run))
+        return [{key: math.nan if v is None else v for key, v in row} for row in rows]
 
     def latency(self, run: str) -> dict[str, float]:
         """Milliseconds of the run's net and of the dense one, {} while it was not timed."""
@@ -194,18 +174,14 @@ class Store:
 
     def arrays_of(self, record: dict[str, Any]) -> dict[str, np.ndarray]:
         """Arrays of the run of `record`, as `arrays` does."""
-        name, noted = place(record), record["files"]["arrays"]
-        own = self.runs / name / "arrays.safetensors"
-        packed = {
-            key.removeprefix(f"{name}/"): array.copy()
-            for path in sorted((self.folder / "arrays").glob("*.safetensors"))
-            for key, array in lines.read_packed(path).items()
-            if key.startswith(f"{name}/")
-        }
+        name, digests = place(record), record["files"]["arrays"]
+        own, packed = self.runs / name / "arrays.safetensors", {}
+        for path in (self.folder / "arrays").glob("*.safetensors"):
+            packed |= read_arrays(path, f"{name}/")
         for arrays in (read_arrays(own), packed):
-            if arrays and all(lines.digest(a) == noted.get(k) for k, a in arrays.items()):
+            if arrays and all(lines.digest(a) == digests.get(k) for k, a in arrays.items()):
                 return arrays
-        if not noted:
+        if not digests:
             return {}
         raise InputError(
             f"arrays = {name}: missing or damaged, in {own} and in {self.folder / 'arrays'};"
@@ -214,22 +190,18 @@ class Store:
 
     def has_all(self, run: str) -> bool:
         """Whether all files that training `run` leaves are here, and unharmed."""
-        record = self.trained(self.called(run))
+        record = self.trained(self.place(run))
         return record is not None and all(
-            lines.noted(read_arrays(self.path(run) / f"{kind}.safetensors"), kind) == files
-            for kind, files in record["files"].items()
+            lines.noted(read_arrays(self.path(run) / f"{kind}.safetensors"), kind) == digests
+            for kind, digests in record["files"].items()
         )
 
-    def require_weights(self, run: str) -> None:
-        """Raise `InputError` unless the net of `run` on disk is the one that it was left with."""
-        self._require_file(run, "weights")
+    def kept(self, run: str, kind: str) -> dict[str, np.ndarray]:
+        """What is in the file `kind` ("weights", "cuts") that training `run` left here.
 
-    def read_cuts(self, run: str) -> dict[str, np.ndarray]:
-        """What is in the file `cuts(run)`; `InputError` if it is missing or not that of the run."""
-        return self._require_file(run, "cuts")
-
-    def _require_file(self, run: str, kind: str) -> dict[str, np.ndarray]:
-        path, record = self.path(run) / f"{kind}.safetensors", self.trained(self.called(run))
+        Raises `InputError` if the file is missing or not the one that it was left with.
+        """
+        path, record = self.path(run) / f"{kind}.safetensors", self.trained(self.place(run))
         arrays = read_arrays(path)
         if record is None or not arrays or lines.noted(arrays, kind) != record["files"].get(kind):
             raise InputError(
@@ -238,38 +210,28 @@ class Store:
             )
         return arrays
 
-    def write(
-        self,
-        record: dict[str, Any],
-        arrays: dict[str, np.ndarray],
-        weights: Path,
-        cuts: dict[str, np.ndarray] | None = None,
-    ) -> None:
+    def write(self, record: dict[str, Any], weights: Path, **files: dict[str, np.ndarray]) -> None:
         """Put a finished run's folder in place under a temporary name, rename it.
 
-        `weights` is the file of the finished net, moved in; `cuts` what the method knows of single
-        weights. A run that was trained here before (its weights were lost) must have come out the
-        same, or `InputError`.
+        `weights` is the file of the finished net, moved in; `files` are named arrays each. A run
+        that was trained here before (its weights were lost) must have come out the same, or
+        `InputError`.
         """
-        run, folder = record["run"], self.path(record["run"])
-        files = {"arrays": arrays, "weights": read_arrays(weights)}
-        files |= {"cuts": cuts} if cuts else {}
-        payload = save({key: np.ascontiguousarray(a) for key, a in arrays.items()})
-        if len(payload) > MAX_ARRAY_BYTES:
-            raise RuntimeError(f"arrays of {run}: {len(payload)} bytes, above {MAX_ARRAY_BYTES}")
+        folder, temporary = self.path(record["run"]), self.work(record["run"]) / "finished"
+        files["weights"] = read_arrays(weights)
         record["files"] = {kind: lines.noted(named, kind) for kind, named in files.items()}
         line, before = lines.line_of(record), self.trained(place(record))
         if before is not None:
             for key in lines.changed(before, json.loads(line)):
                 why = f"trained again, it did not reproduce its {key}"
-                raise InputError(f"record = {run}: {why}; delete {folder} to accept the new one")
+                way_out = f"delete {folder} to accept the new one"
+                raise InputError(f"record = {record['run']}: {why}; {way_out}")
             line = lines.line_of(before)
-        temporary = self.work(run) / "finished"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        (temporary / "arrays.safetensors").write_bytes(payload)
-        if cuts:
-            (temporary / "cuts.safetensors").write_bytes(save(cuts))
+        for kind in files.keys() - {"weights"}:
+            data = save({name: np.ascontiguousarray(a) for name, a in files[kind].items()})
+            (temporary / f"{kind}.safetensors").write_bytes(data)
         weights.replace(temporary / "weights.safetensors")
         (temporary / "record.json").write_text(line + "\n", encoding="utf-8")
         self.runs.mkdir(parents=True, exist_ok=True)
@@ -278,22 +240,31 @@ class Store:
 
     def write_latency(self, run: str, latency: dict[str, Any]) -> None:
         """Add what was measured of the net of `run`, which was trained here, to its record."""
-        name = self.called(run)
+        name = self.place(run)
         record = self.trained(name)
         if record is None:
             raise InputError(f"run = {run}: was not trained in {self.folder}")
         write_text(self._own(name), lines.line_of(record | {"latency": latency}) + "\n")
 
 
-def meaning(record: dict[str, Any]) -> RunSettings | None:
-    """The record's settings with today's defaults; None if they are not valid any more."""
+def require_same(
+    record: dict[str, Any], settings: dict[str, Any], fingerprint: str, path: Path
+) -> None:
+    """Raise `InputError` for a record of `path` that was made with other settings or data."""
+    if record["settings"] != settings and meaning(record["settings"]) != meaning(settings):
+        raise refusal(record["run"], "was made with other settings", path)
+    if fingerprint not in ("", record["data"]["fingerprint"]):
+        raise refusal(record["run"], "was made from other data", path)
+
+
+def meaning(settings: dict[str, Any]) -> RunSettings | dict[str, Any]:
+    """A record's settings with today's defaults; as they are if they are not valid any more."""
     try:
-        return RunSettings.model_validate_json(json.dumps(record["settings"])).filled()
-    except (ValidationError, KeyError, InputError):
-        return None
+        return RunSettings.model_validate_json(json.dumps(settings)).filled()
+    except ValueError:
+        return settings
 
 
-def _number(value: Any) -> Any:
-    if value is None:
-        return math.nan
-    return value if isinstance(value, str) else float(value)
+def _epochs(record: dict[str, Any]) -> Iterator[Iterator[tuple[str, Any]]]:
+    columns = record["history"]
+    return (zip(columns, row, strict=True) for row in zip(*columns.values(), strict=True))

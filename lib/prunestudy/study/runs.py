@@ -23,8 +23,6 @@ from prunestudy.study.records import Store, repository
 from prunestudy.study.settings import RunSettings
 from prunestudy.train import TrainResult, deterministic, train
 
-_VERSIONS = ("prunestudy", "torch", "torchvision", "numpy", "ptflops")
-
 
 def device_of(name: str = "auto") -> torch.device:
     """Return the device called `name`: "cpu", "cuda", or "auto" (CUDA when there)."""
@@ -43,13 +41,9 @@ class Runner:
     """
 
     def __init__(
-        self,
-        store: Store,
-        data: Path | str | None = None,
-        device: str = "auto",
-        show: bool = False,
+        self, store: Store, data: Path | str = "", device: str = "auto", show: bool = False
     ) -> None:
-        self.data, self.show = data, show
+        self.data, self.show = str(data) if data else None, show
         began = store.devices() if device == "auto" else set()
         self.device = torch.device(*began) if len(began) == 1 else device_of(device)
         self.store = Store(store.folder.name, store.folder.parent, self.device.type)
@@ -74,10 +68,8 @@ class Runner:
         return self.store.require(settings.run)
 
     def _done(self, settings: RunSettings, weights: bool) -> dict[str, Any] | None:
-        record = self.store.read(settings)
-        if record and settings.dataset.startswith("folder:"):
-            self.store.require_data(record, datasets.fingerprint(settings.dataset, self.data))
-        return record if record and (not weights or self.store.has_all(settings.run)) else None
+        record = self.store.read(settings, datasets.fingerprint(settings.dataset, self.data))
+        return record if not weights or self.store.has_all(settings.run) else None
 
     def net(self, settings: RunSettings) -> nn.Module:
         """Return the finished net of a run that is done, as an ordinary module."""
@@ -85,9 +77,8 @@ class Runner:
         return shrink.load_net(self.store.weights(settings.run), settings.model)
 
     def _load(self, settings: RunSettings) -> datasets.Dataset:
-        name = settings.dataset
-        today = datasets.fingerprint(name, self.data) if name.startswith("folder:") else ""
-        return _data(name, str(self.data) if self.data else None, today)
+        today = datasets.fingerprint(settings.dataset, self.data)
+        return _data(settings.dataset, self.data, today)
 
     def _train(self, settings: RunSettings) -> None:
         started, work = time.perf_counter(), self.store.work(settings.run)
@@ -95,10 +86,7 @@ class Runner:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         with deterministic(settings.threads):
-            model = job.fresh()
-            if settings.parent:
-                parent = self.store.weights(settings.parent.run)
-                model = shrink.load_net(parent, settings.model).requires_grad_(True)
+            model = self._start(job)
             start = {name: w.detach().clone() for name, w in measure.prunable_weights(model)}
             target = (settings.target.value, settings.target.kind) if settings.target else ()
             method = methods.build(settings.method, settings.params, *target)
@@ -111,14 +99,36 @@ class Runner:
                 made.arrays.update(measure.kept_sample(made.model, start))
         weights = work / "weights.safetensors"
         shrink.save_net(made.model.cpu(), weights, *job.like)
+        if made.status == "done":
+            metrics["bytes"] = weights.stat().st_size
         record = job.record(made, metrics, time.perf_counter() - started)
-        self.store.write(record, made.arrays, weights, method.per_weight())
+        files, cuts = {"arrays": made.arrays}, method.per_weight()
+        self.store.write(record, weights, **files | ({"cuts": cuts} if cuts else {}))
         shutil.rmtree(work, ignore_errors=True)
+
+    def _start(self, job: "_Job") -> nn.Module:
+        """The parent's net, or the dense one, initialised by the run's seed or pretrained."""
+        settings = job.settings
+        if settings.parent:
+            parent = self.store.weights(settings.parent.run)
+            return shrink.load_net(parent, settings.model).requires_grad_(True)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)
+            return models.build(*job.like, settings.pretrained)
 
 
 @functools.lru_cache(maxsize=2)
 def _data(name: str, root: str | None, _: str) -> datasets.Dataset:
     return datasets.load(name, root)
+
+
+@functools.lru_cache(maxsize=8)
+def _dense(model: str, shape: tuple[int, int, int], num_classes: int) -> tuple[nn.Module, int]:
+    """The dense net, without its numbers, and its MACs."""
+    with torch.random.fork_rng(devices=[]):
+        net = models.build(model, shape, num_classes)
+    macs = measure.macs(net, shape)
+    return net.to("meta"), macs
 
 
 @dataclass
@@ -130,43 +140,27 @@ class _Job:
     device: torch.device
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        info = self.data.info
-        return info.channels, info.height, info.width
-
-    @property
     def like(self) -> tuple[str, tuple[int, int, int], int]:
-        return self.settings.model, self.shape, self.data.info.num_classes
+        """The net's name, the shape of its images and the number of classes."""
+        info = self.data.info
+        return self.settings.model, (info.channels, info.height, info.width), info.num_classes
 
     @property
     def task(self) -> measure.Task:
         info = self.data.info
         return measure.task(models.task_of(self.settings.model), info.mean, info.std)
 
-    def fresh(self) -> nn.Module:
-        """The dense net, initialised by the run's seed, or pretrained."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.settings.seed)
-            return models.build(*self.like, self.settings.pretrained)
-
     def fit(
         self, method: methods.Method, model: nn.Module, checkpoint: Path, show: bool
     ) -> TrainResult:
         settings, info, recipe = self.settings, self.data.info, self.settings.recipe
         held_in, held_out = datasets.split(self.data.train, settings.validation)
+        ways = {"shift": recipe.shift, "flip": recipe.flip, "seed": settings.seed}
         return train(
             model,
             method,
             recipe,
-            datasets.batches_of(
-                held_in,
-                info,
-                recipe.batch_size,
-                shift=recipe.shift,
-                flip=recipe.flip,
-                seed=settings.seed,
-                device=self.device,
-            ),
+            datasets.batches_of(held_in, info, recipe.batch_size, device=self.device, **ways),
             datasets.batches_of(held_out, info, len(held_out), device=self.device),
             seed=settings.seed,
             task=self.task,
@@ -187,15 +181,13 @@ class _Job:
 
     def metrics(self, made: TrainResult, method: methods.Method) -> dict[str, Any]:
         """Quality and cost of the finished net, of a diverged one the dense net's cost alone."""
-        dense = self.fresh()
-        costs = {
-            "dense_parameters": measure.parameters(dense),
-            "dense_macs": measure.macs(dense, self.shape),
-        }
+        _, shape, _ = self.like
+        dense, dense_macs = _dense(*self.like)
+        costs = {"dense_parameters": measure.parameters(dense), "dense_macs": dense_macs}
         if made.status != "done":
             return costs
         scores, model = self.score(made.model), made.model.cpu()
-        storage = shrink.storage(model, *self.like)
+        nonzeros = measure.nonzeros(model)
         metrics = {
             "metric_name": self.task.metric_name,
             "metric": scores.metric,
@@ -205,23 +197,29 @@ class _Job:
             "sparsity": measure.removed_share(model, dense),
             "layers": measure.layer_sparsity(model),
             "parameters": measure.parameters(model),
-            "nonzeros": measure.nonzeros(model),
-            "macs": measure.macs(model, self.shape),
-            "nonzero_macs": measure.nonzero_macs(model, self.shape),
-            "peak_memory_mb": measure.peak_memory_mb(model, self.shape),
-            "stored_values": storage.nonzeros,
-            "stored_with_indices": storage.numbers_with_indices,
-            "bytes": storage.bytes,
+            "nonzeros": nonzeros,
+            "macs": measure.macs(model, shape),
+            "nonzero_macs": measure.nonzero_macs(model, shape),
+            "peak_memory_mb": measure.peak_memory_mb(model, shape),
+            "stored_values": nonzeros,
+            "stored_with_indices": 2 * nonzeros,  # as the papers count: an index for each value
         }
         metrics |= method.measures(model)
-        for name, other in method.others(model).items():
-            metrics[f"metric_{name}"] = self.score(other).metric
-        return metrics | costs
+        others = {f"metric_{name}": other for name, other in method.others(model).items()}
+        return metrics | costs | {name: self.score(net).metric for name, net in others.items()}
 
     def record(self, made: TrainResult, metrics: dict[str, Any], seconds: float) -> dict[str, Any]:
         settings, data, history = self.settings, self.data, made.history
         last = history[-1] if history else {}
         columns = dict.fromkeys(name for row in history for name in row)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kB, on macOS bytes
+        cost = {
+            "train_seconds": round(made.seconds, 3),
+            "seconds": round(seconds, 3),
+            "process_peak_mb": round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1),
+        }
+        if self.device.type == "cuda":
+            cost["device_peak_mb"] = round(torch.cuda.max_memory_allocated(self.device) / 1e6, 1)
         return {
             "format": FORMAT,
             "run": settings.run,
@@ -242,18 +240,15 @@ class _Job:
             "history": {name: [row.get(name) for row in history] for name in columns},
             "latency": None,
             "environment": _environment(self.device),
-            "cost": {
-                "train_seconds": round(made.seconds, 3),
-                "seconds": round(seconds, 3),
-                **_peaks(self.device),
-            },
+            "cost": cost,
         }
 
 
 def _environment(device: torch.device) -> dict[str, Any]:
+    packages = ("prunestudy", "torch", "torchvision", "numpy", "ptflops")
     return {
         "python": platform.python_version(),
-        **{name: version(name) for name in _VERSIONS},
+        **{name: version(name) for name in packages},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "commit": commit(),
         "tree": _git("rev-parse", "HEAD:lib/prunestudy"),
@@ -265,26 +260,15 @@ def commit() -> str:
 
     Outside git what PRUNESTUDY_COMMIT says, else "unknown".
     """
-    head = _git("rev-parse", "HEAD")
-    if not head:
-        return os.environ.get("PRUNESTUDY_COMMIT") or "unknown"
-    return head + ("-dirty" if _git("status", "--porcelain", "--", "lib", "pyproject.toml") else "")
+    head = _git("rev-parse", "HEAD") or os.environ.get("PRUNESTUDY_COMMIT") or "unknown"
+    dirty = _git("status", "--porcelain", "--", "lib", "pyproject.toml")
+    return f"{head}-dirty" if dirty else head
 
 
 @functools.cache
 def _git(*words: str) -> str:
     command = ["git", "-C", str(repository()), *words]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return ""
-    return done.stdout.strip()
-
-
-def _peaks(device: torch.device) -> dict[str, float]:
-    """Most memory in MB that the process, and on CUDA the device, has held."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    peaks = {"process_peak_mb": round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)}
-    if device.type == "cuda":
-        peaks["device_peak_mb"] = round(torch.cuda.max_memory_allocated(device) / 1e6, 1)
-    return peaks

@@ -13,7 +13,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from prunestudy import datasets, measure, models, shrink
-from prunestudy.errors import InputError
+from prunestudy.errors import InputError, require, require_one_of
 from prunestudy.papers import Card, card
 from prunestudy.study import tables, verdicts
 from prunestudy.study.lines import line_of
@@ -91,11 +91,11 @@ class Session:
 
     def find(self, method: str, target: float | None, seed: int = 0, **where: Any) -> RunSettings:
         """Return the settings of the planned run of `method` at `target`; `InputError` if none."""
+        wanted = {"method": method, "seed": seed} | where
         for item in self.planned:
             s = item.settings
-            at = s.target.value if s.target else None
-            same = all(getattr(s, key) == value for key, value in where.items())
-            if (s.method, at, s.seed, item.variant) == (method, target, seed, "") and same:
+            right = item.variant == "" and (s.target.value if s.target else None) == target
+            if right and all(getattr(s, key) == value for key, value in wanted.items()):
                 return s
         raise InputError(f"run = {method} at {target}, seed {seed}: not planned in {self.profile}")
 
@@ -116,8 +116,10 @@ def measure_latency(store: Store, planned: list[Planned], rounds: int = 30) -> i
     """
     # A run that several experiments share is timed once.
     waiting = {item.settings.run: item.settings for item in planned if is_untimed(store, item)}
+    form = f"linear layers of at least {_CSR_FROM:.0%} zeros from compressed rows (CSR)"
     for run, settings in tqdm(waiting.items(), desc="latency", unit="net", disable=not waiting):
-        store.write_latency(run, _latency(store, settings, rounds))
+        ms = _milliseconds(store, settings, rounds)
+        store.write_latency(run, {"ms": ms, "threads": 1, "rounds": rounds, "form": form})
     return len(waiting)
 
 
@@ -128,18 +130,13 @@ def is_untimed(store: Store, item: Planned) -> bool:
     if settings.seed != 0 or item.purpose != "results" or not pruned:
         return False
     # The stored record may be that of another training than the net that is here.
-    both = store.read(settings), store.trained(store.called(settings.run))
+    both = store.read(settings), store.trained(store.place(settings.run))
     waiting = all(r and r["status"] == "done" and r["latency"] is None for r in both)
     return waiting and store.weights(settings.run).exists()
 
 
-def dense_start(settings: RunSettings) -> RunSettings:
-    """The first of the run's parents."""
-    return dense_start(settings.parent) if settings.parent else settings
-
-
-def _latency(store: Store, settings: RunSettings, rounds: int) -> dict[str, Any]:
-    store.require_weights(settings.run)
+def _milliseconds(store: Store, settings: RunSettings, rounds: int) -> dict[str, float]:
+    store.kept(settings.run, "weights")
     info = datasets.info(settings.dataset)
     shape = (info.channels, info.height, info.width)
     small = shrink.load_net(store.weights(settings.run), settings.model)
@@ -149,8 +146,7 @@ def _latency(store: Store, settings: RunSettings, rounds: int) -> dict[str, Any]
     for batch in (1, 128):
         median = measure.latency(nets, shape, batch, rounds=rounds, threads=1)
         times |= {f"{name}_b{batch}_ms": round(ms, 5) for name, ms in median.items()}
-    form = f"linear layers of at least {_CSR_FROM:.0%} zeros from compressed rows (CSR)"
-    return {"ms": times, "threads": 1, "rounds": rounds, "form": form}
+    return times
 
 
 def state_of(store: Store, planned: list[Planned]) -> str:
@@ -167,9 +163,8 @@ def check_parameters(namespace: Mapping[str, Any], before: set[str], **types: ty
     cell defines. Raises `InputError` with one line.
     """
     for name in sorted(set(namespace) - before - {"BEFORE"}):
-        if not name.startswith("_") and name not in types:
-            raise InputError(f"parameter {name}: unknown; allowed are {', '.join(types)}")
-    for name, wanted in types.items():
+        if not name.startswith("_"):
+            require_one_of("parameter", name, types)
+    for name, kind in types.items():
         value = namespace[name]
-        if type(value) is not wanted:
-            raise InputError(f"parameter {name} = {value!r}: must be of type {wanted.__name__}")
+        require(type(value) is kind, f"parameter {name}", value, f"must be of type {kind.__name__}")
