@@ -149,7 +149,7 @@ def _snakemake(stage: Path, batch: dict[str, Any], count: int, executor: str) ->
     command += ["--directory", str(stage), "--keep-going", "--quiet", "all"]
     command += ["--executor", executor, "--jobs", str(count)]
     command += ["--workflow-profile", str(own)] if own.is_dir() else []
-    with (stage / "log").open("w") as log:
+    with (stage / "log").open("a") as log:
         # It cancels its jobs itself: of a Ctrl-C it gets ours alone, once.
         streams = {"stdout": log, "stderr": subprocess.STDOUT, "start_new_session": True}
         process = subprocess.Popen(command, **streams)
