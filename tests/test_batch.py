@@ -33,7 +33,10 @@ def test_any_path_is_a_path_and_a_second_study_does_nothing(start, tmp_path):
     lines = [line.split() for line in err.splitlines()]
     assert [words[1] for words in lines[:4]] == ["1/4", "2/4", "3/4", "4/4"]
     assert {words[2] for words in lines[:4]} == set(names)
-    assert lines[4:] == [["latency", "1/1", "nets"], ["notebooks", "1/1", "toy"]]
+    assert [" ".join(words) for words in lines[4:]] == [
+        "latency 1/1 3 nets timed",
+        "notebooks 1/1 99_toy.ipynb",
+    ]
     text = notebooks.executed(store, "toy").read_text()
     assert "touch" not in text
     seconds = out.splitlines()[-1].split()

@@ -4,7 +4,6 @@ import copy
 import errno
 import json
 import math
-import os
 import shutil
 import signal
 import subprocess
@@ -733,7 +732,7 @@ def test_the_commit_is_that_of_the_checkout(monkeypatch):
     runs._git.cache_clear()
     assert runs.commit() in (head, f"{head}-dirty")
     runs._git.cache_clear()
-    monkeypatch.setattr(runs, "repository", lambda: Path(os.sep))
+    monkeypatch.setattr(runs.places, "checkout", lambda: None)
     assert runs.commit() == "unknown"
     runs._git.cache_clear()
 

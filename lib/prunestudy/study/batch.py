@@ -1,4 +1,4 @@
-"""The batch: what Snakemake is asked to do, and how it is called.
+"""The batch: what is to be done, by forks of this process or over a cluster by Snakemake.
 
 Snakemake deletes declared outputs of failed jobs and keeps locks and half-done marks after a kill.
 So nothing of value is ever its output: its jobs (`worker.py`) write markers into a folder of this
@@ -18,14 +18,16 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
 
 from prunestudy import datasets, places
 from prunestudy.errors import InputError, require
-from prunestudy.study import notebooks
+from prunestudy.study import notebooks, worker
 from prunestudy.study.plan import Planned, jobs, needed_jobs
 from prunestudy.study.records import Store
 from prunestudy.study.session import is_untimed
@@ -57,10 +59,12 @@ def run(
     with _stage() as stage:
         (stage / "batch.json").write_text(json.dumps(batch), encoding="ascii")
         seconds, at = {}, time.time()
-        if _snakemake(stage, store, batch, count, executor):
+        failed = _locally(stage, batch) if local else _snakemake(stage, batch, count, executor)
+        if failed:
+            print((stage / "log").read_text("utf-8", "replace").rstrip(), file=sys.stderr)
             raise InputError(f"study = {profile}: a job failed, see above; finished runs are kept")
         for kind in (kind for kind in _KINDS if batch[kind]):
-            end = max(path.stat().st_mtime for path in stage.glob(f"{kind}.*.done"))
+            end = max(path.stat().st_mtime for path in stage.glob(f"{kind}.*.ready"))
             seconds[kind], at = end - at, end
     return seconds
 
@@ -120,48 +124,56 @@ def _slurm_answers() -> bool:
     return bool(there) and not subprocess.run(command, capture_output=True, check=False).returncode
 
 
-def _snakemake(stage: Path, store: Store, batch: dict[str, Any], count: int, executor: str) -> int:
-    """Call Snakemake, say on stderr what is done, and of a failure all; return its exit code."""
-    local, own = executor == "local", (places.checkout() or Path()) / "profiles" / executor
+def _locally(stage: Path, batch: dict[str, Any]) -> bool:
+    """Do one kind of job after the other, in forks: to import all anew takes seconds each time."""
+    torch.set_num_threads(1)  # a pool of threads would not outlive the fork
+    context, shown = get_context("fork"), set()
+    for kind in _KINDS:
+        names = batch[kind]
+        jobs = [context.Process(target=worker.main, args=(kind, name, stage)) for name in names]
+        for job in jobs:
+            job.start()
+        while any(job.is_alive() for job in jobs):
+            time.sleep(0.1)
+            _show_ready(stage, batch, shown)
+        _show_ready(stage, batch, shown)
+        if any(job.exitcode for job in jobs):
+            return True
+    return False
+
+
+def _snakemake(stage: Path, batch: dict[str, Any], count: int, executor: str) -> bool:
+    """Call Snakemake for the jobs of a cluster; return whether one failed."""
+    own, shown = (places.checkout() or Path()) / "profiles" / executor, set()
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(_SNAKEFILE), "--nolock"]
     command += ["--directory", str(stage), "--keep-going", "--quiet", "all"]
-    command += ["--cores", str(count)] if local else ["--executor", executor, "--jobs", str(count)]
+    command += ["--executor", executor, "--jobs", str(count)]
     command += ["--workflow-profile", str(own)] if own.is_dir() else []
-    shown: set[Path] = set()
-    with (stage / "snakemake.log").open("w+", encoding="utf-8", errors="replace") as log:
-        # A cluster's jobs are cancelled by Snakemake: of a Ctrl-C it gets ours alone, once.
-        streams = {"stdout": log, "stderr": subprocess.STDOUT, "start_new_session": not local}
+    with (stage / "log").open("a") as log:
+        # It cancels its jobs itself: of a Ctrl-C it gets ours alone, once.
+        streams = {"stdout": log, "stderr": subprocess.STDOUT, "start_new_session": True}
         process = subprocess.Popen(command, **streams)
         try:
             while process.poll() is None:
                 time.sleep(0.3)
-                _show_ready(stage, store, batch, shown)
+                _show_ready(stage, batch, shown)
         except KeyboardInterrupt:
-            if not local:
-                process.send_signal(signal.SIGINT)
-                process.wait()
+            process.send_signal(signal.SIGINT)
+            process.wait()
             raise
-        if process.returncode:
-            log.seek(0)
-            print(log.read().rstrip(), file=sys.stderr)
-    return process.returncode
+    _show_ready(stage, batch, shown)
+    return process.returncode != 0
 
 
-def _show_ready(stage: Path, store: Store, batch: dict[str, Any], shown: set[Path]) -> None:
+def _show_ready(stage: Path, batch: dict[str, Any], shown: set[Path]) -> None:
     """Say on stderr which runs and notebooks are ready that are not yet `shown`."""
     for path in sorted(set(stage.glob("*.ready")) - shown, key=lambda path: path.stat().st_mtime):
         shown.add(path)
         kind, name = path.name.removesuffix(".ready").split(".", 1)
         number = len([other for other in shown if other.name.startswith(f"{kind}.")])
         total = len({thing for things in batch[kind].values() for thing in things})
-        text = line_of_run(store.require(name)) if kind == "train" else name
-        print(f"{kind} {number}/{total} {text}", file=sys.stderr, flush=True)
-
-
-def line_of_run(record: dict[str, Any]) -> str:
-    """A run's name, status and score."""
-    score = record["metrics"].get("metric")
-    return f"{record['run']} {record['status']} {'' if score is None else f'{score:.4f}'}"
+        said = path.read_text(encoding="utf-8") or name
+        print(f"{kind} {number}/{total} {said}", file=sys.stderr, flush=True)
 
 
 @contextmanager

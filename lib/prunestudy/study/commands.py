@@ -24,6 +24,7 @@ from prunestudy.study.plan import Planned, plan
 from prunestudy.study.records import Store
 from prunestudy.study.runs import Runner
 from prunestudy.study.settings import RunSettings, own_settings
+from prunestudy.study.worker import line_of_run
 
 
 def _store(a: Namespace) -> Store:
@@ -169,7 +170,7 @@ def _ensure(a: Namespace, settings: RunSettings, weights: bool = False) -> str:
     """Train the run unless it is there, print a line of it; return its status."""
     show = sys.stderr.isatty() or "TQDM_DELAY" in os.environ
     record = Runner(_store(a), a.data or None, a.device, show).ensure(settings, weights)
-    print(batch.line_of_run(record), flush=True)
+    print(line_of_run(record), flush=True)
     return record["status"]
 
 

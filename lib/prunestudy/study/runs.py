@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunestudy import datasets, measure, methods, models, shrink
+from prunestudy import datasets, measure, methods, models, places, shrink
 from prunestudy.errors import InputError, require_one_of
 from prunestudy.study.lines import FORMAT
-from prunestudy.study.records import Store, repository
+from prunestudy.study.records import Store
 from prunestudy.study.settings import RunSettings
 from prunestudy.train import TrainResult, deterministic, train
 
@@ -267,7 +267,10 @@ def commit() -> str:
 
 @functools.cache
 def _git(*words: str) -> str:
-    command = ["git", "-C", str(repository()), *words]
+    folder = places.checkout()
+    if not folder:
+        return ""
+    command = ["git", "-C", str(folder), *words]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
