@@ -82,12 +82,12 @@ def _source(profile: str, path: Path) -> Store:
 # the methods' own settings, some of the paper's method alone; the shapes of layers of all runs.
 _DRAWN = {
     "sparse_gates": ("kept",),
-    "force": ("angles", "energy_after"),
+    "force": ("angles",),
     "gdp": ("final_gates",),
-    "magnitude_attention": ("trail",),
-    "component_aware": ("shown", "output", "latent", "labels"),
+    "magnitude_attention": ("trail_step", "trail_size", "trail_cut", "trail_ret", "trail_layers"),
+    "component_aware": ("shown", "output"),
 }
-_OF_OURS = ("gate_", "cost_path", "filters", "attention")
+_OF_OURS = ("gate_", "cost_path", "attention")
 _OF_ALL = "energy_before"
 _Drawn = dict[str, tuple[str, tuple[str, ...]]]
 
