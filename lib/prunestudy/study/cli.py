@@ -39,6 +39,7 @@ def main(words: list[str] | None = None) -> int:
         return _refuse(" ".join(str(error).split()))
     except KeyboardInterrupt:
         _end_children()
+        print(file=sys.stderr)  # ends the line of a progress bar
         return _refuse(_STOPPED, 130)
     except BrokenPipeError:
         # The reader (head, less) has gone; Python would complain when it closes stdout.
