@@ -18,7 +18,7 @@ from prunestudy.study.plan import jobs, plan
 from prunestudy.study.records import Store
 
 # Seconds and memory of a process differ from one execution to the next; nothing else may.
-TIMES = ("cost", "checksum")
+TIMES = ("cost", "latency", "checksum")
 
 
 def start(command: list[str], results: Path) -> subprocess.Popen:
@@ -65,7 +65,12 @@ def main() -> int:
     parser.add_argument("--job", default="", help="one job of the batch instead of the whole study")
     a = parser.parse_args()
     runs = [item.settings.run for item in jobs("quick", plan("quick"))[a.job]] if a.job else []
-    command = ["prunestudy", "run", *runs] if a.job else ["prunestudy", "study"]
+    command = [
+        sys.executable,
+        "-m",
+        "prunestudy.study.cli",
+        *(["run", *runs] if a.job else ["study"]),
+    ]
     finish(command, a.folder / "calm")
     moments = kill_at_random(command, a.folder / "killed", a.kills, a.longest, a.seed)
     finish(command, a.folder / "killed")

@@ -240,7 +240,7 @@ def test_a_claim_with_several_tests_is_said_once(store, card_file):
 # --- the card and its notebook
 
 
-@pytest.mark.parametrize(("profile", "epochs"), [("quick", 24), ("cpu", 10), ("paper", 400)])
+@pytest.mark.parametrize(("profile", "epochs"), [("quick", 16), ("cpu", 10), ("paper", 400)])
 def test_all_that_is_compared_has_the_same_total_epochs(profile, epochs):
     planned = [p for p in plan(profile, ("overview",)) if p.purpose == "results"]
     compared = [p for p in planned if p.variant not in ("start", "half")]
