@@ -28,7 +28,7 @@ def deterministic(threads: int) -> Iterator[None]:
 def seed_default(seed: int, device: torch.device) -> None:
     """Seed what draws without a generator of its own, as `torch.manual_seed` does.
 
-    That asks every kind of device there is, for 0.4 ms: as long as a small net's step.
+    That one asks every kind of device there is, which takes 0.4 ms a step.
     """
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
