@@ -455,31 +455,6 @@ def test_loss_curve():
 # --- bad input
 
 
-@pytest.mark.parametrize(
-    ("name", "key", "value"),
-    [
-        ("gdp", "eps_start", 0.0),
-        ("gdp", "eps_start", -0.1),
-        ("gdp", "eps_end", 0.0),
-        ("gdp", "eps_end", math.nan),
-        ("gdp", "gate_lr", 0.0),
-        ("gdp", "ramp", 1.5),
-        ("gdp", "eps_share", 0.0),
-        ("gdp", "pace", "fast"),
-        ("gdp", "eps", 0.1),
-        ("hard_concrete", "keep", 1.0),
-        ("hard_concrete", "harden", 0.0),
-        ("network_slimming", "strength", 0.0),
-        ("network_slimming", "cut", 1.0),
-        ("group_l2", "p", 2),
-    ],
-)
-def test_bad_parameters_are_refused_in_one_line(name, key, value):
-    with pytest.raises(InputError) as caught:
-        methods.params_of(name, {key: value})
-    assert one_line(caught).startswith(f"params.{key} = {value!r}: ")
-
-
 def test_eps_must_fall():
     with pytest.raises(InputError) as caught:
         methods.params_of("gdp", {"eps_start": 1e-3, "eps_end": 1e-2})
