@@ -1,10 +1,13 @@
-"""What a user may give as a setting, and one line for what cannot be used."""
+"""What a user may give as a setting or an example, and one line for what cannot be used."""
 
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
-from prunestudy.errors import InputError, quoted
+from prunestudy.errors import InputError, quoted, require
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _MOST_WHOLE = 2**32  # whole numbers are counts and seeds
 # In float32 the square of a smaller number is 0, and a larger one leaves no room for a factor.
@@ -44,6 +47,21 @@ def checked(kind: type[Kind], values: Any, within: str = "") -> Kind:
         return kind.model_validate(values)
     except ValidationError as error:
         raise InputError(_first(error, kind, within)) from None
+
+
+def inputs(example: "Tensor | tuple[Tensor, ...]") -> "tuple[Tensor, ...]":
+    """Return the arguments of a net's forward for `example`: one input batch, or a tuple of them.
+
+    Raises `InputError` unless each is a tensor (n, ...) with the same n of at least 1.
+    """
+    import torch  # late: planning does without it
+
+    found = tuple(example) if isinstance(example, list | tuple) else (example,)
+    batched = [isinstance(x, torch.Tensor) and x.dim() > 0 and len(x) > 0 for x in found]
+    right = bool(found) and all(batched) and len({len(x) for x in found}) == 1
+    shown = [tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__ for x in found]
+    require(right, "example", shown, "an input batch (n, ...), or a tuple of them with the same n")
+    return found
 
 
 def _plain(value: Any) -> Any:
