@@ -26,7 +26,7 @@ class Values(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _plain(cls, value: Any) -> Any:
-        return _plain(value)
+        return plain(value)
 
     @field_validator("*", mode="after")
     @classmethod
@@ -64,12 +64,12 @@ def inputs(example: "Tensor | tuple[Tensor, ...]") -> "tuple[Tensor, ...]":
     return found
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """The same with plain numbers for scalars of numpy and torch."""
     if isinstance(value, dict):
-        return {key: _plain(each) for key, each in value.items()}
+        return {key: plain(each) for key, each in value.items()}
     if type(value) in (list, tuple):
-        return type(value)(map(_plain, value))
+        return type(value)(map(plain, value))
     scalar = getattr(value, "ndim", None) == 0 and hasattr(value, "item")
     return value.item() if scalar else value
 
