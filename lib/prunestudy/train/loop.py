@@ -173,8 +173,7 @@ class Loop:
 
     def _make_optimizers(self) -> None:
         recipe, own = self.recipe, self.method.optimizer()
-        taken = {id(p) for group in own.param_groups for p in group["params"]} if own else set()
-        weights = [p for p in self.model.parameters() if p.requires_grad and id(p) not in taken]
+        weights = self.method.trained(self.model, own)
         common = {"lr": recipe.lr, "weight_decay": recipe.weight_decay}
         if recipe.optimizer == "adam":
             first = torch.optim.Adam(weights, betas=(recipe.momentum, 0.999), **common)
