@@ -49,9 +49,10 @@ def test_the_latent_of_tdmpc_couples_all_five_components():
     found = component_groups(TDMPC(5, 2, 8, 4), (7,))
     coupling = [g for g in found if g.kind == "coupling"]
     assert [g.name for g in coupling] == ["encoder.2"]
-    assert set(coupling[0].components) == {"encoder", "dynamics", "reward", "policy", "value"}
+    five = {"encoder", "dynamics", "reward", "policy", "value"}
+    assert set(coupling[0].components) == five
     assert len({m.layer for m in coupling[0].group.members}) == 7
-    assert {g.place for g in found if g.kind == "internal"} == {"encoder", "dynamics", "reward", "policy", "value"}
+    assert {g.place for g in found if g.kind == "internal"} == five
 
 
 def test_listing_counts_what_a_channel_costs():

@@ -1,10 +1,10 @@
 import pytest
 import torch
+from prunestudy.models.convnet import WithinChannelNorm
 from torch import nn
 
 from prunestudy import measure, models
 from prunestudy.errors import InputError
-from prunestudy.models.convnet import WithinChannelNorm
 
 
 def test_parameters_and_macs_of_caffes_cifar10_full():
