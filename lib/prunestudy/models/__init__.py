@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from prunestudy.errors import InputError, require, require_one_of
+from prunestudy.errors import require, require_one_of
 from prunestudy.models.cifar import VGG16, ResNet, WideResNet
 from prunestudy.models.multipart import TDMPC, Autoencoder
 from prunestudy.models.small import MLP, ConvNet, LeNet5, LeNet300
@@ -37,21 +37,24 @@ __all__ = [
 ]
 
 
+Shape = tuple[int, int, int]
+
+
 class _Entry(NamedTuple):
-    factory: Callable[[tuple[int, int, int], int], nn.Module]
+    factory: Callable[[Shape, int], nn.Module]
     line: str
     task: str = "classify"
     weights: str = ""  # torchvision's net whose weights for ImageNet it can start from
 
 
+_BOTH = "reconstruct_and_classify"
 _REGISTRY = {
+    # On 1x28x28 images.
     "autoencoder": _Entry(
-        Autoencoder, "784-256-128-32 and back, 476,720 parameters on 1x28x28", "reconstruct"
+        Autoencoder, "784-256-128-32 and back, 476,720 parameters", "reconstruct"
     ),
     "autoencoder_classifier": _Entry(
-        partial(Autoencoder, head=64),
-        "the autoencoder with a classifier on the latent vector, 479,482 parameters",
-        "reconstruct_and_classify",
+        partial(Autoencoder, head=64), "the same with a classifier, 479,482 parameters", _BOTH
     ),
     "conv_autoencoder": _Entry(
         partial(Autoencoder, convolutional=True),
@@ -60,42 +63,35 @@ _REGISTRY = {
     ),
     "conv_autoencoder_classifier": _Entry(
         partial(Autoencoder, head=64, convolutional=True),
-        "the convolutional one with a classifier on the latent vector, 120,139 parameters",
-        "reconstruct_and_classify",
+        "the convolutional one with a classifier, 120,139 parameters",
+        _BOTH,
     ),
-    "convnet": _Entry(ConvNet, "Caffe's cifar10_full, 89,578 parameters on 3x32x32"),
     "lenet5": _Entry(LeNet5, "Caffe's LeNet-5, 431,080 parameters on 1x28x28 and 10 classes"),
     "lenet300": _Entry(LeNet300, "LeNet-300-100, 266,610 parameters on 1x28x28 and 10 classes"),
     "mlp": _Entry(MLP, "784-512-256-128-10, 567,434 parameters on 1x28x28 and 10 classes"),
+    "convnet": _Entry(ConvNet, "Caffe's cifar10_full, 89,578 parameters on 3x32x32"),
     "resnet20": _Entry(partial(ResNet, 20), "ResNet-20 for CIFAR, 272,282 parameters"),
     "resnet32": _Entry(partial(ResNet, 32), "ResNet-32 for CIFAR, 466,714 parameters"),
     "resnet56": _Entry(partial(ResNet, 56), "ResNet-56 for CIFAR, 855,578 parameters"),
     "wrn28_2": _Entry(partial(WideResNet, 28, 2), "WRN-28-2 for CIFAR, 1,467,610 parameters"),
     "vgg16_cifar": _Entry(VGG16, "VGG-16 with batch norm for CIFAR, 14,724,042 parameters"),
-    "mobilenet_v2_cifar": _Entry(
-        mobilenet_v2_cifar, "MobileNetV2 for CIFAR, 2,236,682 parameters with 10 classes"
-    ),
+    "mobilenet_v2_cifar": _Entry(mobilenet_v2_cifar, "MobileNetV2 for CIFAR, 2,236,682 parameters"),
+    # With 1,000 classes (DeepLabV3+: 21).
     "alexnet_grouped": _Entry(
-        alexnet_grouped, "AlexNet with two groups as in 2012, 60,965,224 parameters"
+        alexnet_grouped, "AlexNet with the groups of 2012, 60,965,224 parameters"
     ),
     "deeplabv3plus_resnet50": _Entry(
-        DeepLabV3Plus,
-        "DeepLabV3+ on ResNet-50, 40,352,181 parameters with 21 classes",
-        "segment",
-        "resnet50",
+        DeepLabV3Plus, "DeepLabV3+ on ResNet-50, 40,352,181 parameters", "segment", "resnet50"
     ),
-}
-# Parameters with 1,000 classes.
-_TORCHVISION = {
-    "alexnet": "AlexNet, 61,100,840 parameters",
-    "googlenet": "GoogLeNet with batch norm, 6,624,904 parameters",
-    "mobilenet_v2": "MobileNetV2, 3,504,872 parameters",
-    "resnet50": "ResNet-50, 25,557,032 parameters",
-    "vgg16": "VGG-16, 138,357,544 parameters",
-}
-_REGISTRY |= {
-    name: _Entry(partial(torchvision_net, name), f"torchvision's {line}", weights=name)
-    for name, line in _TORCHVISION.items()
+} | {
+    name: _Entry(partial(torchvision_net, name), f"torchvision's {line} parameters", weights=name)
+    for name, line in (
+        ("alexnet", "AlexNet, 61,100,840"),
+        ("googlenet", "GoogLeNet with batch norm, 6,624,904"),
+        ("mobilenet_v2", "MobileNetV2, 3,504,872"),
+        ("resnet50", "ResNet-50, 25,557,032"),
+        ("vgg16", "VGG-16, 138,357,544"),
+    )
 }
 
 
@@ -121,9 +117,7 @@ def has_pretrained(name: str) -> bool:
     return bool(_REGISTRY[name].weights)
 
 
-def build(
-    name: str, shape: tuple[int, int, int], num_classes: int, pretrained: bool = False
-) -> nn.Module:
+def build(name: str, shape: Shape, num_classes: int, pretrained: bool = False) -> nn.Module:
     """Build net `name`, freshly initialised, for images of `shape` (channels, height, width).
 
     A classifier maps (batch, *shape) to logits (batch, num_classes). With `pretrained` the net, or
@@ -133,15 +127,11 @@ def build(
     """
     require_one_of("model", name, names())
     allowed = "three positive integers (channels, height, width)"
-    try:
-        shape = tuple(shape)
-    except TypeError:
-        raise InputError(f"shape = {shape!r}: {allowed}") from None
-    positive = all(type(n) is int and n > 0 for n in shape)
-    require(len(shape) == 3 and positive, "shape", shape, allowed)
+    triple = isinstance(shape, tuple | list) and len(shape) == 3
+    require(triple and all(type(n) is int and n > 0 for n in shape), "shape", shape, allowed)
     require(type(num_classes) is int and num_classes > 0, "num_classes", num_classes, "at least 1")
     require(not pretrained or has_pretrained(name), "pretrained", pretrained, f"none for {name}")
-    net = _REGISTRY[name].factory(shape, num_classes)
+    net = _REGISTRY[name].factory(tuple(shape), num_classes)
     if pretrained:
         use_pretrained(net, _REGISTRY[name].weights)
     return net

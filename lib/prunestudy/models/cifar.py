@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from prunestudy.errors import require
 
+Shape = tuple[int, int, int]  # channels, height, width
+
 
 class _HeInitialised(nn.Module):
     """A net whose convolutions are drawn by He et al.'s rule; its constructor ends with that."""
@@ -29,7 +31,7 @@ class VGG16(_HeInitialised):
     also fit; features of larger images are averaged.
     """
 
-    def __init__(self, shape: tuple[int, int, int] = (3, 32, 32), num_classes: int = 10):
+    def __init__(self, shape: Shape = (3, 32, 32), num_classes: int = 10):
         super().__init__()
         layers, width = [], shape[0]
         for outputs, count in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
@@ -50,15 +52,12 @@ class VGG16(_HeInitialised):
 class ResNet(_HeInitialised):
     """ResNet of `depth` 6 n + 2: three stages of n blocks, with 16, 32 and 64 channels.
 
-    He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, section 4.2, except that a
-    1x1 convolution without batch norm is the shortcut where the width changes, as in the recipe
-    of the Force Regularization paper (He et al. pad with zeros). Raises `InputError` for another
-    depth.
+    He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, section 4.2, but the
+    shortcut at a change of width is a 1x1 convolution without batch norm, as in the Force
+    Regularization paper (He et al. pad with zeros). Raises `InputError` for another depth.
     """
 
-    def __init__(
-        self, depth: int, shape: tuple[int, int, int] = (3, 32, 32), num_classes: int = 10
-    ):
+    def __init__(self, depth: int, shape: Shape = (3, 32, 32), num_classes: int = 10):
         super().__init__()
         require(depth >= 8 and depth % 6 == 2, "depth", depth, "6 n + 2 with n of at least 1")
         self.conv1 = _conv3x3(shape[0], 16)
@@ -84,13 +83,7 @@ class WideResNet(_HeInitialised):
     `InputError` for another depth.
     """
 
-    def __init__(
-        self,
-        depth: int,
-        width: int,
-        shape: tuple[int, int, int] = (3, 32, 32),
-        num_classes: int = 10,
-    ):
+    def __init__(self, depth: int, width: int, shape: Shape = (3, 32, 32), num_classes: int = 10):
         super().__init__()
         require(depth >= 10 and depth % 6 == 4, "depth", depth, "6 n + 4 with n of at least 1")
         require(width >= 1, "width", width, "at least 1")
@@ -151,9 +144,7 @@ class _PreactivationBlock(nn.Module):
         return y + (x if self.shortcut is None else self.shortcut(normal))
 
 
-def _stage(
-    block: type[nn.Module], inputs: int, outputs: int, count: int, stride: int
-) -> nn.Sequential:
+def _stage(block: type, inputs: int, outputs: int, count: int, stride: int) -> nn.Sequential:
     first = block(inputs, outputs, stride)
     return nn.Sequential(first, *(block(outputs, outputs, 1) for _ in range(count - 1)))
 

@@ -36,12 +36,22 @@ class Autoencoder(nn.Module):
         super().__init__()
         self.shape, self.convolutional = tuple(shape), convolutional
         if convolutional:
-            layers = _convolutions(self.shape, *(hidden or (16, 32)), latent)
-            self.encoder, self.decoder = layers
+            channels, *sides = shape
+            fits = all(side % 4 == 0 for side in sides)
+            require(fits, "shape", shape, "height and width must be multiples of 4")
+            first, second = hidden or (16, 32)
+            # A kernel as large as the map is a linear layer whose input channels can be removed.
+            whole, half = [side // 4 for side in sides], {"stride": 2, "padding": 1}
+            down = nn.Conv2d(channels, first, 4, **half), nn.Conv2d(first, second, 4, **half)
+            self.encoder = _named("conv", [*down, nn.Conv2d(second, latent, whole)])
+            up = [nn.ConvTranspose2d(latent, second, whole)]
+            up += [nn.ConvTranspose2d(second, first, 4, **half)]
+            up += [nn.ConvTranspose2d(first, channels, 4, **half)]
+            self.decoder = _named("conv", up)
         else:
             widths = (math.prod(shape), *(hidden or (256, 128)), latent)
-            self.encoder, self.decoder = _linear_layers(widths), _linear_layers(widths[::-1])
-        self.classifier = _linear_layers((latent, head, num_classes)) if head else None
+            self.encoder, self.decoder = _linear_layers(*widths), _linear_layers(*widths[::-1])
+        self.classifier = _linear_layers(latent, head, num_classes) if head else None
 
     def encode(self, x: Tensor) -> Tensor:
         """Latent vectors (batch, latent) of images (batch, *shape)."""
@@ -76,15 +86,14 @@ class TDMPC(nn.Module):
         for name, size in sizes.items():
             require(type(size) is int and size > 0, name, size, "a positive integer")
         self.observation = observation
-        self.encoder = nn.Sequential(
-            nn.Linear(observation, hidden), nn.ELU(), nn.Linear(hidden, latent)
-        )
-        self.dynamics = _Joint(latent, action, [nn.ELU()], hidden, latent)
-        self.reward = _Joint(latent, action, [nn.ELU()], hidden, 1)
-        self.policy = nn.Sequential(nn.Linear(latent, hidden), *_rest([nn.ELU()], hidden, action))
-        self.value = nn.ModuleList(
-            _Joint(latent, action, [nn.LayerNorm(hidden), nn.Tanh()], hidden, 1) for _ in range(2)
-        )
+        first = nn.Linear(observation, hidden)
+        self.encoder = nn.Sequential(first, nn.ELU(), nn.Linear(hidden, latent))
+        self.dynamics = _Joint(latent, action, hidden, latent)
+        self.reward = _Joint(latent, action, hidden, 1)
+        first = nn.Linear(latent, hidden)
+        self.policy = nn.Sequential(first, nn.ELU(), *_rest(hidden, action))
+        values = (_Joint(latent, action, hidden, 1, normalised=True) for _ in range(2))
+        self.value = nn.ModuleList(values)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Reward, policy now, policy next, values next; shapes as in the class docstring."""
@@ -103,53 +112,31 @@ class _Joint(nn.Module):
     Maps (batch, latent) and (batch, action) to (batch, outputs).
     """
 
-    def __init__(self, latent: int, action: int, between: list, hidden: int, outputs: int):
+    def __init__(
+        self, latent: int, action: int, hidden: int, outputs: int, normalised: bool = False
+    ):
         super().__init__()
         self.latent = nn.Linear(latent, hidden)
         self.action = nn.Linear(action, hidden, bias=False)
-        self.rest = nn.Sequential(*_rest(between, hidden, outputs))
+        first = [nn.LayerNorm(hidden), nn.Tanh()] if normalised else [nn.ELU()]
+        self.rest = nn.Sequential(*first, *_rest(hidden, outputs))
 
     def forward(self, z: Tensor, action: Tensor) -> Tensor:
         return self.rest(self.latent(z) + self.action(action))
 
 
-def _rest(between: list[nn.Module], hidden: int, outputs: int) -> list[nn.Module]:
-    return [*between, nn.Linear(hidden, hidden), nn.ELU(), nn.Linear(hidden, outputs)]
+def _rest(hidden: int, outputs: int) -> list[nn.Module]:
+    return [nn.Linear(hidden, hidden), nn.ELU(), nn.Linear(hidden, outputs)]
 
 
-def _linear_layers(widths: tuple[int, ...]) -> nn.Sequential:
-    """Linear layers fc1, fc2, ... of these widths with ReLU between them."""
-    layers: OrderedDict[str, nn.Module] = OrderedDict()
-    for number, (inputs, outputs) in enumerate(itertools.pairwise(widths), 1):
-        layers[f"fc{number}"] = nn.Linear(inputs, outputs)
-        layers[f"relu{number}"] = nn.ReLU()
-    layers.popitem()
-    return nn.Sequential(layers)
+def _linear_layers(*widths: int) -> nn.Sequential:
+    return _named("fc", [nn.Linear(a, b) for a, b in itertools.pairwise(widths)])
 
 
-def _convolutions(
-    shape: tuple[int, int, int], first: int, second: int, latent: int
-) -> tuple[nn.Sequential, nn.Sequential]:
-    """Encoder and decoder: two convolutions of stride 2, and one as large as what they leave.
-
-    The last is a linear layer on the flattened map, written so that its channels can be removed.
-    """
-    channels, height, width = shape
-    fits = height % 4 == width % 4 == 0
-    require(fits, "shape", shape, "height and width must be multiples of 4")
-    whole = (height // 4, width // 4)
-    encoder = OrderedDict(
-        conv1=nn.Conv2d(channels, first, 4, stride=2, padding=1),
-        relu1=nn.ReLU(),
-        conv2=nn.Conv2d(first, second, 4, stride=2, padding=1),
-        relu2=nn.ReLU(),
-        conv3=nn.Conv2d(second, latent, whole),
-    )
-    decoder = OrderedDict(
-        conv1=nn.ConvTranspose2d(latent, second, whole),
-        relu1=nn.ReLU(),
-        conv2=nn.ConvTranspose2d(second, first, 4, stride=2, padding=1),
-        relu2=nn.ReLU(),
-        conv3=nn.ConvTranspose2d(first, channels, 4, stride=2, padding=1),
-    )
-    return nn.Sequential(encoder), nn.Sequential(decoder)
+def _named(kind: str, layers: list[nn.Module]) -> nn.Sequential:
+    """The `layers` as "fc1", "relu1", "fc2", ..., for `kind` "fc": ReLU between them."""
+    named: OrderedDict[str, nn.Module] = OrderedDict()
+    for number, layer in enumerate(layers, 1):
+        named |= {f"{kind}{number}": layer, f"relu{number}": nn.ReLU()}
+    named.popitem()
+    return nn.Sequential(named)
