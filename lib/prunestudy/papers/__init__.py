@@ -99,10 +99,10 @@ class _Read(_Strict):
 
 
 class Published(_Read):
-    """A published number, read in `source`: `value` of `metric`, `dense` before pruning.
+    """`value` of `metric` as published in `source`, and that of the `dense` net.
 
-    `kept` is the share of weights left, `nonzeros` their number, `speed_up` the measured one of the
-    whole net. `target` (share removed) is our setting that stands beside it.
+    `kept` is the share of weights left, `nonzeros` their number, `speed_up` that of the whole net;
+    `target` (share removed) is our setting to compare it with.
     """
 
     metric: Literal["top1", "top5", "psnr", "miou"]
@@ -261,11 +261,6 @@ class Card(_Strict):
         return self
 
 
-def names() -> tuple[str, ...]:
-    """Names of all cards, in the order of `cards`."""
-    return tuple(card.id for card in cards())
-
-
 def cards() -> tuple[Card, ...]:
     """All cards: the papers in the order of their notebooks, then the overview."""
     found = map(read_card, Path(str(files(__name__))).glob("*.toml"))
@@ -280,11 +275,8 @@ def card(name: str) -> Card:
 
 
 def read_card(path: Path) -> Card:
-    """Read and check the card at `path`; raises `InputError` naming the first wrong key.
-
-    A card is kept until its file changes, since tables ask for it row by row.
-    """
-    state = path.stat()
+    """Read and check the card at `path`; raises `InputError` naming the first wrong key."""
+    state = path.stat()  # tables ask for a card row by row: it is parsed again if it has changed
     return _read(path, state.st_mtime_ns, state.st_size)
 
 
