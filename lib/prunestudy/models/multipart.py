@@ -92,7 +92,7 @@ class TDMPC(nn.Module):
         self.reward = _Joint(latent, action, hidden, 1)
         first = nn.Linear(latent, hidden)
         self.policy = nn.Sequential(first, nn.ELU(), *_rest(hidden, action))
-        values = (_Joint(latent, action, hidden, 1, normalised=True) for _ in range(2))
+        values = (_Joint(latent, action, hidden, 1, norm=True) for _ in range(2))
         self.value = nn.ModuleList(values)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -107,18 +107,16 @@ class TDMPC(nn.Module):
 
 
 class _Joint(nn.Module):
-    """An MLP on latent z and action a. W [z, a] = W_z z + W_a a: z's columns can go by themselves.
+    """MLP on latent (batch, latent) and action (batch, action); output (batch, outputs).
 
-    Maps (batch, latent) and (batch, action) to (batch, outputs).
+    Its first layer is W_z z + W_a a, so that columns of W_z can be removed with latent dimensions.
     """
 
-    def __init__(
-        self, latent: int, action: int, hidden: int, outputs: int, normalised: bool = False
-    ):
+    def __init__(self, latent: int, action: int, hidden: int, outputs: int, norm: bool = False):
         super().__init__()
         self.latent = nn.Linear(latent, hidden)
         self.action = nn.Linear(action, hidden, bias=False)
-        first = [nn.LayerNorm(hidden), nn.Tanh()] if normalised else [nn.ELU()]
+        first = [nn.LayerNorm(hidden), nn.Tanh()] if norm else [nn.ELU()]
         self.rest = nn.Sequential(*first, *_rest(hidden, outputs))
 
     def forward(self, z: Tensor, action: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from prunestudy.errors import InputError, require
 
-# Least height and width: `min_size` of torchvision's weights.
+# Smallest height and width: `min_size` of torchvision's weights.
 _LEAST = {"vgg16": 32, "googlenet": 15, "alexnet": 63}
 
 
@@ -21,9 +21,9 @@ def torchvision_net(name: str, shape: tuple[int, int, int], num_classes: int) ->
     import torchvision.models
 
     _require_colour(name, shape)
-    # The pretrained GoogLeNet normalises its input anew; its weights need that.
-    own = {"aux_logits": False, "init_weights": True, "transform_input": True}
-    more = own if name == "googlenet" else {}
+    more = {}
+    if name == "googlenet":  # with the input transform that its pretrained weights expect
+        more = {"aux_logits": False, "init_weights": True, "transform_input": True}
     net = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **more)
     if name in ("vgg16", "alexnet") and shape[1:] == (224, 224):
         # Adaptive pooling changes nothing at this size; its backward pass varies on CUDA.
