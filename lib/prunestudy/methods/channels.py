@@ -25,7 +25,8 @@ from prunestudy import measure, shrink
 from prunestudy.errors import require
 from prunestudy.measure.forward import evaluating
 from prunestudy.methods.base import Context
-from prunestudy.shrink.groups import CONSUMES, PRODUCES, groups_of, signal_remains, silent_layers
+from prunestudy.shrink.groups import CONSUMES, PRODUCES, signal_remains, silent_layers
+from prunestudy.shrink.proof import groups_of, remove_groups
 from prunestudy.shrink.remove import require_whole
 from prunestudy.shrink.trace import LAYERS, TRANSPOSED, channels_of, is_follower, trace
 
@@ -49,7 +50,8 @@ class Channels:
         norms: bool = False,
     ) -> None:
         require_whole(model)
-        self.traced, self.shape = trace(model, shape), shape
+        self.example = torch.zeros(2, *shape)
+        self.traced = trace(model, self.example)
         found = groups_of(self.traced)
         self.groups = [g for g in found if norms or all(m.kind != "LayerNorm" for m in g.members)]
         if only:
@@ -154,10 +156,9 @@ class Channels:
         return {group.name: int(open_[part].sum()) for group, part in pairs}
 
     def smaller(self, model: nn.Module, open_: Tensor) -> nn.Module:
-        """A smaller copy of `model` with the open channels only; see `shrink.remove`."""
-        pairs = zip(self.groups, self.slices, strict=True)
-        keep = {group.name: open_[part].nonzero().flatten().tolist() for group, part in pairs}
-        return shrink.remove(model, self.shape, keep)
+        """A smaller copy of `model` with the open channels only; see `remove_groups`."""
+        kept = [open_[part].nonzero().flatten() for part in self.slices]
+        return remove_groups(model, self.groups, kept, self.example)
 
     def _emptied(self, open_: Tensor) -> list[shrink.Group]:
         pairs = zip(self.groups, self.slices, strict=True)
