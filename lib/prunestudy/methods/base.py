@@ -151,9 +151,7 @@ class Method(nn.Module):
         base = cls.__bases__[0].Settings
         cls.Settings = create_model(f"{cls.__name__}Settings", __base__=base, **own)
 
-    def __init__(
-        self, target: float | None = None, of: str | None = None, **settings: Any
-    ) -> None:
+    def __init__(self, target: float | None = None, of: str | None = None, **settings: Any) -> None:
         super().__init__()
         counts, target = self.counts, plain(target)
         of = counts[0] if of is None and counts else of

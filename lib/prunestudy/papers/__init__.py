@@ -26,6 +26,12 @@ Mark = Literal["P", "S", "N", "D", "O"]
 TargetKind = Literal["sparsity", "macs", "parameters", "rank", "energy"]
 
 
+class RunRecipe(Recipe):
+    """A recipe whose host looks at the training after each step: the records were made so."""
+
+    period: Annotated[int, Field(ge=0, le=1_000_000)] = 1
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -202,8 +208,8 @@ class Experiment(_Strict):
     name: str
     dataset: str
     model: str
-    recipe: Recipe
-    start: Recipe | None = None
+    recipe: RunRecipe
+    start: RunRecipe | None = None
     pretrained: bool = False
     precision: Literal["fp32", "bf16"] | None = None
     targets: tuple[float, ...]

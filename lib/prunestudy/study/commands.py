@@ -131,8 +131,8 @@ _NAMES = {
 
 def _of_method(name: str) -> dict[str, str]:
     kind = methods.method_class(name)
-    takes = " or ".join(f"{key} (of {methods.TARGETS[key]})" for key in kind.target_kinds)
-    fields = kind.Params.model_fields.items()
+    takes = " or ".join(f"{key} (of {methods.TARGETS[key]})" for key in kind.counts)
+    fields = kind.Settings.model_fields.items()
     params = {f"params.{key}": json.dumps(field.get_default()) for key, field in fields}
     return {"method": f"{name} ({kind.title})", "target_kind": takes or "none, no target"} | params
 

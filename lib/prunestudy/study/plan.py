@@ -6,9 +6,8 @@ from typing import Any
 
 from prunestudy import methods
 from prunestudy.errors import InputError, require, require_one_of
-from prunestudy.papers import PROFILES, Entry, Experiment, Profile, card, cards
+from prunestudy.papers import PROFILES, Entry, Experiment, Profile, RunRecipe, card, cards
 from prunestudy.study.settings import RunSettings, resolve, target_of
-from prunestudy.train import Recipe
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ def _of_experiment(paper: str, size: Profile, experiment: Experiment, tiny: Tiny
                     before in trained, "after_target", before[1], f"a target of {entry.after!r}"
                 )
                 parents = trained[before]
-            if methods.method_class(entry.method).target_kinds:
+            if methods.method_class(entry.method).counts:
                 own["target"] = target_of(entry.target_kind or experiment.target_kind, target)
             trained[entry.label, target] = _by_seed(most, parents, **common, **own)
         for seed, target in itertools.product(range(counts[entry.label]), targets):
@@ -119,19 +118,19 @@ def _label(reading: str, stage: str, after: str) -> str:
 
 def _targets(experiment: Experiment, entry: Entry) -> tuple[float | None, ...]:
     """Shares removed, one per run; a method without a target has those of the entry before it."""
-    if methods.method_class(entry.method).target_kinds:
+    if methods.method_class(entry.method).counts:
         return entry.targets or experiment.targets
     return _targets(experiment, experiment.entry(entry.after)) if entry.after else (None,)
 
 
-def _sized(recipe: Recipe, tiny: Tiny) -> Recipe:
+def _sized(recipe: RunRecipe, tiny: Tiny) -> RunRecipe:
     """The recipe with the epochs of `tiny`, if it trains at all."""
     if not (tiny.epochs and recipe.epochs):
         return recipe
     return recipe.model_copy(update={"epochs": tiny.epochs, "steps": 0})
 
 
-def _recipe(experiment: Experiment, entry: Entry, tiny: Tiny) -> Recipe:
+def _recipe(experiment: Experiment, entry: Entry, tiny: Tiny) -> RunRecipe:
     recipe, start = _sized(experiment.recipe, tiny), experiment.start
     own: dict[str, Any] = {"lr": entry.lr, "weight_decay": entry.weight_decay}
     own["epochs"] = entry.epochs and (tiny.epochs or entry.epochs)

@@ -1,5 +1,6 @@
 """One run, from its settings to its record."""
 
+import copy
 import functools
 import os
 import platform
@@ -8,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +23,7 @@ from prunestudy.errors import InputError, require_one_of
 from prunestudy.study.lines import FORMAT
 from prunestudy.study.records import Store
 from prunestudy.study.settings import RunSettings
-from prunestudy.train import TrainResult, deterministic, train
+from prunestudy.train import Result, deterministic, keep_freed_memory, prune
 
 
 def device_of(name: str = "auto") -> torch.device:
@@ -85,25 +87,23 @@ class Runner:
         job = _Job(settings, self._load(settings), self.device)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
+        keep_freed_memory()
         with deterministic(settings.threads):
             model = self._start(job)
             start = {name: w.detach().clone() for name, w in measure.prunable_weights(model)}
-            target = (settings.target.value, settings.target.kind) if settings.target else ()
-            method = methods.build(settings.method, settings.params, *target)
             work.mkdir(parents=True, exist_ok=True)
-            made = job.fit(method, model, work / "checkpoint.pt", self.show)
-            metrics = job.metrics(made, method)
+            made = job.train(model, work / "checkpoint.pt", self.show)
+            metrics, arrays = job.metrics(made), made.probe.arrays()
             pruned = made.status == "done" and settings.parent
             if pruned and measure.same_shapes(made.model, start):
                 metrics["kept_scale"] = measure.kept_scale(made.model, start)
-                made.arrays.update(measure.kept_sample(made.model, start))
+                arrays |= measure.kept_sample(made.model, start)
         weights = work / "weights.safetensors"
         shrink.save_net(made.model.cpu(), weights, *job.like)
         if made.status == "done":
             metrics["bytes"] = weights.stat().st_size
         record = job.record(made, metrics, time.perf_counter() - started)
-        files, cuts = {"arrays": made.arrays}, method.per_weight()
-        self.store.write(record, weights, **files | ({"cuts": cuts} if cuts else {}))
+        self.store.write(record, weights, arrays=arrays)
         shutil.rmtree(work, ignore_errors=True)
 
     def _start(self, job: "_Job") -> nn.Module:
@@ -150,26 +150,32 @@ class _Job:
         info = self.data.info
         return measure.task(models.task_of(self.settings.model), info.mean, info.std)
 
-    def fit(
-        self, method: methods.Method, model: nn.Module, checkpoint: Path, show: bool
-    ) -> TrainResult:
+    def train(self, model: nn.Module, checkpoint: Path, show: bool) -> Result:
         settings, info, recipe = self.settings, self.data.info, self.settings.recipe
         held_in, held_out = datasets.split(self.data.train, settings.validation)
         ways = {"shift": recipe.shift, "flip": recipe.flip, "seed": settings.seed}
-        return train(
+        target = (settings.target.value, settings.target.kind) if settings.target else ()
+        return prune(
             model,
-            method,
-            recipe,
+            methods.build(settings.method, settings.params, *target),
             datasets.batches_of(held_in, info, recipe.batch_size, device=self.device, **ways),
-            datasets.batches_of(held_out, info, len(held_out), device=self.device),
+            recipe,
+            validation=datasets.batches_of(held_out, info, len(held_out), device=self.device),
+            loss=self.task.loss,
+            metric=self.scores,
             seed=settings.seed,
-            task=self.task,
             device=self.device,
             precision=settings.precision,
             checkpoint=checkpoint,
             run=settings.run,
             show=show,
+            probe=methods.probe_of(settings.method),
         )
+
+    def scores(self, model: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
+        """The task's metric first, then the loss."""
+        scores = self.task.evaluate(model, batches, self.data.info.num_classes)
+        return {self.task.metric_name: scores.metric, "loss": scores.loss}
 
     def score(self, model: nn.Module) -> measure.Scores:
         """Score of `model` on the images that the run is judged by."""
@@ -177,9 +183,11 @@ class _Job:
         if self.settings.evaluate == "validation":
             _, images = datasets.split(self.data.train, self.settings.validation)
         looked_at = datasets.batches_of(images, info, len(images), device=self.device)
-        return self.task.evaluate(model, looked_at.ordered(512), info.num_classes)
+        # The layout that it was trained in.
+        net = copy.deepcopy(model).to(self.device, memory_format=torch.channels_last)
+        return self.task.evaluate(net, looked_at.ordered(512), info.num_classes)
 
-    def metrics(self, made: TrainResult, method: methods.Method) -> dict[str, Any]:
+    def metrics(self, made: Result) -> dict[str, Any]:
         """Quality and cost of the finished net, of a diverged one the dense net's cost alone."""
         _, shape, _ = self.like
         dense, dense_macs = _dense(*self.like)
@@ -204,11 +212,11 @@ class _Job:
             "stored_values": nonzeros,
             "stored_with_indices": 2 * nonzeros,  # as the papers count: an index for each value
         }
-        metrics |= method.measures(model)
-        others = {f"metric_{name}": other for name, other in method.others(model).items()}
+        metrics |= made.method.report() | made.probe.measures()
+        others = {f"metric_{name}": other for name, other in made.probe.others().items()}
         return metrics | costs | {name: self.score(net).metric for name, net in others.items()}
 
-    def record(self, made: TrainResult, metrics: dict[str, Any], seconds: float) -> dict[str, Any]:
+    def record(self, made: Result, metrics: dict[str, Any], seconds: float) -> dict[str, Any]:
         settings, data, history = self.settings, self.data, made.history
         last = history[-1] if history else {}
         columns = dict.fromkeys(name for row in history for name in row)

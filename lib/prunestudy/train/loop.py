@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from prunestudy.datasets.batches import mix
-from prunestudy.methods.base import At, Batch, Context, Method, boundaries, call, scalar
+from prunestudy.methods.base import At, Context, Method, boundaries, call, scalar
 from prunestudy.methods.probes import Probe
 from prunestudy.train.checkpoint import write_checkpoint
 from prunestudy.train.deterministic import seed_default
@@ -218,7 +218,9 @@ class Loop:
         }
         for name, view in self.probe.views().items():
             with view:
-                row |= {f"{key}_{name}": n for key, n in self._validate().items() if "loss" not in key}
+                row |= {
+                    f"{key}_{name}": n for key, n in self._validate().items() if "loss" not in key
+                }
         self._sum.zero_()
         self._count = 0
         return row

@@ -15,10 +15,10 @@ from tqdm.auto import tqdm
 
 from prunestudy import methods, shrink
 from prunestudy.errors import InputError, require
+from prunestudy.measure.forward import device_of, evaluating
 from prunestudy.methods.base import Context, Method, call, moved
 from prunestudy.methods.probes import Probe
 from prunestudy.train.checkpoint import read_checkpoint
-from prunestudy.measure.forward import device_of, evaluating
 from prunestudy.train.deterministic import full_precision
 from prunestudy.train.loaders import Loader
 from prunestudy.train.loop import Loop
