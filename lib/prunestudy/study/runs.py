@@ -23,7 +23,7 @@ from prunestudy.errors import InputError, require_one_of
 from prunestudy.study.lines import FORMAT
 from prunestudy.study.records import Store
 from prunestudy.study.settings import RunSettings
-from prunestudy.train import Result, deterministic, keep_freed_memory, prune
+from prunestudy.train import Result, deterministic, prune
 
 
 def device_of(name: str = "auto") -> torch.device:
@@ -87,7 +87,6 @@ class Runner:
         job = _Job(settings, self._load(settings), self.device)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        keep_freed_memory()
         with deterministic(settings.threads):
             model = self._start(job)
             start = {name: w.detach().clone() for name, w in measure.prunable_weights(model)}
