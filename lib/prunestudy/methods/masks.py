@@ -1,7 +1,7 @@
-"""Masks on single weights, shared by the weight-level methods and their controls."""
+"""Masks on single weights: what the weight-level methods and their controls share."""
 
 import math
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -9,97 +9,168 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from prunestudy.errors import InputError, require
+from prunestudy.methods.base import At, Context, Method, scalar
+from prunestudy.shrink import fold
 from prunestudy.shrink.trace import LAYERS
 
 Scope = Literal["auto", "convolutions", "all"]
+
+
+class Masked(Method):
+    """A method with one mask per weight tensor; one ranking over all of them says what is kept.
+
+    `scope`: which layers are pruned, see `layers_in`. After `attach`, `names` (`conv1.weight`),
+    `weights` (the stored dense ones, which are trained) and `masks` have one entry per tensor.
+    `sparsity` is that of the masks in force, chosen after step `masked_at`.
+    """
+
+    counts: ClassVar[tuple[str, ...]] = ("sparsity",)
+    scope: Scope = "all"
+
+    def __init__(self, target: float | None = None, of: str | None = None, **settings: Any) -> None:
+        super().__init__(target, of, **settings)
+        self.names: list[str] = []
+        self.weights: list[Tensor] = []
+        self.masks: list[Mask] = []
+        self.register_buffer("sparsity", scalar(0.0, "cpu"))
+        self.register_buffer("masked_at", torch.tensor(0))
+
+    def check(self, model: nn.Module) -> None:
+        """Refuse a `model` without layers in the scope, and a target that cuts no weight of it."""
+        weights = [layer.weight for layer in layers_in(model, self.scope).values()]
+        total = sum(weight.numel() for weight in weights)
+        cut = total - kept_count(total, self.target)
+        require(cut > 0, "target", self.target, f"cuts none of {total} weights: nothing to prune")
+        zeros = 1 - sum(int(weight.count_nonzero()) for weight in weights) / total
+        allowed = f"above {zeros:.4f}, the share of zeros at the start: nothing left to prune"
+        require(zeros < self.target, "target", self.target, allowed)
+
+    def attach(self, model: nn.Module, context: Context) -> None:  # noqa: ARG002
+        """Put a mask of ones on every weight in the scope."""
+        self.names, self.weights, self.masks = attach_each(model, self.mask_for, self.scope)
+
+    def mask_for(self, weight: Tensor) -> "Mask":
+        """The parametrisation of one layer's `weight`."""
+        return Mask(weight)
+
+    def scores(self) -> list[Tensor]:
+        """What the ranking is by, one tensor per weight tensor: |w|."""
+        return [weight.detach().abs() for weight in self.weights]
+
+    @torch.no_grad()
+    def cut(self, sparsity: float, step: int = 0) -> None:
+        """Keep the weights of highest score and mask the share `sparsity`; on the host."""
+        scores = self.scores()
+        keep = kept_count(sum(score.numel() for score in scores), sparsity)
+        for each, mask in zip(self.masks, top_masks(scores, keep), strict=True):
+            each.mask.copy_(mask)
+        self.sparsity.fill_(sparsity)
+        self.masked_at.fill_(step)
+
+    def grow(self, at: At, period: int, end: float) -> None:
+        """Every `period` steps, raise the sparsity; it reaches the target at step `end` of all."""
+        if at.total_step - self.masked_at.item() >= period:
+            self.cut(cubic_sparsity(self.target, at.total_step / end), at.total_step)
+
+    def finish(self, model: nn.Module, context: Context) -> nn.Module:  # noqa: ARG002
+        """Reach the target, if the training was too short to, and fold the masks in."""
+        if self.sparsity < self.target:
+            self.cut(self.target)
+        return fold(model)
+
+    def log(self) -> dict[str, float]:
+        """The share of weights in the scope that is kept."""
+        kept = sum(each.mask.sum().item() for each in self.masks)
+        return {"kept": kept / sum(each.mask.numel() for each in self.masks)}
+
+
+class Mask(nn.Module):
+    """Parametrisation `w -> w * mask`; the mask is a buffer of zeros and ones, first all ones.
+
+    The gradient is masked as well or, with `straight_through`, reaches the cut weights, too.
+    """
+
+    def __init__(self, weight: Tensor, *, straight_through: bool = False) -> None:
+        super().__init__()
+        self.straight_through = straight_through
+        self.register_buffer("mask", torch.ones_like(weight))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return the masked weight (same shape)."""
+        return multiply(weight, self.mask, None if self.straight_through else self.mask)
+
+
+class _Multiply(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weight: Tensor, forward: Tensor, backward: Tensor | None) -> Tensor:
+        ctx.save_for_backward(backward)
+        return product(weight, forward)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (factor,) = ctx.saved_tensors
+        return gradient if factor is None else gradient * factor, None, None
+
+
+def multiply(weight: Tensor, forward: Tensor, backward: Tensor | None) -> Tensor:
+    """Return weight * `forward`; the gradient is multiplied by `backward` (None: by 1) instead."""
+    return _Multiply.apply(weight, forward, backward)
 
 
 def product(weight: Tensor, z: Tensor) -> Tensor:
     """Return weight * z in the memory layout of `weight`.
 
     A plain product loses channels_last where a kernel has one input channel, and the
-    convolution and all that follows it then runs in the slower layout.
+    convolution and all that follows it then run in the slower layout.
     """
     return torch.mul(weight, z, out=torch.empty_like(weight))
 
 
-class _Masked(torch.autograd.Function):
-    """weight * mask; the gradient is masked, too."""
-
-    @staticmethod
-    def forward(ctx, weight: Tensor, mask: Tensor) -> Tensor:
-        ctx.save_for_backward(mask)
-        return product(weight, mask)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient * ctx.saved_tensors[0], None
-
-
-class Mask(nn.Module):
-    """Parametrisation `w -> w * mask`; the mask is a buffer of zeros and ones, first all ones."""
-
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("mask", torch.ones_like(weight))
-
-    def forward(self, weight: Tensor) -> Tensor:
-        """Return the masked weight (same shape)."""
-        return masked(weight, self.mask)
-
-
-def masked(weight: Tensor, mask: Tensor) -> Tensor:
-    """Return weight * mask, differentiable by the weight, in the weight's layout."""
-    return _Masked.apply(weight, mask)
-
-
-def prunable_layers(model: nn.Module) -> list[nn.Module]:
-    """Return the convolutions and linear layers of `model`, in order; at least one."""
-    layers = [layer for layer in model.modules() if isinstance(layer, LAYERS)]
-    if not layers:
-        raise InputError(f"model = {type(model).__name__}: has no convolution or linear layer")
-    return layers
-
-
-def layers_in(model: nn.Module, scope: Scope) -> list[nn.Module]:
-    """Return the layers of `model` whose weights are pruned, in order; at least one.
+def layers_in(model: nn.Module, scope: Scope) -> dict[str, nn.Module]:
+    """The layers of `model` whose weights are pruned, by name, in order; at least one.
 
     `scope`: "all" convolutions and linear layers; "convolutions" without the linear layers;
     "auto": the convolutions, but all where the linear layers hold more than half of the weights.
+    Layers that share one weight are all named. Raises `InputError` if there is none.
     """
-    layers = prunable_layers(model)
-    convolutions = [layer for layer in layers if not isinstance(layer, nn.Linear)]
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LAYERS)}
+    kind = type(model).__name__
+    if not layers:
+        raise InputError(f"model = {kind}: has no convolution or linear layer")
+    convolutions = {n: each for n, each in layers.items() if not isinstance(each, nn.Linear)}
     if scope == "auto":
-        inside = sum(layer.weight.numel() for layer in convolutions)
-        most = 2 * inside >= sum(layer.weight.numel() for layer in layers)
+        inside = sum(layer.weight.numel() for layer in convolutions.values())
+        most = 2 * inside >= sum(layer.weight.numel() for layer in layers.values())
         scope = "convolutions" if most else "all"
-    if scope == "all":
-        return layers
-    name = type(model).__name__
-    require(bool(convolutions), "params.scope", scope, f"{name} has no convolution: all, auto")
-    return convolutions
+    require(
+        bool(convolutions) or scope == "all",
+        "scope",
+        scope,
+        f"{kind} has no convolution: all, auto",
+    )
+    found = layers if scope == "all" else convolutions
+    for name, layer in found.items():
+        own = isinstance(layer.weight, nn.Parameter)
+        require(
+            own, "module", name, "its weight is computed (weight_norm, nn.utils.prune): fold it"
+        )
+    return found
 
 
-def attach_each(model: nn.Module, make, scope: Scope = "all") -> list[nn.Module]:
-    """Put `make(weight)` as a parametrisation on each weight in `scope`; return them in order."""
-    made = []
-    for layer in layers_in(model, scope):
-        made.append(make(layer.weight))
-        parametrize.register_parametrization(layer, "weight", made[-1])
-    return made
+def attach_each(model: nn.Module, make, scope: Scope = "all") -> tuple[list, list, list]:
+    """Put `make(weight)` as a parametrisation on each weight in `scope`.
 
-
-def dense_weights(model: nn.Module) -> list[Tensor]:
-    """Return the stored weights under the parametrisations, in order."""
-    pruned = [m for m in prunable_layers(model) if parametrize.is_parametrized(m, "weight")]
-    return [m.parametrizations.weight.original for m in pruned]
-
-
-def layer_names(model: nn.Module) -> list[str]:
-    """Names (`conv1.weight`) of the weights under the parametrisations, in order."""
-    names = {layer: name for name, layer in model.named_modules()}
-    pruned = [m for m in prunable_layers(model) if parametrize.is_parametrized(m, "weight")]
-    return [f"{names[layer]}.weight".lstrip(".") for layer in pruned]
+    Returns the weights' names (`conv1.weight`), the stored weights under the parametrisations and
+    the parametrisations, in order. A weight that several layers share has one for all of them.
+    """
+    made: dict[Tensor, tuple[str, nn.Module]] = {}
+    for name, layer in layers_in(model, scope).items():
+        weight = layer.weight
+        if weight not in made:
+            made[weight] = f"{name}.weight".lstrip("."), make(weight)
+        parametrize.register_parametrization(layer, "weight", made[weight][1])
+    names, parts = zip(*made.values(), strict=True)
+    return list(names), list(made), list(parts)
 
 
 def kept_count(total: int, target: float) -> int:
@@ -136,12 +207,6 @@ def kth_highest(flat: Tensor, k: int) -> Tensor:
         return flat.sort().values[-k]
     # numpy selects with vector instructions: 15 times faster than kthvalue.
     return torch.from_numpy(np.partition(flat.numpy(), len(flat) - k))[len(flat) - k]
-
-
-def set_masks(masks: list[Mask], values: list[Tensor]) -> None:
-    """Copy `values` into `masks`, in order."""
-    for mask, value in zip(masks, values, strict=True):
-        mask.mask.copy_(value)
 
 
 def cubic_sparsity(target: float, share: float) -> float:

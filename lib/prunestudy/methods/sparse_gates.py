@@ -15,11 +15,11 @@ At test time z = 1[g >= 0.5]; in the end only the products w z are left.
 
 | paper | code |
 |---|---|
-| w | `parametrizations.weight.original` of a layer |
+| w | `SparseGates.weights` |
 | g | `Gate.gate` |
 | z | drawn in `Gate.draw` |
 | lambda2 | `Steering.strength` |
-| lambda1 | `Steering.strength * _bimodal(...)` |
+| lambda1 | `Steering.strength * bimodal_ratio(...)` |
 
 What drives a gate: near a trained net w dL/dw is about 0, and with Bernoulli draws the expected
 straight-through gradient is -(1 - g) w^2 H (H the curvature), so a gate rests at
@@ -27,33 +27,23 @@ straight-through gradient is -(1 - g) w^2 H (H the curvature), so a gate rests a
 With the deterministic draw nothing answers lambda2 until a weight is cut.
 
 Unknown in the paper, ours here: how gates start, their optimiser (Adam), that lambda2 is steered
-to a target share, the ramp of lambda1, that at `harden` (share of the steps) exactly the
+to a target share, the ramp of lambda1, and that at `harden` (share of the steps) exactly the
 top-k gates are kept (ties by |w|) and the kept weights fine-tuned.
 """
 
-import contextlib
 from typing import Annotated, Any, ClassVar, Literal
 
-import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from prunestudy.methods.base import Method, Params, Phase, Progress
-from prunestudy.methods.masks import (
-    attach_each,
-    dense_weights,
-    kept_count,
-    masked,
-    product,
-    top_masks,
-)
+from prunestudy.methods.base import At, Context, Method, Phase
+from prunestudy.methods.masks import attach_each, kept_count, multiply, product, top_masks
 from prunestudy.methods.steering import Steering
+from prunestudy.shrink import fold
 
-_BINS = 40
 
-
-class _Multiply(torch.autograd.Function):
+class _Drawn(torch.autograd.Function):
     """w * z, with the identity as the derivative of the draw z by the gate g."""
 
     @staticmethod
@@ -70,7 +60,8 @@ class _Multiply(torch.autograd.Function):
 class Gate(nn.Module):
     """Parametrisation `w -> w z` of one layer's weight, with one gate per weight.
 
-    Training draws z; eval uses z = 1[g >= 0.5]; once hardened, z is the fixed `mask`.
+    Training draws z; eval uses z = 1[g >= 0.5]; once `hard`, z is the fixed `mask`. `bernoulli`
+    says how z is drawn; both flags are in its state.
     """
 
     def __init__(self, weight: Tensor, initial: float, generator: torch.Generator) -> None:
@@ -83,8 +74,8 @@ class Gate(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         """Return w z (same shape)."""
         if self.hard:
-            return masked(weight, self.mask)
-        return _Multiply.apply(weight, self.gate, self.draw())
+            return multiply(weight, self.mask, self.mask)
+        return _Drawn.apply(weight, self.gate, self.draw())
 
     def draw(self) -> Tensor:
         """Return z, zeros and ones in the shape of the weight."""
@@ -100,17 +91,29 @@ class Gate(nn.Module):
         self.hard = True
         self.gate.requires_grad_(False)
 
+    def get_extra_state(self) -> dict[str, bool]:
+        """The two flags."""
+        return {"hard": self.hard, "bernoulli": self.bernoulli}
 
-class SparseGatesParams(Params):
-    """Our readings of what the paper leaves open; shares are of the steps.
+    def set_extra_state(self, state: dict[str, bool]) -> None:
+        """Take back what `get_extra_state` returned."""
+        self.hard, self.bernoulli = state["hard"], state["bernoulli"]
+        self.gate.requires_grad_(not self.hard)
 
-    `draw`: how z is drawn while gates train ("a_then_b": half of the time each); `initial` gate;
-    `gate_optimizer`, `gate_lr`; `bimodal`: lambda1 / lambda2 at the end, 0 for none;
-    `ramp`: share of the gate phase in which the kept share falls to the target; `harden`: share of
-    all steps after which gates are decided; `gate_phase_lr`: weights' learning rate until then,
-    times the recipe's.
+
+class SparseGates(Method):
+    """Gate variables on single weights, from a dense start, to an exact kept share.
+
+    Our readings of what the paper leaves open; shares are of the steps. `draw`: how z is drawn
+    while gates train ("a_then_b": half of the time each); `initial` gate; `gate_optimizer`,
+    `gate_lr`; `bimodal`: lambda1 / lambda2 at the end, 0 for none; `ramp`: share of the gate phase
+    in which the kept share falls to the target; `harden`: share of all steps after which gates are
+    decided; `gate_phase_lr`: weights' learning rate until then, times the recipe's.
     """
 
+    name: ClassVar[str] = "sparse_gates"
+    title: ClassVar[str] = "gate variables (ours)"
+    counts: ClassVar[tuple[str, ...]] = ("sparsity",)
     draw: Literal[
         "bernoulli", "deterministic", "bernoulli_then_deterministic", "deterministic_then_bernoulli"
     ] = "bernoulli"
@@ -122,171 +125,117 @@ class SparseGatesParams(Params):
     harden: Annotated[float, Field(gt=0, lt=1)] = 0.55
     gate_phase_lr: Annotated[float, Field(gt=0)] = 0.5
 
-
-class SparseGates(Method):
-    """Gate variables on single weights, from a dense start, to an exact kept share."""
-
-    name: ClassVar[str] = "sparse_gates"
-    title: ClassVar[str] = "gate variables (ours)"
-    target_kinds: ClassVar[tuple[str, ...]] = ("sparsity",)
-    Params: ClassVar[type[Params]] = SparseGatesParams
-
-    def __init__(self, params: SparseGatesParams, *target: Any) -> None:
-        super().__init__(params, *target)
+    def __init__(self, target: float | None = None, of: str | None = None, **settings: Any) -> None:
+        super().__init__(target, of, **settings)
+        self.weights: list[Tensor] = []
         self.gates: list[Gate] = []
-        self.steering = Steering(1 - self.target, params.ramp)
-        self._histograms: list[np.ndarray] = []
+        self.steering = Steering(1 - self.target, self.ramp)
 
     def phases(self) -> tuple[Phase, ...]:
         """Gates and weights together, then the kept weights alone."""
-        p = self.params
-        gates = Phase("gates", p.harden, lr_scale=p.gate_phase_lr, schedule="constant")
-        return gates, Phase("fine_tune", 1 - p.harden, restart=True)
+        gates = Phase("gates", self.harden, lr_scale=self.gate_phase_lr, schedule="constant")
+        return gates, Phase("fine_tune", 1 - self.harden, restart=True)
 
-    def attach(self, model: nn.Module, generator: torch.Generator) -> None:
+    def attach(self, model: nn.Module, context: Context) -> None:
         """Put a gate on every weight of every convolution and linear layer."""
-        self.gates = attach_each(model, lambda w: Gate(w, self.params.initial, generator))
-
-    def parameter_groups(self, model: nn.Module, phase: str) -> list[nn.Parameter]:  # noqa: ARG002
-        """Everything but the gates."""
-        gates = {id(g.gate) for g in self.gates}
-        return [p for p in model.parameters() if p.requires_grad and id(p) not in gates]
-
-    def own_optimizer(self, model: nn.Module, phase: str) -> torch.optim.Optimizer | None:  # noqa: ARG002
-        """The gates' own optimiser: no weight decay, and no momentum for SGD."""
-        if phase != "gates":
-            return None
-        gates = [g.gate for g in self.gates]
-        if self.params.gate_optimizer == "sgd":
-            return torch.optim.SGD(gates, lr=self.params.gate_lr)
-        # The second moment must follow the penalty as it grows: a shorter memory than usual.
-        return torch.optim.Adam(
-            gates, lr=self.params.gate_lr, betas=(0.9, 0.99), eps=1e-12, fused=True
+        _, self.weights, self.gates = attach_each(
+            model, lambda weight: Gate(weight, self.initial, context.generator)
         )
+        self._set_draw(self.draw.split("_then_")[0])
 
-    def after_backward(self, model: nn.Module, progress: Progress) -> None:  # noqa: ARG002
+    @property
+    def hard(self) -> bool:
+        """Whether the gates are decided."""
+        return self.gates[0].hard
+
+    def optimizer(self) -> torch.optim.Optimizer | None:
+        """The gates' own: no weight decay, and no momentum for SGD."""
+        if self.hard:
+            return None
+        gates = [each.gate for each in self.gates]
+        if self.gate_optimizer == "sgd":
+            return torch.optim.SGD(gates, lr=self.gate_lr)
+        # The second moment must follow the penalty as it grows: a shorter memory than usual.
+        return torch.optim.Adam(gates, lr=self.gate_lr, betas=(0.9, 0.99), eps=1e-12, fused=True)
+
+    def after_backward(self, at: At) -> None:
         """Add the penalties' gradient lambda2 + lambda1 (1 - 2 g) to the gates'."""
-        if progress.phase != "gates":
+        if self.hard:
             return
-        if self.steering.strength is None:
-            self.steering.start(0.1 * _mean_abs([g.gate.grad for g in self.gates]))
+        if at.first:
+            self.steering.start(0.1 * _mean_abs([each.gate.grad for each in self.gates]))
         lambda2 = self.steering.strength
-        lambda1 = lambda2 * self._bimodal(progress.step / progress.steps)
+        lambda1 = lambda2 * self.bimodal_ratio(at.share)
         for each in self.gates:
-            each.gate.grad.add_(each.gate, alpha=-2 * lambda1).add_(lambda1 + lambda2)
+            each.gate.grad.addcmul_(each.gate.detach(), -2 * lambda1).add_(lambda1 + lambda2)
 
-    def after_step(self, model: nn.Module, progress: Progress, lr: float) -> None:  # noqa: ARG002
-        """Clip gates to [0, 1]; steer lambda2; change the draw when it is time."""
-        if progress.phase != "gates":
-            return
-        with torch.no_grad():
+    @torch.no_grad()
+    def after_step(self, at: At) -> None:  # noqa: ARG002
+        """Clip gates to [0, 1]."""
+        if not self.hard:
             for each in self.gates:
                 each.gate.clamp_(0, 1)
-        step = progress.step + 1
-        if self.steering.due(step):
-            self.steering.update(self.kept_share(model), step, progress.steps)
-        if 2 * step >= progress.steps:
-            self._set_draw(self.params.draw.split("_then_")[-1])
 
-    def start(self, model: nn.Module, phase: str) -> None:  # noqa: ARG002
-        """Begin with the first kind of draw."""
-        self._set_draw(self.params.draw.split("_then_")[0])
+    def update(self, at: At) -> None:
+        """Steer lambda2; change the draw when it is time; decide the gates at the end."""
+        if self.hard:
+            return
+        if self.steering.due(at):
+            self.steering.update(self._kept(), at)
+        if 2 * at.step >= at.steps:
+            self._set_draw(self.draw.split("_then_")[-1])
+        if at.last:
+            self._harden()
 
-    def end(self, model: nn.Module, phase: str) -> None:
-        """Decide the gates at the end of their phase."""
-        if phase == "gates":
-            self._harden(model)
-
-    def finish(self, model: nn.Module) -> nn.Module:
+    def finish(self, model: nn.Module, context: Context) -> nn.Module:  # noqa: ARG002
         """Leave only the products w z, in plain layers."""
-        if not self.gates[0].hard:
-            self._harden(model)
-        return super().finish(model)
+        if not self.hard:
+            self._harden()
+        return fold(model)
 
-    def kept_share(self, model: nn.Module) -> float:  # noqa: ARG002
-        """Share of weights that eval mode uses."""
-        kept = sum((g.mask if g.hard else g.gate >= 0.5).sum().item() for g in self.gates)
-        return kept / sum(g.gate.numel() for g in self.gates)
-
-    def views(self, model: nn.Module) -> dict[str, contextlib.AbstractContextManager]:  # noqa: ARG002
-        """The sampled net, while gates are open."""
-        return {} if self.gates[0].hard else {"sampled": self._sampled()}
-
-    def row(self, model: nn.Module) -> dict[str, float]:  # noqa: ARG002
-        """Gates neither below 0.05 nor above 0.95; sum of g; lambda2."""
-        values = [g.mask if g.hard else g.gate.detach() for g in self.gates]
+    def log(self) -> dict[str, float]:
+        """Share kept in eval mode; share of gates in 0.05-0.95; mean of g; lambda2."""
+        values = [each.mask if each.hard else each.gate.detach() for each in self.gates]
         flat = torch.cat([value.flatten() for value in values])
-        counts = torch.histc(flat.cpu().float(), _BINS, 0, 1)
-        self._histograms.append(counts.numpy())
         return {
+            "kept": self._kept(),
             "undecided": ((flat > 0.05) & (flat < 0.95)).float().mean().item(),
             "expected_kept": flat.mean().item(),
-            "lambda2": self.steering.strength or 0.0,
+            "lambda2": self.steering.strength.nan_to_num().item(),
         }
 
-    def arrays(self) -> dict[str, np.ndarray]:
-        """Histograms of the gates, (epochs, 40 bins over 0-1)."""
-        return {"gate_histograms": np.stack(self._histograms)} if self._histograms else {}
-
-    def state(self) -> dict[str, Any]:
-        """Steering, draw, whether the gates are decided, histograms so far."""
-        return {
-            "steering": self.steering.state(),
-            "hard": self.gates[0].hard,
-            "bernoulli": self.gates[0].bernoulli,
-            "histograms": [torch.from_numpy(h) for h in self._histograms],
-        }
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Take back what `state` returned."""
-        self.steering.load_state(state["steering"])
-        self._histograms = [h.numpy() for h in state["histograms"]]
-        for each in self.gates:
-            each.bernoulli = state["bernoulli"]
-            if state["hard"]:
-                each.harden(each.mask)
-
-    def _bimodal(self, share: float) -> float:
-        """lambda1 / lambda2 at `share` of the gate phase.
+    def bimodal_ratio(self, share: Tensor) -> Tensor:
+        """lambda1 / lambda2 at `share` of the gate phase, both 0-d.
 
         While the kept share falls the ratio stays below 1: above, gates at 1 are locked there
         (lambda2 < lambda1) and nothing can be cut any more. After that it rises to `bimodal`.
         """
-        first, ramp, last = min(0.8, self.params.bimodal), self.params.ramp, self.params.bimodal
-        if share <= ramp:
-            return first * max(0.0, (share / ramp - 1 / 3) * 1.5)
-        return first + (last - first) * (share - ramp) / (1 - ramp)
+        first, ramp, last = min(0.8, self.bimodal), self.ramp, self.bimodal
+        early = first * ((share / ramp - 1 / 3) * 1.5).clamp(min=0.0)
+        late = first + (last - first) * (share - ramp) / (1 - ramp)
+        return torch.where(share <= ramp, early, late)
+
+    def _kept(self) -> float:
+        """Share of weights that eval mode uses."""
+        kept = sum((g.mask if g.hard else g.gate >= 0.5).sum().item() for g in self.gates)
+        return kept / sum(g.gate.numel() for g in self.gates)
 
     def _set_draw(self, kind: str) -> None:
         for each in self.gates:
             each.bernoulli = kind == "bernoulli"
 
-    @contextlib.contextmanager
-    def _sampled(self):
-        # Draws of its own: looking must not change the training.
-        own = torch.Generator(self.gates[0].gate.device).manual_seed(0)
-        before = [(g.generator, g.bernoulli) for g in self.gates]
-        for each in self.gates:
-            each.generator, each.bernoulli, each.sample_in_eval = own, True, True
-        try:
-            yield
-        finally:
-            for each, (generator, bernoulli) in zip(self.gates, before, strict=True):
-                each.generator, each.bernoulli, each.sample_in_eval = generator, bernoulli, False
-
-    def _harden(self, model: nn.Module) -> None:
-        weights = dense_weights(model)
-        largest = max(w.detach().abs().max().item() for w in weights) or 1.0
+    def _harden(self) -> None:
+        largest = max(w.detach().abs().max().item() for w in self.weights) or 1.0
         scores = [
             # float64 holds the gate and, below its last digit, |w| for the ties at 0 and 1.
             g.gate.detach().double() + 1e-9 * w.detach().abs().double() / largest
-            for g, w in zip(self.gates, weights, strict=True)
+            for g, w in zip(self.gates, self.weights, strict=True)
         ]
         keep = kept_count(sum(s.numel() for s in scores), self.target)
         for each, mask in zip(self.gates, top_masks(scores, keep), strict=True):
             each.harden(mask)
 
 
-def _mean_abs(tensors: list[Tensor]) -> float:
-    total = sum(t.abs().sum().item() for t in tensors)
+def _mean_abs(tensors: list[Tensor]) -> Tensor:
+    total = sum(t.abs().sum().double() for t in tensors)
     return total / sum(t.numel() for t in tensors)
