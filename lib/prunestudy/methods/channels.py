@@ -62,7 +62,7 @@ class Channels:
             [torch.full((group.channels,), i) for i, group in enumerate(self.groups)]
         )
         self._numbers = self._places()
-        self._count(kind, measure.layer_macs(model, shape))
+        self._count(kind, measure.layer_macs(model, torch.zeros(1, *shape)))
         self.dense = float(self.cost(torch.ones(self.size)))
 
     def numbers(self, layer: str, axis: str) -> Tensor | None:

@@ -116,7 +116,7 @@ class Dpf(Method):
 
     def prepare(self, model: nn.Module, context: Context) -> None:
         """Count the layers' multiplications, for the cost of training."""
-        self._macs = measure.layer_macs(model, context.shape)
+        self._macs = measure.layer_macs(model, torch.zeros(1, *context.shape))
         # Once more: now the weights are on their device.
         self.trail = Trail(layer_names(model), dense_weights(model))
 
