@@ -9,7 +9,6 @@ from conftest import one_line, small_run
 from prunestudy import models, shrink
 from prunestudy.errors import InputError
 from prunestudy.methods.channels import Channels
-from prunestudy.shrink.ranks import full_ranks
 from prunestudy.study.records import Store
 from prunestudy.study.runs import Runner
 

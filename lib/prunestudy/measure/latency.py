@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from prunestudy.errors import require
 from prunestudy.measure.forward import evaluating, zeros
-from prunestudy.shrink import OnnxNet, export_onnx
+from prunestudy.shrink import OnnxNet, export
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def onnx_latency(
         nets = {}
         for number, (name, model) in enumerate(models.items()):
             path = Path(folder) / f"{number}.onnx"
-            export_onnx(model, path, shape)
+            export(model, path, zeros(model, shape, 2))
             nets[name] = OnnxNet(path, threads, device)
         return latency(nets, shape, batch, rounds, threads)
 
