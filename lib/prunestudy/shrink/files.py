@@ -188,7 +188,8 @@ def _made(name: str, kind: str, arguments: Any) -> nn.Module:
         for part in arguments:
             layer.add_module(part[0], _made(*part))
     else:
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()}
+        values = {field: arguments[field] for field in _FIELDS[_KINDS[kind]].split()}
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         with torch.device("meta"):
             layer = _KINDS[kind](**values)
     if _entry(name, layer) != [name, kind, arguments]:  # also what torch takes and we never write
