@@ -44,8 +44,8 @@ def diagonal(values, dtype=torch.float64):
 
 def lost(whole, rank):
     """The share of the squared energy that factors of `rank` lose."""
-    rest = whole.weight - factors.merged(shrink.factorise_layer(whole, rank))
-    return float(rest.square().sum() / whole.weight.square().sum())
+    rest = (whole.weight - factors.merged(shrink.factorise_layer(whole, rank))).detach()
+    return float(rest.square().sum() / whole.weight.detach().square().sum())
 
 
 # --- published speed-ups from published ranks
