@@ -50,20 +50,10 @@ def test_a_broken_limit_is_named_with_its_amount():
     assert app.judge(Valued(math.nan), []).shortfall == math.inf
 
 
-def test_recheck_shows_the_drift():
-    app = Application([HIGH, LOW], ["score >= 0.9"])
-    accepted = app.judge(Valued(0.95), [])
-    rows = app.recheck(Valued(0.75), [], accepted)
-    assert rows[0] == {
-        "metric": "score",
-        "then": 0.95,
-        "now": 0.75,
-        "worse by": pytest.approx(0.2),
-        "limit": "score >= 0.9",
-        "holds": False,
-    }
-    assert rows[1]["worse by"] == pytest.approx(0.2)
-    assert rows[1]["holds"]
+def test_what_a_change_costs():
+    app = Application([HIGH, LOW])
+    before, after = app.judge(Valued(0.95), []), app.judge(Valued(0.75), [])
+    assert app.cost(before, after) == pytest.approx({"score": 0.2, "error": 0.2})
     assert app.objective is HIGH
     assert LOW.better(0.1, 0.2)
     assert HIGH.better(0.1, math.nan)

@@ -1,8 +1,7 @@
 """What an application asks of a net: metrics, limits on them, and a judgement.
 
     app = Application(task_metrics(task, 10), ("psnr >= 20", "accuracy >= 0.95"))
-    app.judge(model, data).broken          # which limits do not hold, and by how much
-    app.recheck(model, new_data, before)   # the same model, later, on other data
+    app.judge(model, data).broken     # which limits do not hold, and by how much
 
 `data` is a list of batches (x, y).
 """
@@ -24,10 +23,9 @@ Data = Sequence[tuple[Any, Any]]
 
 @dataclass(frozen=True)
 class Metric:
-    """`function` maps (model, data) to a number; `direction` says which way is better.
+    """`function` maps (model, data) to a number; `smooth`, maybe, (output, x, y) to a tensor.
 
-    `smooth`, where there is one, maps a batch's (output, x, y) to a differentiable tensor of the
-    same unit and direction: gradient descent needs it to respect a limit.
+    `smooth` is differentiable, in the same unit: gradient descent needs it to respect a limit.
     """
 
     name: str
@@ -93,7 +91,7 @@ class Judgement:
 
 
 class RefusedError(InputError):
-    """Says that no pruned model both meets its target and keeps the limits.
+    """No pruned model both meets the target and keeps the limits.
 
     `judgement` is that of the best one found, `closest` the largest share of the parameters that
     can be removed with every limit kept (0: not even the dense model keeps them).
@@ -105,7 +103,7 @@ class RefusedError(InputError):
 
 
 class Application:
-    """Metrics and limits; the first metric, the `objective`, is to be as good as possible.
+    """Metrics, of which the first is the `objective`, and `constraints` such as "psnr >= 20".
 
     Raises `InputError` for two metrics of one name, a constraint on an unknown metric, and one that
     limits its metric from the wrong side.
@@ -139,36 +137,9 @@ class Application:
         short = [(c, c.shortfall(values[c.metric])) for c in self.constraints]
         return Judgement(values, tuple((c, by) for c, by in short if by > 0))
 
-    def recheck(self, model: nn.Module, data: Data, before: Judgement) -> list[dict[str, Any]]:
-        """Judge `model` again on new `data`: one row per metric, then and now, limit, holds.
-
-        `before` is the judgement it was accepted with.
-        """
-        now = self.judge(model, data)
-        return [
-            {
-                "metric": name,
-                "then": before.values[name],
-                "now": now.values[name],
-                "worse by": loss,
-                "limit": " and ".join(str(c) for c in self.constraints if c.metric == name),
-                "holds": all(c.metric != name for c, _ in now.broken),
-            }
-            for name, loss in self.cost(before, now).items()
-        ]
-
     def cost(self, before: Judgement, after: Judgement) -> dict[str, float]:
         """By how much `after` is worse than `before`, in each metric; negative where better."""
         return {n: m.worse_by(after.values[n], before.values[n]) for n, m in self.metrics.items()}
-
-
-# Metrics of each task, by the names of its scores.
-_METRICS = {
-    "classify": {"accuracy": "top1"},
-    "reconstruct": {"psnr": "psnr"},
-    "reconstruct_and_classify": {"psnr": "psnr", "accuracy": "top1"},
-    "segment": {"miou": "miou", "accuracy": "pixel_accuracy"},
-}
 
 
 def task_metrics(task: Task, num_classes: int | None) -> tuple[Metric, ...]:
@@ -201,13 +172,14 @@ def task_metrics(task: Task, num_classes: int | None) -> tuple[Metric, ...]:
         shares = both / (chances.sum(0) + here.sum(0) - both)
         return shares[here.sum(0) > 0].mean()
 
-    smooth = {"psnr": psnr, "miou": miou, "accuracy": accuracy}
-    scored = _METRICS.get(task.name, {task.metric_name: task.metric_name})
-    known = task.name in _METRICS  # an own metric may be called accuracy, and be another
-    return tuple(
-        Metric(name, "higher", score(by), smooth[name] if known else None)
-        for name, by in scored.items()
-    )
+    known = {  # by the names of the scores
+        "classify": {"top1": ("accuracy", accuracy)},
+        "reconstruct": {"psnr": ("psnr", psnr)},
+        "reconstruct_and_classify": {"psnr": ("psnr", psnr), "top1": ("accuracy", accuracy)},
+        "segment": {"miou": ("miou", miou), "pixel_accuracy": ("accuracy", accuracy)},
+    }
+    found = known.get(task.name, {task.metric_name: (task.metric_name, None)})
+    return tuple(Metric(n, "higher", score(by), smooth) for by, (n, smooth) in found.items())
 
 
 def _labelled(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -52,13 +52,12 @@ def latency(
     rounds: int = 100,
     threads: int | None = None,
 ) -> dict[str, float]:
-    """Median milliseconds of each model's forward pass on a batch like `example`.
+    """Median milliseconds of each model's forward pass on a batch like `example`, interleaved.
 
-    Floating-point inputs are drawn, the same for all models: on zeros a net with denormal weights
-    seems fast. Other inputs are those of `example`. Calls are interleaved, in eval and inference
-    mode, on each model's own device, waiting for CUDA, with `threads` of torch's (None: as many as
-    now). Modes and threads are put back. Parametrised models compute their weights in each pass:
-    give finished ones. Raises `InputError` for a bad example or number.
+    Floating-point inputs are drawn, the same for all models: zeros hide what denormal weights cost.
+    Others are as in `example`. Eval and inference mode, on each model's device, with `threads` of
+    torch's (None: as many as now); modes and threads are put back. Parametrised models compute
+    their weights in each pass: give finished ones. Raises `InputError` for a bad example or number.
     """
     right = threads is None or (type(threads) is int and threads > 0)
     require(right, "threads", threads, "a positive integer or None")
@@ -81,11 +80,10 @@ def onnx_latency(
     threads: int = 1,
     device: str = "cpu",
 ) -> dict[str, float]:
-    """Median milliseconds of each model's forward pass on a batch like `example` in ONNX Runtime.
+    """As `latency`, of the exported models in ONNX Runtime with `threads` of its own.
 
-    Each is exported to a temporary file; then as `latency`, with `threads` of the runtime's, on
-    `device` ("cpu" or "cuda"; the way there and back is counted). Raises `InputError` for a net
-    that cannot be exported, a bad example or number.
+    `device` is "cpu" or "cuda" (the way there and back is counted). Raises `InputError` also for a
+    net that cannot be exported.
     """
     shape = tuple(inputs(example)[0].shape[1:])
     with tempfile.TemporaryDirectory() as folder:

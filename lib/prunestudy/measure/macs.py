@@ -25,10 +25,10 @@ Example = Tensor | tuple[Tensor, ...]
 def macs(model: nn.Module, example: Example) -> int:
     """MACs of one input, the first of the batch `example`.
 
-    Counts what runs: convolutions and products of matrices and vectors, in layers, attention,
-    recurrent layers and functional calls alike, zeros included. Biases, pooling, normalisation,
-    activations, embeddings and products element by element count nothing. Raises `InputError` for
-    a product that has no formula here, and for a net that does not run on `example`.
+    Counts what runs, zeros included: convolutions and products of matrices and vectors, in layers,
+    attention, recurrent layers and functional calls. Biases, pooling, normalisation, activations,
+    embeddings and elementwise products count nothing. Raises `InputError` for a product that has
+    no formula here, and for a net that does not run on `example`.
     """
     plain = plain_net(model, copy=True)
     counter = FlopCounterMode(display=False, custom_mapping=_MORE)  # 2 FLOPs per MAC

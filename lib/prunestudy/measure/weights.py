@@ -1,7 +1,7 @@
-"""The weights of a net: how many there are, how many are zero, and what became of those kept.
+"""The weights of a net as it computes in eval mode: number, zeros, change since the start.
 
-All counts are of the net as it computes in eval mode: a parametrised weight, or one that a hook of
-`torch.nn.utils` computes, counts as its value, and gates or masks are no parameters.
+A parametrised weight, or one that a hook of `torch.nn.utils` computes, counts as its value; gates
+and masks are no parameters.
 """
 
 import numpy as np
@@ -54,10 +54,9 @@ def same_shapes(model: nn.Module, start: dict[str, Tensor]) -> bool:
 
 
 def kept_scale(model: nn.Module, start: dict[str, Tensor]) -> float:
-    """Mean |w| of the weights that `model` kept, over the mean |w| of the same at the start.
+    """Mean |w| of the weights that `model` kept, over that at the start; NaN where none was kept.
 
-    Below 1 the kept weights were shrunk, as by LASSO; near 1 they were only selected. NaN where
-    none was kept.
+    Below 1 the kept weights were shrunk, as by LASSO; near 1 they were only selected.
     """
     now = then = 0.0
     for begin, end in _kept(model, start):
@@ -77,13 +76,14 @@ def kept_sample(
 
 def layers_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Names and modules of the convolutions and linear layers of `model`."""
-    _refuse_csr(model)
     return [(name, layer) for name, layer in model.named_modules() if isinstance(layer, LAYERS)]
 
 
 def plain_net(model: nn.Module, copy: bool = False) -> nn.Module:
     """`model` folded; itself where it is plain already, unless a `copy` is asked for."""
-    _refuse_csr(model)
+    # CSR layers have neither parameters nor a weight: every count would silently miss them.
+    csr = any(isinstance(module, CsrLinear) for module in model.modules())
+    require(not csr, "model", type(model).__name__, "count the net before to_csr")
     return fold(model) if copy or not is_plain(model) else model
 
 
@@ -91,9 +91,3 @@ def _kept(model: nn.Module, start: dict[str, Tensor]) -> list[tuple[Tensor, Tens
     """Per layer the weights that `model` kept: at the start, and now."""
     ends = [(name, w.detach().cpu()) for name, w in prunable_weights(model)]
     return [(start[name].cpu()[w != 0], w[w != 0]) for name, w in ends]
-
-
-def _refuse_csr(model: nn.Module) -> None:
-    # CSR layers have neither parameters nor a weight: every count would silently miss them.
-    csr = any(isinstance(module, CsrLinear) for module in model.modules())
-    require(not csr, "model", type(model).__name__, "count the net before to_csr")
