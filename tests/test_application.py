@@ -23,12 +23,11 @@ def test_a_constraint_is_read_and_says_by_how_much_it_is_broken():
     limit, low, other = Application(
         [HIGH, LOW], [" score >= 0.95 ", "error <= -2e1", "error <= .5"]
     ).constraints
-    assert (limit.metric, limit.limit) == ("score", 0.95)
+    assert (limit.name, limit.limit) == ("score", 0.95)
     assert str(limit) == "score >= 0.95"
-    assert limit.shortfall(0.9) == pytest.approx(0.05)
-    assert limit.shortfall(0.95) == 0
-    assert limit.shortfall(math.nan) == math.inf
-    assert low.shortfall(-19.0) == 1.0
+    assert limit.share(0.9) == pytest.approx(0.05 / 0.95)
+    assert limit.share(0.95) == 0
+    assert low.share(-19.0) == 1 / 20
     assert other.share(0.75) == 0.5
 
 
@@ -65,6 +64,7 @@ def test_what_a_change_costs():
     [
         ("score > 0.9", "a metric, >= or <=, and a number"),
         ("score >= nan", "a metric, >= or <=, and a number"),
+        ("score >= 1e999", "a metric, >= or <=, and a number"),
         ("score >= high", "a metric, >= or <=, and a number"),
         (0.9, "a metric, >= or <=, and a number"),
         ("psnr >= 20", "metrics are error, score"),

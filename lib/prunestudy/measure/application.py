@@ -9,7 +9,7 @@
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -23,15 +23,17 @@ Data = Sequence[tuple[Any, Any]]
 
 @dataclass(frozen=True)
 class Metric:
-    """`function` maps (model, data) to a number; `smooth`, maybe, (output, x, y) to a tensor.
+    """`function` maps (model, data) to a number; `limit` is the worst that is allowed.
 
-    `smooth` is differentiable, in the same unit: gradient descent needs it to respect a limit.
+    `smooth` maps (output, x, y) to a differentiable tensor of the same unit, by which gradient
+    descent respects the limit.
     """
 
     name: str
     direction: Literal["higher", "lower"]
     function: Callable[[nn.Module, Data], float]
     smooth: Callable[[Any, Any, Any], Tensor] | None = None
+    limit: float = math.nan
 
     def better(self, a: float, b: float) -> bool:
         """Whether `a` is better than `b`; NaN never is, and anything is better than NaN."""
@@ -43,33 +45,20 @@ class Metric:
         """By how much `a` is worse than `b`; negative where it is better."""
         return b - a if self.direction == "higher" else a - b
 
-
-@dataclass(frozen=True)
-class _Limit:
-    """The worst `limit` that the metric of that name, `of`, may have."""
-
-    metric: str
-    limit: float
-    of: Metric
-
-    def shortfall(self, value: float) -> float:
-        """By how much `value` breaks the limit; 0 or less where it holds, infinite for NaN."""
-        return math.inf if math.isnan(value) else self.of.worse_by(value, self.limit)
-
     def share(self, value: float | Tensor) -> float | Tensor:
-        """The shortfall of `value` in units of the limit's size; differentiable."""
-        return self.of.worse_by(value, self.limit) / max(abs(self.limit), 1e-12)
+        """By how much `value` breaks the limit, in units of its size; 0 or less where it holds."""
+        return self.worse_by(value, self.limit) / max(abs(self.limit), 1e-12)
 
     def __str__(self) -> str:
-        return f"{self.metric} {'>=' if self.of.direction == 'higher' else '<='} {self.limit:g}"
+        return f"{self.name} {'>=' if self.direction == 'higher' else '<='} {self.limit:g}"
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """`values` of all metrics, and the limits that are `broken`, each with its shortfall."""
+    """`values` of all metrics, and those whose limit is `broken`, with by how much (NaN: inf)."""
 
     values: dict[str, float]
-    broken: tuple[tuple[_Limit, float], ...]
+    broken: tuple[tuple[Metric, float], ...]
 
     @property
     def holds(self) -> bool:
@@ -79,14 +68,14 @@ class Judgement:
     @property
     def shortfall(self) -> float:
         """Sum of the shortfalls, each in units of its limit's size; 0 where all hold."""
-        return sum(c.share(self.values[c.metric]) if by < math.inf else by for c, by in self.broken)
+        return sum(m.share(self.values[m.name]) if by < math.inf else by for m, by in self.broken)
 
     def __str__(self) -> str:
         if self.holds:
             return "every constraint holds"
         return ", ".join(
-            f"{c} is broken by {by:.4g} ({c.metric} is {self.values[c.metric]:.4g})"
-            for c, by in self.broken
+            f"{m} is broken by {by:.4g} ({m.name} is {self.values[m.name]:.4g})"
+            for m, by in self.broken
         )
 
 
@@ -118,24 +107,25 @@ class Application:
         self.constraints = tuple(self._read(text) for text in constraints)
         self.objective = listed[0]
 
-    def _read(self, text: str) -> _Limit:
+    def _read(self, text: str) -> Metric:
         number = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
         found = re.fullmatch(rf"\s*(\w+)\s*(>=|<=)\s*({number})\s*", str(text))
-        allowed = "a metric, >= or <=, and a number, as in 'psnr >= 20'"
-        require(found is not None, "constraint", text, allowed)
+        right = found is not None and math.isfinite(float(found[3]))
+        require(right, "constraint", text, "a metric, >= or <=, and a number, as in 'psnr >= 20'")
         name, sign, limit = found.groups()
         allowed = f"metrics are {', '.join(sorted(self.metrics))}"
         require(name in self.metrics, "constraint", text, allowed)
         metric = self.metrics[name]
         right = (sign == ">=") == (metric.direction == "higher")
         require(right, "constraint", text, f"{metric.direction} {name} is better")
-        return _Limit(name, float(limit), metric)
+        return replace(metric, limit=float(limit))
 
     def judge(self, model: nn.Module, data: Data) -> Judgement:
         """Every metric of `model` on `data`, and which limits it breaks."""
         values = {name: metric.function(model, data) for name, metric in self.metrics.items()}
-        short = [(c, c.shortfall(values[c.metric])) for c in self.constraints]
-        return Judgement(values, tuple((c, by) for c, by in short if by > 0))
+        short = [(m, m.worse_by(values[m.name], m.limit)) for m in self.constraints]
+        broken = [(m, math.inf if math.isnan(by) else by) for m, by in short if not by <= 0]
+        return Judgement(values, tuple(broken))
 
     def cost(self, before: Judgement, after: Judgement) -> dict[str, float]:
         """By how much `after` is worse than `before`, in each metric; negative where better."""
