@@ -43,8 +43,9 @@ class Scores:
 
 def default_loss(output: Tensor, x: Any, y: Tensor) -> Tensor:  # noqa: ARG001
     """Cross-entropy for labels that are whole numbers, mean squared error for other targets."""
+    require(isinstance(output, Tensor), "output", type(output).__name__, "a tensor, or an own loss")
     if not y.is_floating_point():
-        return F.cross_entropy(output, y)
+        return F.cross_entropy(output, y.long())
     shapes = tuple(output.shape), tuple(y.shape)
     require(shapes[0] == shapes[1], "targets", shapes[1], f"of the output's shape {shapes[0]}")
     return F.mse_loss(output, y)
@@ -56,6 +57,7 @@ def _count_classes(logits: Tensor, x: Any, y: Tensor, classes: int | None) -> Co
     require(shape == (len(y), n), "output", shape, f"(batch, {n}) for {n} classes")
     whole = not y.is_floating_point() and y.dim() == 1
     require(whole, "labels", (y.dtype, tuple(y.shape)), "whole numbers (batch,)")
+    y = y.long()
     return {
         "confusion": _confusion(logits.argmax(1), y, n),
         "loss": float(F.cross_entropy(logits.double(), y, reduction="sum")),
