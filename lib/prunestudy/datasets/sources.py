@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prunestudy.datasets import folders, streams
-from prunestudy.datasets.catalogue import FOLDER, DatasetInfo, data_root, folder_layout, info
+from prunestudy.datasets import folders
+from prunestudy.datasets.catalogue import FOLDER, DatasetInfo, data_root, folder_path, info
 from prunestudy.errors import InputError, require
 
 # Folders below the data root.
@@ -43,101 +43,78 @@ _VALIDATION_SEED = 0
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images (N, H, W, C) uint8 in 0..255 and their labels (N,) int64."""
+    """Images and their labels, in memory or on disk.
 
-    images: Tensor
-    labels: Tensor
+    In memory: `images` (N, H, W, C) uint8 and `labels` (N,) int64. On disk: `images` (N,) are names
+    of files below `folder`, `labels` (N,) are numbers or, for masks, names too; all are numpy
+    arrays, names as bytes, because lists of strings would be copied into every worker.
+    """
+
+    images: Tensor | np.ndarray
+    labels: Tensor | np.ndarray
+    folder: Path | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def subset(self, indices: Tensor | slice) -> "ImageSet":
         """Images and labels at `indices`, in their order; `IndexError` for an absent one."""
-        return ImageSet(self.images[indices], self.labels[indices])
+        return replace(self, images=self.images[indices], labels=self.labels[indices])
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set in memory or on disk.
+    """A data set.
 
-    `fingerprint` is the sha256 of all its images and labels, of a streamed set that of the names
-    and sizes of its files.
+    `fingerprint` is the sha256 of all images and labels, of a set on disk that of the names and
+    sizes of its files.
     """
 
     info: DatasetInfo
-    train: "ImageSet | streams.StreamSet"
-    test: "ImageSet | streams.StreamSet"
+    train: ImageSet
+    test: ImageSet
     fingerprint: str
 
 
 def load(name: str, root: str | Path | None = None) -> Dataset:
     """Read the data set `name`, one of `names()` or `folder:PATH`, from below the data root.
 
-    - `digits`: 8x8 images of scikit-learn, their values 0..16 stretched to 0..255. It has no
-      official split; ours takes each fifth image of each class in a fixed random order for the
-      test (1,437 and 360 images). The same writers are in both parts.
+    - `digits`: scikit-learn's 8x8 images, their values 0..16 stretched to 0..255. It has no
+      official split; ours tests on every fifth image of each class in a fixed random order (1,437
+      and 360 images). Both parts share their writers.
     - `mnist`, `fashion_mnist`: the four idx files, plain or .gz, in `<root>/MNIST/raw`,
-      `<root>/FashionMNIST/raw` or Debian's folder; fetched by torchvision if there is none of
-      these.
+      `<root>/FashionMNIST/raw` or Debian's folder; else torchvision downloads them.
     - `cifar10`, `cifar100`: the files of the Python version, in `<root>/cifar-10-batches-py` and
-      `<root>/cifar-100-python`; fetched likewise.
+      `<root>/cifar-100-python`; downloaded likewise.
     - `cifar10_jpeg`: a copy of CIFAR-10 as JPEG files, an image folder `<root>/cifar10-jpeg`.
-    - `imagenet`: `<root>/imagenet/{train,val}/<class>/*.JPEG`; `voc`: `<root>/VOCdevkit/VOC2012`,
-      the masks of the classes, trained on `train` and tested on `val`. These stay on disk: what is
-      there is verified, see `streams.py`.
-    - `folder:PATH`: see `info`; its `mean` and `std` are computed here.
+    - `imagenet`: `<root>/imagenet/{train,val}/<class>/*.JPEG`; `voc`: `<root>/VOCdevkit/VOC2012`
+      with class masks, trained on `train` and tested on `val`. Both stay on disk.
+    - `folder:PATH`: see `info`; `mean` and `std` are computed here.
 
-    Raises `InputError` for an unknown name, missing files that cannot be downloaded, damaged or
-    changed ones, what does not fit into memory, and, for folders, whatever is not a well-formed
-    set of images of one size.
+    Raises `InputError` for an unknown name, files that are missing and cannot be downloaded,
+    damaged or changed files, sets that do not fit into memory, and folders whose images cannot be
+    read or differ in size.
     """
-    details, place = info(name, root), str(data_root(root))
+    details, place = info(name, root), data_root(root)
     try:
         data = _read(details, name, root)
     except OSError as error:
         why = _one_line(error)
-        raise InputError(f"data = {place!r}: {name} cannot be read ({why})") from error
+        raise InputError(f"data = {str(place)!r}: {name} cannot be read ({why})") from error
     except MemoryError as error:
         raise InputError(f"dataset = {name!r}: does not fit into memory") from error
     right = details.fingerprint in ("", data.fingerprint)
     allowed = f"{name} has fingerprint {data.fingerprint}, {details.fingerprint} expected"
-    require(right, "data", place, f"{allowed}; delete its files to fetch them again")
+    require(right, "data", str(place), f"{allowed}; delete its files to fetch them again")
     return data
 
 
-def _read(details: DatasetInfo, name: str, root: str | Path | None) -> Dataset:
-    place = data_root(root) / _PLACES.get(name, "")
-    if name in ("imagenet", "voc"):
-        return Dataset(details, *streams.find(details, place))
-    if name == "digits":
-        arrays = _digits()
-    elif name.startswith(FOLDER):
-        arrays = folders.read(folder_layout(name, root))
-    elif name == "cifar10_jpeg":
-        there = f"{name} needs {place.name} in it"
-        require(place.is_dir(), "data", str(place.parent), there)
-        arrays = folders.read(folder_layout(f"{FOLDER}{place}", root))
-    else:
-        arrays = _read_files(name, data_root(root), place)
-    train, test = (ImageSet(*map(torch.from_numpy, part)) for part in arrays)
-    if not details.mean:
-        mean, std = channel_statistics(train.images)
-        details = replace(details, mean=mean, std=std)
-    digest = hashlib.sha256()
-    for part in (train, test):
-        digest.update(repr(tuple(part.images.shape)).encode())
-        digest.update(part.images.numpy())
-        digest.update(part.labels.numpy())
-    return Dataset(details, train, test, digest.hexdigest())
+def split(train: ImageSet, validation: int) -> tuple[ImageSet, ImageSet]:
+    """Take the last `validation` images of a fixed permutation out of the training images.
 
-
-def split(
-    train: "ImageSet | streams.StreamSet", validation: int
-) -> tuple["ImageSet | streams.StreamSet", "ImageSet | streams.StreamSet"]:
-    """Training images without the last `validation` of a fixed permutation, and those.
-
-    The permutation depends on the number of images only, not on the seed of a run: all runs are
-    tuned on the same validation images, and a smaller validation set is part of a larger one.
+    The permutation depends on the number of images alone: all runs are tuned on the same
+    validation images, whatever their seed, and a smaller validation set is part of a larger one.
+    Returns the remaining training images and the validation images.
 
     Raises `InputError` unless 1 <= `validation` < len(train).
     """
@@ -154,16 +131,49 @@ def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, 
 
     A constant channel has the deviation 1, so that it can be divided by.
     """
-    values = np.arange(256) / 255
-    means, deviations = [], []
-    for channel in range(images.shape[3]):
+    values, means, deviations = np.arange(256) / 255, [], []
+    for channel in images.unbind(3):
         # counts of the 256 values: exact, and no float copy of all images
-        share = torch.bincount(images[..., channel].flatten(), minlength=256).numpy()
-        share = share / share.sum()
-        mean = float(share @ values)
-        means.append(mean)
-        deviations.append(float(np.sqrt(share @ (values - mean) ** 2)) or 1.0)
+        counts = torch.bincount(channel.flatten(), minlength=256).numpy()
+        share = counts / counts.sum()
+        means.append(float(share @ values))
+        deviations.append(float(np.sqrt(share @ (values - means[-1]) ** 2)) or 1.0)
     return tuple(means), tuple(deviations)
+
+
+def _read(details: DatasetInfo, name: str, root: str | Path | None) -> Dataset:
+    place = data_root(root) / _PLACES.get(name, "")
+    if name in ("imagenet", "voc"):
+        parts, digest = folders.find_streamed(details, place)
+        columns = [(list(part), list(part.values())) for part in parts]
+        sets = [ImageSet(_encoded(files), _encoded(labels), place) for files, labels in columns]
+        return Dataset(details, *sets, digest)
+    if name == "digits":
+        arrays = _digits()
+    elif name in _CLASSES:
+        arrays = _read_files(name, data_root(root), place)
+    else:
+        if name == "cifar10_jpeg":
+            there = f"{name} needs {place.name} in it"
+            require(place.is_dir(), "data", str(place.parent), there)
+        path = folder_path(name, root) if name.startswith(FOLDER) else place
+        shape = (details.height, details.width, details.channels)
+        arrays = folders.read(name, path, folders.list_images(name, path)[0], shape)
+    train, test = (ImageSet(*map(torch.from_numpy, part)) for part in arrays)
+    if not details.mean:
+        mean, std = channel_statistics(train.images)
+        details = replace(details, mean=mean, std=std)
+    digest = hashlib.sha256()
+    for part in (train, test):
+        digest.update(repr(tuple(part.images.shape)).encode())
+        digest.update(part.images.numpy())
+        digest.update(part.labels.numpy())
+    return Dataset(details, train, test, digest.hexdigest())
+
+
+def _encoded(values: list[int] | list[str]) -> np.ndarray:
+    array = np.array(values)
+    return array if array.dtype.kind == "i" else np.char.encode(array)
 
 
 def _digits() -> list[tuple[np.ndarray, np.ndarray]]:
@@ -190,19 +200,15 @@ def _read_files(name: str, root: Path, place: Path) -> list[tuple[np.ndarray, np
     if not folder.is_dir():
         _download(kind, name, root, place)
     if not name.startswith("cifar"):
-        arrays = [
-            [_idx(folder / f"{part}-{what}-ubyte") for what in ("images-idx3", "labels-idx1")]
-            for part in ("train", "t10k")
-        ]
+        files = [[f"{part}-images-idx3", f"{part}-labels-idx1"] for part in ("train", "t10k")]
+        arrays = [[_idx(folder / f"{file}-ubyte") for file in part] for part in files]
         return [(images[..., None], labels.astype(np.int64)) for images, labels in arrays]
     try:
         parts = [kind(place.parent, train=train) for train in (True, False)]
     except RuntimeError as error:  # a file is missing, or its md5 is not the known one
-        again = "delete it to download it again"
-        raise InputError(f"data = {str(place)!r}: {_one_line(error)}; {again}") from error
-    return [
-        (np.ascontiguousarray(part.data), np.array(part.targets, dtype=np.int64)) for part in parts
-    ]
+        why = f"{_one_line(error)}; delete it to download it again"
+        raise InputError(f"data = {str(place)!r}: {why}") from error
+    return [(np.ascontiguousarray(part.data), np.array(part.targets, np.int64)) for part in parts]
 
 
 def _idx(path: Path) -> np.ndarray:
@@ -222,8 +228,7 @@ def _idx(path: Path) -> np.ndarray:
 
 def _download(kind: type, name: str, root: Path, place: Path) -> None:
     """Fetch a set into a temporary folder below `root`, then move it to `place`: all or nothing."""
-    allowed = f"{name} needs it, and there is no such folder"
-    require(root.is_dir(), "data", str(root), allowed)
+    require(root.is_dir(), "data", str(root), f"{name} needs it, and there is no such folder")
     try:
         with tempfile.TemporaryDirectory(prefix=".download-", dir=root) as temporary:
             kind(temporary, download=True)
@@ -231,10 +236,8 @@ def _download(kind: type, name: str, root: Path, place: Path) -> None:
             if not place.is_dir():  # another process may have been faster
                 (Path(temporary) / place.relative_to(root)).replace(place)
     except Exception as error:  # no network, a mirror's answer, a full or read-only disk
-        raise InputError(
-            f"data = {str(root)!r}: {name} is not there and could not be downloaded "
-            f"({_one_line(error)})"
-        ) from error
+        why = f"{name} is not there and could not be downloaded ({_one_line(error)})"
+        raise InputError(f"data = {str(root)!r}: {why}") from error
 
 
 def _one_line(error: BaseException) -> str:
