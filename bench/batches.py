@@ -44,8 +44,7 @@ def photos(folder: Path, count: int, times: int) -> datasets.ImageSet:
         coarse = generator.integers(0, 256, (75, 100, 3), dtype=np.uint8)
         image = Image.fromarray(coarse).resize((500, 375), Image.Resampling.BICUBIC)
         image.save(folder / name, quality=90)
-    files = np.tile(np.array([name.encode() for name in names]), times)
-    return datasets.ImageSet(files, np.zeros(len(files), int), folder)
+    return datasets.ImageSet(np.tile(names, times), np.zeros(count * times, int), folder)
 
 
 def stream(images: datasets.ImageSet) -> None:
@@ -65,7 +64,7 @@ def bare(images: datasets.ImageSet) -> None:
     def work(first: int) -> None:
         torch.set_num_threads(1)
         for name in images.images[first::WORKERS]:
-            with Image.open(images.folder / name.decode()) as image:
+            with Image.open(images.folder / name) as image:
                 transforms(image.convert("RGB"))
 
     workers = [get_context("fork").Process(target=work, args=(i,)) for i in range(WORKERS)]

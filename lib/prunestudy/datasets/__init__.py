@@ -16,15 +16,8 @@ from typing import Any
 from prunestudy.datasets.catalogue import DatasetInfo, data_root, fingerprint, info, names
 
 # These need torch, which takes two seconds to import; planning does without them.
-_WITH_TORCH = {
-    "Batches": "batches",
-    "Dataset": "sources",
-    "ImageSet": "sources",
-    "Stream": "streams",
-    "batches_of": "streams",
-    "load": "sources",
-    "split": "sources",
-}
+_WITH_TORCH = dict.fromkeys(("Dataset", "ImageSet", "load", "split"), "sources")
+_WITH_TORCH |= {"Batches": "batches", "Stream": "streams", "batches_of": "streams"}
 __all__ = ["DatasetInfo", "data_root", "fingerprint", "info", "names"]
 
 

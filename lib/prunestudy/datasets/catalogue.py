@@ -109,10 +109,10 @@ def info(name: str, root: str | Path | None = None) -> DatasetInfo:
 
 
 def folder_path(name: str, root: str | Path | None) -> Path:
-    """Path of the image folder `folder:PATH`; `InputError` where PATH is empty."""
+    """Path of the image folder `folder:PATH`; `InputError` for an empty or undecodable PATH."""
     path = name.removeprefix(FOLDER)
-    allowed = "folder: is followed by the path of an image folder"
-    require(path.strip() != "", "dataset", name, allowed)
+    right = path.strip() != "" and path == path.encode(errors="ignore").decode()
+    require(right, "dataset", name, "folder: is followed by the path of an image folder, in UTF-8")
     return data_root(root) / _expanded(path)
 
 

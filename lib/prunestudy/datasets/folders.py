@@ -1,13 +1,13 @@
 """Images on disk: which there are, and whether every one can be read.
 
 Nothing is skipped silently: stray files, empty classes and unreadable images are refused by name.
-Only names that start with a dot are ignored. Each part of a set, training and test, is a dict from
-the name of an image's file, relative to the set's folder, to its label or its mask's file.
+Each part of a set, training and test, is a dict from the name of an image's file, relative to the
+set's folder, to its label or to the name of its mask.
 """
 
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -20,61 +20,47 @@ from prunestudy.errors import InputError, require
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
 UNLABELLED = 255  # in a mask
-_CHANNELS = {
-    **dict.fromkeys(("1", "L", "LA"), 1),
-    **dict.fromkeys(("RGB", "RGBA", "RGBX", "P", "PA", "CMYK", "YCbCr"), 3),
-}
+_GREY, _COLOUR = ("1", "L", "LA"), ("RGB", "RGBA", "RGBX", "P", "PA", "CMYK", "YCbCr")
 _NAMED_AT_MOST = 10
-_THREADS = 16  # which read files: most of the time goes into waiting for the disk
+_THREADS = 16  # they mostly wait for the disk
 
 
 def list_images(
     dataset: str, path: Path, splits: tuple[str, str] = ("train", "test")
 ) -> tuple[list[dict[str, int]], int, str]:
-    """Parts, number of classes and digest of an image folder, {splits}/<class>/<image>.
+    """Parts, number of classes and digest of `path`, which holds {splits}/<class>/<image>.
 
-    Images are sorted by class and name, labels count the sorted classes, the digest is of file
-    names and sizes. Raises `InputError` naming `dataset` for missing folders, for classes without
-    images in one of the `splits`, and for files that are not images.
+    Images are sorted by class and name, labels count the sorted classes, the digest covers the
+    names and sizes of the files. Names that start with a dot are ignored. Raises `InputError`
+    naming `dataset` for files that are not images, and for a class without images in a split.
     """
-    classes, strays, sizes = set(), [], {}
     try:
         for split in splits:
-            folder = path / split
-            require(folder.is_dir(), "dataset", dataset, f"there is no folder {folder}")
-            for entry in _visible(folder):
-                if not entry.is_dir():
-                    strays.append(f"{split}/{entry.name}")
-                    continue
-                classes.add(entry.name)
-                for file in _visible(entry.path):
-                    name = f"{split}/{entry.name}/{file.name}"
-                    if file.is_file() and name.lower().endswith(SUFFIXES):
-                        sizes[name] = file.stat().st_size
-                    else:
-                        strays.append(name)
+            there = f"there is no folder {path / split}"
+            require((path / split).is_dir(), "dataset", dataset, there)
+        folders = [folder for split in splits for folder in _visible(path / split)]
+        files = [file for folder in folders if folder.is_dir() for file in _visible(folder)]
+        found = [file for file in files if file.suffix.lower() in SUFFIXES and file.is_file()]
+        sizes = {_name(file, 3): file.stat().st_size for file in found}
+        strays = {_name(folder, 2) for folder in folders if not folder.is_dir()}
+        strays |= {_name(file, 3) for file in files} - {*sizes}
         kinds = f"not {', '.join(SUFFIXES)} in a class's folder"
         require(not strays, "dataset", dataset, f"{kinds}: {_some(sorted(strays))}")
-        lines = sorted(f"{name} {size}\n" for name, size in sizes.items())
-        dataset.encode()
-        digest = hashlib.sha256("".join(lines).encode()).hexdigest()
     except OSError as error:
         raise InputError(f"dataset = {dataset!r}: {path} cannot be read ({error})") from error
-    except UnicodeEncodeError as error:
-        name = error.object[: error.end].rpartition("\n")[2]
-        raise InputError(f"dataset = {dataset!r}: not a name in UTF-8: {name}") from error
+    classes = sorted({folder.name for folder in folders})
     none = f"{path}/{splits[0]} has no sub-folders, one per class"
     require(bool(classes), "dataset", dataset, none)
-    labels = {name: label for label, name in enumerate(sorted(classes))}
-    parts: dict[str, dict[str, int]] = {split: {} for split in splits}
-    empty = {f"{split}/{name}": None for name in labels for split in splits}
-    for name in sorted(sizes, key=lambda name: name.split("/")):
-        split, class_name, _ = name.split("/")
-        parts[split][name] = labels[class_name]
-        empty.pop(f"{split}/{class_name}", None)
+    filled = {name.rpartition("/")[0] for name in sizes}
+    empty = [f"{s}/{c}" for c in classes for s in splits if f"{s}/{c}" not in filled]
     each = f"every class has images in {splits[0]} and in {splits[1]}"
     require(not empty, "dataset", dataset, f"no images in {_some(empty)}; {each}")
-    return list(parts.values()), len(labels), digest
+    lines = sorted(f"{name} {size}\n" for name, size in sizes.items())
+    digest = hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()
+    labels = {name: label for label, name in enumerate(classes)}
+    order = sorted(name.split("/") for name in sizes)
+    parts = [{"/".join(at): labels[at[1]] for at in order if at[0] == split} for split in splits]
+    return parts, len(classes), digest
 
 
 def size_of(dataset: str, path: Path) -> tuple[int, int, int]:
@@ -87,7 +73,7 @@ def size_of(dataset: str, path: Path) -> tuple[int, int, int]:
 
 
 def read(
-    dataset: str, path: Path, parts: Sequence[dict[str, int]], shape: tuple[int, int, int]
+    dataset: str, path: Path, parts: list[dict[str, int]], shape: tuple[int, int, int]
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Images (N, H, W, C) uint8 and labels (N,) int64 of each part; transparency is dropped.
 
@@ -100,14 +86,14 @@ def read(
         for row, name in enumerate(part):
             try:
                 with Image.open(path / name) as image:
-                    found, colour = (image.height, image.width), _channels(image) > channels
+                    size, colour = f"{image.height}x{image.width}", _channels(image) > channels
                     pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
             except Exception:  # Pillow's decoders raise many kinds
                 broken.append(name)
                 continue
-            size = f"{height}x{width} (height x width) expected, the size of the first image"
-            named = f"{name} is {found[0]}x{found[1]} pixels"
-            require(found == (height, width), "dataset", dataset, f"{named}, {size}")
+            allowed = f"{height}x{width} (height x width) expected, the size of the first image"
+            right = size == f"{height}x{width}"
+            require(right, "dataset", dataset, f"{name} is {size} pixels, {allowed}")
             allowed = f"{name} is in colour, grey expected as in the first image"
             require(not colour, "dataset", dataset, allowed)
             images[row] = pixels.reshape(shape)
@@ -116,39 +102,36 @@ def read(
     return arrays
 
 
-def find_streamed(
-    details: Any, folder: Path
-) -> tuple[list[dict[str, int]] | list[dict[str, str]], str]:
-    """Parts and digest of ImageNet or Pascal VOC (`details`: its `DatasetInfo`), all files opened.
+def find_streamed(details: Any, folder: Path) -> tuple[list[dict[str, Any]], str]:
+    """Parts and digest of ImageNet or Pascal VOC (`details`: its `DatasetInfo`), every file seen.
 
-    Raises `InputError` for a missing folder, class or file, another number of classes or images,
-    unreadable images, and masks with other labels or of another size than their image.
+    Raises `InputError` for missing folders, classes and files, another number of classes or images,
+    unreadable images, and masks that have other labels or another size than their image.
     """
-    name, classes = details.name, details.num_classes
-    require(folder.is_dir(), "data", str(folder), f"{name} needs this folder")
+    dataset, classes = details.name, details.num_classes
+    require(folder.is_dir(), "data", str(folder), f"{dataset} needs this folder")
     if details.masks:
         parts, digest = _list_voc(folder)
     else:
-        parts, found, digest = list_images(name, folder, ("train", "val"))
+        parts, found, digest = list_images(dataset, folder, ("train", "val"))
         allowed = f"{found} classes in train and val, {classes} expected"
         require(found == classes, "data", str(folder), allowed)
     wanted = {"training": details.train_images, "test": details.test_images}
     for part, (kind, count) in zip(parts, wanted.items(), strict=True):
         allowed = f"{len(part)} {kind} images, {count} expected"
         require(len(part) == count, "data", str(folder), allowed)
-    images = [image for part in parts for image in part]
-    masks = [part[image] for part in parts for image in part] if details.masks else []
+    masks = {image: mask for part in parts for image, mask in part.items() if details.masks}
+    files = [*(image for part in parts for image in part), *masks.values()]
     with ThreadPool(_THREADS) as pool:
-        seen = pool.map(partial(_look, folder, 0), images)
-        seen_masks = pool.map(partial(_look, folder, classes), masks)
-    looked = zip([*images, *masks], [*seen, *seen_masks], strict=True)
-    _refuse_broken(name, [file for file, what in looked if what is None])
-    for image, (size, _), (own, strange) in zip(images, seen, seen_masks, strict=bool(masks)):
-        mask = f"the mask of {image}"
-        allowed = f"{mask} is {own} pixels, {size} expected as the image"
-        require(own == size, "dataset", name, allowed)
-        allowed = f"{mask} has labels {strange}, 0..{classes - 1} or {UNLABELLED} expected"
-        require(not strange, "dataset", name, allowed)
+        seen = dict(zip(files, pool.map(partial(_look, folder), files), strict=True))
+    _refuse_broken(dataset, [file for file in files if not seen[file]])
+    for image, mask in masks.items():
+        (size, _), (own, labels) = seen[image], seen[mask]
+        allowed = f"the mask of {image} is {own} pixels, {size} expected as the image"
+        require(own == size, "dataset", dataset, allowed)
+        strange = labels - {*range(classes), UNLABELLED}
+        allowed = f"labels {_some(strange)}, 0..{classes - 1} or {UNLABELLED} expected"
+        require(not strange, "dataset", dataset, f"the mask of {image} has {allowed}")
     return parts, digest
 
 
@@ -159,62 +142,57 @@ def _list_voc(folder: Path) -> tuple[list[dict[str, str]], str]:
             names = (folder / f"ImageSets/Segmentation/{split}.txt").read_text().split()
         except (OSError, ValueError) as error:  # it may not be text
             raise InputError(f"data = {str(folder)!r}: no list of images ({error})") from error
-        part = {f"JPEGImages/{name}.jpg": f"SegmentationClass/{name}.png" for name in names}
-        files = sorted([*part, *part.values()])
+        parts.append({f"JPEGImages/{name}.jpg": f"SegmentationClass/{name}.png" for name in names})
+        files = sorted([*parts[-1], *parts[-1].values()])
         absent = [file for file in files if not (folder / file).is_file()]
         many = f"{len(absent)} files are missing: {_some(absent)}"
         require(not absent, "data", str(folder), many)
         for file in files:
             digest.update(f"{split} {file} {(folder / file).stat().st_size}\n".encode())
-        parts.append(part)
     return parts, digest.hexdigest()
 
 
-def _look(folder: Path, classes: int, name: str) -> tuple[str, str] | None:
-    """Size of an image, and of a mask the first label that is none of the `classes`.
+def _look(folder: Path, name: str) -> tuple[str, frozenset] | None:
+    """Size and labels of an image, read as a mask; None for a file that cannot be read.
 
-    None for a file that cannot be read. A JPEG file that ends as it should is not decoded.
+    A JPEG file that ends as it should is not decoded, and gives no labels.
     """
     try:
-        with Image.open(folder / name) as image:
+        with Image.open(folder / name) as image, (folder / name).open("rb") as file:
             _channels(image)
-            if image.format != "JPEG" or not _ends_as_jpeg(folder / name):
-                image.load()
-            size = f"{image.height}x{image.width}"
-            if classes and image.mode not in ("P", "L"):
-                return size, f"of mode {image.mode}"
-            labels = np.unique(np.asarray(image)) if classes else np.array([])
-            strange = labels[(labels >= classes) & (labels != UNLABELLED)]
-            return size, str(strange[0]) if len(strange) else ""
+            file.seek(-2, os.SEEK_END)
+            size, labels = f"{image.height}x{image.width}", frozenset()
+            if image.format != "JPEG" or file.read() != b"\xff\xd9":
+                values = np.unique(np.asarray(image)).tolist()
+                labels = frozenset(
+                    values if image.mode in ("P", "L") else [f"of mode {image.mode}"]
+                )
+            return size, labels
     except Exception:  # Pillow's decoders raise many kinds
         return None
 
 
-def _ends_as_jpeg(path: Path) -> bool:
-    with path.open("rb") as file:
-        file.seek(-2, os.SEEK_END)
-        return file.read() == b"\xff\xd9"
-
-
-def _refuse_broken(dataset: str, broken: Sequence[str]) -> None:
+def _refuse_broken(dataset: str, broken: list[str]) -> None:
     count = f"{len(broken)} image{'s' * (len(broken) > 1)} cannot be read"
     require(not broken, "dataset", dataset, f"{count}: {_some(broken)}")
 
 
-def _some(items: Iterable[str]) -> str:
+def _some(items: Iterable[Any]) -> str:
     """The first few items, and how many more there are."""
-    items = list(items)
-    rest = len(items) - _NAMED_AT_MOST
-    return ", ".join(items[:_NAMED_AT_MOST]) + (f" and {rest} more" if rest > 0 else "")
+    names = [str(item) for item in items]
+    rest = len(names) - _NAMED_AT_MOST
+    return ", ".join(names[:_NAMED_AT_MOST]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _channels(image: Image.Image) -> int:
-    if image.mode not in _CHANNELS:
+    if image.mode not in _GREY + _COLOUR:
         raise ValueError(f"mode {image.mode} is not 8 bits a channel")
-    return _CHANNELS[image.mode]
+    return 1 if image.mode in _GREY else 3
 
 
-def _visible(folder: str | Path) -> list[os.DirEntry]:
-    # scandir: one call to the system per file, where Path.iterdir needs two
-    with os.scandir(folder) as entries:
-        return [entry for entry in entries if not entry.name.startswith(".")]
+def _visible(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if not path.name.startswith(".")]
+
+
+def _name(path: Path, parts: int) -> str:
+    return "/".join(path.parts[-parts:])

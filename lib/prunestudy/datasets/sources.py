@@ -6,7 +6,6 @@ What is read is verified by its fingerprint where that is known, CIFAR's files b
 import gzip
 import hashlib
 import tempfile
-import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,17 +27,16 @@ _PLACES = {
     "imagenet": "imagenet",
     "voc": "VOCdevkit/VOC2012",
 }
-# torchvision's classes.
+# Sets that torchvision downloads, by its class.
 _CLASSES = {
     "mnist": "MNIST",
     "fashion_mnist": "FashionMNIST",
     "cifar10": "CIFAR10",
     "cifar100": "CIFAR100",
 }
-# Where Debian's package dataset-fashion-mnist puts the files.
+# Of Debian's package dataset-fashion-mnist, packed.
 _SYSTEM_FOLDERS = {"fashion_mnist": Path("/usr/share/datasets/fashion-mnist")}
-_DIGITS_SEED = 0
-_VALIDATION_SEED = 0
+_DIGITS_SEED = _VALIDATION_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -46,8 +44,8 @@ class ImageSet:
     """Images and their labels, in memory or on disk.
 
     In memory: `images` (N, H, W, C) uint8 and `labels` (N,) int64. On disk: `images` (N,) are names
-    of files below `folder`, `labels` (N,) are numbers or, for masks, names too; all are numpy
-    arrays, names as bytes, because lists of strings would be copied into every worker.
+    of files below `folder`, and `labels` (N,) numbers or names of masks; both are numpy arrays,
+    because lists would be copied into every worker.
     """
 
     images: Tensor | np.ndarray
@@ -82,10 +80,8 @@ def load(name: str, root: str | Path | None = None) -> Dataset:
     - `digits`: scikit-learn's 8x8 images, their values 0..16 stretched to 0..255. It has no
       official split; ours tests on every fifth image of each class in a fixed random order (1,437
       and 360 images). Both parts share their writers.
-    - `mnist`, `fashion_mnist`: the four idx files, plain or .gz, in `<root>/MNIST/raw`,
-      `<root>/FashionMNIST/raw` or Debian's folder; else torchvision downloads them.
-    - `cifar10`, `cifar100`: the files of the Python version, in `<root>/cifar-10-batches-py` and
-      `<root>/cifar-100-python`; downloaded likewise.
+    - `mnist`, `fashion_mnist`, `cifar10`, `cifar100`: where torchvision has them below `<root>`,
+      Fashion-MNIST also in the folder of Debian's package; torchvision downloads what is missing.
     - `cifar10_jpeg`: a copy of CIFAR-10 as JPEG files, an image folder `<root>/cifar10-jpeg`.
     - `imagenet`: `<root>/imagenet/{train,val}/<class>/*.JPEG`; `voc`: `<root>/VOCdevkit/VOC2012`
       with class masks, trained on `train` and tested on `val`. Both stay on disk.
@@ -134,8 +130,7 @@ def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, 
     values, means, deviations = np.arange(256) / 255, [], []
     for channel in images.unbind(3):
         # counts of the 256 values: exact, and no float copy of all images
-        counts = torch.bincount(channel.flatten(), minlength=256).numpy()
-        share = counts / counts.sum()
+        share = torch.bincount(channel.flatten(), minlength=256).numpy() / channel.numel()
         means.append(float(share @ values))
         deviations.append(float(np.sqrt(share @ (values - means[-1]) ** 2)) or 1.0)
     return tuple(means), tuple(deviations)
@@ -145,9 +140,8 @@ def _read(details: DatasetInfo, name: str, root: str | Path | None) -> Dataset:
     place = data_root(root) / _PLACES.get(name, "")
     if name in ("imagenet", "voc"):
         parts, digest = folders.find_streamed(details, place)
-        columns = [(list(part), list(part.values())) for part in parts]
-        sets = [ImageSet(_encoded(files), _encoded(labels), place) for files, labels in columns]
-        return Dataset(details, *sets, digest)
+        columns = [map(np.array, (list(part), list(part.values()))) for part in parts]
+        return Dataset(details, *(ImageSet(*column, place) for column in columns), digest)
     if name == "digits":
         arrays = _digits()
     elif name in _CLASSES:
@@ -159,7 +153,7 @@ def _read(details: DatasetInfo, name: str, root: str | Path | None) -> Dataset:
         path = folder_path(name, root) if name.startswith(FOLDER) else place
         shape = (details.height, details.width, details.channels)
         arrays = folders.read(name, path, folders.list_images(name, path)[0], shape)
-    train, test = (ImageSet(*map(torch.from_numpy, part)) for part in arrays)
+    train, test = (ImageSet(*map(torch.as_tensor, part)) for part in arrays)
     if not details.mean:
         mean, std = channel_statistics(train.images)
         details = replace(details, mean=mean, std=std)
@@ -169,11 +163,6 @@ def _read(details: DatasetInfo, name: str, root: str | Path | None) -> Dataset:
         digest.update(part.images.numpy())
         digest.update(part.labels.numpy())
     return Dataset(details, train, test, digest.hexdigest())
-
-
-def _encoded(values: list[int] | list[str]) -> np.ndarray:
-    array = np.array(values)
-    return array if array.dtype.kind == "i" else np.char.encode(array)
 
 
 def _digits() -> list[tuple[np.ndarray, np.ndarray]]:
@@ -190,54 +179,31 @@ def _digits() -> list[tuple[np.ndarray, np.ndarray]]:
     return [(images[part], labels[part]) for part in (~test, test)]
 
 
-def _read_files(name: str, root: Path, place: Path) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Images and labels of both parts of a set of torchvision's, downloaded first where needed."""
+def _read_files(name: str, root: Path, place: Path) -> list[tuple[Tensor, Tensor]]:
+    """Images and labels of both parts of a set of torchvision's, which downloads what is missing.
+
+    torchvision verifies the checksums of what it downloads, and of CIFAR's files at every start.
+    """
     import torchvision.datasets
 
-    kind = getattr(torchvision.datasets, _CLASSES[name])
-    system = _SYSTEM_FOLDERS.get(name, place)
-    folder = system if system.is_dir() and not place.is_dir() else place
-    if not folder.is_dir():
-        _download(kind, name, root, place)
-    if not name.startswith("cifar"):
-        files = [[f"{part}-images-idx3", f"{part}-labels-idx1"] for part in ("train", "t10k")]
-        arrays = [[_idx(folder / f"{file}-ubyte") for file in part] for part in files]
-        return [(images[..., None], labels.astype(np.int64)) for images, labels in arrays]
-    try:
-        parts = [kind(place.parent, train=train) for train in (True, False)]
-    except RuntimeError as error:  # a file is missing, or its md5 is not the known one
-        why = f"{_one_line(error)}; delete it to download it again"
-        raise InputError(f"data = {str(place)!r}: {why}") from error
-    return [(np.ascontiguousarray(part.data), np.array(part.targets, np.int64)) for part in parts]
-
-
-def _idx(path: Path) -> np.ndarray:
-    """The uint8 array of an idx file: 0, 0, type, dimensions; big-endian sizes; the values."""
-    path = path if path.is_file() else path.with_name(f"{path.name}.gz")
-    try:
-        data = path.read_bytes()
-        if path.suffix == ".gz":
-            data = gzip.decompress(data)
-        shape = np.frombuffer(data, dtype=">i4", count=data[3], offset=4)
-        values = np.frombuffer(data, dtype=np.uint8, offset=4 + 4 * data[3])
-        return values.reshape(shape).copy()  # a copy: bytes are not writable
-    except (OSError, EOFError, zlib.error, ValueError, IndexError) as error:
-        why = f"cannot be read ({_one_line(error)}); delete {path.parent} to download it again"
-        raise InputError(f"data = {str(path)!r}: {why}") from error
-
-
-def _download(kind: type, name: str, root: Path, place: Path) -> None:
-    """Fetch a set into a temporary folder below `root`, then move it to `place`: all or nothing."""
-    require(root.is_dir(), "data", str(root), f"{name} needs it, and there is no such folder")
-    try:
-        with tempfile.TemporaryDirectory(prefix=".download-", dir=root) as temporary:
-            kind(temporary, download=True)
-            place.parent.mkdir(exist_ok=True)
-            if not place.is_dir():  # another process may have been faster
-                (Path(temporary) / place.relative_to(root)).replace(place)
-    except Exception as error:  # no network, a mirror's answer, a full or read-only disk
-        why = f"{name} is not there and could not be downloaded ({_one_line(error)})"
-        raise InputError(f"data = {str(root)!r}: {why}") from error
+    kind, system = getattr(torchvision.datasets, _CLASSES[name]), _SYSTEM_FOLDERS.get(name, place)
+    with tempfile.TemporaryDirectory() as temporary:
+        if system.is_dir() and not place.is_dir():
+            raw = Path(temporary, _PLACES[name])
+            raw.mkdir(parents=True)
+            for file in system.glob("*.gz"):
+                (raw / file.stem).write_bytes(gzip.decompress(file.read_bytes()))
+            root = Path(temporary)
+        require(root.is_dir(), "data", str(root), f"{name} needs it, and there is no such folder")
+        try:
+            parts = [kind(root, train=train, download=True) for train in (True, False)]
+        except Exception as error:  # no network, a full disk, a damaged file
+            why = f"{name} cannot be read or downloaded ({_one_line(error)})"
+            again = f"delete {place} to download it again"
+            raise InputError(f"data = {str(root)!r}: {why}; {again}") from error
+    images = [torch.as_tensor(np.ascontiguousarray(part.data)) for part in parts]
+    images = [pixels.view(*pixels.shape[:3], -1) for pixels in images]
+    return list(zip(images, (torch.as_tensor(part.targets) for part in parts), strict=True))
 
 
 def _one_line(error: BaseException) -> str:

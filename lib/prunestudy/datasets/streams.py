@@ -91,14 +91,8 @@ class Stream(Batches):
         for batch in loader:
             if isinstance(batch, InputError):
                 raise batch
-            pixels, labels = map(self._moved, batch)
+            pixels, labels = (torch.from_numpy(part).to(self.device) for part in batch)
             yield self._normalise(pixels), labels.long()
-
-    def _moved(self, array: np.ndarray) -> Tensor:
-        values = torch.from_numpy(array)
-        if self.device.type != "cuda":
-            return values.to(self.device)
-        return values.pin_memory().to(self.device, non_blocking=True)
 
 
 class _Decoded(torch.utils.data.Dataset):
@@ -116,7 +110,7 @@ class _Decoded(torch.utils.data.Dataset):
         label = self.images.labels[index]
         try:
             image = self._open(self.images.images[index]).convert("RGB")
-            target = tv_tensors.Mask(self._open(label)) if isinstance(label, bytes) else label
+            target = tv_tensors.Mask(self._open(label)) if isinstance(label, str) else label
         except InputError as error:
             return error
         with torch.random.fork_rng(devices=[]):
@@ -125,19 +119,18 @@ class _Decoded(torch.utils.data.Dataset):
         masked = isinstance(target, Tensor)
         return np.asarray(image), target[0].numpy() if masked else target
 
-    def _open(self, name: bytes) -> Image.Image:
-        file = name.decode()
+    def _open(self, name: str) -> Image.Image:
         try:
-            with Image.open(self.images.folder / file) as image:
+            with Image.open(self.images.folder / name) as image:
                 image.load()
                 return image
         except Exception as error:  # Pillow's decoders raise many kinds
-            why = f"1 image cannot be read: {file}"
+            why = f"1 image cannot be read: {name}"
             raise InputError(f"dataset = {self.dataset!r}: {why}") from error
 
 
 def _stacked(items: list) -> list[np.ndarray] | InputError:
-    """Arrays of numpy: workers would send torch's tensors through shared memory, often too small."""
+    """Numpy's arrays: tensors would need shared memory, of which containers have little."""
     errors = [item for item in items if isinstance(item, InputError)]
     return errors[0] if errors else [np.stack(part) for part in zip(*items, strict=True)]
 
