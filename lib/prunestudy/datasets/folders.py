@@ -38,14 +38,16 @@ def list_images(
         for split in splits:
             there = f"there is no folder {path / split}"
             require((path / split).is_dir(), "dataset", dataset, there)
-        folders = [folder for split in splits for folder in _visible(path / split)]
-        files = [file for folder in folders if folder.is_dir() for file in _visible(folder)]
-        found = [file for file in files if file.suffix.lower() in SUFFIXES and file.is_file()]
-        sizes = {_name(file, 3): file.stat().st_size for file in found}
-        strays = {_name(folder, 2) for folder in folders if not folder.is_dir()}
-        strays |= {_name(file, 3) for file in files} - {*sizes}
+        folders = [entry for split in splits for entry in _visible(path / split)]
+        entries = [entry for folder in folders if folder.is_dir() for entry in _visible(folder)]
+        files = [
+            file for file in entries if file.is_file() and file.name.lower().endswith(SUFFIXES)
+        ]
+        strays = {*(folder for folder in folders if not folder.is_dir()), *entries} - {*files}
+        named = sorted(stray.path.removeprefix(f"{path}/") for stray in strays)
         kinds = f"not {', '.join(SUFFIXES)} in a class's folder"
-        require(not strays, "dataset", dataset, f"{kinds}: {_some(sorted(strays))}")
+        require(not strays, "dataset", dataset, f"{kinds}: {_some(named)}")
+        sizes = {file.path.removeprefix(f"{path}/"): file.stat().st_size for file in files}
     except OSError as error:
         raise InputError(f"dataset = {dataset!r}: {path} cannot be read ({error})") from error
     classes = sorted({folder.name for folder in folders})
@@ -190,9 +192,6 @@ def _channels(image: Image.Image) -> int:
     return 1 if image.mode in _GREY else 3
 
 
-def _visible(folder: Path) -> list[Path]:
-    return [path for path in folder.iterdir() if not path.name.startswith(".")]
-
-
-def _name(path: Path, parts: int) -> str:
-    return "/".join(path.parts[-parts:])
+def _visible(folder: Path | os.DirEntry) -> list[os.DirEntry]:
+    with os.scandir(folder) as entries:  # three times as fast as Path.iterdir
+        return [entry for entry in entries if not entry.name.startswith(".")]
