@@ -10,11 +10,10 @@ import torch
 from conftest import one_line, small_imagenet, small_voc
 from PIL import Image
 
-from prunestudy import datasets, methods, models
+from prunestudy import datasets
 from prunestudy.datasets import ImageSet, Stream, batches_of, streams
 from prunestudy.errors import InputError
 from prunestudy.study.settings import own_settings
-from prunestudy.train import Recipe, train
 
 
 @pytest.fixture
@@ -183,44 +182,6 @@ def test_bad_options_of_a_stream(imagenet, options, message):
         next(stream(data, workers=0).epoch(0, start=4))
     with pytest.raises(InputError, match="batch_size = 0"):
         next(stream(data, workers=0).ordered(0))
-
-
-class KilledError(Exception):
-    pass
-
-
-def broken_off(batches, step):
-    """`batches` that end before step `step` of an epoch."""
-    whole = batches.epoch
-
-    def epoch(number, start=0):
-        for at, batch in enumerate(whole(number, start), start):
-            if at == step:
-                raise KilledError
-            yield batch
-
-    batches.epoch = epoch
-    return batches
-
-
-def test_a_training_goes_on_inside_an_epoch(imagenet, tmp_path):
-    data = datasets.load("imagenet", imagenet)
-
-    def fit(batches, **options):
-        torch.manual_seed(0)
-        net = models.build("lenet300", (3, 32, 32), 3)
-        looked_at = stream(data, 6, "test", workers=0)
-        recipe = Recipe(epochs=2, lr=0.01)
-        return train(net, methods.build("dense", {}), recipe, batches, looked_at, seed=1, **options)
-
-    straight = fit(stream(data, flip=True, workers=0))
-    options = {"checkpoint": tmp_path / "checkpoint", "checkpoint_seconds": 0.0, "run": "r"}
-    with pytest.raises(KilledError):
-        fit(broken_off(stream(data, flip=True, workers=1), 2), **options)
-    resumed = fit(stream(data, flip=True, workers=2), **options)
-    assert resumed.history == straight.history
-    for a, b in zip(resumed.model.parameters(), straight.model.parameters(), strict=True):
-        assert torch.equal(a, b)
 
 
 # --- what is refused before a training

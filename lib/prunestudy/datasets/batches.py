@@ -23,8 +23,8 @@ class Batches:
     RandomCrop(size, padding=shift)). `flip`: each is mirrored left to right with probability 1/2.
     The images are copied to `device` once, as uint8.
 
-    Raises `InputError` if `batch_size` is below 1 or above the number of images, if `shift` is
-    negative or not below the image's size, and if the images are not as `info` says.
+    Raises `InputError` unless 1 <= `batch_size` <= number of images, 0 <= `shift` < the image's
+    size, and the images are as `info` says.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Batches:
     def ordered(self, batch_size: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """All images once, in order, not augmented, as `epoch` gives them; the last batch is short.
 
-        Raises `InputError` if `batch_size` (by default that of the training) is below 1.
+        `batch_size` is that of the training unless given. Raises `InputError` if it is below 1.
         """
         size = self.batch_size if batch_size is None else batch_size
         require_whole("batch_size", size, 1)
@@ -130,7 +130,8 @@ class Batches:
         for batch in at:
             steps = direction[batch].view(-1, 1, 1) * self._columns
             index = (first[batch].view(-1, 1, 1) + self._rows) + steps
-            yield self._normalise(self._pixels[index.view(-1)]), self.labels[order[batch]]
+            pixels = self._pixels.index_select(0, index.view(-1))
+            yield self._normalise(pixels), self.labels[order[batch]]
 
     def _normalise(self, pixels: Tensor) -> Tensor:
         """Pixels of whole images in order (B, H, W, C), in any shape, to (B, C, H, W) float32."""

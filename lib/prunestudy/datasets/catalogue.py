@@ -66,12 +66,10 @@ _FINGERPRINTS = {
 }
 
 
-def _known(name: str) -> DatasetInfo:
-    facts = (*_SIZES[name], *_STATISTICS.get(name, _PRETRAINED))
-    return DatasetInfo(name, *facts, name == "voc", _FINGERPRINTS.get(name, ""))
-
-
-_KNOWN = {name: _known(name) for name in _SIZES}
+_KNOWN = {}
+for _name, _sizes in _SIZES.items():
+    _facts = (*_sizes, *_STATISTICS.get(_name, _PRETRAINED), _name == "voc")
+    _KNOWN[_name] = DatasetInfo(_name, *_facts, _FINGERPRINTS.get(_name, ""))
 
 
 def names() -> tuple[str, ...]:
@@ -80,21 +78,16 @@ def names() -> tuple[str, ...]:
 
 
 def data_root(root: str | Path | None = None) -> Path:
-    """Folder of the data sets: `root`, else `PRUNESTUDY_DATA`, else the study's `data/`.
-
-    It need not exist.
-    """
+    """Folder of the data sets: `root`, else `PRUNESTUDY_DATA`, else the study's `data/`."""
     return _expanded(root or os.environ.get("PRUNESTUDY_DATA") or home() / "data")
 
 
 def info(name: str, root: str | Path | None = None) -> DatasetInfo:
-    """Facts about the data set `name`, one of `names()` or `folder:PATH`.
+    """Facts about the data set `name`, one of `names()` (read nowhere) or `folder:PATH`.
 
-    Nothing is read for one of `names()`. PATH is absolute or below the data root and holds images
-    as {train,test}/<class>/<image>: they are listed, and the first one gives the size. The version
-    of a folder is a digest of its file names and sizes, its name the last part of PATH.
-
-    Raises `InputError` for an unknown name, and for a folder with another layout.
+    PATH is absolute or below the data root and holds images as {train,test}/<class>/<image>: they
+    are listed, and the first one gives the size. A folder's version is a digest of its file names
+    and sizes, its name the last part of PATH. Raises `InputError` for another layout or name.
     """
     allowed = f"allowed are {', '.join(names())}, folder:PATH"
     require(isinstance(name, str), "dataset", name, allowed)

@@ -144,13 +144,14 @@ def _list_voc(folder: Path) -> tuple[list[dict[str, str]], str]:
             names = (folder / f"ImageSets/Segmentation/{split}.txt").read_text().split()
         except (OSError, ValueError) as error:  # it may not be text
             raise InputError(f"data = {str(folder)!r}: no list of images ({error})") from error
-        parts.append({f"JPEGImages/{name}.jpg": f"SegmentationClass/{name}.png" for name in names})
-        files = sorted([*parts[-1], *parts[-1].values()])
-        absent = [file for file in files if not (folder / file).is_file()]
-        many = f"{len(absent)} files are missing: {_some(absent)}"
-        require(not absent, "data", str(folder), many)
-        for file in files:
-            digest.update(f"{split} {file} {(folder / file).stat().st_size}\n".encode())
+        part = {f"JPEGImages/{name}.jpg": f"SegmentationClass/{name}.png" for name in names}
+        files = {file: folder / file for file in sorted([*part, *part.values()])}
+        absent = [file for file, path in files.items() if not path.is_file()]
+        missing = f"{len(absent)} files are missing: {_some(absent)}"
+        require(not absent, "data", str(folder), missing)
+        lines = [f"{split} {file} {path.stat().st_size}\n" for file, path in files.items()]
+        digest.update("".join(lines).encode())
+        parts.append(part)
     return parts, digest.hexdigest()
 
 

@@ -64,8 +64,7 @@ class ImageSet:
 class Dataset:
     """A data set.
 
-    `fingerprint` is the sha256 of all images and labels, of a set on disk that of the names and
-    sizes of its files.
+    `fingerprint`: sha256 of all images and labels; on disk, of the names and sizes of the files.
     """
 
     info: DatasetInfo
@@ -77,9 +76,9 @@ class Dataset:
 def load(name: str, root: str | Path | None = None) -> Dataset:
     """Read the data set `name`, one of `names()` or `folder:PATH`, from below the data root.
 
-    - `digits`: scikit-learn's 8x8 images, their values 0..16 stretched to 0..255. It has no
-      official split; ours tests on every fifth image of each class in a fixed random order (1,437
-      and 360 images). Both parts share their writers.
+    - `digits`: scikit-learn's 8x8 images, their values 0..16 stretched to 0..255. The split is
+      ours: every fifth image of a class, in a fixed random order, is a test image. The two parts
+      share their writers.
     - `mnist`, `fashion_mnist`, `cifar10`, `cifar100`: where torchvision has them below `<root>`,
       Fashion-MNIST also in the folder of Debian's package; torchvision downloads what is missing.
     - `cifar10_jpeg`: a copy of CIFAR-10 as JPEG files, an image folder `<root>/cifar10-jpeg`.
@@ -87,9 +86,8 @@ def load(name: str, root: str | Path | None = None) -> Dataset:
       with class masks, trained on `train` and tested on `val`. Both stay on disk.
     - `folder:PATH`: see `info`; `mean` and `std` are computed here.
 
-    Raises `InputError` for an unknown name, files that are missing and cannot be downloaded,
-    damaged or changed files, sets that do not fit into memory, and folders whose images cannot be
-    read or differ in size.
+    Raises `InputError` for an unknown name, for missing, damaged or changed files, for images that
+    cannot be read or differ in size, and for sets that do not fit into memory.
     """
     details, place = info(name, root), data_root(root)
     try:
@@ -110,12 +108,11 @@ def split(train: ImageSet, validation: int) -> tuple[ImageSet, ImageSet]:
 
     The permutation depends on the number of images alone: all runs are tuned on the same
     validation images, whatever their seed, and a smaller validation set is part of a larger one.
-    Returns the remaining training images and the validation images.
-
-    Raises `InputError` unless 1 <= `validation` < len(train).
+    Returns the remaining training images and the validation images. Raises `InputError` unless
+    1 <= `validation` < len(train).
     """
-    allowed = f"a number of images from 1 to {len(train) - 1}"
     right = type(validation) is int and 1 <= validation < len(train)
+    allowed = f"a number of images from 1 to {len(train) - 1}"
     require(right, "validation", validation, allowed)
     generator = torch.Generator().manual_seed(_VALIDATION_SEED)
     order = torch.randperm(len(train), generator=generator)
@@ -123,10 +120,7 @@ def split(train: ImageSet, validation: int) -> tuple[ImageSet, ImageSet]:
 
 
 def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel, in pixels of 0..1, of images (N, H, W, C) uint8.
-
-    A constant channel has the deviation 1, so that it can be divided by.
-    """
+    """Mean and std per channel, in 0..1, of images (N, H, W, C) uint8; 1 for a std of 0."""
     values, means, deviations = np.arange(256) / 255, [], []
     for channel in images.unbind(3):
         # counts of the 256 values: exact, and no float copy of all images
@@ -180,10 +174,7 @@ def _digits() -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def _read_files(name: str, root: Path, place: Path) -> list[tuple[Tensor, Tensor]]:
-    """Images and labels of both parts of a set of torchvision's, which downloads what is missing.
-
-    torchvision verifies the checksums of what it downloads, and of CIFAR's files at every start.
-    """
+    """Images and labels of both parts of a set that torchvision reads, and downloads if missing."""
     import torchvision.datasets
 
     kind, system = getattr(torchvision.datasets, _CLASSES[name]), _SYSTEM_FOLDERS.get(name, place)

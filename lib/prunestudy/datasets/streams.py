@@ -1,9 +1,8 @@
 """Batches of images on disk, decoded by the worker processes of torch's DataLoader.
 
-torchvision's v2 transforms crop and flip each image (ImageNet as in its reference recipes for
-classification, VOC as in those for segmentation). What is drawn for an image depends on (seed,
-epoch, image) alone, so that batches depend neither on the number of workers nor on the batch that
-a run resumes at.
+torchvision's v2 transforms crop and flip each image, ImageNet as in its reference recipes for
+classification, VOC as in those for segmentation. What is drawn for an image depends on (seed,
+epoch, image) alone, not on the number of workers nor on the batch that a run resumes at.
 """
 
 import os
@@ -36,7 +35,7 @@ def batches_of(images: ImageSet, info: DatasetInfo, batch_size: int, **options: 
 
 
 class Stream(Batches):
-    """Normalised batches of images on disk.
+    """Normalised batches of images on disk; arguments as those of `Batches`, and `workers`.
 
     Training images are cropped at random, in size and place (`RandomResizedCrop`; with masks
     resized to 0.5-2 times the side, padded and cropped), and mirrored if `flip`. Other images are
@@ -48,16 +47,8 @@ class Stream(Batches):
     `InputError` as `Batches` does, and for a `shift`.
     """
 
-    def __init__(
-        self,
-        images: ImageSet,
-        info: DatasetInfo,
-        batch_size: int,
-        *,
-        workers: int | None = None,
-        **options: Any,
-    ) -> None:
-        super().__init__(images, info, batch_size, **options)
+    def __init__(self, *arguments: Any, workers: int | None = None, **options: Any) -> None:
+        super().__init__(*arguments, **options)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
         self.workers = min(_MOST_WORKERS, cores) if workers is None else workers
         require_whole("workers", self.workers, 0)
