@@ -143,7 +143,7 @@ def tiny(monkeypatch):
     for name in ("mnist", "fashion_mnist"):
         small = replace(datasets.info(name), height=2, width=2, fingerprint="")
         monkeypatch.setitem(catalogue._KNOWN, name, small)
-    monkeypatch.setattr(sources, "_SYSTEM_FOLDERS", {})
+    monkeypatch.setattr(sources, "_DEBIAN", Path("/nowhere"))
     for module in ("mnist", "cifar"):
         monkeypatch.setattr(
             f"torchvision.datasets.{module}.download_and_extract_archive", no_network
@@ -174,7 +174,7 @@ def test_idx_files(tmp_path, tiny, monkeypatch):
     check_tiny(datasets.load("mnist", tmp_path))
     packed = {f"{name}.gz": gzip.compress(data) for name, data in MNIST.items()}
     system = put(tmp_path / "debian", packed)
-    monkeypatch.setattr(sources, "_SYSTEM_FOLDERS", {"fashion_mnist": system})
+    monkeypatch.setattr(sources, "_DEBIAN", system)
     check_tiny(datasets.load("fashion_mnist", tmp_path / "no-such-root"))
 
 
@@ -188,7 +188,7 @@ def test_a_set_of_another_fingerprint_is_refused(tmp_path, tiny, monkeypatch):
     put(tmp_path / "MNIST/raw", {"t10k-labels-idx1-ubyte": idx([1, 0])})
     line = refused("mnist", tmp_path)
     assert line.startswith(f"data = {str(tmp_path)!r}: mnist has fingerprint ")
-    assert line.endswith(f", {found} expected; delete its files to fetch them again")
+    assert line.endswith(f", {found} expected; delete its files to download them again")
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda _: b"", None])
@@ -199,7 +199,7 @@ def test_what_is_damaged_or_missing_is_refused(tmp_path, tiny, damage):
         (tmp_path / "MNIST/raw" / name).unlink()
     line = refused("mnist", tmp_path)
     assert line.startswith(f"data = {str(tmp_path)!r}: mnist cannot be read or downloaded (")
-    assert line.endswith(f"); delete {tmp_path}/MNIST/raw to download it again")
+    assert line.endswith("); delete its files to download them again")
     assert damage or "Name or service not known" in line
     nowhere = tmp_path / "absent"
     there = "mnist needs it, and there is no such folder"
@@ -353,14 +353,15 @@ def test_grey_folder(tmp_path):
     assert data.info.std == (1.0,)  # constant images: nothing to divide by
     save(tmp_path / "g/train/y/2.png", (1, 2, 3))
     assert refused("folder:g", tmp_path) == (
-        "dataset = 'folder:g': train/y/2.png is in colour, grey expected as in the first image"
+        "dataset = 'folder:g': train/y/2.png has (3, 2, 3), (channels, height, width) (1, 2, 3) "
+        "expected as in the first"
     )
 
 
 def another_size(folder):
     save(folder / "test/dog/z.png", (0, 0, 0), size=(4, 2))
-    expected = "2x3 (height x width) expected, the size of the first image"
-    return f"test/dog/z.png is 2x4 pixels, {expected}"
+    expected = "(channels, height, width) (3, 2, 3) expected as in the first"
+    return f"test/dog/z.png has (3, 2, 4), {expected}"
 
 
 def broken_images(folder):
@@ -590,7 +591,7 @@ def test_mnist():
 
 
 def test_fashion_mnist():
-    if not sources._SYSTEM_FOLDERS["fashion_mnist"].is_dir():
+    if not sources._DEBIAN.is_dir():
         pytest.skip("Debian's dataset-fashion-mnist is not installed")
     check_real("fashion_mnist", "/nowhere", [9, 0, 0], [9, 2, 1])
 

@@ -258,7 +258,7 @@ def test_a_folder_that_may_not_be_read(pets, monkeypatch):
 
 @pytest.mark.parametrize("name", ["mnist", "cifar10", "cifar10_jpeg", "imagenet", "voc"])
 def test_a_data_root_that_cannot_be_one(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "_SYSTEM_FOLDERS", {})
+    monkeypatch.setattr(sources, "_DEBIAN", tmp_path / "absent")
     file = tmp_path / "file"
     file.write_text("no folder")
     for root in (file, tmp_path / ("x" * 300), tmp_path / "a\udcff"):

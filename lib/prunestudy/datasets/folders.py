@@ -88,16 +88,15 @@ def read(
         for row, name in enumerate(part):
             try:
                 with Image.open(path / name) as image:
-                    size, colour = f"{image.height}x{image.width}", _channels(image) > channels
+                    found = _channels(image), image.height, image.width
                     pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
             except Exception:  # Pillow's decoders raise many kinds
                 broken.append(name)
                 continue
-            allowed = f"{height}x{width} (height x width) expected, the size of the first image"
-            right = size == f"{height}x{width}"
-            require(right, "dataset", dataset, f"{name} is {size} pixels, {allowed}")
-            allowed = f"{name} is in colour, grey expected as in the first image"
-            require(not colour, "dataset", dataset, allowed)
+            right = found[0] <= channels and found[1:] == (height, width)
+            expected = f"{(channels, height, width)} expected as in the first"
+            allowed = f"{name} has {found}, (channels, height, width) {expected}"
+            require(right, "dataset", dataset, allowed)
             images[row] = pixels.reshape(shape)
         arrays.append((images, np.array(list(part.values()), dtype=np.int64)))
     _refuse_broken(dataset, broken)

@@ -18,24 +18,16 @@ from prunestudy.datasets.catalogue import FOLDER, DatasetInfo, data_root, folder
 from prunestudy.errors import InputError, require
 
 # Folders below the data root.
-_PLACES = {
-    "mnist": "MNIST/raw",
-    "fashion_mnist": "FashionMNIST/raw",
-    "cifar10": "cifar-10-batches-py",
-    "cifar10_jpeg": "cifar10-jpeg",
-    "cifar100": "cifar-100-python",
-    "imagenet": "imagenet",
-    "voc": "VOCdevkit/VOC2012",
-}
-# Sets that torchvision downloads, by its class.
+_PLACES = {"cifar10_jpeg": "cifar10-jpeg", "imagenet": "imagenet", "voc": "VOCdevkit/VOC2012"}
+# Sets that torchvision reads and downloads, by its class.
 _CLASSES = {
     "mnist": "MNIST",
     "fashion_mnist": "FashionMNIST",
     "cifar10": "CIFAR10",
     "cifar100": "CIFAR100",
 }
-# Of Debian's package dataset-fashion-mnist, packed.
-_SYSTEM_FOLDERS = {"fashion_mnist": Path("/usr/share/datasets/fashion-mnist")}
+# Fashion-MNIST, packed, of Debian's package dataset-fashion-mnist.
+_DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 _DIGITS_SEED = _VALIDATION_SEED = 0
 
 
@@ -99,7 +91,7 @@ def load(name: str, root: str | Path | None = None) -> Dataset:
         raise InputError(f"dataset = {name!r}: does not fit into memory") from error
     right = details.fingerprint in ("", data.fingerprint)
     allowed = f"{name} has fingerprint {data.fingerprint}, {details.fingerprint} expected"
-    require(right, "data", str(place), f"{allowed}; delete its files to fetch them again")
+    require(right, "data", str(place), f"{allowed}; delete its files to download them again")
     return data
 
 
@@ -139,7 +131,7 @@ def _read(details: DatasetInfo, name: str, root: str | Path | None) -> Dataset:
     if name == "digits":
         arrays = _digits()
     elif name in _CLASSES:
-        arrays = _read_files(name, data_root(root), place)
+        arrays = _read_files(name, place)
     else:
         if name == "cifar10_jpeg":
             there = f"{name} needs {place.name} in it"
@@ -173,24 +165,23 @@ def _digits() -> list[tuple[np.ndarray, np.ndarray]]:
     return [(images[part], labels[part]) for part in (~test, test)]
 
 
-def _read_files(name: str, root: Path, place: Path) -> list[tuple[Tensor, Tensor]]:
+def _read_files(name: str, root: Path) -> list[tuple[Tensor, Tensor]]:
     """Images and labels of both parts of a set that torchvision reads, and downloads if missing."""
     import torchvision.datasets
 
-    kind, system = getattr(torchvision.datasets, _CLASSES[name]), _SYSTEM_FOLDERS.get(name, place)
+    kind, raw = getattr(torchvision.datasets, _CLASSES[name]), Path("FashionMNIST/raw")
     with tempfile.TemporaryDirectory() as temporary:
-        if system.is_dir() and not place.is_dir():
-            raw = Path(temporary, _PLACES[name])
-            raw.mkdir(parents=True)
-            for file in system.glob("*.gz"):
-                (raw / file.stem).write_bytes(gzip.decompress(file.read_bytes()))
+        if name == "fashion_mnist" and _DEBIAN.is_dir() and not (root / raw).is_dir():
             root = Path(temporary)
+            (root / raw).mkdir(parents=True)
+            for file in _DEBIAN.glob("*.gz"):
+                (root / raw / file.stem).write_bytes(gzip.decompress(file.read_bytes()))
         require(root.is_dir(), "data", str(root), f"{name} needs it, and there is no such folder")
         try:
             parts = [kind(root, train=train, download=True) for train in (True, False)]
         except Exception as error:  # no network, a full disk, a damaged file
             why = f"{name} cannot be read or downloaded ({_one_line(error)})"
-            again = f"delete {place} to download it again"
+            again = "delete its files to download them again"
             raise InputError(f"data = {str(root)!r}: {why}; {again}") from error
     images = [torch.as_tensor(np.ascontiguousarray(part.data)) for part in parts]
     images = [pixels.view(*pixels.shape[:3], -1) for pixels in images]
