@@ -337,12 +337,6 @@ def test_folder(folder, tmp_path):
     assert datasets.info(f"folder:{folder}", "/nowhere") == known
 
 
-def test_folder_version_follows_its_files(folder, tmp_path):
-    before = datasets.info("folder:pets", tmp_path).version
-    save(folder / "train/cat/c.png", (9, 9, 9))
-    assert datasets.info("folder:pets", tmp_path).version != before
-
-
 def test_grey_folder(tmp_path):
     for split, name in itertools.product(("train", "test"), ("x", "y")):
         save(tmp_path / f"g/{split}/{name}/1.jpg", 51, mode="L")

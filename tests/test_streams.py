@@ -151,18 +151,22 @@ def test_memory_does_not_grow(monkeypatch):
     assert max(sizes) - sizes[0] < 400e6
 
 
-def test_images_are_drawn_anew_in_each_epoch(imagenet):
-    """The seed of an image's crop is that of (seed, epoch, image)."""
+def test_an_image_is_drawn_by_seed_epoch_and_index(imagenet):
     data = datasets.load("imagenet", imagenet)
     transforms = streams.training_transforms(data.info, flip=True)
-    decoded = streams._Decoded(data.train, "imagenet", transforms, seed=3)
-    first, again, other = (decoded[at][0] for at in ((1, 5), (1, 5), (2, 5)))
-    assert np.array_equal(first, again)
-    assert not np.array_equal(first, other)
-    normal = (first / 255 - data.info.mean) / data.info.std
+    twice = data.train.subset(np.array([5, 5]))
+
+    def drawn(seed, epoch, index):
+        return streams._Decoded(twice, "imagenet", transforms, seed)[epoch, index][0]
+
+    every = [drawn(*key) for key in [(3, 1, 0), (3, 1, 1), (3, 2, 0), (4, 1, 0)]]
+    assert not any(np.array_equal(a, b) for a, b in itertools.combinations(every, 2))
+    assert np.array_equal(drawn(3, 1, 0), every[0])
+    normal = (every[0] / 255 - data.info.mean) / data.info.std
     images = [x[0] for x, _ in stream(data, 1, flip=True, seed=3, workers=0).epoch(1)]
-    near = [np.allclose(x.permute(1, 2, 0), normal, rtol=1e-5, atol=1e-6) for x in images]
-    assert sum(near) == 1
+    assert not any(np.allclose(x.permute(1, 2, 0), normal, atol=1e-5) for x in images)
+    images = [x[0] for x, _ in batches_of(twice, data.info, 1, flip=True, seed=3).epoch(1)]
+    assert sum(np.allclose(x.permute(1, 2, 0), normal, atol=1e-5) for x in images) == 1
 
 
 @pytest.mark.parametrize(

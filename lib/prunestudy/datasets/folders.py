@@ -40,9 +40,7 @@ def list_images(
             require((path / split).is_dir(), "dataset", dataset, there)
         folders = [entry for split in splits for entry in _visible(path / split)]
         entries = [entry for folder in folders if folder.is_dir() for entry in _visible(folder)]
-        files = [
-            file for file in entries if file.is_file() and file.name.lower().endswith(SUFFIXES)
-        ]
+        files = [e for e in entries if e.is_file() and e.name.lower().endswith(SUFFIXES)]
         strays = {*(folder for folder in folders if not folder.is_dir()), *entries} - {*files}
         named = sorted(stray.path.removeprefix(f"{path}/") for stray in strays)
         kinds = f"not {', '.join(SUFFIXES)} in a class's folder"
@@ -165,10 +163,8 @@ def _look(folder: Path, name: str) -> tuple[str, frozenset] | None:
             file.seek(-2, os.SEEK_END)
             size, labels = f"{image.height}x{image.width}", frozenset()
             if image.format != "JPEG" or file.read() != b"\xff\xd9":
-                values = np.unique(np.asarray(image)).tolist()
-                labels = frozenset(
-                    values if image.mode in ("P", "L") else [f"of mode {image.mode}"]
-                )
+                is_mask, values = image.mode in ("P", "L"), np.unique(np.asarray(image)).tolist()
+                labels = frozenset(values if is_mask else [f"of mode {image.mode}"])
             return size, labels
     except Exception:  # Pillow's decoders raise many kinds
         return None

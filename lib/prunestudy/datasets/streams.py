@@ -49,8 +49,8 @@ class Stream(Batches):
 
     def __init__(self, *arguments: Any, workers: int | None = None, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-        self.workers = min(_MOST_WORKERS, cores) if workers is None else workers
+        usable = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
+        self.workers = min(_MOST_WORKERS, len(usable(0))) if workers is None else workers
         require_whole("workers", self.workers, 0)
 
     def _prepare(self) -> None:
