@@ -1,9 +1,9 @@
 """The batch: what is to be done, by forks of this process or over a cluster by Snakemake.
 
 Snakemake deletes declared outputs of failed jobs and keeps locks and half-done marks after a kill.
-So nothing of value is ever its output: its jobs (`worker.py`) write markers into a folder of this
-one call, which is thrown away, and what is done is decided by records alone. All that the jobs
-must know stands in that folder's batch.json.
+So nothing of value is ever its output: its jobs, `python -m prunestudy.study.batch KIND NAME`,
+write markers into a temporary folder of this one call, and what is done is decided by records
+alone. All that the jobs must know stands in that folder's batch.json.
 """
 
 import json
@@ -13,10 +13,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
@@ -27,10 +27,11 @@ from filelock import FileLock, Timeout
 
 from prunestudy import datasets, places
 from prunestudy.errors import InputError, require
-from prunestudy.study import notebooks, worker
-from prunestudy.study.plan import Planned, jobs, needed_jobs
+from prunestudy.study import notebooks
+from prunestudy.study.plan import Planned, jobs, needed_jobs, plan
 from prunestudy.study.records import Store
-from prunestudy.study.session import is_untimed
+from prunestudy.study.runs import Runner
+from prunestudy.study.session import is_untimed, measure_latency
 
 _SNAKEFILE = Path(__file__).with_name("Snakefile")
 _ON_GPU = ("gpu", "paper")  # profiles; of these one run is trained at a time
@@ -42,7 +43,7 @@ def run(
 ) -> dict[str, float]:
     """Do all that is missing of `planned` with `count` jobs side by side.
 
-    Returns the seconds of each stage, {} where nothing was missing. Says on stderr what is done.
+    Returns the seconds of each kind of job, {} where nothing was missing; progress goes to stderr.
     Raises `InputError` before anything starts for bad settings, records or data, and afterwards
     if something failed.
     """
@@ -74,15 +75,15 @@ def describe(
 ) -> dict[str, Any]:
     """What is to be done, for batch.json: of each kind of job, name to the runs or papers in it.
 
-    With `count` > 0, as many jobs share the runs and the notebooks, each taking the next that no
-    other has taken; with 0 (on a cluster) a job is one seed or method, and one notebook.
+    With `count` > 0 that many jobs share the runs and the notebooks, each taking the next one that
+    is free; with 0 (on a cluster) a job is one seed or method, or one notebook.
     """
     missing = [item for item in planned if store.read(item.settings) is None]
     papers = list(dict.fromkeys(item.paper for item in planned))
     stale = [name for name in papers if not notebooks.is_current(store, profile, name)]
     stale.sort(key=lambda name: -sum(item.paper == name for item in planned))  # longest first
     if count:
-        # Parents first, so that nobody waits for them long.
+        # Parents first, so that no job waits long for one.
         ordered = sorted((i.settings for i in missing), key=lambda s: s.parent is not None)
         runs, needs = list(dict.fromkeys(settings.run for settings in ordered)), {}
         sharers = min(1 if profile in _ON_GPU else count, len(runs))
@@ -125,32 +126,31 @@ def _slurm_answers() -> bool:
 
 
 def _locally(stage: Path, batch: dict[str, Any]) -> bool:
-    """Do one kind of job after the other, in forks: to import all anew takes seconds each time."""
+    """Do each kind of job in forks, to import all only once; return whether one failed."""
     torch.set_num_threads(1)  # a pool of threads would not outlive the fork
     context, shown = get_context("fork"), set()
     for kind in _KINDS:
-        names = batch[kind]
-        jobs = [context.Process(target=worker.main, args=(kind, name, stage)) for name in names]
-        for job in jobs:
-            job.start()
-        while any(job.is_alive() for job in jobs):
+        forks = [context.Process(target=do_job, args=(kind, name, stage)) for name in batch[kind]]
+        for fork in forks:
+            fork.start()
+        while any(fork.is_alive() for fork in forks):
             time.sleep(0.1)
             _show_ready(stage, batch, shown)
         _show_ready(stage, batch, shown)
-        if any(job.exitcode for job in jobs):
+        if any(fork.exitcode for fork in forks):
             return True
     return False
 
 
 def _snakemake(stage: Path, batch: dict[str, Any], count: int, executor: str) -> bool:
-    """Call Snakemake for the jobs of a cluster; return whether one failed."""
+    """Let Snakemake do the jobs on a cluster; return whether one failed."""
     own, shown = (places.checkout() or Path()) / "profiles" / executor, set()
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(_SNAKEFILE), "--nolock"]
     command += ["--directory", str(stage), "--keep-going", "--quiet", "all"]
     command += ["--executor", executor, "--jobs", str(count)]
     command += ["--workflow-profile", str(own)] if own.is_dir() else []
     with (stage / "log").open("a") as log:
-        # It cancels its jobs itself: of a Ctrl-C it gets ours alone, once.
+        # It cancels its jobs itself, so it must see a Ctrl-C once: the one that we send.
         streams = {"stdout": log, "stderr": subprocess.STDOUT, "start_new_session": True}
         process = subprocess.Popen(command, **streams)
         try:
@@ -166,7 +166,7 @@ def _snakemake(stage: Path, batch: dict[str, Any], count: int, executor: str) ->
 
 
 def _show_ready(stage: Path, batch: dict[str, Any], shown: set[Path]) -> None:
-    """Say on stderr which runs and notebooks are ready that are not yet `shown`."""
+    """Print on stderr the runs and notebooks that are ready and not yet `shown`."""
     for path in sorted(set(stage.glob("*.ready")) - shown, key=lambda path: path.stat().st_mtime):
         shown.add(path)
         kind, name = path.name.removesuffix(".ready").split(".", 1)
@@ -178,7 +178,7 @@ def _show_ready(stage: Path, batch: dict[str, Any], shown: set[Path]) -> None:
 
 @contextmanager
 def _stage() -> Iterator[Path]:
-    """A folder for one call's markers; those of calls that were killed are cleared away.
+    """A temporary folder for the markers of one call.
 
     It lies in the user's cache, beside Snakemake's own: executors paste its path into command
     lines, so that it cannot be below a results folder of any name.
@@ -187,13 +187,62 @@ def _stage() -> Iterator[Path]:
     plain = bool(re.fullmatch(r"[\w./+-]+", str(stages), re.ASCII))
     require(plain, "XDG_CACHE_HOME", str(stages), "a path of letters, digits and ._/+- only")
     stages.mkdir(parents=True, exist_ok=True)
-    for old in stages.glob("*.lock"):
-        with suppress(Timeout), FileLock(old, timeout=0):
-            shutil.rmtree(old.with_suffix(""), ignore_errors=True)
-            old.unlink(missing_ok=True)
-    stage = stages / f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    with FileLock(f"{stage}.lock"):
-        stage.mkdir()
-        yield stage  # after an error it stays, for the next call to clear away
-        shutil.rmtree(stage, ignore_errors=True)
-        Path(f"{stage}.lock").unlink()
+    with tempfile.TemporaryDirectory(dir=stages, ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
+def do_job(kind: str, name: str, stage: Path) -> None:
+    """Do the job `name` of `kind` (train, latency or notebooks); exits with 1 if a part failed.
+
+    Local jobs share their runs or notebooks: each takes the next one that is free.
+    """
+    # A kernel is ended only if this process exits in order.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    with (stage / "log").open("a") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    batch = json.loads((stage / "batch.json").read_text(encoding="ascii"))
+    os.chdir(batch["folder"])
+    with ExitStack() as stack:
+        do = _doing(kind, batch, stack)
+        for thing in batch[kind][name]:
+            failed = stage / f"{thing}.failed"
+            with suppress(Timeout), FileLock(stage / f"{thing}.taken", timeout=0):
+                try:
+                    if not failed.exists():
+                        said = do(thing)
+                        (stage / f"{kind}.{thing}.ready").write_text(said, encoding="utf-8")
+                except InputError as error:
+                    failed.touch()
+                    print(f"{thing}: {error}", file=sys.stderr)
+    sys.exit(bool(list(stage.glob("*.failed"))))
+
+
+def _doing(kind: str, batch: dict[str, Any], stack: ExitStack) -> Callable[[str], str]:
+    """The function that does one part of a job of `kind`, and returns a line for the progress."""
+    profile, data = batch["profile"], batch["data"]
+    store, planned = Store(profile, batch["results"]), plan(profile, tuple(batch["papers"]))
+    if kind == "train":
+        runner = Runner(store, data or None)
+        settings = {item.settings.run: item.settings for item in planned}
+        return lambda run: line_of_run(runner.ensure(settings[run]))
+    if kind == "latency":
+        return lambda _: f"{measure_latency(store, planned)} nets timed"
+    client = stack.enter_context(notebooks.kernel())
+
+    def execute(paper: str) -> str:
+        if notebooks.is_current(store, profile, paper):
+            return paper
+        return notebooks.execute(client, store, profile, paper, data).name
+
+    return execute
+
+
+def line_of_run(record: dict[str, Any]) -> str:
+    """A run's name, status and score."""
+    score = record["metrics"].get("metric")
+    return f"{record['run']} {record['status']} {'' if score is None else f'{score:.4f}'}"
+
+
+if __name__ == "__main__":
+    do_job(*sys.argv[1:], Path.cwd())

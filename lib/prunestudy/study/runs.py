@@ -102,8 +102,7 @@ class Runner:
         if made.status == "done":
             metrics["bytes"] = weights.stat().st_size
         record = job.record(made, metrics, time.perf_counter() - started)
-        files, cuts = {"arrays": made.arrays}, method.per_weight()
-        self.store.write(record, weights, **files | ({"cuts": cuts} if cuts else {}))
+        self.store.write(record, weights, made.arrays)
         shutil.rmtree(work, ignore_errors=True)
 
     def _start(self, job: "_Job") -> nn.Module:

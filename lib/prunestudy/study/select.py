@@ -26,7 +26,7 @@ class Comparison(NamedTuple):
 
 
 def index(planned: Iterable[Planned]) -> Index:
-    """The runs that are looked at on test images, by what a comparison asks for, in one pass."""
+    """The runs that are judged on test images, by what a comparison asks for."""
     found: Index = {}
     for item in planned:
         s = item.settings

@@ -7,8 +7,8 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
+from prunestudy.study import figures as look
 from prunestudy.study import tables
-from prunestudy.study.figures import look
 from prunestudy.study.overview import COSTS
 
 _CAPTIONS = {

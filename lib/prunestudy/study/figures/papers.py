@@ -11,8 +11,8 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from prunestudy.papers import Card
+from prunestudy.study import figures as look
 from prunestudy.study import tables
-from prunestudy.study.figures import look
 from prunestudy.study.plan import Planned
 from prunestudy.study.records import Store
 
@@ -67,15 +67,16 @@ def ranks_table(store: Store, planned: Sequence[Planned]) -> pd.DataFrame:
             for layer in (name[5:] for name in metrics if name.startswith("rank.")):
                 place = s.model, s.dataset, s.method, item.variant, s.seed, layer
                 ranks = metrics[f"rank.{layer}"], len(energy[f"energy_before.{layer}"])
-                rows.append((*place, *ranks, metrics[f"speed_up.{layer}"]))
-    columns = "model dataset method variant seed layer rank full speed_up".split()
+                device = record["environment"]["device"]
+                rows.append((*place, *ranks, metrics[f"speed_up.{layer}"], device))
+    columns = "model dataset method variant seed layer rank full speed_up device".split()
     return pd.DataFrame(rows, columns=columns).drop_duplicates(ignore_index=True)
 
 
 def rank_per_layer(ranks: pd.DataFrame, paper: Card, model: str, dataset: str) -> Figure:
     """Ranks at 5% error in % of the full rank, mean and sd over seeds; published ones as marks."""
-    rows = ranks[(ranks.model == model) & (ranks.dataset == dataset) & (ranks.variant == "")]
-    look.require_rows(rows, f"ranks of {model} on {dataset}")
+    where = {"model": model, "dataset": dataset, "variant": ""}
+    rows = look.select(ranks, f"ranks of {model} on {dataset}", **where)
     rows = rows.assign(share=100 * rows["rank"] / rows.full, method=rows.method.map(look.title_of))
     figure, (axes,) = look.canvas(size=(5 + 0.45 * rows.layer.nunique(), 3.6))
     style = {"saturation": 1, "errorbar": "sd", "err_kws": {"lw": 1}, "ax": axes}
