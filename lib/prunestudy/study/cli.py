@@ -90,7 +90,6 @@ _COMMANDS = {
     "table": ("write the tables from the records", "--profile --paper"),
     "latency": ("time the finished nets, alone on the machine", "--profile --paper"),
     "run": ("train runs by name", "--profile --paper --data --device --weights runs"),
-    "readme": ("write README's table of results", ""),
     "collect": ("merge finished runs into one file", "--profile --replace folders"),
     "show": ("print a run's record and history", "--profile first"),
     "compare": ("say what differs between two runs", "--profile first second"),

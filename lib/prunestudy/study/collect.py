@@ -85,7 +85,7 @@ _DRAWN = {
     "sparse_gates": ("kept",),
     "force": ("angles",),
     "gdp": ("final_gates",),
-    "magnitude_attention": ("trail_step", "trail_size", "trail_cut", "trail_ret", "trail_layers"),
+    "magnitude_attention": ("trail_step", "trail_size", "trail_cut", "trail_ret"),
     "component_aware": ("shown", "output"),
 }
 _OF_OURS = ("gate_", "cost_path", "attention")

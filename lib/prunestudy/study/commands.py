@@ -13,14 +13,14 @@ from collections.abc import Iterable
 
 import pandas as pd
 
-from prunestudy import datasets, methods, models, places, shrink
+from prunestudy import datasets, methods, models, shrink
 from prunestudy.errors import InputError, require, require_one_of
 from prunestudy.papers import PROFILES, cards
-from prunestudy.study import batch, forecast, session, tables
+from prunestudy.study import batch, session, tables
 from prunestudy.study.cli import LISTS
 from prunestudy.study.collect import collect
 from prunestudy.study.lines import write_text
-from prunestudy.study.plan import Planned, plan
+from prunestudy.study.plan import RATE, Planned, forecast, plan
 from prunestudy.study.records import Store
 from prunestudy.study.runs import Runner
 from prunestudy.study.settings import RunSettings, own_settings
@@ -82,8 +82,8 @@ def do_collect(a: Namespace) -> None:
 
 
 def do_plan(a: Namespace) -> None:
-    rate = forecast.RATE if a.rate is None else a.rate
-    table = forecast.forecast(_planned(a), rate)
+    rate = RATE if a.rate is None else a.rate
+    table = forecast(_planned(a), rate)
     print(table.to_string(index=False, float_format="{:.2f}".format))
     source = "assumed" if a.rate is None else "as given"
     print(
@@ -143,11 +143,6 @@ def do_status(a: Namespace) -> None:
 
 def do_table(a: Namespace) -> None:
     tables.write(_store(a), _planned(a))
-
-
-def do_readme(a: Namespace) -> None:
-    _, summary = tables.build(Store("cpu", a.results or None), plan("cpu"))
-    tables.fill_readme(places.home() / "README.md", summary)
 
 
 def do_latency(a: Namespace) -> None:

@@ -2,13 +2,11 @@
 
 import html
 import math
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from prunestudy import datasets
-from prunestudy.errors import InputError
 from prunestudy.methods import method_class
 from prunestudy.papers import card
 from prunestudy.study.lines import write_text
@@ -174,17 +172,3 @@ def markdown(table: pd.DataFrame) -> str:
     lines = [[html.escape(str(cell), quote=False).translate(_ESCAPED) for cell in r] for r in rows]
     lines.insert(1, ["---"] * len(table.columns))
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def fill_readme(path: Path, summary: pd.DataFrame) -> None:
-    """Put what each paper's own method reached between the two `results` comments of `path`.
-
-    Raises `InputError` if the page has no such pair.
-    """
-    own = summary[(summary["variant"] == "") & (summary["method"] == summary["paper"])]
-    begin, end = "<!-- results: made by `prunestudy readme` -->\n", "<!-- end of results -->"
-    before, found, rest = path.read_text(encoding="utf-8").partition(begin)
-    _, closed, after = rest.partition(end)
-    if not (found and closed):
-        raise InputError(f"readme = {path.name}: has no pair of results comments")
-    write_text(path, f"{before}{begin}\n{markdown(readable(own))}\n{end}{after}")

@@ -177,11 +177,6 @@ def final_gates(store: Store, runs: dict[str, str]) -> Figure:
     return look.histograms(panels, edges, "gate", "share of the channels", yscale="log")
 
 
-def layers_of(trail: dict[str, np.ndarray]) -> list[str]:
-    """Names of the layers in MAP's audit trail."""
-    return bytes(trail["trail_layers"]).decode().replace(".weight", "").split("\n")
-
-
 def flow(store: Store, runs: dict[str, str]) -> Figure:
     """Weights that are cut and that come back at each mask update, by method (name -> run)."""
     figure, axes = look.canvas(1, (7.2, 1 + 2 * len(runs)), len(runs), sharex=True, sharey=True)
