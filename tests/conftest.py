@@ -49,7 +49,6 @@ CARD = """
 
     [profiles.quick]
     time = "a second"
-    job = "seed"
 
     [[profiles.quick.experiments]]
     name = "digits"

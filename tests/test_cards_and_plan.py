@@ -11,7 +11,7 @@ from prunestudy import datasets, methods, models, papers
 from prunestudy.errors import InputError
 from prunestudy.methods.base import Params
 from prunestudy.study import settings as settings_module
-from prunestudy.study.plan import Planned, Tiny, jobs, needed_jobs, plan
+from prunestudy.study.plan import Planned, plan
 from prunestudy.study.select import of_card
 from prunestudy.study.settings import RunSettings, Target, own_settings, resolve
 from prunestudy.study.tables import RUN_COLUMNS
@@ -64,7 +64,7 @@ def test_cards_come_in_the_order_of_their_notebooks(card_file):
             "claims.0.tests.0",
             "at_least by data set needs one for all other",
         ),
-        ('job = "seed"', 'jobs = "seed"', "profiles.quick.jobs", "extra inputs"),
+        ('time = "a second"', 'time = ""\n    job = "seed"', "profiles.quick.job", "extra inputs"),
         (
             "validation = 200",
             "validation = 200\n    valid = 3",
@@ -91,8 +91,8 @@ def test_cards_come_in_the_order_of_their_notebooks(card_file):
         ("lr = 0.05 }", "lr = -0.05 }", "profiles.quick.experiments.0.start.lr", "greater than 0"),
         ("lr = 0.05 }", "lr = inf }", "profiles.quick.experiments.0.start.lr", ""),
         ("targets = [0.9]", 'targets = ["a"]', "profiles.quick.experiments.0.targets.0", "number"),
-        ('job = "seed"', 'job = "seed"\n    precision = "fp16"', "profiles.quick.precision", ""),
-        ('job = "seed"', 'job = "seed"\n    threads = 0', "profiles.quick.threads", ""),
+        ('time = "a second"', 'time = ""\n    precision = "fp16"', "profiles.quick.precision", ""),
+        ('time = "a second"', 'time = ""\n    threads = 0', "profiles.quick.threads", ""),
         ('title = "A toy"', "", "title", "field required"),
     ],
 )
@@ -345,24 +345,24 @@ def test_defaults_sets_rows_and_readings_are_written_out(card_file):
             "row = ['one', 'two']: at most 1 values, one for each of columns",
         ),
         (
-            'job = "seed"',
-            'job = "seed"\n    sedes = 3',
+            'time = "a second"',
+            'time = "a second"\n    sedes = 3',
             "profiles.quick.sedes: extra inputs are not permitted",
         ),
         (
-            'job = "seed"',
-            "start = 3",
+            'time = "a second"',
+            'time = "a second"\n    start = 3',
             "profiles.quick.start: extra inputs are not permitted",
         ),
         (
-            'job = "seed"',
-            "seeds = 0",
+            'time = "a second"',
+            'time = "a second"\n    seeds = 0',
             "profiles.quick.experiments.0.seeds: input should be greater than or equal to 1",
         ),
     ],
 )
 def test_wrong_shorthand_is_refused_in_one_line(card_file, old, new, message):
-    text = CARD if new != "seeds = 0" else CARD.replace("    seeds = 1\n", "")
+    text = CARD if "seeds = 0" not in new else CARD.replace("    seeds = 1\n", "")
     with pytest.raises(InputError) as caught:
         papers.read_card(card_file(text.replace(old, new, 1)))
     assert one_line(caught) == f"card toy.toml: {message}"
@@ -593,88 +593,26 @@ def test_what_a_card_cannot_know_is_refused_at_planning(card_file, old, new, mes
 def test_tiny_is_smaller_than_the_card(card_file):
     text = CARD.replace("epochs = 1", "epochs = 7").replace("seeds = 1", "seeds = 3")
     card_file(text.replace('{ method = "dense" }', '{ method = "dense", seeds = 5 }'))
-    assert len(plan("quick", (), Tiny())) == 2 * 5 + 2 * 3
-    for tiny, seeds, epochs in ((Tiny(1, 2), 1, 2), (Tiny(2, 0), 2, 7), (Tiny(9, 50), 5, 50)):
-        planned = plan("quick", (), tiny)
+    assert len(plan("quick", (), 0, 0)) == 2 * 5 + 2 * 3
+    for tiny, seeds, epochs in (((1, 2), 1, 2), ((2, 0), 2, 7), ((9, 50), 5, 50)):
+        planned = plan("quick", (), *tiny)
         assert {p.settings.seed for p in planned} == set(range(seeds))
         assert {p.settings.recipe.epochs for p in planned} == {epochs}
-    assert plan("quick", (), Tiny(0, 7)) == plan("quick")
+    assert plan("quick", epochs=7) == plan("quick")
 
 
 def test_tiny_never_has_more_seeds_than_the_card(card_file):
     text = CARD.replace("seeds = 1", "seeds = 3")
     card_file(text.replace('{ method = "random" }', '{ method = "random", seeds = 1 }'))
-    planned = plan("quick", (), Tiny(seeds=2))
+    planned = plan("quick", seeds=2)
     assert [p.settings.seed for p in planned if p.settings.method == "random"] == [0]
 
 
 @pytest.mark.parametrize("key", ["seeds", "epochs"])
 def test_tiny_refuses_negative_numbers(key):
     with pytest.raises(InputError) as caught:
-        Tiny(**{key: -1})
+        plan("quick", **{key: -1})
     assert one_line(caught) == f"{key} = -1: 0 (as the card says) or more"
-
-
-# --- jobs
-
-
-def test_jobs_by_seed(card_file):
-    card_file(CARD.replace("seeds = 1", "seeds = 2"))
-    found = jobs("quick", plan("quick"))
-    assert list(found) == ["toy.digits.s0", "toy.digits.s1"]
-    kinds = [[p.settings.method for p in group] for group in found.values()]
-    assert kinds == [["dense", "dense", "magnitude", "random"]] * 2
-    assert needed_jobs(found) == {"toy.digits.s0": set(), "toy.digits.s1": set()}
-
-
-def test_jobs_by_method(card_file):
-    card_file(CARD.replace('"seed"', '"method"').replace("seeds = 1", "seeds = 2"))
-    found = jobs("quick", plan("quick"))
-    order = "s0.start s0.dense s1.start s1.dense s0.magnitude s1.magnitude s0.random s1.random"
-    assert list(found) == [f"toy.digits.{name}" for name in order.split()]
-    assert [len(group) for group in found.values()] == [1] * 8
-    for seed in (0, 1):
-        needs = needed_jobs(found)
-        start = f"toy.digits.s{seed}.start"
-        assert needs[start] == set()
-        for kind in ("dense", "magnitude", "random"):
-            assert needs[f"toy.digits.s{seed}.{kind}"] == {start}
-
-
-@pytest.mark.parametrize(("paper", "profile"), PROFILES)
-def test_jobs_hold_every_run_once_and_need_no_circle(paper, profile):
-    planned = plan(profile, (paper,))
-    found = jobs(profile, planned)
-    assert [p for group in found.values() for p in group] != []
-    assert Counter(id(p) for group in found.values() for p in group) == Counter(map(id, planned))
-    assert _no_circle(found)
-
-
-@pytest.mark.parametrize("profile", papers.PROFILES)
-def test_jobs_of_all_papers_wait_for_each_other_in_no_circle(profile):
-    found = jobs(profile, plan(profile))
-    assert _no_circle(found)
-    needs, trained = needed_jobs(found), {}
-    for name, group in found.items():
-        for run in {p.settings.run for p in group}:
-            assert trained.setdefault(run, name) in {name, *needs[name]}
-
-
-def _no_circle(found):
-    needs, done = needed_jobs(found), set()
-    while ready := {name for name in found if name not in done and needs[name] <= done}:
-        done |= ready
-    return done == set(found)
-
-
-def test_a_run_of_two_experiments_and_its_parents_job(card_file):
-    """Shared runs are trained by the first job that has them; the others wait for it."""
-    half = CARD[CARD.index("    [[profiles.quick.experiments]]") :]
-    card_file(CARD + half.replace('name = "digits"', 'name = "again"'))
-    found = jobs("quick", plan("quick"))
-    assert list(found) == ["toy.digits.s0", "toy.again.s0"]
-    needs = needed_jobs(found)
-    assert needs == {"toy.digits.s0": set(), "toy.again.s0": {"toy.digits.s0"}}
 
 
 # --- names of runs
@@ -919,7 +857,7 @@ def test_epochs_are_what_was_asked_for_wherever_something_is_trained(card_file):
     ]"""
     text = CARD[: CARD.index("methods = [{")] + entries
     card_file(text.replace("recipe = { epochs = 1", "recipe = { epochs = 2, steps = 9"))
-    planned = plan("quick", (), Tiny(epochs=50))
+    planned = plan("quick", epochs=50)
     assert {(p.settings.method, p.stage): p.settings.recipe.epochs for p in planned} == {
         ("dense", "start"): 50,
         ("magnitude", ""): 0,

@@ -231,12 +231,11 @@ class Experiment(_Strict):
 
 
 class Profile(_Strict):
-    """How the study runs at one size; `job` says which runs share one job of the batch."""
+    """How the study runs at one size."""
 
     time: str
     precision: Literal["fp32", "bf16"] = "fp32"
     threads: Annotated[int, Field(ge=1)] = 1
-    job: Literal["seed", "method"] = "method"
     experiments: tuple[Experiment, ...]
 
 

@@ -28,7 +28,7 @@ from filelock import FileLock, Timeout
 from prunestudy import datasets, places
 from prunestudy.errors import InputError, require
 from prunestudy.study import notebooks
-from prunestudy.study.plan import Planned, jobs, needed_jobs, plan
+from prunestudy.study.plan import Planned, plan
 from prunestudy.study.records import Store
 from prunestudy.study.runs import Runner
 from prunestudy.study.session import is_untimed, measure_latency
@@ -76,34 +76,30 @@ def describe(
     """What is to be done, for batch.json: of each kind of job, name to the runs or papers in it.
 
     With `count` > 0 that many jobs share the runs and the notebooks, each taking the next one that
-    is free; with 0 (on a cluster) a job is one seed or method, or one notebook.
+    is free; with 0 (on a cluster) a job is one run, which `needs` its parent's, or one notebook.
     """
-    missing = [item for item in planned if store.read(item.settings) is None]
+    missing = [item.settings for item in planned if store.read(item.settings) is None]
+    missing.sort(key=lambda settings: settings.parent is not None)  # so that no job waits long
+    runs = {settings.run: settings.parent and settings.parent.run for settings in missing}
     papers = list(dict.fromkeys(item.paper for item in planned))
     stale = [name for name in papers if not notebooks.is_current(store, profile, name)]
     stale.sort(key=lambda name: -sum(item.paper == name for item in planned))  # longest first
     if count:
-        # Parents first, so that no job waits long for one.
-        ordered = sorted((i.settings for i in missing), key=lambda s: s.parent is not None)
-        runs, needs = list(dict.fromkeys(settings.run for settings in ordered)), {}
         sharers = min(1 if profile in _ON_GPU else count, len(runs))
-        train = dict.fromkeys(map(str, range(sharers)), runs)
+        train = dict.fromkeys(map(str, range(sharers)), list(runs))
         books = dict.fromkeys(map(str, range(min(count, len(stale)))), stale)
     else:
-        groups = jobs(profile, missing)
-        train = {name: [item.settings.run for item in items] for name, items in groups.items()}
-        needs = {name: sorted(before) for name, before in needed_jobs(groups).items()}
-        books = {name: [name] for name in stale}
+        train, books = {run: [run] for run in runs}, {name: [name] for name in stale}
     waiting = bool(train) or any(is_untimed(store, item) for item in planned)
     return {
         "folder": str(Path.cwd()),
         "profile": profile,
         "papers": papers,
-        "datasets": sorted({item.settings.dataset for item in missing}),
+        "datasets": sorted({settings.dataset for settings in missing}),
         "results": str(store.folder.parent.resolve()),
         "data": data and str(Path(data).resolve()),
         "gpu": profile in _ON_GPU,
-        "needs": needs,
+        "needs": {run: [parent] for run, parent in runs.items() if parent in runs},
         "train": train,
         "latency": {"all": ["nets"]} if waiting else {},
         "notebooks": books,
@@ -115,14 +111,8 @@ def _require_executor(name: str) -> None:
     there = re.fullmatch("[a-z0-9-]+", name) and find_spec(plugin) is not None
     allowed = "local, or one whose package snakemake-executor-plugin-NAME is installed"
     require(bool(name == "local" or there), "executor", name, allowed)
-    allowed = "where Slurm is: sbatch is found and sinfo answers"
-    require(name != "slurm" or _slurm_answers(), "executor", name, allowed)
-
-
-def _slurm_answers() -> bool:
-    command = ["sinfo", "--noheader"]
-    there = shutil.which("sbatch") and shutil.which("sinfo")
-    return bool(there) and not subprocess.run(command, capture_output=True, check=False).returncode
+    there = name != "slurm" or shutil.which("sbatch") is not None
+    require(there, "executor", name, "where Slurm is: sbatch is found")
 
 
 def _locally(stage: Path, batch: dict[str, Any]) -> bool:

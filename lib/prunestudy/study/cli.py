@@ -84,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
 # Name of a command to what it does, and what it takes besides --results.
 _COMMANDS = {
     "study": ("run all that is missing", "--profile --paper --data --jobs --executor"),
-    "plan": ("say what the runs would cost", "--profile --paper --rate"),
+    "plan": ("say what the runs would cost", "--profile --paper"),
     "list": ("list the runs, or the names that settings take", "--profile --paper what name"),
     "status": ("say what is done and what is missing", "--profile --paper"),
     "table": ("write the tables from the records", "--profile --paper"),
@@ -106,7 +106,6 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     "--device": {"default": "auto", "help": "auto, cpu or cuda"},
     "--jobs": {"type": int, "default": 2, "help": "jobs side by side (default: 2)"},
     "--executor": {"default": "local", "help": "a Snakemake executor (default: local)"},
-    "--rate": {"type": float, "help": "10^12 MACs of training a second, as measured"},
     "--weights": {"action": "store_true", "help": "also where only the net is missing"},
     "--replace": {"action": "store_true", "help": "the newcomer takes a run's place"},
     "--set": {

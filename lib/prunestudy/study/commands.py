@@ -64,10 +64,7 @@ def do_study(a: Namespace) -> None:
         print(line)
     summary = tables.write(store, plan(a.profile))
     ours = summary.paper.isin({item.paper for item in planned}) & (summary.variant == "")
-    columns = "paper method model dataset target n metric difference difference_low".split()
-    shown = summary.loc[ours, [*columns, "difference_high"]]
-    with pd.option_context("display.width", 200):
-        print(shown.to_string(index=False, float_format="{:.4f}".format, na_rep=""))
+    print(tables.readable(summary[ours]).to_string(index=False))
     folder = store.folder if a.results else os.path.relpath(store.folder)
     for name in ("tables", "figures", "notebooks", "records.jsonl"):
         print(f"{name:13} {folder}/{name}")
@@ -82,12 +79,9 @@ def do_collect(a: Namespace) -> None:
 
 
 def do_plan(a: Namespace) -> None:
-    rate = RATE if a.rate is None else a.rate
-    table = forecast(_planned(a), rate)
-    print(table.to_string(index=False, float_format="{:.2f}".format))
-    source = "assumed" if a.rate is None else "as given"
+    print(forecast(_planned(a)).to_string(index=False, float_format="{:.2f}".format))
     print(
-        f"hours: an estimate, at {rate:g} x 10^12 MACs of training a second ({source}); "
+        f"hours: an estimate, at {RATE:g} x 10^12 MACs of training a second (assumed); "
         "MACs: of the dense nets, three passes a step"
     )
 

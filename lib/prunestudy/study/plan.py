@@ -145,32 +145,6 @@ def _recipe(experiment: Experiment, entry: Entry, epochs: int) -> Recipe:
     return recipe.model_copy(update=own)
 
 
-def jobs(profile: str, planned: list[Planned]) -> dict[str, list[Planned]]:
-    """Group runs into jobs of the batch, by paper, experiment, seed (and method), in order."""
-    groups: dict[str, list[Planned]] = {}
-    kinds = {name: card(name).profiles[profile].job for name in {run.paper for run in planned}}
-    for run in planned:
-        settings, parts = run.settings, [run.paper, run.experiment, f"s{run.settings.seed}"]
-        if kinds[run.paper] == "method":
-            start = settings.parent is None and settings.method == "dense"
-            parts.append("start" if start else settings.method)
-        groups.setdefault(".".join(parts), []).append(run)
-    return groups
-
-
-def needed_jobs(groups: dict[str, list[Planned]]) -> dict[str, set[str]]:
-    """For each job, the jobs before it that train its runs, or parents of them."""
-    owner: dict[str, str] = {}
-    needs: dict[str, set[str]] = {}
-    for name, runs in groups.items():
-        for run in runs:
-            owner.setdefault(run.settings.run, name)
-    for name, runs in groups.items():
-        used = [s for run in runs for s in (run.settings, run.settings.parent) if s]
-        needs[name] = {owner.get(settings.run, name) for settings in used} - {name}
-    return needs
-
-
 def forecast(planned: list[Planned], rate: float = RATE) -> pd.DataFrame:
     """One row per paper and experiment, and their sum; a run that two ask for counts once.
 
