@@ -73,7 +73,7 @@ class Attention(Mask):
         """Whether mask and scale are frozen."""
         return self.frozen
 
-    def set_extra_state(self, state: bool) -> None:  # noqa: FBT001
+    def set_extra_state(self, state: bool) -> None:
         """Take back what `get_extra_state` returned."""
         self.frozen = state
 
