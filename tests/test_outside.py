@@ -18,7 +18,7 @@ from prunestudy.datasets import sources
 from prunestudy.errors import InputError, writable_file, written_whole
 from prunestudy.study import settings
 from prunestudy.study.settings import own_settings
-from prunestudy.train import Recipe
+from prunestudy.papers import RunRecipe as Recipe
 
 RANGE = "a number from 1e-18 to 1e+30, or 0 where that is allowed"
 AT_MOST = "input should be less than or equal to "
