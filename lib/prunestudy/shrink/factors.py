@@ -85,8 +85,13 @@ def factorise_layer(layer: Layer, rank: int, variant: Variant = "pca") -> nn.Seq
     require(type(rank) is int and 1 <= rank <= full, "rank", rank, allowed)
     require(rank % groups == 0, "rank", rank, f"a multiple of {groups}, the layer's groups")
     require_one_of("variant", variant, ("pca", "svd"))
-    mixture, basis = _factors(weight_matrix(layer), rank // groups, variant)
-    return _pair(layer, mixture, basis)
+    each = rank // groups
+    left, size, right = torch.linalg.svd(weight_matrix(layer).double(), full_matrices=False)
+    left, size, right = left[..., :each], size[..., :each], right[:, :each]
+    if variant == "pca":
+        return _pair(layer, left, size[..., None] * right, layer.bias)
+    root = size.sqrt()
+    return _pair(layer, left * root[:, None], root[..., None] * right, layer.bias)
 
 
 def factorise(model: nn.Module, ranks: Mapping[str, int], variant: Variant = "pca") -> nn.Module:
@@ -255,24 +260,19 @@ def _layers(model: nn.Module) -> dict[str, Layer]:
     Of subclasses the owner may read the weight (attention's `out_proj`); a TransformerEncoderLayer
     reads those of its linear layers in eval mode.
     """
-    read = {n for n, m in model.named_modules() if isinstance(m, nn.TransformerEncoderLayer)}
-    return {
-        name: layer
-        for name, layer in model.named_modules()
-        if name
-        and type_before_parametrizations(layer) in _KINDS
-        and not (read and name.rpartition(".")[0] in read)
-    }
+    encoders = [m for m in model.modules() if isinstance(m, nn.TransformerEncoderLayer)]
+    read = {id(part) for encoder in encoders for part in encoder.children()}
+    every = ((n, m) for n, m in model.named_modules() if n and id(m) not in read)
+    return {name: m for name, m in every if type_before_parametrizations(m) in _KINDS}
 
 
 def _is_pair(module: nn.Module) -> bool:
     if type(module) is not nn.Sequential or len(module) != 2:
         return False
     first, second = module
-    if type(first) is not type(second) or type(first) not in _KINDS or first.bias is not None:
-        return False
-    same = groups_of(first) == groups_of(second)
-    return same and prod(getattr(second, "kernel_size", ())) == 1
+    kinds = type(first) is type(second) and type(first) in _KINDS and first.bias is None
+    ones = kinds and prod(getattr(second, "kernel_size", ())) == 1
+    return ones and groups_of(first) == groups_of(second)
 
 
 def _rank(layer: Layer, shares: Tensor, ratio: float) -> int:
@@ -284,32 +284,18 @@ def _require_ratio(parameter: str, value: float) -> None:
     require(ok, parameter, value, "above 0 and at most 1")
 
 
-def _factors(matrix: Tensor, rank: int, variant: Variant) -> tuple[Tensor, Tensor]:
-    """Mixture (G, N / G, rank) and basis (G, rank, D) of `matrix` (G, N / G, D), in float64."""
-    left, size, right = torch.linalg.svd(matrix.double(), full_matrices=False)
-    left, size, right = left[..., :rank], size[..., :rank], right[:, :rank]
-    if variant == "pca":
-        return left, size[..., None] * right
-    root = size.sqrt()
-    return left * root[:, None], root[..., None] * right
-
-
-def _pair(
-    layer: Layer, mixture: Tensor, basis: Tensor, bias: Tensor | None = None
-) -> nn.Sequential:
-    """Two layers in place of `layer`, with the weights `mixture` and `basis`."""
-    bias = layer.bias if bias is None else bias
+def _pair(layer: Layer, mixture: Tensor, basis: Tensor, bias: Tensor | None) -> nn.Sequential:
+    """Two layers in place of `layer`: weights (G, M / G, D) and (G, N / G, M / G), and the bias."""
+    kind, weight = type_before_parametrizations(layer), layer.weight
     filters, rank = mixture.shape[0] * mixture.shape[1], basis.shape[0] * basis.shape[1]
-    if isinstance(layer, nn.Linear):
-        first = nn.Linear(layer.in_features, rank, bias=False)
-        second = nn.Linear(rank, filters, bias=bias is not None)
+    if kind is nn.Linear:
+        first = kind(layer.in_features, rank, bias=False)
+        second = kind(rank, filters, bias=bias is not None)
     else:
-        kind = type_before_parametrizations(layer)
         same = "kernel_size stride padding dilation groups padding_mode".split()
         settings = {name: getattr(layer, name) for name in same}
         first = kind(layer.in_channels, rank, bias=False, **settings)
         second = kind(rank, filters, 1, groups=layer.groups, bias=bias is not None)
-    weight = layer.weight
     pair = nn.Sequential(first, second).to(weight.device, weight.dtype)
     with torch.no_grad():
         first.weight.copy_(basis.reshape(first.weight.shape))
