@@ -5,6 +5,7 @@ import io
 import json
 import os
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -312,6 +313,14 @@ def test_wide_layers_take_larger_column_numbers(tmp_path):
             assert file.get_tensor("weight:columns").dtype == dtype
         loaded = shrink.load(tmp_path / "net", nn.Linear(2, 1))
         assert loaded.weight.flatten().nonzero().tolist() == [[width - 1]]
+
+
+def test_settings_may_be_numbers_of_numpy(tmp_path):
+    net = nn.Sequential(nn.Linear(np.int64(3), np.int64(2)), nn.LayerNorm(torch.Size([2])))
+    loaded = shrink.load(
+        saved(net, tmp_path / "net"), nn.Sequential(nn.Linear(9, 5), nn.LayerNorm(5))
+    )
+    assert torch.equal(loaded(torch.ones(1, 3)), net(torch.ones(1, 3)))
 
 
 def test_the_log(tmp_path):

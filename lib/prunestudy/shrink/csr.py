@@ -57,7 +57,9 @@ def to_csr(model: nn.Module, min_sparsity: float = 0.0) -> nn.Module:
     plain = fold(model)
     for name, layer in list(plain.named_modules()):
         # Subclasses of nn.Linear may be read by their owners (attention reads the weight).
-        if type(layer) is nn.Linear and _zero_share(layer) >= min_sparsity:
+        if type(layer) is not nn.Linear:
+            continue
+        if 1 - int(layer.weight.count_nonzero()) / layer.weight.numel() >= min_sparsity:
             if not name:
                 return CsrLinear(layer)
             plain.set_submodule(name, CsrLinear(layer))
@@ -84,7 +86,3 @@ def _spend_warnings() -> None:
         none = torch.zeros(0, dtype=torch.int32)
         pointers = torch.zeros(2, dtype=torch.int32)
         torch.sparse_csr_tensor(pointers, none, none.float(), (1, 1), check_invariants=False)
-
-
-def _zero_share(layer: nn.Linear) -> float:
-    return 1 - int(layer.weight.count_nonzero()) / layer.weight.numel()

@@ -6,10 +6,8 @@ Wen et al., "Coordinating Filters for Faster Deep Neural Networks", ICCV 2017:
     W (N x D)         ~   A (N x M)  B (M x D),      D = (C / G) k^2 in each of G groups
 
 The columns of A are the first M eigenvectors of W W^T (uncentred PCA of the filters), B = A^T W.
-The variant "svd" splits each singular value evenly, A = U S^1/2, B = S^1/2 V^T (the split is
-ours); the product is the same. A linear layer is a convolution with one position. Ranks are totals
-over the groups. They follow from the energy kept, from a share of the full rank or from a budget
-of MACs.
+The variant "svd" splits each singular value evenly (ours): A = U S^1/2, B = S^1/2 V^T, the same
+product. A linear layer is a convolution with one position. Ranks are totals over the groups.
 """
 
 from bisect import bisect_right
@@ -17,7 +15,7 @@ from collections import Counter
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from math import prod
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +26,7 @@ from prunestudy.shrink.fold import fold
 
 Variant = Literal["pca", "svd"]
 Layer = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
-_KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+_KINDS = get_args(Layer)
 
 
 def layers_to_factorise(
@@ -95,10 +93,7 @@ def factorise_layer(layer: Layer, rank: int, variant: Variant = "pca") -> nn.Seq
 
 
 def factorise(model: nn.Module, ranks: Mapping[str, int], variant: Variant = "pca") -> nn.Module:
-    """A copy of `model`, folded, with the layers named in `ranks` as factors of these ranks.
-
-    In eval mode and without gradients, like `fold`. Raises `InputError` as `factorise_in_place`.
-    """
+    """A folded copy of `model`, without gradients, after `factorise_in_place`."""
     plain = fold(model)
     factorise_in_place(plain, ranks, variant)
     return plain.requires_grad_(False)
@@ -149,8 +144,8 @@ def reduce_rank(pair: nn.Sequential, rank: int, variant: Variant = "pca") -> nn.
 def merged(pair: nn.Sequential) -> Tensor:
     """The product of the factors, in the shape of the weight that they replaced."""
     basis, mixture = pair
-    whole = weight_matrix(mixture) @ weight_matrix(basis)
-    return whole.reshape(len(mixture.weight), *basis.weight.shape[1:])
+    shape = len(mixture.weight), *basis.weight.shape[1:]
+    return (weight_matrix(mixture) @ weight_matrix(basis)).reshape(shape)
 
 
 def pairs_of(model: nn.Module) -> dict[str, nn.Sequential]:
@@ -178,9 +173,8 @@ def rank_at(layer: Layer, ratio: float, variant: Variant = "pca") -> int:
     """
     _require_ratio("ratio", ratio)
     require_one_of("variant", variant, ("pca", "svd"))
-    if ratio == 1:
-        return full_rank(layer)
-    return _rank(layer, energy_shares(layer), ratio if variant == "pca" else ratio**2)
+    kept = ratio if variant == "pca" else ratio**2
+    return full_rank(layer) if ratio == 1 else _rank(layer, energy_shares(layer), kept)
 
 
 def ranks_by_energy(
@@ -196,11 +190,9 @@ def ranks_by_share(
 ) -> dict[str, int]:
     """`share` of each layer's full rank, at least 1 per group; `InputError` outside (0, 1]."""
     _require_ratio("share", share)
-    ranks = {}
-    for name, layer in layers_to_factorise(model, patterns).items():
-        groups = groups_of(layer)
-        ranks[name] = groups * max(1, round(share * full_rank(layer) / groups))
-    return ranks
+    chosen = layers_to_factorise(model, patterns).items()
+    per_group = {n: max(1, round(share * full_rank(m) / groups_of(m))) for n, m in chosen}
+    return {name: rank * groups_of(model.get_submodule(name)) for name, rank in per_group.items()}
 
 
 def ranks_by_macs(
@@ -233,14 +225,13 @@ def ranks_by_macs(
 
 def cheaper(model: nn.Module, ranks: Mapping[str, int]) -> dict[str, int]:
     """Those of `ranks` at which the factors cost fewer MACs than the layer."""
-    faster = {n: layer_speed_up(model.get_submodule(n), rank) for n, rank in ranks.items()}
-    return {name: rank for name, rank in ranks.items() if faster[name] > 1}
+    return {n: m for n, m in ranks.items() if layer_speed_up(model.get_submodule(n), m) > 1}
 
 
 def speed_up_at(model: nn.Module, macs: Mapping[str, int], ranks: Mapping[str, int]) -> float:
     """MACs of the layers in `ranks` over those of their factors; `macs` as in `ranks_by_macs`."""
     whole = {name: macs[f"{name}.weight"] for name in ranks}
-    low = (whole[n] / layer_speed_up(model.get_submodule(n), rank) for n, rank in ranks.items())
+    low = (whole[n] / layer_speed_up(model.get_submodule(n), m) for n, m in ranks.items())
     return sum(whole.values()) / sum(low)
 
 
@@ -248,9 +239,9 @@ def speed_up_of_pairs(model: nn.Module, macs: Mapping[str, int]) -> float:
     """MACs of the layers that the factors in `model` replaced, over those of the factors."""
     whole = own = 0.0
     for name, (basis, mixture) in pairs_of(model).items():
-        first, second = (macs[f"{name}.{part}.weight"] for part in (0, 1))
+        first = macs[f"{name}.0.weight"]
         whole += first * len(mixture.weight) / len(basis.weight)
-        own += first + second
+        own += first + macs[f"{name}.1.weight"]
     return whole / own
 
 

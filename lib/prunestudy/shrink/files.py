@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from prunestudy.errors import InputError, require, writable_file, written_whole
+from prunestudy.errors import InputError, require, written_whole
 from prunestudy.shrink.csr import CsrLinear, csr_arrays
 from prunestudy.shrink.factors import replace
 from prunestudy.shrink.fold import fold
@@ -59,10 +59,9 @@ def save(
     """Write `net`, folded, to `path`, for `load` to rebuild; the file appears whole or not at all.
 
     With a fresh net `like` only what differs from it is logged: a smaller file. `about` is text
-    to keep with the net. Raises `InputError` for a path that no file can be written to (see
-    `writable_file`), and naming a module or tensor that cannot be stored.
+    to keep with the net. Raises `InputError` for a path that no file can be written to, and
+    naming a module or tensor that cannot be stored.
     """
-    writable_file(path)
     texts, plain, name = dict(about or {}), fold(_module(net)), type(net).__name__
     right = all(type(each) is str for pair in texts.items() for each in pair)
     allowed = f"texts by name; {', '.join(_OURS)} are taken"
@@ -80,7 +79,9 @@ def save(
     tensors, ties = _packed(plain)
     metadata = {"format": FORMAT, **texts}
     if log or ties:
-        metadata["structure"] = json.dumps([*log, *ties], separators=(",", ":"))
+        metadata["structure"] = json.dumps(
+            [*log, *ties], separators=(",", ":"), default=lambda number: number.item()
+        )
     metadata["sha256"] = _digest(tensors, metadata)
     with written_whole(path) as part:
         part.write_bytes(safetensors.torch.save(tensors, metadata))
@@ -155,7 +156,11 @@ def _entry(path: str, module: nn.Module) -> Entry:
     if "bias" in values:
         values["bias"] = module.bias is not None
     # As JSON gives it back.
-    return [path, kind.__name__, {k: list(v) if type(v) is tuple else v for k, v in values.items()}]
+    return [
+        path,
+        kind.__name__,
+        {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()},
+    ]
 
 
 def _made(path: str, kind: str, arguments: Any) -> nn.Module:
@@ -201,8 +206,8 @@ def _fill(net: nn.Module, tensors: dict[str, Tensor], ties: dict[str, str]) -> N
     dense |= {name: dense[first] for name, first in ties.items()}
     net.load_state_dict(dense, assign=True)
     for name, first in ties.items():
-        (to, slot), (source, origin) = (n.rpartition(".")[::2] for n in (name, first))
-        setattr(net.get_submodule(to), slot, getattr(net.get_submodule(source), origin))
+        (owner, slot), (other, origin) = (n.rpartition(".")[::2] for n in (name, first))
+        setattr(net.get_submodule(owner), slot, getattr(net.get_submodule(other), origin))
 
 
 def _packed(plain: nn.Module) -> tuple[dict[str, Tensor], list[Entry]]:
