@@ -37,7 +37,7 @@ def layers_to_factorise(
     Without patterns, all convolutions larger than 1x1. Raises `InputError`, naming `parameter`,
     for a pattern that matches no layer that can be factorised, or if none is left.
     """
-    every = _layers(model)
+    every = plain_layers(model)
     for pattern in patterns:
         known = any(fnmatchcase(name, pattern) for name in every)
         require(known, parameter, pattern, f"a layer of the net: {', '.join(every)}")
@@ -47,6 +47,18 @@ def layers_to_factorise(
     kind = "a net with convolutions larger than 1x1, or patterns that name layers"
     require(bool(large), parameter, patterns, kind)
     return large
+
+
+def plain_layers(model: nn.Module) -> dict[str, Layer]:
+    """The convolutions and linear layers of `model` that may be replaced, by their first name.
+
+    Not those whose weight another module reads: subclasses (attention's `out_proj`), and the
+    linear layers of a TransformerEncoderLayer, which reads them in eval mode.
+    """
+    encoders = [m for m in model.modules() if isinstance(m, nn.TransformerEncoderLayer)]
+    read = {id(part) for encoder in encoders for part in encoder.children()}
+    every = ((n, m) for n, m in model.named_modules() if n and id(m) not in read)
+    return {name: m for name, m in every if type_before_parametrizations(m) in _KINDS}
 
 
 def groups_of(layer: Layer) -> int:
@@ -108,7 +120,7 @@ def factorise_in_place(
     another module reads, for weights that are shared or computed (weight norm, parametrisations,
     pruning masks), and for a rank that does not fit.
     """
-    layers = _layers(model)
+    layers = plain_layers(model)
     uses = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
     for name in ranks:
         require(name in layers, "ranks", name, f"a layer of the net: {', '.join(layers)}")
@@ -243,18 +255,6 @@ def speed_up_of_pairs(model: nn.Module, macs: Mapping[str, int]) -> float:
         whole += first * len(mixture.weight) / len(basis.weight)
         own += first + macs[f"{name}.1.weight"]
     return whole / own
-
-
-def _layers(model: nn.Module) -> dict[str, Layer]:
-    """The layers that can be factorised, each by its first name.
-
-    Of subclasses the owner may read the weight (attention's `out_proj`); a TransformerEncoderLayer
-    reads those of its linear layers in eval mode.
-    """
-    encoders = [m for m in model.modules() if isinstance(m, nn.TransformerEncoderLayer)]
-    read = {id(part) for encoder in encoders for part in encoder.children()}
-    every = ((n, m) for n, m in model.named_modules() if n and id(m) not in read)
-    return {name: m for name, m in every if type_before_parametrizations(m) in _KINDS}
 
 
 def _is_pair(module: nn.Module) -> bool:
