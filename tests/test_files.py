@@ -240,6 +240,10 @@ def test_shared_parameters_are_stored_once_and_shared_again(tmp_path):
     assert log_of(path)[-1] == ["out.weight", "=", "embed.weight"]
     loaded = shrink.load(path, Block())
     assert loaded.out.weight is loaded.embed.weight
+    twice = nn.Linear(3, 3)
+    net = nn.Sequential(nn.Sequential(twice, twice), nn.ReLU())
+    loaded = shrink.load(saved(net, tmp_path / "net"), copy.deepcopy(net))
+    assert loaded[0][0] is loaded[0][1]
     residual = shrink.load(saved(cut_residual(), tmp_path / "net"), Residual())
     assert residual.again is residual.c
 

@@ -79,9 +79,8 @@ def save(
     tensors, ties = _packed(plain)
     metadata = {"format": FORMAT, **texts}
     if log or ties:
-        metadata["structure"] = json.dumps(
-            [*log, *ties], separators=(",", ":"), default=lambda number: number.item()
-        )
+        short = {"separators": (",", ":"), "default": lambda number: number.item()}
+        metadata["structure"] = json.dumps([*log, *ties], **short)
     metadata["sha256"] = _digest(tensors, metadata)
     with written_whole(path) as part:
         part.write_bytes(safetensors.torch.save(tensors, metadata))
@@ -148,7 +147,7 @@ def _entry(path: str, module: nn.Module) -> Entry:
     kind = type(module)
     if path and kind is nn.Sequential and len(module):
         inner = [_entry(name, part) for name, part in module.named_children()]
-        rebuilt = all(type(part) in _FIELDS for part in module)
+        rebuilt = all(type(part) in _FIELDS for part in module) and len(inner) == len(module)
         return [path, "Sequential", inner if rebuilt else None]
     if kind not in _FIELDS:
         return [path, kind.__name__, None]
@@ -156,11 +155,8 @@ def _entry(path: str, module: nn.Module) -> Entry:
     if "bias" in values:
         values["bias"] = module.bias is not None
     # As JSON gives it back.
-    return [
-        path,
-        kind.__name__,
-        {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()},
-    ]
+    values = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+    return [path, kind.__name__, values]
 
 
 def _made(path: str, kind: str, arguments: Any) -> nn.Module:
@@ -170,11 +166,10 @@ def _made(path: str, kind: str, arguments: Any) -> nn.Module:
         for name, *part in arguments:
             layer.add_module(name, _made(name, *part))
     else:
-        fields = {field: arguments[field] for field in _FIELDS[_KINDS[kind]].split()}
+        values = {field: arguments[field] for field in _FIELDS[_KINDS[kind]].split()}
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         with torch.device("meta"):
-            layer = _KINDS[kind](
-                **{k: tuple(v) if type(v) is list else v for k, v in fields.items()}
-            )
+            layer = _KINDS[kind](**values)
     if _entry(path, layer) != [path, kind, arguments]:  # also what torch takes and we never write
         raise ValueError(f"{path!r} is no {kind}")
     return layer.eval()
