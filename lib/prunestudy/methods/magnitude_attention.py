@@ -123,7 +123,8 @@ class MagnitudeAttention(Masked):
     def attach(self, model: nn.Module, context: Context) -> None:
         """Put the attention on every weight in the scope."""
         super().attach(model, context)
-        self._set_scale()
+        # Summed in the order of a contiguous tensor, as in all earlier runs.
+        self._set_scale([weight.contiguous() for weight in self.weights])
 
     def mask_for(self, weight: Tensor) -> Attention:
         """The attention of one layer's `weight`."""
@@ -143,7 +144,7 @@ class MagnitudeAttention(Masked):
     def after_step(self, at: At) -> None:  # noqa: ARG002
         """Set n while exploring; then undo what momentum and decay did to cut weights."""
         if not self.frozen:
-            self._set_scale()
+            self._set_scale(self.weights)
             return
         for weight, each, held in zip(self.weights, self.masks, self.frozen_weights, strict=True):
             weight.copy_(torch.where(each.mask == 1, weight, held))
@@ -165,13 +166,12 @@ class MagnitudeAttention(Masked):
         return super().log() | {"scale": self.masks[0].scale.item()}
 
     @torch.no_grad()
-    def _set_scale(self) -> None:
+    def _set_scale(self, weights: list[Tensor]) -> None:
         if self.norm == "network_mean":
-            sums = torch.stack([torch.linalg.vector_norm(w, 1) for w in self.weights])
-            total = sum(w.numel() for w in self.weights)
-            scales = [sums.sum() / total] * len(self.weights)
+            sums = torch.stack([torch.linalg.vector_norm(w, 1) for w in weights])
+            scales = [sums.sum() / sum(w.numel() for w in weights)] * len(weights)
         else:
-            scales = [torch.linalg.vector_norm(w, torch.inf) for w in self.weights]
+            scales = [torch.linalg.vector_norm(w, torch.inf) for w in weights]
             if self.norm == "network_max":
                 scales = [torch.stack(scales).max()] * len(scales)
         for each, scale in zip(self.masks, scales, strict=True):
