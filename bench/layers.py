@@ -10,9 +10,8 @@ from torch import nn
 from torch.nn.utils import prune
 from torchvision.models import resnet50
 
-from common import Row, compare, main
+from common import Ratio, Row, compare, main
 from prunestudy import methods, models, shrink
-from prunestudy.measure import Ratio
 from prunestudy.methods.channels import Channels
 from prunestudy.methods.force import force, force_by_pairs
 from prunestudy.papers import card

@@ -146,7 +146,7 @@ def digits():
     validation = datasets.Batches(held_out, data.info, 200)
     task = measure.task("reconstruct_and_classify", data.info.mean, data.info.std)
     torch.manual_seed(0)
-    net = models.AutoencoderClassifier(SMALL, 10, (32, 16), 12, 16)
+    net = models.Autoencoder(SMALL, 10, (32, 16), 12, head=16)
     recipe = Recipe(epochs=12, lr=0.005, batch_size=64, optimizer="adam")
     made = train(net, methods.build("dense", {}), recipe, batches, validation, seed=0, task=task)
     return made.model, Context(batches, validation, task, torch.device("cpu"))

@@ -168,7 +168,7 @@ def test_its_cost_is_the_closed_form_of_the_gates(name):
     it = case(name)
     parameters = Channels(it.dense, it.shape, "parameters")
     for channels, count in [
-        (it.macs, measure.macs(it.small, it.shape)),
+        (it.macs, measure.macs(it.small, torch.zeros(1, *it.shape))),
         (parameters, measure.parameters(it.small)),
     ]:
         assert float(channels.cost((it.gates != 0).double())) == pytest.approx(count, rel=1e-12)
@@ -240,7 +240,7 @@ def test_onnx_runtime_computes_the_same(name, tmp_path):
 
 def test_latency_in_onnx_runtime():
     net = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
-    found = measure.onnx_latency({"a": net, "b": net}, (1, 2, 2), batch=2, rounds=3)
+    found = measure.onnx_latency({"a": net, "b": net}, torch.zeros(2, 1, 2, 2), rounds=3)
     assert list(found) == ["a", "b"]
     assert all(ms > 0 for ms in found.values())
 

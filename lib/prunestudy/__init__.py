@@ -41,7 +41,7 @@ _PLACES = {
     "train": "Recipe Result prune shrink_to",
 }
 _PUBLIC = {name: place for place, names in _PLACES.items() for name in names.split()}
-__all__ = sorted(_PUBLIC)
+__all__ = list(_PUBLIC)
 
 
 def __getattr__(name: str) -> Any:

@@ -181,6 +181,11 @@ class Method(nn.Module):
     def optimizer(self) -> torch.optim.Optimizer | None:
         """The optimiser of the method's own variables; asked for at the start of each phase."""
 
+    def trained(self, model: nn.Module, own: torch.optim.Optimizer | None) -> list[nn.Parameter]:
+        """The parameters of `model` that the loop trains: all but those of `own`, the method's."""
+        taken = {id(p) for group in own.param_groups for p in group["params"]} if own else set()
+        return [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
+
     def after_backward(self, at: At) -> None:
         """Change gradients before the optimisers step; tensors only."""
 

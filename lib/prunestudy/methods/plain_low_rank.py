@@ -197,7 +197,7 @@ class PlainLowRank(Method):
         return layers_to_factorise(model, tuple(self.params.factorise.split()), "params.factorise")
 
     def _macs(self, model: nn.Module) -> dict[str, int]:
-        return measure.layer_macs(model, self.context.shape)
+        return measure.layer_macs(model, torch.zeros(1, *self.context.shape))
 
     def _wanted(self, model: nn.Module) -> dict[str, int]:
         """The ranks that the target asks for, of layers that become cheaper by them."""

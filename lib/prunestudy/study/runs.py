@@ -23,7 +23,7 @@ from prunestudy.errors import InputError, require_one_of
 from prunestudy.study.lines import FORMAT
 from prunestudy.study.records import Store
 from prunestudy.study.settings import RunSettings
-from prunestudy.train import Result, deterministic, keep_freed_memory, prune
+from prunestudy.train import Result, deterministic, prune
 
 
 def device_of(name: str = "auto") -> torch.device:
@@ -87,7 +87,6 @@ class Runner:
         job = _Job(settings, self._load(settings), self.device)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        keep_freed_memory()
         with deterministic(settings.threads):
             model = self._start(job)
             start = {name: w.detach().clone() for name, w in measure.prunable_weights(model)}
@@ -127,7 +126,7 @@ def _dense(model: str, shape: tuple[int, int, int], num_classes: int) -> tuple[n
     """The dense net, without its numbers, and its MACs."""
     with torch.random.fork_rng(devices=[]):
         net = models.build(model, shape, num_classes)
-    macs = measure.macs(net, shape)
+    macs = measure.macs(net, torch.zeros(1, *shape))
     return net.to("meta"), macs
 
 
@@ -190,6 +189,7 @@ class _Job:
     def metrics(self, made: Result) -> dict[str, Any]:
         """Quality and cost of the finished net, of a diverged one the dense net's cost alone."""
         _, shape, _ = self.like
+        example = torch.zeros(128, *shape)
         dense, dense_macs = _dense(*self.like)
         costs = {"dense_parameters": measure.parameters(dense), "dense_macs": dense_macs}
         if made.status != "done":
@@ -206,9 +206,9 @@ class _Job:
             "layers": measure.layer_sparsity(model),
             "parameters": measure.parameters(model),
             "nonzeros": nonzeros,
-            "macs": measure.macs(model, shape),
-            "nonzero_macs": measure.nonzero_macs(model, shape),
-            "peak_memory_mb": measure.peak_memory_mb(model, shape),
+            "macs": measure.macs(model, example),
+            "nonzero_macs": measure.nonzero_macs(model, example),
+            "peak_memory_mb": measure.peak_memory_mb(model, example),
             "stored_values": nonzeros,
             "stored_with_indices": 2 * nonzeros,  # as the papers count: an index for each value
         }

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+import torch
 from tqdm.auto import tqdm
 
 from prunestudy import datasets, measure, models, shrink
@@ -144,7 +145,7 @@ def _milliseconds(store: Store, settings: RunSettings, rounds: int) -> dict[str,
     nets = {"latency": shrink.to_csr(small, _CSR_FROM), "dense_latency": dense}
     times = {}
     for batch in (1, 128):
-        median = measure.latency(nets, shape, batch, rounds=rounds, threads=1)
+        median = measure.latency(nets, torch.zeros(batch, *shape), rounds, threads=1)
         times |= {f"{name}_b{batch}_ms": round(ms, 5) for name, ms in median.items()}
     return times
 

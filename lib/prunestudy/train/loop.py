@@ -83,8 +83,8 @@ class Loop:
 
         Gives the epoch's row of the history after its last step and validation, else None. With a
         `checkpoint` path the state of `run` is saved after each `every` seconds, or less often
-        where that would take more than 2% of the time; time that passes between two calls counts
-        for nothing.
+        where that would take more than 2% of the time (0: after each step); time that passes
+        between two calls counts for nothing.
         """
         while self.state.step < self.total:
             epoch, first = divmod(self.state.step, self.train.steps)
@@ -173,8 +173,7 @@ class Loop:
 
     def _make_optimizers(self) -> None:
         recipe, own = self.recipe, self.method.optimizer()
-        taken = {id(p) for group in own.param_groups for p in group["params"]} if own else set()
-        weights = [p for p in self.model.parameters() if p.requires_grad and id(p) not in taken]
+        weights = self.method.trained(self.model, own)
         common = {"lr": recipe.lr, "weight_decay": recipe.weight_decay}
         if recipe.optimizer == "adam":
             first = torch.optim.Adam(weights, betas=(recipe.momentum, 0.999), **common)
@@ -232,7 +231,7 @@ class Loop:
         """Count the time spent, and save what is due."""
         state, now = self.state, time.perf_counter()
         state.seconds += now - since
-        due = max(every, self._save_seconds / _MOST_SAVING)
+        due = max(every, self._save_seconds / _MOST_SAVING) if every else 0.0
         if checkpoint and state.seconds - self._saved >= due:
             write_checkpoint(checkpoint, run, self._to_save())
             self._saved, self._save_seconds = state.seconds, time.perf_counter() - now

@@ -22,6 +22,7 @@ from prunestudy.train.checkpoint import read_checkpoint
 from prunestudy.train.deterministic import full_precision
 from prunestudy.train.loaders import Loader
 from prunestudy.train.loop import Loop
+from prunestudy.train.memory import keep_freed_memory
 from prunestudy.train.recipe import Recipe
 from prunestudy.train.report import report
 from prunestudy.values import inputs
@@ -102,6 +103,7 @@ def prune(
     if validation is not None and not hasattr(validation, "ordered"):
         validation = Loader(validation, seed, device, "validation")
     path = Path(checkpoint) if checkpoint else None
+    keep_freed_memory()
     with (
         full_precision(precision != "tf32"),
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
