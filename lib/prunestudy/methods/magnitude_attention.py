@@ -44,14 +44,13 @@ from prunestudy.methods.masks import Mask, Masked, Scope, multiply
 class Attention(Mask):
     """Parametrisation `w -> mask * (|w| / scale)^alpha * w` of one layer's weight.
 
-    Once `frozen`, which its state holds, the gradient is masked as well.
+    Exploration has `feedback`.
     """
 
     def __init__(self, weight: Tensor, alpha: float, passes: str, *, differentiate: bool) -> None:
-        super().__init__(weight)
+        super().__init__(weight, feedback=True)
         self.register_buffer("scale", torch.ones_like(weight.detach().flatten()[0]))
         self.alpha, self.passes, self.differentiate = alpha, passes, differentiate
-        self.frozen = False
 
     def attention(self, weight: Tensor) -> Tensor:
         """Return A, in the shape of `weight`."""
@@ -62,20 +61,12 @@ class Attention(Mask):
         attention = self.attention(weight)
         forward = self.mask if self.passes == "backward" else attention * self.mask
         backward = None if self.passes == "forward" else attention
-        if self.frozen:
+        if not self.feedback:
             backward = self.mask if backward is None else attention * self.mask
         if self.differentiate:
             one = torch.ones_like(weight) if backward is None else backward
             backward = (1 + self.alpha) * one
         return multiply(weight, forward, backward)
-
-    def get_extra_state(self) -> bool:
-        """Whether mask and scale are frozen."""
-        return self.frozen
-
-    def set_extra_state(self, state: bool) -> None:  # noqa: FBT001
-        """Take back what `get_extra_state` returned."""
-        self.frozen = state
 
 
 class MagnitudeAttention(Masked):
@@ -133,7 +124,7 @@ class MagnitudeAttention(Masked):
     @property
     def frozen(self) -> bool:
         """Whether exploitation has begun."""
-        return self.masks[0].frozen
+        return not self.masks[0].feedback
 
     def after_backward(self, at: At) -> None:  # noqa: ARG002
         """Remember the weights as they are when exploitation begins, or is resumed."""
@@ -159,7 +150,7 @@ class MagnitudeAttention(Masked):
             self.cut(self.target, at.total_step)
         if ends and self.exploitation:
             for each in self.masks:
-                each.frozen = True
+                each.feedback = False
 
     def log(self) -> dict[str, float]:
         """The share of weights kept; n of the first layer."""
