@@ -44,7 +44,7 @@ from prunestudy.methods.masks import Mask, Masked, Scope, multiply
 class Attention(Mask):
     """Parametrisation `w -> mask * (|w| / scale)^alpha * w` of one layer's weight.
 
-    Exploration has `feedback`.
+    It has `feedback` while exploring; without, the mask is frozen.
     """
 
     def __init__(self, weight: Tensor, alpha: float, passes: str, *, differentiate: bool) -> None:
@@ -64,8 +64,8 @@ class Attention(Mask):
         if not self.feedback:
             backward = self.mask if backward is None else attention * self.mask
         if self.differentiate:
-            one = torch.ones_like(weight) if backward is None else backward
-            backward = (1 + self.alpha) * one
+            backward = torch.ones_like(weight) if backward is None else backward
+            backward = (1 + self.alpha) * backward
         return multiply(weight, forward, backward)
 
 

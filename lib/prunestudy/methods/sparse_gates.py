@@ -72,9 +72,9 @@ class Gate(Mask):
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return w z (same shape)."""
-        return (
-            super().forward(weight) if self.hard else _Drawn.apply(weight, self.gate, self.draw())
-        )
+        if self.hard:
+            return super().forward(weight)
+        return _Drawn.apply(weight, self.gate, self.draw())
 
     def draw(self) -> Tensor:
         """Return z, zeros and ones in the shape of the weight."""
@@ -151,12 +151,14 @@ class SparseGates(Masked):
         """Add the penalties' gradient lambda2 + lambda1 (1 - 2 g) to the gates'."""
         if self.hard:
             return
+        gates = [each.gate for each in self.masks if each.gate.grad is not None]
         if at.first:
-            self.steering.start(0.1 * _mean_abs([each.gate.grad for each in self.masks]))
+            total = sum(gate.grad.abs().sum().double() for gate in gates)
+            self.steering.start(0.1 * (total / sum(gate.numel() for gate in gates)))
         lambda2 = self.steering.strength
         lambda1 = lambda2 * self.bimodal_ratio(at.share)
-        for each in self.masks:
-            each.gate.grad.addcmul_(each.gate.detach(), -2 * lambda1).add_(lambda1 + lambda2)
+        for gate in gates:
+            gate.grad.addcmul_(gate.detach(), -2 * lambda1).add_(lambda1 + lambda2)
 
     @torch.no_grad()
     def after_step(self, at: At) -> None:  # noqa: ARG002
@@ -215,8 +217,3 @@ class SparseGates(Masked):
     def _set_draw(self, kind: str) -> None:
         for each in self.masks:
             each.bernoulli = kind == "bernoulli"
-
-
-def _mean_abs(tensors: list[Tensor]) -> Tensor:
-    total = sum(t.abs().sum().double() for t in tensors)
-    return total / sum(t.numel() for t in tensors)

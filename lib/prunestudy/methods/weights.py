@@ -146,7 +146,8 @@ class Snip(Masked):
         weights = list(dict.fromkeys(layer.weight for layer in layers_in(net, self.scope).values()))
         sums = [torch.zeros_like(weight) for weight in weights]
         for x, y in context.batches(self.batches):
-            gradients = torch.autograd.grad(context.loss(call(net, x), x, y), weights)
+            loss = context.loss(call(net, x), x, y)
+            gradients = torch.autograd.grad(loss, weights, materialize_grads=True)
             for total, gradient in zip(sums, gradients, strict=True):
                 total.add_(gradient)
         pairs = zip(weights, sums, strict=True)
