@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
-from prunestudy import datasets, measure, models, shrink
+from prunestudy import datasets, measure, models
 from prunestudy.errors import InputError
 from prunestudy.study import lines, records, runs
 from prunestudy.study.inspect import differences, weight_line
@@ -239,7 +239,7 @@ def test_a_finished_net_is_an_ordinary_module(runner):
     assert measure.removed_share(net, net) == 0.9
     fresh = models.build("lenet300", (1, 8, 8), 10)
     fresh.load_state_dict(copy.deepcopy(net.state_dict()))
-    assert shrink.storage(net).nonzeros == 5430
+    assert measure.nonzeros(net) == 5430
 
 
 # --- asked twice

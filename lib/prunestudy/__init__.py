@@ -34,7 +34,7 @@ _PLACES = {
     "methods.magnitude_attention": "MagnitudeAttention",
     "methods.component_aware": "ComponentAware",
     "methods.weights": "Dpf GradualMagnitude L1 Magnitude Snip",
-    "methods.channel_controls": "GroupL2 L1Filter NetworkSlimming Random",
+    "methods.channel_controls": "GroupL2 L1Filter NetworkSlimming Random TaylorChannels",
     "methods.hard_concrete": "HardConcrete",
     "methods.search": "Uniform",
     "methods.low_rank": "PlainLowRank",

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from prunestudy.errors import require
 from prunestudy.measure.forward import evaluating, inputs_for, run
-from prunestudy.shrink import OnnxNet, export_onnx
+from prunestudy.shrink import OnnxNet, export
 from prunestudy.values import inputs
 
 
@@ -87,12 +87,11 @@ def onnx_latency(
     `device` ("cpu" or "cuda"; the way there and back is counted). Raises `InputError` for a net
     that cannot be exported, a bad example or number.
     """
-    shape = tuple(inputs(example)[0].shape[1:])
     with tempfile.TemporaryDirectory() as folder:
         nets = {}
         for number, (name, model) in enumerate(models.items()):
             path = Path(folder) / f"{number}.onnx"
-            export_onnx(model, path, shape)
+            export(model, path, inputs_for(model, example))
             nets[name] = OnnxNet(path, threads, device)
         return latency(nets, example, rounds, threads)
 

@@ -25,6 +25,7 @@ _METHODS = {
     "gdp": ("gdp:GDP", "channel_probes:GatePaths"),
     "l1_filter": ("channel_controls:L1Filter", ""),
     "group_l2": ("channel_controls:GroupL2", ""),
+    "taylor_channels": ("channel_controls:TaylorChannels", ""),
     "network_slimming": ("channel_controls:NetworkSlimming", ""),
     "hard_concrete": ("hard_concrete:HardConcrete", "channel_probes:ConcretePaths"),
     "scratch": ("base:Scratch", ""),

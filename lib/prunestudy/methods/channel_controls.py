@@ -28,7 +28,7 @@ from torch_pruning.pruner.importance import (
 from prunestudy.errors import require
 from prunestudy.methods.base import At, Context, Method, Phase, call
 from prunestudy.methods.channels import Channels, become
-from prunestudy.methods.masks import Mask, Scope, attach_each, kept_count, set_masks, top_masks
+from prunestudy.methods.masks import Mask, Masked, Scope, attach_each, kept_count, top_masks
 from prunestudy.shrink import fold
 from prunestudy.shrink.groups import FOLLOWS, PRODUCES
 
@@ -176,17 +176,23 @@ class Random(_Removal):
         allowed = "all, where channels are removed"
         require(self.of == "sparsity" or self.scope == "all", "scope", self.scope, allowed)
 
+    def check(self, model: nn.Module) -> None:
+        """Refuse a net without weights to mask, and a target that masks none of them."""
+        if self.of == "sparsity":
+            Masked(self.target, scope=self.scope).check(model)
+
     def attach(self, model: nn.Module, context: Context) -> None:
         """Mask weights or remove channels."""
         if self.of != "sparsity":
             super().attach(model, context)
             return
-        masks = attach_each(model, Mask, self.scope)
-        noise = [_noise(mask.mask.shape, context) for mask in masks]
-        total = sum(scores.numel() for scores in noise)
-        kept = kept_count(total, self.target)
-        set_masks(masks, top_masks(noise, kept))
-        self.kept = kept / total
+        _, weights, masks = attach_each(model, Mask, self.scope)
+        total = sum(weight.numel() for weight in weights)
+        keep = kept_count(total, self.target)
+        kept = top_masks([_noise(weight.shape, context) for weight in weights], keep)
+        for each, mask in zip(masks, kept, strict=True):
+            each.mask.copy_(mask)
+        self.kept = keep / total
 
     def scores(self, model: nn.Module, context: Context) -> Tensor:  # noqa: ARG002
         """Uniform noise."""

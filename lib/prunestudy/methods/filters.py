@@ -6,8 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prunestudy.shrink.low_rank import Layer, weight_matrix
-from prunestudy.shrink.ranks import energy_shares
+from prunestudy.shrink.factors import Layer, energy_shares, weight_matrix
 
 BINS = 36
 # 320 kB of filters twice, before and after, stay below what a run may leave.

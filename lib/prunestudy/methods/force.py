@@ -20,7 +20,7 @@ of R = 1/2 sum |w_j - w_i|^2 (L2) and sum |w_j - w_i| (L1), over ordered pairs [
 | W_i | a row of `weight_matrix(layer)` |
 | dW | `force(weight, kind)` |
 | lambda | `strength` times the layer's factor in `strengths`; below 0 filters repel each other |
-| rank ratio, 5% error | `PlainLowRank.measures`, `shrink.ranks` |
+| rank ratio, 5% error | `PlainLowRank.measures`, `shrink.factors` |
 
 Order in a step: gradient, weight decay, force, momentum [P]. Here the force joins the gradient
 before SGD adds the decay; the sum is the same, and where the strength or the sign depends on the
@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 from prunestudy.methods.base import Context, Params, Progress
 from prunestudy.methods.plain_low_rank import LowRankParams, PlainLowRank
-from prunestudy.shrink.low_rank import Layer, groups_of, layers_to_factorise
+from prunestudy.shrink.factors import Layer, groups_of, layers_to_factorise
 
 Kind = Literal["l2", "l1"]
 _SHORTEST = 1e-8

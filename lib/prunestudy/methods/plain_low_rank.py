@@ -1,7 +1,7 @@
 """Low-rank factors of a plainly trained net: the control of Force Regularization.
 
 The net is trained as ever; then each convolution becomes a few basis filters and a 1x1 mixture of
-them (`prunestudy.shrink.low_rank`), and the factorised net may be fine-tuned. `force` does the
+them (`prunestudy.shrink.factors`), and the factorised net may be fine-tuned. `force` does the
 same after, or while, its forces pull the filters together.
 
 The target is the share removed: of each layer's squared energy (0.05: "at most 5% reconstruction
@@ -36,8 +36,9 @@ from prunestudy.shrink import (
     ranks_by_share,
     reduce_rank,
 )
-from prunestudy.shrink.low_rank import (
+from prunestudy.shrink.factors import (
     Layer,
+    cheaper,
     factorise_in_place,
     factorise_layer,
     full_rank,
@@ -45,8 +46,10 @@ from prunestudy.shrink.low_rank import (
     layers_to_factorise,
     merged,
     pairs_of,
+    rank_at,
+    speed_up_at,
+    speed_up_of_pairs,
 )
-from prunestudy.shrink.ranks import cheaper, full_ranks, rank_at, speed_up_at, speed_up_of_pairs
 
 ERROR = 0.05  # the error at which ranks are reported, whatever the target
 
@@ -117,7 +120,7 @@ class PlainLowRank(Method):
             self._note(model)
             ranks = self._wanted(model)
             if self.params.rounds:
-                ranks = full_ranks(model, tuple(self.params.factorise.split()))
+                ranks = ranks_by_share(model, 1.0, tuple(self.params.factorise.split()))
             self._factorise(model, ranks)
             self._score(model)
         elif phase.startswith("fine_tune"):

@@ -4,6 +4,7 @@ import copy
 import functools
 import os
 import platform
+import re
 import resource
 import shutil
 import subprocess
@@ -19,7 +20,7 @@ import torch
 from torch import nn
 
 from prunestudy import datasets, measure, methods, models, places, shrink
-from prunestudy.errors import InputError, require_one_of
+from prunestudy.errors import InputError, require, require_one_of
 from prunestudy.study.lines import FORMAT
 from prunestudy.study.records import Store
 from prunestudy.study.settings import RunSettings
@@ -33,6 +34,20 @@ def device_of(name: str = "auto") -> torch.device:
     if name == "cuda" and not there:
         raise InputError("device = 'cuda': no CUDA device here; allowed are auto, cpu")
     return torch.device("cuda" if there and name != "cpu" else "cpu")
+
+
+def stored_net(path: Path) -> tuple[nn.Module, tuple[int, int, int]]:
+    """Return the net that a run left in `path`, and the (channels, height, width) of its images.
+
+    Raises `InputError` for a file that `shrink.load` refuses, or that no run wrote.
+    """
+    about = shrink.about(path)
+    sizes = re.fullmatch(r"(\d{1,9}) (\d{1,9}) (\d{1,9}) (\d{1,9})", about.get("sizes", ""))
+    require(bool(sizes) and "factory" in about, "path", str(path), "the net of a run")
+    *shape, num_classes = map(int, sizes.groups())
+    with torch.random.fork_rng(devices=[]):  # reading a file changes no draw
+        fresh = models.build(about["factory"], tuple(shape), num_classes)
+    return shrink.load(path, fresh), tuple(shape)
 
 
 class Runner:
@@ -76,7 +91,7 @@ class Runner:
     def net(self, settings: RunSettings) -> nn.Module:
         """Return the finished net of a run that is done, as an ordinary module."""
         self.ensure(settings, weights=True)
-        return shrink.load_net(self.store.weights(settings.run), settings.model)
+        return stored_net(self.store.weights(settings.run))[0]
 
     def _load(self, settings: RunSettings) -> datasets.Dataset:
         today = datasets.fingerprint(settings.dataset, self.data)
@@ -98,7 +113,10 @@ class Runner:
                 metrics["kept_scale"] = measure.kept_scale(made.model, start)
                 arrays |= measure.kept_sample(made.model, start)
         weights = work / "weights.safetensors"
-        shrink.save_net(made.model.cpu(), weights, *job.like)
+        name, shape, num_classes = job.like
+        sizes = " ".join(map(str, (*shape, num_classes)))
+        like = _dense(*job.like)[0]
+        shrink.save(made.model, weights, like=like, about={"factory": name, "sizes": sizes})
         if made.status == "done":
             metrics["bytes"] = weights.stat().st_size
         record = job.record(made, metrics, time.perf_counter() - started)
@@ -110,7 +128,7 @@ class Runner:
         settings = job.settings
         if settings.parent:
             parent = self.store.weights(settings.parent.run)
-            return shrink.load_net(parent, settings.model).requires_grad_(True)
+            return stored_net(parent)[0]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             return models.build(*job.like, settings.pretrained)

@@ -20,7 +20,7 @@ from prunestudy.study import tables, verdicts
 from prunestudy.study.lines import line_of
 from prunestudy.study.plan import Planned, Tiny, plan
 from prunestudy.study.records import Store
-from prunestudy.study.runs import Runner
+from prunestudy.study.runs import Runner, stored_net
 from prunestudy.study.settings import RunSettings
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ def _milliseconds(store: Store, settings: RunSettings, rounds: int) -> dict[str,
     store.kept(settings.run, "weights")
     info = datasets.info(settings.dataset)
     shape = (info.channels, info.height, info.width)
-    small = shrink.load_net(store.weights(settings.run), settings.model)
+    small, _ = stored_net(store.weights(settings.run))
     dense = models.build(settings.model, shape, info.num_classes)
     nets = {"latency": shrink.to_csr(small, _CSR_FROM), "dense_latency": dense}
     times = {}
