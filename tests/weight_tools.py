@@ -22,11 +22,11 @@ def layer(*rows):
     return made
 
 
-def attached(name, model, target=0.5, seed=0, batches=(), **params):
-    """A method on `model`, which may look at `batches`."""
+def attached(name, model, target=0.5, seed=0, batch_list=(), **params):
+    """A method on `model`, which may look at the batches of `batch_list`."""
     method, generator = methods.build(name, params, target), torch.Generator().manual_seed(seed)
     context = Context((torch.zeros(2, 1),), lambda out, x, y: F.cross_entropy(out, y))
-    context.train, context.generator = lambda: iter(batches), generator
+    context.train, context.generator = lambda: iter(batch_list), generator
     method.attach(model, context)
     return method
 

@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 
 from prunestudy.errors import require
 from prunestudy.methods.base import At, Context, Method, scalar
-from prunestudy.shrink import fold
+from prunestudy.shrink import fold, require_ordinary
 from prunestudy.shrink.trace import LAYERS
 
 Scope = Literal["auto", "convolutions", "all"]
@@ -150,9 +150,9 @@ def layers_in(model: nn.Module, scope: Scope) -> dict[str, nn.Module]:
 
     `scope`: "all" convolutions and linear layers; "convolutions" without the linear layers;
     "auto": the convolutions, but all where the linear layers hold more than half of the weights.
-    Layers that share one weight are all named. Raises `InputError` if there is none, and for a
-    layer whose weight is not a parameter.
+    Raises `InputError` if there is none, and for weights that are shared or made of others.
     """
+    require_ordinary(model)
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LAYERS)}
     kind = type(model).__name__
     require(bool(layers), "model", kind, "has no convolution or linear layer")
@@ -163,9 +163,6 @@ def layers_in(model: nn.Module, scope: Scope) -> dict[str, nn.Module]:
         scope = "convolutions" if most else "all"
     found = layers if scope == "all" else convolutions
     require(bool(found), "scope", scope, f"{kind} has no convolution: all, auto")
-    for name, layer in found.items():
-        own = isinstance(layer.weight, nn.Parameter)
-        require(own, "module", name, "its weight is computed from others: fold the net first")
     return found
 
 
@@ -173,16 +170,15 @@ def attach_each(model: nn.Module, make, scope: Scope = "all") -> tuple[list, lis
     """Put `make(weight)` as a parametrisation on each weight in `scope`.
 
     Returns the weights' names (`conv1.weight`), the stored weights under the parametrisations and
-    the parametrisations, in order. A weight that several layers share has one for all of them.
+    the parametrisations, in order.
     """
-    made: dict[Tensor, tuple[str, nn.Module]] = {}
+    names, weights, made = [], [], []
     for name, layer in layers_in(model, scope).items():
-        weight = layer.weight
-        if weight not in made:
-            made[weight] = f"{name}.weight".lstrip("."), make(weight)
-        parametrize.register_parametrization(layer, "weight", made[weight][1])
-    names, parts = zip(*made.values(), strict=True)
-    return list(names), list(made), list(parts)
+        names.append(f"{name}.weight".lstrip("."))
+        weights.append(layer.weight)
+        made.append(make(layer.weight))
+        parametrize.register_parametrization(layer, "weight", made[-1])
+    return names, weights, made
 
 
 def kept_count(total: int, target: float) -> int:

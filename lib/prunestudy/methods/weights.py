@@ -143,7 +143,7 @@ class Snip(Masked):
         require(context.loss is not None, "context.loss", None, "SNIP needs the task's loss")
         # A copy: batch norm must not count these batches.
         net = copy.deepcopy(model).train()
-        weights = list(dict.fromkeys(layer.weight for layer in layers_in(net, self.scope).values()))
+        weights = [layer.weight for layer in layers_in(net, self.scope).values()]
         sums = [torch.zeros_like(weight) for weight in weights]
         for x, y in context.batches(self.batches):
             loss = context.loss(call(net, x), x, y)
