@@ -21,7 +21,7 @@ from prunestudy.shrink.groups import CONSUMES, PRODUCES, Group, read_groups, sig
 from prunestudy.shrink.narrow import Narrow, axis_of
 from prunestudy.shrink.remove import require_whole
 from prunestudy.shrink.survey import called, drawn, outputs_of, watching
-from prunestudy.shrink.trace import Trace, channels_of, trace
+from prunestudy.shrink.trace import Trace, trace
 from prunestudy.values import inputs
 
 Inputs = Tensor | tuple[Tensor, ...]
@@ -160,7 +160,7 @@ class _Proof:
         try:
             with _mode(self.net, training=True):
                 both = [outputs_of(self.net, self.two, seed=seed) for seed in (0, 1)]
-        except Exception:  # noqa: BLE001  # a batch norm of one value, or anything of a user's net
+        except Exception:  # a batch norm of one value, or anything of a user's net
             return False
         return not _apart(*both)
 

@@ -17,7 +17,7 @@ import torch_pruning
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch_pruning import ops
 from torch_pruning._helpers import _HybridIndex
 from torch_pruning.dependency import index_mapping
@@ -81,7 +81,9 @@ def trace(model: nn.Module, example: Tensor | tuple[Tensor, ...]) -> Trace:
     number = {node: i for i, node in enumerate(graph.module2node.values())}
     images = [graph.module2node[m] for m in probe.images if m in graph.module2node]
     sources = [node for node in number if isinstance(node.module, nn.Embedding)]
-    fixed = [node for node in number if node.grad_fn in opaque and node.module not in layers.values()]
+    fixed = [
+        node for node in number if node.grad_fn in opaque and node.module not in layers.values()
+    ]
     fixed += [node for node in number if isinstance(node.module, nn.Parameter)]
     return Trace(
         channels=_Channels(graph, images, outputs, fixed, layers).classes(),
@@ -366,7 +368,7 @@ def _mapped(edge: Any, channels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     pairs = [_HybridIndex(idx=i, root_idx=i) for i in channels.tolist()]
     for mapping in mappings:
         pairs = mapping(pairs)
-    both = np.array([(p.root_idx, p.idx) for p in pairs if 0 <= p.idx], int).reshape(-1, 2)
+    both = np.array([(p.root_idx, p.idx) for p in pairs if p.idx >= 0], int).reshape(-1, 2)
     return both[:, 0], both[:, 1]
 
 
