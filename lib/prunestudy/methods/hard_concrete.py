@@ -150,7 +150,7 @@ class HardConcrete(Method):
 
     def open(self) -> Tensor:
         """Which channels are open at test time (N,), on the CPU."""
-        return (self.gates.at_test().detach() > 0).cpu()
+        return (self.gates.at_test().detach() != 0).cpu()
 
     def log(self) -> dict[str, float]:
         """Share left with the channels open at test time, lambda, and the expected cost."""
