@@ -17,14 +17,18 @@ _MOST_LOSSES = 20_000
 _BYTES = 800_000  # of the gates' paths
 
 
-class _Losses(Probe):
-    """Keeps the loss of each step, averaged over windows so that at most 20,000 are kept."""
+class _Watch(Probe):
+    """Keeps the loss of each step and says what removal changed.
+
+    Losses are averaged over windows so that at most 20,000 are kept.
+    """
 
     kept: ClassVar[tuple[str, ...]] = ("sums", "window", "done")
 
     def attach(self, method: Method, model: nn.Module, context: Context) -> None:
         """Begin with no loss."""
         super().attach(method, model, context)
+        self.removal: dict[str, float] = {}
         self.sums = torch.zeros(0, dtype=torch.float64, device=context.device)
         self.window, self.done = 1, 0
 
@@ -35,6 +39,14 @@ class _Losses(Probe):
             self.sums = self.sums.new_zeros(-(-at.total_steps // self.window))
         self.sums[self.done // self.window].add_(at.loss)
         self.done = at.total_step
+
+    def finish(self) -> None:
+        """Keep the gated net."""
+        self.gated = fold(self.model)
+
+    def finished(self, net: nn.Module) -> None:
+        """Compare it with the smaller one."""
+        self.removal = agreement(self.gated, net, self.context)
 
     def losses(self) -> np.ndarray:
         """Mean loss of each window that is complete, float64."""
@@ -66,16 +78,16 @@ class _Losses(Probe):
         vars(self).update(state)
 
 
-class GatePaths(_Losses):
+class GatePaths(_Watch):
     """Of GDP: paths of all gates and of the cost, which closed when, and what removal changed."""
 
-    kept: ClassVar[tuple[str, ...]] = (*_Losses.kept, "steps", "paths", "costs", "closed", "open")
+    kept: ClassVar[tuple[str, ...]] = (*_Watch.kept, "steps", "paths", "costs", "closed", "open")
 
     def attach(self, method: Method, model: nn.Module, context: Context) -> None:
         """Begin with no path."""
         super().attach(method, model, context)
         self.steps, self.paths, self.costs, self.closed = [], [], [], []
-        self.open, self.found = method.open(), {}
+        self.open = method.open()
 
     def after_step(self, at: At) -> None:
         """Keep the gates of at most 200 steps; those closing at this step are still open."""
@@ -96,18 +108,10 @@ class GatePaths(_Losses):
         ]
         self.open = now
 
-    def finish(self) -> None:
-        """Keep the gated net."""
-        self.gated = fold(self.model)
-
-    def finished(self, net: nn.Module) -> None:
-        """Compare it with the smaller one."""
-        self.found = agreement(self.gated, net, self.context)
-
     def measures(self) -> dict[str, Any]:
         """How gates ended, how smoothly the net trained, what removal changed."""
         g = self.method.gates().detach()
-        return self.found | {
+        return self.removal | {
             "smallest_gate": float(g[g > 0].min()) if (g > 0).any() else math.nan,
             "polarised": _polarised(g),
             "roughness": self.roughness(),
@@ -130,10 +134,10 @@ class GatePaths(_Losses):
         }
 
 
-class ConcretePaths(_Losses):
+class ConcretePaths(_Watch):
     """Of hard concrete gates: their paths, and what deciding them and removal changed."""
 
-    kept: ClassVar[tuple[str, ...]] = (*_Losses.kept, "paths", "before", "found")
+    kept: ClassVar[tuple[str, ...]] = (*_Watch.kept, "paths", "before", "found")
 
     def attach(self, method: Method, model: nn.Module, context: Context) -> None:
         """Begin with no path."""
@@ -157,17 +161,10 @@ class ConcretePaths(_Losses):
         self.paths.append(self.method.gates.at_test().detach().to(torch.float16))
         return {}
 
-    def finish(self) -> None:
-        """Keep the gated net."""
-        self.gated = fold(self.model)
-
-    def finished(self, net: nn.Module) -> None:
-        """Compare it with the smaller one."""
-        self.found["removal_gap"] = agreement(self.gated, net, self.context)["removal_gap"]
-
     def measures(self) -> dict[str, Any]:
         """How gates were before they were decided, what changed then, how smoothly it trained."""
-        return self.found | {"roughness": self.roughness()}
+        gap = {name: gap for name, gap in self.removal.items() if name == "removal_gap"}
+        return gap | self.found | {"roughness": self.roughness()}
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Gates at test time by epoch and before they were decided, and the loss."""
