@@ -10,10 +10,9 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from common import BATCH, Row, compare, main, noise, usual_loader
+from common import BATCH, Ratio, Row, compare, main, noise, usual_loader
 from prunestudy import datasets
 from prunestudy.datasets.stream_batches import training_transforms
-from prunestudy.measure import Ratio
 
 WORKERS, PHOTOS = 2, 32  # photos a batch
 

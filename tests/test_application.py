@@ -7,7 +7,7 @@ from torch import nn
 
 from prunestudy import measure, models
 from prunestudy.errors import InputError
-from prunestudy.measure import Application, Constraint, Metric, task_metrics
+from prunestudy.measure import Application, Metric, Task, own_task, task_metrics
 
 HIGH = Metric("score", "higher", lambda model, data: model.value)
 LOW = Metric("error", "lower", lambda model, data: 1 - model.value)
@@ -20,14 +20,16 @@ class Valued(nn.Module):
 
 
 def test_a_constraint_is_read_and_says_by_how_much_it_is_broken():
-    limit = Constraint.parse(" score >= 0.95 ")
-    assert (limit.metric, limit.sign, limit.limit) == ("score", ">=", 0.95)
+    limit, low, other = Application(
+        [HIGH, LOW], [" score >= 0.95 ", "error <= -2e1", "error <= .5"]
+    ).constraints
+    assert (limit.metric, limit.limit) == ("score", 0.95)
     assert str(limit) == "score >= 0.95"
     assert limit.shortfall(0.9) == pytest.approx(0.05)
     assert limit.shortfall(0.95) == 0
     assert limit.shortfall(math.nan) == math.inf
-    assert Constraint.parse("error <= -2e1").shortfall(-19.0) == 1.0
-    assert Constraint.parse("error <= 0.5").share(0.75) == 0.5
+    assert low.shortfall(-19.0) == 1.0
+    assert other.share(0.75) == 0.5
 
 
 def test_a_broken_limit_is_named_with_its_amount():
@@ -121,6 +123,18 @@ def test_both_metrics_of_an_autoencoder_with_a_classifier():
     assert float(metrics[1].smooth((x, sure), x, y)) == pytest.approx(1.0)
     (alone,) = task_metrics(measure.task("classify"), 10)
     assert alone.function(lambda_net(sure), [(x, y)]) == 1.0
+
+
+def test_the_metric_of_an_own_task_has_no_smooth_form():
+    def accuracy(model, batches):
+        return float(sum(model(x).sum() for x, _ in batches))
+
+    (metric,) = task_metrics(
+        own_task(lambda output, x, y: (output - y).abs().mean(), accuracy), None
+    )
+    assert (metric.name, metric.direction, metric.smooth) == ("accuracy", "higher", None)
+    assert metric.function(nn.Identity(), [(torch.ones(3), torch.zeros(3))] * 2) == 6.0
+    assert own_task() == Task() == measure.task("classify")
 
 
 def test_metrics_of_a_segmentation_leave_out_pixels_without_a_label():

@@ -187,3 +187,11 @@ def test_scripts_are_commands(name, monkeypatch, capsys):
         runpy.run_path(str(ROOT / "bench" / name), run_name="__main__")
     assert caught.value.code == 2
     assert capsys.readouterr().err == "bench: unrecognized arguments: --fast\n"
+
+
+def test_ratio():
+    exact = common.ratio([2.0, 4.0, 6.0], [1.0, 2.0, 3.0])
+    assert (exact.median, exact.low, exact.high) == (2.0, 2.0, 2.0)
+    found = common.ratio([1.0, 2.0, 3.0, 4.0, 5.0], [1.0] * 5, seed=3)
+    assert found == common.ratio([1.0, 2.0, 3.0, 4.0, 5.0], [1.0] * 5, seed=3)
+    assert (found.median, found.low, found.high) == (3.0, 1.0, 5.0)

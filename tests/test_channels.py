@@ -74,8 +74,7 @@ def context_of(example, seed=0):
 
 
 def count(model, kind, example):
-    shape = tuple(example.shape[1:])
-    return measure.macs(model, shape) if kind == "macs" else measure.parameters(model)
+    return measure.macs(model, example) if kind == "macs" else measure.parameters(model)
 
 
 def halves(channels, seed=0):

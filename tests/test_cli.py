@@ -12,6 +12,7 @@ from prunestudy import shrink
 from prunestudy.study import batch, cli, commands, notebooks, runs
 from prunestudy.study.plan import plan
 from prunestudy.study.records import Store
+from prunestudy.study.runs import stored_net
 
 
 @pytest.fixture
@@ -377,14 +378,15 @@ def test_export(call, results, tmp_path):
     (name,) = names_of("magnitude")
     file, weights = tmp_path / "net.onnx", Store("quick", results).weights(name)
     assert call("export", name, str(file)) == (0, f"{file}\n", "")
-    x = torch.rand(5, *shrink.input_shape(weights))
-    expected = shrink.load_net(weights)(x)
+    net, shape = stored_net(weights)
+    x = torch.rand(5, *shape)
+    expected = net(x)
     assert torch.allclose(shrink.OnnxNet(file)(x), expected, atol=1e-5)
     weights.unlink()
     call("run", name)
     assert not weights.exists()
     call("run", name, "--weights")
-    assert torch.equal(shrink.load_net(weights)(x), expected)
+    assert torch.equal(stored_net(weights)[0](x), expected)
 
 
 def test_export_of_another_runs_net(call, refused, results, tmp_path):
@@ -459,10 +461,10 @@ def test_ones_own_runs_are_listed_and_compared(call, results):
     header = call("compare", first, second, *custom)[1].splitlines()[0]
     assert header.split() == [first, second]
     weights = Store("custom", results).weights(second)
-    content = shrink.load_net(weights).state_dict()
+    content = stored_net(weights)[0].state_dict()
     weights.unlink()
     assert call("run", second, "--weights", *custom)[0] == 0
-    again = shrink.load_net(weights).state_dict()
+    again = stored_net(weights)[0].state_dict()
     assert all(torch.equal(again[key], value) for key, value in content.items())
 
 

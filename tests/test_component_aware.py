@@ -146,7 +146,7 @@ def digits():
     validation = datasets.Batches(held_out, data.info, 200)
     task = measure.task("reconstruct_and_classify", data.info.mean, data.info.std)
     torch.manual_seed(0)
-    net = models.AutoencoderClassifier(SMALL, 10, (32, 16), 12, 16)
+    net = models.Autoencoder(SMALL, 10, (32, 16), 12, head=16)
     recipe = Recipe(epochs=12, lr=0.005, batch_size=64, optimizer="adam")
     made = train(net, methods.build("dense", {}), recipe, batches, validation, seed=0, task=task)
     return made.model, Context(batches, validation, task, torch.device("cpu"))
@@ -517,8 +517,8 @@ def test_a_pruned_autoencoder_is_the_masked_dense_one(finished):
 
 def test_a_pruned_autoencoder_comes_back_from_disk_bit_for_bit(finished, tmp_path):
     name, dense, small = finished
-    shrink.save_net(small, tmp_path / "net", name, SMALL, 10)
-    loaded = shrink.load_net(tmp_path / "net", name)
+    shrink.save(small, tmp_path / "net")
+    loaded = shrink.load(tmp_path / "net", models.build(name, SMALL, 10))
     assert type(loaded) is type(dense)
     assert measure.parameters(loaded) == measure.parameters(small) < 0.3 * measure.parameters(dense)
     for a, b in zip(outputs(small), outputs(loaded), strict=True):
@@ -529,7 +529,7 @@ def test_a_pruned_autoencoder_comes_back_from_disk_bit_for_bit(finished, tmp_pat
 @pytest.mark.parametrize("finished", STORED[1:3], indirect=True, ids=lambda each: each[0])
 def test_onnx_runtime_computes_every_output_of_it(finished, tmp_path):
     _, _, small = finished
-    shrink.export_onnx(small, tmp_path / "net.onnx", SMALL)
+    shrink.export(small, tmp_path / "net.onnx", torch.rand(2, *SMALL))
     net = shrink.OnnxNet(tmp_path / "net.onnx")
     names = [each.name for each in net.session.get_outputs()]
     expected = outputs(small)

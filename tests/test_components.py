@@ -11,7 +11,7 @@ from prunestudy.errors import InputError
 from prunestudy.methods.channel_budget import Budget, listing, require_target, spread_out
 from prunestudy.methods.channel_ranking import GroupL2, importance
 from prunestudy.methods.channels import Channels
-from prunestudy.models import TDMPC, Autoencoder, AutoencoderClassifier, ConvAutoencoder
+from prunestudy.models import TDMPC, Autoencoder
 from prunestudy.shrink import Narrow, component_groups, narrow
 
 SMALL = (1, 8, 8)
@@ -19,8 +19,8 @@ SMALL = (1, 8, 8)
 
 def nets():
     return [
-        (AutoencoderClassifier(SMALL, 10, (12, 8), 5), SMALL),
-        (ConvAutoencoder(SMALL, 10, (4, 6), 5), SMALL),
+        (Autoencoder(SMALL, 10, (12, 8), 5, head=64), SMALL),
+        (Autoencoder(SMALL, 10, (4, 6), 5, convolutional=True), SMALL),
         (TDMPC(5, 2, 8, 4), (7,)),
         (BatchNormNet(), SMALL),
     ]
@@ -31,7 +31,7 @@ def plain(net, shape):
 
 
 def test_groups_inside_a_component_and_across_an_interface():
-    net = AutoencoderClassifier(SMALL, 10, (12, 8), 5)
+    net = Autoencoder(SMALL, 10, (12, 8), 5, head=64)
     found = [(g.name, g.kind, g.place) for g in component_groups(net, SMALL)]
     assert found == [
         ("encoder.fc1", "internal", "encoder"),
@@ -49,9 +49,10 @@ def test_the_latent_of_tdmpc_couples_all_five_components():
     found = component_groups(TDMPC(5, 2, 8, 4), (7,))
     coupling = [g for g in found if g.kind == "coupling"]
     assert [g.name for g in coupling] == ["encoder.2"]
-    assert set(coupling[0].components) == set(TDMPC.components)
+    five = {"encoder", "dynamics", "reward", "policy", "value"}
+    assert set(coupling[0].components) == five
     assert len({m.layer for m in coupling[0].group.members}) == 7
-    assert {g.place for g in found if g.kind == "internal"} == set(TDMPC.components)
+    assert {g.place for g in found if g.kind == "internal"} == five
 
 
 def test_listing_counts_what_a_channel_costs():
@@ -189,7 +190,7 @@ def test_narrow_fits_one_copy_again_and_again_and_leaves_the_net_alone():
 
 
 def test_importance_is_torch_prunings():
-    net = randomise(ConvAutoencoder(SMALL, 10, (4, 6), 5))
+    net = randomise(Autoencoder(SMALL, 10, (4, 6), 5, convolutional=True))
     groups = plain(net, SMALL)
     x = torch.randn(3, *SMALL)
     net(x).square().mean().backward()
@@ -204,7 +205,7 @@ def test_importance_is_torch_prunings():
 
 
 def test_the_group_norm_of_a_latent_channel_by_hand():
-    net, shape = AutoencoderClassifier(SMALL, 10, (12, 8), 5), SMALL
+    net, shape = Autoencoder(SMALL, 10, (12, 8), 5, head=64), SMALL
     channels = Channels(net, shape, "parameters", ["encoder.fc3"])
     read = [net.decoder.fc1.weight, net.classifier.fc1.weight]
     sums = [net.encoder.fc3.weight.square().sum(1), *(w.square().sum(0) for w in read)]

@@ -74,7 +74,6 @@ def test_the_lines_of_readme_run_as_they_stand(tmp_path, monkeypatch, capsys):
 def test_the_loop_of_readme_runs_as_it_stands():
     net, batches = MyNet(), [batch for _ in range(10) for batch in loader()]
     names = {"net": net, "batches": batches, "steps": len(batches), "x": batches[0][0]}
-    exec(blocks()[1], names | {"ps": ps, "torch": torch, "F": F} | names)
     namespace = names | {"ps": ps, "torch": torch, "F": F}
     exec(blocks()[1], namespace)
     small = namespace["small"]

@@ -1,6 +1,5 @@
 """What comes in from outside: numbers, names, files and folders; each refusal is one line."""
 
-import json
 import os
 import resource
 import socket
@@ -10,7 +9,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
 from conftest import one_line, small_voc, tree
 from PIL import Image
@@ -18,7 +16,6 @@ from PIL import Image
 from prunestudy import datasets, models, shrink
 from prunestudy.datasets import sources
 from prunestudy.errors import InputError, writable_file, written_whole
-from prunestudy.shrink import sparse
 from prunestudy.study import settings
 from prunestudy.study.settings import own_settings
 from prunestudy.train import Recipe
@@ -337,8 +334,8 @@ def test_only_files_are_written_to(make, tmp_path):
     before = {p: p.lstat() for p in tmp_path.iterdir()}
     line = f"path = {str(path)!r}: a regular file, or a name that is not in use"
     net = models.build("lenet5", (1, 16, 16), 10)
-    says(lambda: shrink.export_onnx(net, path, (1, 16, 16)), line)
-    says(lambda: shrink.save_net(net, path, "lenet5", (1, 16, 16), 10), line)
+    says(lambda: shrink.export(net, path, torch.rand(2, 1, 16, 16)), line)
+    says(lambda: shrink.save(net, path), line)
     says(lambda: writable_file(str(path)), line)
     assert {p: p.lstat() for p in tmp_path.iterdir()} == before
 
@@ -374,99 +371,12 @@ def test_a_full_disk_leaves_the_old_file_and_no_half_one(tmp_path, little_disk, 
     path.write_text("old")
     net = models.build("lenet5", (1, 16, 16), 10)
     with pytest.raises(OSError, match=f"too large: '{path}'"):
-        shrink.save_net(net, path, "lenet5", (1, 16, 16), 10)
+        shrink.save(net, path)
     # torch's exporter takes ten seconds, and it is the writing that counts here
     graph = SimpleNamespace(inputs=[SimpleNamespace(shape=["batch"])], outputs=[])
     program = SimpleNamespace(model=SimpleNamespace(graph=graph))
     program.save = lambda part: part.write_bytes(bytes(3000))
     monkeypatch.setattr("torch.onnx.export", lambda *_, **__: program)
     with pytest.raises(OSError, match=f"too large: '{path}'"):
-        shrink.export_onnx(net, path, (1, 16, 16))
+        shrink.export(net, path, torch.rand(2, 1, 16, 16))
     assert tree(tmp_path) == {"net": (b"old", path.stat().st_mtime_ns)}
-
-
-# --- files of nets that are read
-
-SHAPE = (1, 8, 8)
-META = {"format": sparse.FORMAT, "factory": "lenet300", "sizes": "1 8 8 10"}
-
-
-def a_net():
-    torch.manual_seed(0)
-    return models.build("lenet300", SHAPE, 10)
-
-
-def signed(tensors, **changes):
-    """A file with a fitting checksum, whatever it says."""
-    metadata = {key: value for key, value in (META | changes).items() if value is not None}
-    metadata.setdefault("sha256", sparse._digest(tensors, metadata))
-    return safetensors.torch.save(tensors, metadata)
-
-
-def damaged():
-    """Contents by name: what is not a whole file of ours."""
-    net = a_net()
-    tensors = sparse._pack(net)
-    whole = signed(tensors)
-    header = int.from_bytes(whole[:8], "little")
-    few = {key: value for key, value in tensors.items() if "fc3" not in key}
-    changes = {
-        "another format": {"format": "prunestudy-sparse-9"},
-        "no format": {"format": None},
-        "no factory": {"factory": None, "sha256": ""},
-        "no sizes": {"sizes": None, "sha256": ""},
-        "other sum": {"sha256": "0" * 64},
-        "another net": {"factory": "lenet5"},
-        "unknown net": {"factory": "lenet\n6"},
-        "words": {"sizes": "one 8 8 10"},
-        "few sizes": {"sizes": "8 8 10"},
-        "below zero": {"sizes": "-1 8 8 10"},
-        "nothing": {"sizes": "0 8 8 10"},
-        "other sizes": {"sizes": "1 9 9 10"},
-        "no structure": {"structure": "{"},
-        "deep": {"structure": "[" * 5000},
-        "other structure": {"structure": json.dumps([["fc9", "Linear", {}]])},
-    }
-    return {
-        "empty": b"",
-        "text": b"not a net\n" * 40,
-        "zeros": bytes(400),
-        "header alone": whole[: 8 + header],
-        "cut": whole[:-1],
-        "more": whole + b"x",
-        "long header": (2**60).to_bytes(8, "little") + whole[8:],
-        "no metadata": safetensors.torch.save(tensors),
-        "few tensors": signed(few),
-        "nothing in it": signed({}),
-        **{name: signed(tensors, **change) for name, change in changes.items()},
-    }
-
-
-@pytest.mark.parametrize(
-    ("name", "data"), damaged().items(), ids=lambda x: x if type(x) is str else ""
-)
-def test_a_file_that_is_no_whole_net(name, data, tmp_path):
-    path = tmp_path / "net"
-    path.write_bytes(data)
-    drawn = torch.get_rng_state()
-    with pytest.raises(InputError) as caught:
-        shrink.load_net(path)
-    assert one_line(caught).startswith(f"path = {str(path)!r}: ")
-    assert torch.equal(torch.get_rng_state(), drawn)
-    assert path.read_bytes() == data
-
-
-def test_a_net_is_read_from_a_regular_file_only(tmp_path):
-    fifo(tmp_path / "pipe")
-    places = ["pipe", ".", "none", "x" * 300, "none/net"]
-    for path in [tmp_path / place for place in places]:
-        for read in (shrink.load_net, shrink.input_shape):
-            with pytest.raises(InputError, match=r"^path = ") as caught:
-                read(path)
-            assert one_line(caught)
-    shrink.save_net(a_net(), tmp_path / "net", "lenet300", SHAPE, 10)
-    assert shrink.input_shape(tmp_path / "net") == SHAPE
-    says(
-        lambda: shrink.load_net(tmp_path / "net", "lenet5"),
-        f"factory = 'lenet5': {tmp_path}/net was saved from lenet300",
-    )

@@ -212,7 +212,7 @@ def test_every_claim_of_every_paper_with_its_record(store, card_file):
     for line in ('authors = "Nobody"', 'venue = "Nowhere"', "year = 2000", 'arxiv = "0000.00000"'):
         plain = plain.replace(f"    {line}\n", "")
     card_file(plain + "    claims = []\n" + CARD[end:], "sum")
-    assert papers.names() == ("toy", "other", "sum")
+    assert [card.id for card in papers.cards()] == ["toy", "other", "sum"]
 
     said = "Magnitude is better than chance. [O]"
     nothing = overview.claims("quick", store, Tiny())

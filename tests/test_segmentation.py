@@ -101,7 +101,15 @@ def test_classes_with_a_contour_in_one_mask_only_score_zero():
 def test_pixels_without_a_label_decide_nothing():
     true = square(6)
     true[:, 5:8] = 255
-    assert measure.boundary_f1(square(7), true) == measure.boundary_f1(square(6), true) == 1.0
+    assert math.isnan(measure.boundary_f1(square(7), true))  # the ring is no contour
+    true = square(6)
+    true[:8, 5:8] = 255
+    # Below the ring the contour is columns 5 and 6; 8 rows have it, the ring's own border none.
+    assert measure.boundary_f1(square(6), true) == 1.0
+    assert measure.boundary_f1(square(8), true) == 0.0
+    within = square(6)
+    within[:8, 5:8] = 2
+    assert measure.boundary_f1(within, true) == 1.0
 
 
 def test_boundary_f1_of_a_set_is_the_mean_of_its_images():

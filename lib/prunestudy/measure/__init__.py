@@ -2,38 +2,37 @@
 
 from prunestudy.measure.application import (
     Application,
-    Constraint,
     Judgement,
     Metric,
     RefusedError,
     task_metrics,
 )
 from prunestudy.measure.boundary import boundary_f1
-from prunestudy.measure.cost import (
-    layer_macs,
+from prunestudy.measure.latency import interleave, latency, onnx_latency
+from prunestudy.measure.macs import layer_macs, macs, nonzero_macs
+from prunestudy.measure.memory import peak_memory_mb
+from prunestudy.measure.tasks import TASKS, Scores, Task, default_loss, own_task, task, top1
+from prunestudy.measure.weights import (
+    kept_sample,
+    kept_scale,
     layer_sparsity,
-    macs,
-    nonzero_macs,
     nonzeros,
     parameters,
     prunable_weights,
+    removed_share,
+    same_shapes,
 )
-from prunestudy.measure.kept import kept_sample, kept_scale, removed_share, same_shapes
-from prunestudy.measure.latency import Ratio, interleave, latency, onnx_latency, ratio
-from prunestudy.measure.memory import peak_memory_mb
-from prunestudy.measure.tasks import TASKS, Scores, Task, task
 
 __all__ = [
     "TASKS",
     "Application",
-    "Constraint",
     "Judgement",
     "Metric",
-    "Ratio",
     "RefusedError",
     "Scores",
     "Task",
     "boundary_f1",
+    "default_loss",
     "interleave",
     "kept_sample",
     "kept_scale",
@@ -44,12 +43,13 @@ __all__ = [
     "nonzero_macs",
     "nonzeros",
     "onnx_latency",
+    "own_task",
     "parameters",
     "peak_memory_mb",
     "prunable_weights",
-    "ratio",
     "removed_share",
     "same_shapes",
     "task",
     "task_metrics",
+    "top1",
 ]

@@ -1,8 +1,7 @@
 """How long a net takes, measured so that a noisy machine does not decide.
 
 The repeats of one call differ by up to 40% on a shared machine, and drift. So calls are
-interleaved: every round calls each function once, in a shuffled order, and what is compared are
-the pairs of one round.
+interleaved: every round calls each function once, in a shuffled order.
 """
 
 import random
@@ -11,29 +10,16 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from prunestudy.errors import require
-from prunestudy.measure.forward import evaluating, zeros
-from prunestudy.shrink import OnnxNet, export_onnx
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """A median of paired ratios with its 95% bootstrap interval `low` to `high`."""
-
-    median: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.median:.2f} [{self.low:.2f}, {self.high:.2f}]"
+from prunestudy.measure.forward import evaluating, inputs_for, run
+from prunestudy.shrink import OnnxNet, export
+from prunestudy.values import inputs
 
 
 def interleave(
@@ -60,73 +46,66 @@ def interleave(
     return seconds
 
 
-def ratio(a: list[float], b: list[float], seed: int = 0) -> Ratio:
-    """Median of the paired ratios a_i / b_i, with a percentile bootstrap interval over pairs.
-
-    Raises `InputError` unless both are positive, finite, of one length and not empty.
-    """
-    pairs = (np.asarray(a, float), np.asarray(b, float))
-    require(len(a) == len(b) > 0, "a, b", (len(a), len(b)), "two equal lengths above 0")
-    for name, times in zip("ab", pairs, strict=True):
-        worst = float(times.min())
-        require(bool(np.isfinite(times).all()) and worst > 0, name, worst, "positive, finite times")
-    ratios = pairs[0] / pairs[1]
-    drawn = np.random.default_rng(seed).integers(0, len(ratios), (1000, len(ratios)))
-    low, high = np.percentile(np.median(ratios[drawn], axis=1), [2.5, 97.5])
-    return Ratio(float(np.median(ratios)), float(low), float(high))
-
-
 def latency(
     models: dict[str, nn.Module],
-    shape: tuple[int, ...],
-    batch: int,
+    example: Tensor | tuple[Tensor, ...],
     rounds: int = 100,
     threads: int | None = None,
 ) -> dict[str, float]:
-    """Median milliseconds of each model's forward pass on one batch (batch, *shape).
+    """Median milliseconds of each model's forward pass on a batch like `example`.
 
-    All are interleaved in one call; see `interleave`. Eval and inference mode, on each model's
-    own device, waiting for CUDA; `threads` of torch's (the present number by default). Modes and
-    threads are put back. Parametrised models compute their weights at each pass: give finished
-    ones. Raises `InputError` for a bad shape or number.
+    Floating-point inputs are drawn, the same for all models: on zeros a net with denormal weights
+    seems fast. Other inputs are those of `example`. Calls are interleaved, in eval and inference
+    mode, on each model's own device, waiting for CUDA, with `threads` of torch's (None: as many as
+    now). Modes and threads are put back. Parametrised models compute their weights in each pass:
+    give finished ones. Raises `InputError` for a bad example or number.
     """
     right = threads is None or (type(threads) is int and threads > 0)
     require(right, "threads", threads, "a positive integer or None")
-    calls = {name: partial(_forward, m, zeros(m, shape, batch)) for name, m in models.items()}
+    drawn = _drawn(example)
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode())
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(threads or torch.get_num_threads())
         for model in models.values():
             stack.enter_context(evaluating(model))
+        calls = {name: partial(_forward, m, inputs_for(m, drawn)) for name, m in models.items()}
         seconds = interleave(calls, rounds)
     return {name: 1e3 * statistics.median(times) for name, times in seconds.items()}
 
 
 def onnx_latency(
     models: dict[str, nn.Module],
-    shape: tuple[int, ...],
-    batch: int,
+    example: Tensor | tuple[Tensor, ...],
     rounds: int = 100,
     threads: int = 1,
     device: str = "cpu",
 ) -> dict[str, float]:
-    """Median milliseconds of each model's forward pass on one batch in ONNX Runtime.
+    """Median milliseconds of each model's forward pass on a batch like `example` in ONNX Runtime.
 
-    Each is exported into a file of its own, for the while; then as `latency`, with `threads` of
-    the runtime's, on `device` ("cpu" or "cuda"; the way there and back is counted). Raises
-    `InputError` for a net that cannot be exported, a bad shape or number.
+    Each is exported to a temporary file; then as `latency`, with `threads` of the runtime's, on
+    `device` ("cpu" or "cuda"; the way there and back is counted). Raises `InputError` for a net
+    that cannot be exported, a bad example or number.
     """
     with tempfile.TemporaryDirectory() as folder:
         nets = {}
         for number, (name, model) in enumerate(models.items()):
             path = Path(folder) / f"{number}.onnx"
-            export_onnx(model, path, shape)
+            export(model, path, inputs_for(model, example))
             nets[name] = OnnxNet(path, threads, device)
-        return latency(nets, shape, batch, rounds, threads)
+        return latency(nets, example, rounds, threads)
 
 
-def _forward(model: nn.Module, x: Tensor) -> None:
-    model(x)
-    if x.is_cuda:
-        torch.cuda.synchronize(x.device)
+def _drawn(example: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """`example` with normal numbers, always the same, in its floating-point inputs."""
+    generator = torch.Generator().manual_seed(0)
+    return tuple(
+        torch.randn(x.shape, generator=generator, dtype=x.dtype) if x.is_floating_point() else x
+        for x in inputs(example)
+    )
+
+
+def _forward(model: nn.Module, args: tuple[Tensor, ...]) -> None:
+    run(model, args)
+    if args[0].is_cuda:
+        torch.cuda.synchronize(args[0].device)

@@ -7,39 +7,22 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from prunestudy.measure.forward import zeros
+from prunestudy.measure.forward import inputs_for, run
 from prunestudy.shrink import fold
 
 
-def peak_memory_mb(model: nn.Module, shape: tuple[int, ...], batch: int = 128) -> float:
-    """Peak of live tensor bytes while `model`, folded, infers one batch, in MB (10^6 bytes).
+def peak_memory_mb(model: nn.Module, example: Tensor | tuple[Tensor, ...]) -> float:
+    """Peak of live tensor bytes while `model`, folded, infers `example`, in MB (10^6 bytes).
 
-    Weights, buffers, the input (batch, *shape) and activations. On the CPU a count of tensors,
-    the same on every machine: what an operation allocates and frees inside itself is not seen.
-    On CUDA what torch's allocator saw, such workspaces and rounding included.
-    Raises `InputError` for a bad shape or batch.
+    Weights, buffers, inputs and activations: a count of tensors, the same on every machine. What
+    an operation allocates and frees inside itself is not seen.
     """
     plain = fold(model)
-    x = zeros(plain, shape, batch)
-    peak = _cuda_peak if x.is_cuda else _live_peak
-    return peak(plain, x) / 1e6
-
-
-def _live_peak(plain: nn.Module, x: Tensor) -> int:
+    args = inputs_for(plain, example)
     # Not inference_mode: there the mode sees a layer whole, without its intermediate tensors.
-    with torch.no_grad(), _LiveBytes([*plain.parameters(), *plain.buffers(), x]) as live:
-        plain(x)
-    return live.peak
-
-
-def _cuda_peak(plain: nn.Module, x: Tensor) -> int:
-    held = _LiveBytes([*plain.parameters(), *plain.buffers(), x])
-    torch.cuda.reset_peak_memory_stats(x.device)
-    before = torch.cuda.memory_allocated(x.device)
-    with torch.inference_mode():
-        plain(x)
-    torch.cuda.synchronize(x.device)
-    return held.peak + torch.cuda.max_memory_allocated(x.device) - before
+    with torch.no_grad(), _LiveBytes([*plain.parameters(), *plain.buffers(), *args]) as live:
+        run(plain, args)
+    return live.peak / 1e6
 
 
 class _LiveBytes(TorchDispatchMode):

@@ -82,7 +82,7 @@ class ChannelMethod(Method, ABC):
         application = Application(metrics, self.params.constraints)
         x, y = next(context.validation.ordered(min(self.params.samples, len(context.validation))))
         with evaluating(model):
-            groups = component_groups(model, shape, protect=self.params.protect)
+            groups = component_groups(model, torch.zeros(2, *shape), protect=self.params.protect)
             self.pruned = self.prune(
                 model, groups, application, context.task.loss, _endless(context.train), [(x, y)]
             )

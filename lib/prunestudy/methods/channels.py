@@ -24,7 +24,8 @@ from torch.nn.utils import parametrize
 
 from prunestudy import measure, shrink
 from prunestudy.errors import require
-from prunestudy.shrink.groups import CONSUMES, PRODUCES, groups_of, signal_remains, silent_layers
+from prunestudy.shrink.groups import CONSUMES, PRODUCES, signal_remains, silent_layers
+from prunestudy.shrink.proof import groups_of, remove_groups
 from prunestudy.shrink.remove import require_whole
 from prunestudy.shrink.trace import LAYERS, TRANSPOSED, channels_of, is_follower, trace
 from prunestudy.values import inputs
@@ -52,8 +53,7 @@ class Channels:
     ) -> None:
         require_whole(model)
         self.example = inputs(example)
-        self._shape = tuple(self.example[0].shape[1:])
-        self.traced = trace(model, self._shape)
+        self.traced = trace(model, self.example)
         found = groups_of(self.traced)
         self.groups = [g for g in found if norms or all(m.kind != "LayerNorm" for m in g.members)]
         if only:
@@ -66,7 +66,7 @@ class Channels:
             [torch.full((group.channels,), i) for i, group in enumerate(self.groups)]
         )
         self._numbers = self._places()
-        self._tables = {_CPU: self._count(kind, measure.layer_macs(model, self._shape))}
+        self._tables = {_CPU: self._count(kind, measure.layer_macs(model, self.example))}
         self.dense = float(self.cost(torch.ones(self.size)))
 
     def numbers(self, layer: str, axis: str) -> Tensor:
@@ -161,9 +161,9 @@ class Channels:
         return {"target_met": met, "removed": removed, "channels": self.kept(open_)}
 
     def smaller(self, model: nn.Module, open_: Tensor) -> nn.Module:
-        """A smaller copy of `model` with only the open channels; see `shrink.remove`."""
-        keep = {group.name: open_[part].nonzero().flatten().tolist() for group, part in self._pairs}
-        return shrink.remove(model, self._shape, keep)
+        """A smaller copy of `model` with only the open channels; see `remove_groups`."""
+        kept = [open_[part].nonzero().flatten() for part in self.slices]
+        return remove_groups(model, self.groups, kept, self.example)
 
     def _on(self, device: torch.device) -> "_Tables":
         """The cost's tables on `device`, copied there at the first use."""

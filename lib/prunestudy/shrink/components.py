@@ -8,10 +8,11 @@ every component on it says or hears.
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from prunestudy.errors import InputError, require
-from prunestudy.shrink.groups import Group, groups
+from prunestudy.shrink.groups import Group
+from prunestudy.shrink.proof import groups
 
 INTERNAL, COUPLING = "internal", "coupling"
 Components = Mapping[str, Sequence[str]]
@@ -45,7 +46,7 @@ class ComponentGroup:
 
 def component_groups(
     model: nn.Module,
-    shape: tuple[int, ...],
+    example: Tensor | tuple[Tensor, ...],
     components: Components | None = None,
     protect: Collection[str] = (),
 ) -> list[ComponentGroup]:
@@ -58,7 +59,7 @@ def component_groups(
     """
     owners = _owners(model, components)
     made = []
-    for group in groups(model, shape):
+    for group in groups(model, example):
         touched = tuple(dict.fromkeys(_owner(owners, m.layer) for m in group.members))
         made.append(ComponentGroup(group, touched))
     shields = [set(_names(each)) for each in made]

@@ -1,23 +1,66 @@
-"""A parametrised net as an ordinary one."""
+"""Parametrised nets as ordinary ones, and what no method can work on."""
 
 import copy
+from collections.abc import Iterator
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
+
+from prunestudy.errors import require
 
 
 def fold(model: nn.Module) -> nn.Module:
-    """A copy of `model` in which every parametrised tensor is a plain one of its present value.
+    """Return a copy of `model` in which every parametrised tensor is a plain parameter.
 
-    The copy is in eval mode without gradients, and computes what `model` computes in eval mode:
-    parametrisations are evaluated there, so gates that are drawn in training take the value they
-    have at test time. `model` is left untouched.
+    The copy is in eval mode without gradients and computes what `model` computes in eval mode:
+    random gates take their value at test time. Hooks of `nn.utils.prune`, `weight_norm` and
+    `spectral_norm` are folded as well. `model` is left untouched.
     """
-    plain = copy.deepcopy(model).eval()
+    # Tensors that a forward pass left on a module cannot be copied with their history.
+    values = [t for m in model.modules() for t in m.__dict__.values() if isinstance(t, Tensor)]
+    plain = copy.deepcopy(model, {id(t): t.detach().clone() for t in values}).eval()
     for module in list(plain.modules()):
         if parametrize.is_parametrized(module):
             _unparametrise(module)
+        for number, hook in _rewriting(module):
+            hook.remove(module)
+            del module._forward_pre_hooks[number]
     return plain.requires_grad_(False)
+
+
+def require_ordinary(model: nn.Module) -> None:
+    """Raise `InputError` for a net whose tensors are not each one layer's own parameter.
+
+    That is one parameter in two modules (tied weights), a parametrisation, or a hook of
+    `nn.utils.prune`, `weight_norm` or `spectral_norm`.
+    """
+    require_untied(model)
+    for name, module in model.named_modules():
+        rewritten = parametrize.is_parametrized(module) or any(_rewriting(module))
+        require(not rewritten, "module", name, "its weight is made of others: fold the net first")
+
+
+def require_untied(model: nn.Module) -> None:
+    """Raise `InputError` naming both modules where two share a parameter or its memory."""
+    owners: dict[int, str] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owner = owners.setdefault(parameter.data_ptr() or id(parameter), name)
+                shared = f"shares a parameter with {owner!r}, tied weights cannot be pruned"
+                require(owner == name, "module", name, shared)
+
+
+def is_plain(model: nn.Module) -> bool:
+    """Whether no tensor of `model` is parametrised or made by such a hook."""
+    return not any(parametrize.is_parametrized(m) or any(_rewriting(m)) for m in model.modules())
+
+
+def _rewriting(module: nn.Module) -> Iterator[tuple[int, object]]:
+    """The hooks that make a parameter anew at each forward pass, and can fold it."""
+    for number, hook in list(module._forward_pre_hooks.items()):
+        if type(hook).__module__.startswith("torch.nn.utils.") and hasattr(hook, "remove"):
+            yield number, hook
 
 
 def _unparametrise(module: nn.Module) -> None:

@@ -8,7 +8,7 @@ output of each producer, one place of each follower, and one or more inputs of e
 input and of the output belong to no group: they are never cut.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from prunestudy.errors import require_one_of
-from prunestudy.shrink.trace import Slot, Trace, channels_of, is_follower, trace
+from prunestudy.shrink.trace import Slot, Trace, channels_of, is_follower
 
 PRODUCES, CONSUMES, FOLLOWS = "produces", "consumes", "follows"
 
@@ -77,23 +77,15 @@ class Group:
         return [member for member in self.members if member.role == role]
 
 
-def groups(model: nn.Module, shape: tuple[int, ...]) -> list[Group]:
-    """The dependency groups of `model` on inputs of `shape` (no batch), in order of execution.
-
-    `model` is left untouched; gated layers (parametrisations) may be in place. Raises `InputError`
-    naming the module where the net cannot be traced.
-    """
-    return groups_of(trace(model, shape))
-
-
-def groups_of(traced: Trace) -> list[Group]:
-    """The dependency groups of a net already traced."""
+def read_groups(traced: Trace) -> list[Group]:
+    """The dependency groups that a trace suggests, in order of execution, before the proof."""
     order = {name: i for i, name in enumerate(traced.layers)}
     gathered = defaultdict(list)
     for slots in traced.channels:
-        gathered[frozenset((layer, side) for layer, side, _ in slots)].append(slots)
+        gathered[frozenset(Counter((layer, side) for layer, side, _ in slots).items())].append(slots)
     found, used = [], defaultdict(int)
-    for sides, channels in gathered.items():
+    for counted, channels in gathered.items():
+        sides = [side for side, _ in counted]
         members = _members(traced, sorted(sides, key=lambda s: (order[s[0]], s[1])), channels)
         name = next(m.layer for m in members if m.role == PRODUCES)
         found.append((name, min(members[0].indices), members))
@@ -118,7 +110,7 @@ def find(found: Iterable[Group], name: str) -> Group:
 def signal_remains(traced: Trace, emptied: Iterable[Group]) -> bool:
     """Whether the input still reaches the output when all channels of `emptied` are removed."""
     dead = {traced.node_of[name] for name in silent_layers(traced.layers, emptied)}
-    reached, waiting = set(), [traced.input]
+    reached, waiting = set(), list(traced.inputs)
     while waiting:
         node = waiting.pop()
         if node not in reached and node not in dead:
@@ -128,7 +120,7 @@ def signal_remains(traced: Trace, emptied: Iterable[Group]) -> bool:
 
 
 def silent_layers(layers: Mapping[str, nn.Module], emptied: Iterable[Group]) -> set[str]:
-    """Layers that hear or say nothing once all channels of the groups `emptied` are removed."""
+    """Layers without inputs or outputs once all channels of the groups `emptied` are removed."""
     left = {}
     for group in emptied:
         for m in group.members:

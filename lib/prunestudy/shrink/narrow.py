@@ -8,25 +8,29 @@ from torch import Tensor, nn
 
 from prunestudy.shrink.fold import fold
 from prunestudy.shrink.groups import FOLLOWS, Group
-from prunestudy.shrink.trace import TRANSPOSED, is_depthwise
+from prunestudy.shrink.remove import Constant, Nothing, geometry_of
+from prunestudy.shrink.trace import TRANSPOSED, channels_of, is_depthwise
 
 
 def narrow(model: nn.Module, groups: Sequence[Group], kept: Sequence[Tensor]) -> nn.Module:
-    """A copy of `model`, folded, with only the channels `kept[g]` of each group g.
+    """Return a copy of `model`, folded, with only the channels `kept[g]` of each group g.
 
-    In eval mode the copy computes what `model` does with the other channels' slices at zero in
-    the layers that consume them; a layer norm takes its mean over the channels left. `model` is
-    left untouched.
+    The copy computes what `model` computes with the other channels' slices at zero in the layers
+    that consume them; a layer norm takes its mean over the channels left. It is in eval mode,
+    without gradients; `model` is left untouched.
     """
     return Narrow(model, groups)(kept)
 
 
 class Narrow:
-    """`narrow` many times: each call fits the same copy anew, or with `own` makes a new one."""
+    """`narrow` many times: each call fits the same copy anew, or with `own` makes a new one.
+
+    `dense` is the folded net that the channels are taken from.
+    """
 
     def __init__(self, model: nn.Module, groups: Sequence[Group]) -> None:
         self.dense = fold(model)
-        self._shared = copy.deepcopy(self.dense)
+        self._shared: nn.Module | None = None
         self._full = [group.channels for group in groups]
         self._axes: dict[str, dict[str, tuple[int, list]]] = {}
         for number, group in enumerate(groups):
@@ -36,15 +40,29 @@ class Narrow:
                 of[1].append((number, torch.tensor(m.indices)))
 
     def __call__(self, kept: Sequence[Tensor], own: bool = True) -> nn.Module:
-        """The net with only the channels `kept[g]` of each group g, in eval mode."""
-        small = copy.deepcopy(self.dense) if own else self._shared
-        gone = [torch.ones(n, dtype=torch.bool) for n in self._full]
+        """The net with only the channels `kept[g]` of each group g; with `own` some may be empty.
+
+        A layer left without outputs becomes `Nothing`, one left without inputs `Constant`.
+        """
+        if own or self._shared is None:
+            self._shared = self._copy()
+        small, gone = self._shared, [torch.ones(n, dtype=torch.bool) for n in self._full]
         for lost, stay in zip(gone, kept, strict=True):
             lost[stay] = False
         for name, axes in self._axes.items():
             stay = {axis: self._stay(*of, gone) for axis, of in axes.items()}
             _fit(small.get_submodule(name), self.dense.get_submodule(name), stay)
+        if own:
+            self._shared = None
+            for name in self._axes:
+                _replace_emptied(small, name)
         return small
+
+    def _copy(self) -> nn.Module:
+        """A copy of the dense net but for the tensors that are cut anew."""
+        layers = [self.dense.get_submodule(name) for name in self._axes]
+        cut = [t for layer in layers for t in (*layer.parameters(), *layer.buffers())]
+        return copy.deepcopy(self.dense, {id(tensor): tensor for tensor in cut})
 
     def _stay(self, size: int, parts: list, gone: list[Tensor]) -> Tensor:
         here = torch.ones(size, dtype=torch.bool)
@@ -61,7 +79,7 @@ def axis_of(layer: nn.Module, axis: str) -> int:
 def _fit(layer: nn.Module, dense: nn.Module, stay: dict[str, Tensor]) -> None:
     """Make `layer` what is left of `dense` with the places `stay` of each axis."""
     for name, tensor in [*dense.named_parameters(), *dense.named_buffers()]:
-        cut = tensor.detach()
+        cut = tensor.detach().clone()
         for axis, places in stay.items():
             if cut.dim() and not (axis == "in" and name != "weight"):
                 along = axis_of(dense, axis) if name == "weight" else 0
@@ -71,21 +89,32 @@ def _fit(layer: nn.Module, dense: nn.Module, stay: dict[str, Tensor]) -> None:
         if isinstance(tensor, nn.Parameter):
             cut = nn.Parameter(cut, requires_grad=tensor.requires_grad)
         setattr(layer, name, cut)
-    for axis in stay:
-        _resize(layer, axis)
+    for axis, places in stay.items():
+        _resize(layer, axis, len(places))
 
 
-def _resize(layer: nn.Module, axis: str) -> None:
-    """Write the new size where the layer keeps it."""
-    size = len(layer.weight) if axis == FOLLOWS else layer.weight.shape[axis_of(layer, axis)]
+def _resize(layer: nn.Module, axis: str, size: int) -> None:
+    """Write the new number of channels where the layer keeps it."""
     if isinstance(layer, nn.LayerNorm):
         layer.normalized_shape = (size,)
     elif isinstance(layer, nn.Linear):
         setattr(layer, f"{axis}_features", size)
-    elif axis == FOLLOWS and is_depthwise(layer):
+    elif axis != FOLLOWS:
+        setattr(layer, f"{axis}_channels", size)
+    elif is_depthwise(layer):
         layer.in_channels = layer.out_channels = layer.groups = size
-    elif axis == FOLLOWS:
-        setattr(layer, "num_parameters" if isinstance(layer, nn.PReLU) else "num_features", size)
     else:
-        grouped = layer.groups if axis_of(layer, axis) == 1 else 1
-        setattr(layer, f"{axis}_channels", size * grouped)
+        setattr(layer, "num_parameters" if isinstance(layer, nn.PReLU) else "num_features", size)
+
+
+def _replace_emptied(small: nn.Module, name: str) -> None:
+    layer = small.get_submodule(name)
+    produces, consumes = channels_of(layer, "out"), channels_of(layer, "in")
+    if produces and consumes:
+        return
+    where, bias = geometry_of(layer), getattr(layer, "bias", None)
+    new = Constant(produces, where, bias is not None) if produces else Nothing(where)
+    if produces and bias is not None:
+        new.bias = bias
+    parent, _, child = name.rpartition(".")
+    setattr(small.get_submodule(parent), child, new.train(layer.training))

@@ -1,8 +1,7 @@
-"""Removing channels and emptied branches for good: a smaller net of ordinary modules.
+"""What takes the place of layers in a branch that lost all its channels.
 
-Where a group loses all its channels, a layer that has nothing left to say becomes `Nothing`, one
-that has nothing left to hear becomes `Constant`: what it still emits is its bias, and a batch norm
-behind it makes of that its own constant, beta + gamma (b - mean) / sqrt(var + eps). What stays of
+A layer without outputs becomes `Nothing`, one without inputs `Constant`: its output is its bias,
+and a batch norm after it makes of that beta + gamma (b - mean) / sqrt(var + eps). What is left of
 a residual branch is that constant, and no multiplication.
 """
 
@@ -12,10 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from prunestudy.errors import require
-from prunestudy.shrink.fold import fold
-from prunestudy.shrink.groups import Group, find, groups_of, signal_remains
-from prunestudy.shrink.narrow import narrow
-from prunestudy.shrink.trace import TRANSPOSED, Trace, channels_of, trace
+from prunestudy.shrink.trace import TRANSPOSED
 
 Geometry = Mapping[str, Sequence[int]] | str | None
 _NUMBERS = ("kernel_size", "stride", "padding", "dilation", "output_padding")
@@ -75,32 +71,6 @@ class Constant(nn.Module):
         return f"{self.channels}, bias={self.bias is not None}, {self.geometry}"
 
 
-def remove(
-    model: nn.Module, shape: tuple[int, ...], keep: Mapping[str, Sequence[int]]
-) -> nn.Module:
-    """A copy of `model`, folded, with only the channels `keep[name]` of each dependency group.
-
-    `shape` is that of an input, without the batch; groups that `keep` does not name keep all. In
-    eval mode the copy computes what `model` does with the other channels' slices at zero in the
-    layers that consume them. Raises `InputError` for a group or channel that does not exist, for
-    a net that cannot be traced or has lost a branch, and where no signal would be left.
-    """
-    require_whole(model)
-    traced = trace(model, shape)
-    found = groups_of(traced)
-    for name, channels in keep.items():
-        _require_channels(find(found, name), channels)
-    kept = [sorted(set(keep.get(group.name, range(group.channels)))) for group in found]
-    emptied = [group for group, k in zip(found, kept, strict=True) if not k]
-    _require_signal(traced, emptied)
-    small = narrow(model, found, [torch.tensor(k, dtype=torch.long) for k in kept])
-    if emptied:
-        plain = fold(model)
-        for name in traced.layers:
-            _replace(small, name, plain.get_submodule(name))
-    return small
-
-
 def require_whole(model: nn.Module) -> None:
     """Raise `InputError` for a net with a branch that was removed: its constant cannot be cut."""
     for name, module in model.named_modules():
@@ -121,20 +91,6 @@ def geometry_of(layer: nn.Module) -> Geometry:
         values["padding"] = (0,) * len(layer.kernel_size)
     numbers = {name: list(value) for name, value in values.items()}
     return numbers | {"transposed": [int(isinstance(layer, TRANSPOSED))]}
-
-
-def _replace(small: nn.Module, name: str, plain: nn.Module) -> None:
-    layer = small.get_submodule(name)
-    says, hears = channels_of(layer, "out"), channels_of(layer, "in")
-    if says and hears:
-        return
-    where = geometry_of(plain)
-    bias = getattr(layer, "bias", None)
-    new = Constant(says, where, bias is not None) if says else Nothing(where)
-    if says and bias is not None:
-        new.bias = bias
-    parent, _, child = name.rpartition(".")
-    setattr(small.get_submodule(parent), child, new.train(layer.training))
 
 
 def _output_shape(x: Tensor, geometry: Geometry, channels: int) -> list[int]:
@@ -162,13 +118,3 @@ def _require_geometry(geometry: Geometry) -> None:
     if not (right or geometry in (None, "linear")):
         raise ValueError(f"geometry = {geometry!r}: what geometry_of gives")
 
-
-def _require_channels(group: Group, channels: Sequence[int]) -> None:
-    inside = all(type(i) is int and 0 <= i < group.channels for i in channels)
-    allowed = f"channels of 0..{group.channels - 1}"
-    require(inside, f"keep[{group.name!r}]", list(channels), allowed)
-
-
-def _require_signal(traced: Trace, emptied: list[Group]) -> None:
-    names = ", ".join(group.name for group in emptied)
-    require(signal_remains(traced, emptied), "keep", names, "without these no signal is left")

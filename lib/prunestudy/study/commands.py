@@ -12,6 +12,7 @@ from argparse import Namespace
 from collections.abc import Iterable
 
 import pandas as pd
+import torch
 
 from prunestudy import datasets, methods, models, places, shrink
 from prunestudy.errors import InputError, require, require_one_of
@@ -22,7 +23,7 @@ from prunestudy.study.collect import collect
 from prunestudy.study.lines import write_text
 from prunestudy.study.plan import Planned, plan
 from prunestudy.study.records import Store
-from prunestudy.study.runs import Runner
+from prunestudy.study.runs import Runner, stored_net
 from prunestudy.study.settings import RunSettings, own_settings
 from prunestudy.study.worker import line_of_run
 
@@ -226,6 +227,6 @@ def do_compare(a: Namespace) -> None:
 def do_export(a: Namespace) -> None:
     store, name = _done(a, a.first)
     store.kept(name, "weights")
-    net = shrink.load_net(store.weights(name))
-    shrink.export_onnx(net, a.file, shrink.input_shape(store.weights(name)))
+    net, shape = stored_net(store.weights(name))
+    shrink.export(net, a.file, torch.rand(2, *shape))
     print(a.file)

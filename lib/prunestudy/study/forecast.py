@@ -9,6 +9,7 @@ import functools
 import math
 
 import pandas as pd
+import torch
 
 from prunestudy import datasets, measure, models
 from prunestudy.errors import require
@@ -52,7 +53,7 @@ def cost(settings: RunSettings, rate: float = RATE) -> tuple[int, int, float, fl
 @functools.lru_cache(maxsize=64)
 def _dense(model: str, shape: tuple[int, int, int], num_classes: int) -> tuple[int, int]:
     net = models.build(model, shape, num_classes)
-    return measure.macs(net, shape), measure.parameters(net)
+    return measure.macs(net, torch.zeros(1, *shape)), measure.parameters(net)
 
 
 def choose(planned: list[Planned], hours: float, rate: float = RATE) -> list[Planned]:

@@ -4,6 +4,7 @@ import copy
 import functools
 import os
 import platform
+import re
 import resource
 import shutil
 import subprocess
@@ -19,7 +20,7 @@ import torch
 from torch import nn
 
 from prunestudy import datasets, measure, methods, models, places, shrink
-from prunestudy.errors import InputError, require_one_of
+from prunestudy.errors import InputError, require, require_one_of
 from prunestudy.study.lines import FORMAT
 from prunestudy.study.records import Store
 from prunestudy.study.settings import RunSettings
@@ -33,6 +34,20 @@ def device_of(name: str = "auto") -> torch.device:
     if name == "cuda" and not there:
         raise InputError("device = 'cuda': no CUDA device here; allowed are auto, cpu")
     return torch.device("cuda" if there and name != "cpu" else "cpu")
+
+
+def stored_net(path: Path) -> tuple[nn.Module, tuple[int, int, int]]:
+    """Return the net that a run left in `path`, and the (channels, height, width) of its images.
+
+    Raises `InputError` for a file that `shrink.load` refuses, or that no run wrote.
+    """
+    about = shrink.about(path)
+    sizes = re.fullmatch(r"(\d{1,9}) (\d{1,9}) (\d{1,9}) (\d{1,9})", about.get("sizes", ""))
+    require(bool(sizes) and "factory" in about, "path", str(path), "the net of a run")
+    *shape, num_classes = map(int, sizes.groups())
+    with torch.random.fork_rng(devices=[]):  # reading a file changes no draw
+        fresh = models.build(about["factory"], tuple(shape), num_classes)
+    return shrink.load(path, fresh), tuple(shape)
 
 
 class Runner:
@@ -76,7 +91,7 @@ class Runner:
     def net(self, settings: RunSettings) -> nn.Module:
         """Return the finished net of a run that is done, as an ordinary module."""
         self.ensure(settings, weights=True)
-        return shrink.load_net(self.store.weights(settings.run), settings.model)
+        return stored_net(self.store.weights(settings.run))[0]
 
     def _load(self, settings: RunSettings) -> datasets.Dataset:
         today = datasets.fingerprint(settings.dataset, self.data)
@@ -98,7 +113,10 @@ class Runner:
                 metrics["kept_scale"] = measure.kept_scale(made.model, start)
                 arrays |= measure.kept_sample(made.model, start)
         weights = work / "weights.safetensors"
-        shrink.save_net(made.model.cpu(), weights, *job.like)
+        name, shape, num_classes = job.like
+        sizes = " ".join(map(str, (*shape, num_classes)))
+        like = _dense(*job.like)[0]
+        shrink.save(made.model, weights, like=like, about={"factory": name, "sizes": sizes})
         if made.status == "done":
             metrics["bytes"] = weights.stat().st_size
         record = job.record(made, metrics, time.perf_counter() - started)
@@ -110,7 +128,7 @@ class Runner:
         settings = job.settings
         if settings.parent:
             parent = self.store.weights(settings.parent.run)
-            return shrink.load_net(parent, settings.model).requires_grad_(True)
+            return stored_net(parent)[0]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             return models.build(*job.like, settings.pretrained)
@@ -126,7 +144,7 @@ def _dense(model: str, shape: tuple[int, int, int], num_classes: int) -> tuple[n
     """The dense net, without its numbers, and its MACs."""
     with torch.random.fork_rng(devices=[]):
         net = models.build(model, shape, num_classes)
-    macs = measure.macs(net, shape)
+    macs = measure.macs(net, torch.zeros(1, *shape))
     return net.to("meta"), macs
 
 
@@ -189,6 +207,7 @@ class _Job:
     def metrics(self, made: Result) -> dict[str, Any]:
         """Quality and cost of the finished net, of a diverged one the dense net's cost alone."""
         _, shape, _ = self.like
+        example = torch.zeros(128, *shape)
         dense, dense_macs = _dense(*self.like)
         costs = {"dense_parameters": measure.parameters(dense), "dense_macs": dense_macs}
         if made.status != "done":
@@ -205,9 +224,9 @@ class _Job:
             "layers": measure.layer_sparsity(model),
             "parameters": measure.parameters(model),
             "nonzeros": nonzeros,
-            "macs": measure.macs(model, shape),
-            "nonzero_macs": measure.nonzero_macs(model, shape),
-            "peak_memory_mb": measure.peak_memory_mb(model, shape),
+            "macs": measure.macs(model, example),
+            "nonzero_macs": measure.nonzero_macs(model, example),
+            "peak_memory_mb": measure.peak_memory_mb(model, example),
             "stored_values": nonzeros,
             "stored_with_indices": 2 * nonzeros,  # as the papers count: an index for each value
         }

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+import torch
 from tqdm.auto import tqdm
 
 from prunestudy import datasets, measure, models, shrink
@@ -19,7 +20,7 @@ from prunestudy.study import tables, verdicts
 from prunestudy.study.lines import line_of
 from prunestudy.study.plan import Planned, Tiny, plan
 from prunestudy.study.records import Store
-from prunestudy.study.runs import Runner
+from prunestudy.study.runs import Runner, stored_net
 from prunestudy.study.settings import RunSettings
 
 if TYPE_CHECKING:
@@ -139,12 +140,12 @@ def _milliseconds(store: Store, settings: RunSettings, rounds: int) -> dict[str,
     store.kept(settings.run, "weights")
     info = datasets.info(settings.dataset)
     shape = (info.channels, info.height, info.width)
-    small = shrink.load_net(store.weights(settings.run), settings.model)
+    small, _ = stored_net(store.weights(settings.run))
     dense = models.build(settings.model, shape, info.num_classes)
     nets = {"latency": shrink.to_csr(small, _CSR_FROM), "dense_latency": dense}
     times = {}
     for batch in (1, 128):
-        median = measure.latency(nets, shape, batch, rounds=rounds, threads=1)
+        median = measure.latency(nets, torch.zeros(batch, *shape), rounds, threads=1)
         times |= {f"{name}_b{batch}_ms": round(ms, 5) for name, ms in median.items()}
     return times
 

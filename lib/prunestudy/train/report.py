@@ -30,7 +30,7 @@ def _lines(result: "Result") -> Iterator[str]:
     for name, count in (
         ("parameters", measure.parameters),
         ("nonzero parameters", measure.nonzeros),
-        ("MACs", lambda net: measure.macs(net, moved(result.example, device_of(net))[0].shape[1:])),
+        ("MACs", lambda net: measure.macs(net, moved(result.example, device_of(net)))),
     ):
         was, now = count(dense), count(small)
         yield f"{name}: {was:,} -> {now:,} ({1 - now / was:.1%} removed)"
