@@ -137,24 +137,24 @@ class GatePaths(_Watch):
 class ConcretePaths(_Watch):
     """Of hard concrete gates: their paths, and what deciding them and removal changed."""
 
-    kept: ClassVar[tuple[str, ...]] = (*_Watch.kept, "paths", "before", "found")
+    kept: ClassVar[tuple[str, ...]] = (*_Watch.kept, "paths", "undecided", "found")
 
     def attach(self, method: Method, model: nn.Module, context: Context) -> None:
         """Begin with no path."""
         super().attach(method, model, context)
-        self.paths, self.before, self.found = [], None, {}
+        self.paths, self.undecided, self.found = [], None, {}
 
-    def after_step(self, at: At) -> None:
-        """Keep the net as it is before the gates are decided."""
-        super().after_step(at)
-        if at.phase == "gates" and at.last:
-            self.before, self.undecided = self.method.gates.at_test(), fold(self.model)
+    def before(self, at: At) -> None:
+        """Keep the gates and the net as they are before they are decided."""
+        if at.phase == "gates":
+            self.undecided = self.method.gates.at_test().detach()
+            self.gated = fold(self.model)
 
     def update(self, at: At) -> None:
         """Compare it with the net of decided gates."""
         if at.phase == "gates" and at.last:
-            now = agreement(self.undecided, fold(self.model), self.context)
-            self.found = {"polarised": _polarised(self.before), "unchanged": now["unchanged"]}
+            now = agreement(self.gated, fold(self.model), self.context)
+            self.found = {"polarised": _polarised(self.undecided), "unchanged": now["unchanged"]}
 
     def row(self) -> dict[str, float]:
         """Keep the gates at test time; no column."""
@@ -171,8 +171,8 @@ class ConcretePaths(_Watch):
         found = {"loss": self.losses().astype(np.float32)}
         if self.paths:
             found["gate_paths"] = torch.stack(self.paths).cpu().numpy()
-        if self.before is not None:
-            found["final_gates"] = self.before.to(torch.float16).cpu().numpy()
+        if self.undecided is not None:
+            found["final_gates"] = self.undecided.to(torch.float16).cpu().numpy()
         return found
 
 
