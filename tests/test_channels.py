@@ -101,15 +101,6 @@ def test_bilinear_cost_by_hand():
     assert (parameters.dense, float(parameters.cost(g))) == (23.0, 7 * 1.5 + 2)
 
 
-def test_a_share_depends_on_the_neighbours():
-    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.Linear(3, 5), nn.Linear(5, 2))
-    channels = Channels(net, torch.zeros(2, 4), "macs")
-    g = torch.tensor([1.0, 0.5, 0.5, 1.0, 1.0, 0.5, 0.0, 0.0])
-    # MACs(g) = 4 a + a b + 2 b with a = 2, b = 2.5
-    assert float(channels.cost(g)) == 8 + 5 + 5
-    assert channels.shares(g).tolist() == pytest.approx([6.5 / 37] * 3 + [4 / 37] * 5)
-
-
 @pytest.mark.parametrize("name", NETS)
 @pytest.mark.parametrize("kind", ["macs", "parameters"])
 def test_closed_form_is_what_is_counted_on_the_smaller_net(name, kind):

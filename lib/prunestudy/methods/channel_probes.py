@@ -104,7 +104,7 @@ class GatePaths(_Watch):
         """Note which gates have closed."""
         now = self.method.open()
         self.closed += [
-            (at.total_step - 1, i) for i in (self.open & ~now).nonzero().flatten().tolist()
+            (at.total_step - 1, i) for i in (self.open.cpu() & ~now).nonzero().flatten().tolist()
         ]
         self.open = now
 
