@@ -7,7 +7,7 @@ every other operation to keep channel c at place c. Where that is wrong, `proof`
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch_pruning
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch_pruning import ops
 from torch_pruning._helpers import _HybridIndex
 from torch_pruning.dependency import index_mapping
@@ -81,7 +81,9 @@ def trace(model: nn.Module, example: Tensor | tuple[Tensor, ...]) -> Trace:
     number = {node: i for i, node in enumerate(graph.module2node.values())}
     images = [graph.module2node[m] for m in probe.images if m in graph.module2node]
     sources = [node for node in number if isinstance(node.module, nn.Embedding)]
-    fixed = [node for node in number if node.grad_fn in opaque and node.module not in layers.values()]
+    fixed = [
+        node for node in number if node.grad_fn in opaque and node.module not in layers.values()
+    ]
     fixed += [node for node in number if isinstance(node.module, nn.Parameter)]
     return Trace(
         channels=_Channels(graph, images, outputs, fixed, layers).classes(),
@@ -90,8 +92,8 @@ def trace(model: nn.Module, example: Tensor | tuple[Tensor, ...]) -> Trace:
         node_of={name: number[graph.module2node[layer]] for name, layer in layers.items()},
         inputs=[number[node] for node in (*images, *sources)],
         outputs=[number[node] for node in outputs],
-        net=plain.requires_grad_(False),
-        example=batch,
+        net=plain.requires_grad_(False).double(),
+        example=tuple(x.double() if x.is_floating_point() else x for x in batch),
     )
 
 
@@ -191,8 +193,21 @@ def _is_one_node(module: nn.Module) -> bool:
     return own or isinstance(module, (*LAYERS, *FOLLOWERS))
 
 
+class _Graph(torch_pruning.DependencyGraph):
+    """A dependency graph that leaves reshapes alone until all else is known."""
+
+    _2d_4d = property(lambda self: "done" in vars(self), lambda *_: None)
+
+    def build_dependency(self, *arguments: Any, **options: Any) -> "_Graph":
+        super().build_dependency(*arguments, **options)
+        self.done = True
+        for node in self.module2node.values():
+            _map_reshape(self, node)
+        return self
+
+
 def _build(probe: _Probe, batch: tuple[Tensor, ...]) -> tuple[Any, list, Watch, set]:
-    graph, found = torch_pruning.DependencyGraph(), []
+    graph, found = _Graph(), []
 
     def run(net: nn.Module, batch: tuple[Tensor, ...]) -> list[Tensor]:
         outputs = outputs_of(net, batch)
@@ -204,9 +219,6 @@ def _build(probe: _Probe, batch: tuple[Tensor, ...]) -> tuple[Any, list, Watch, 
     fails = "cannot be traced"
     with torch.enable_grad(), _opaque(probe) as nodes, watching(probe.net, fails) as watch:
         graph.build_dependency(probe, batch, forward_fn=run, verbose=False)
-        graph._2d_4d = True  # a linear layer on tokens says nothing about other layers
-        for node in graph.module2node.values():
-            _map_reshape(graph, node)
     ends = {t.grad_fn for t in found}
     outputs = [node for node in graph.module2node.values() if node.grad_fn in ends]
     return graph, outputs, watch, nodes
@@ -248,7 +260,8 @@ def _map_reshape(graph: Any, node: Any) -> None:
     """Say which channels a reshape makes of which, for inputs of any rank."""
     if not isinstance(node.module, ops._ReshapeOp):
         return
-    index_mapping.update_reshape_index_mapping(graph, node)
+    with suppress(ArithmeticError):  # of sizes it does not understand; the proof will find out
+        index_mapping.update_reshape_index_mapping(graph, node)
     size = tuple(getattr(node.grad_fn, "_saved_self_sym_sizes", ()))
     back = [edge for before in node.inputs for edge in before.dependencies if edge.target is node]
     for edge in (*node.dependencies, *back):
@@ -364,9 +377,12 @@ def _mapped(edge: Any, channels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     if not mappings:
         return channels, channels
     pairs = [_HybridIndex(idx=i, root_idx=i) for i in channels.tolist()]
-    for mapping in mappings:
-        pairs = mapping(pairs)
-    both = np.array([(p.root_idx, p.idx) for p in pairs if 0 <= p.idx], int).reshape(-1, 2)
+    try:
+        for mapping in mappings:
+            pairs = mapping(pairs)
+    except LookupError:  # a split into parts of unknown size; the proof will find out
+        return channels, channels
+    both = np.array([(p.root_idx, p.idx) for p in pairs if p.idx >= 0], int).reshape(-1, 2)
     return both[:, 0], both[:, 1]
 
 
