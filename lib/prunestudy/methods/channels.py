@@ -50,7 +50,7 @@ class Channels:
         norms: bool = False,
     ) -> None:
         require_whole(model)
-        self.example = torch.zeros(2, *shape)
+        self.shape, self.example = shape, torch.zeros(2, *shape)
         self.traced = trace(model, self.example)
         found = groups_of(self.traced)
         self.groups = [g for g in found if norms or all(m.kind != "LayerNorm" for m in g.members)]

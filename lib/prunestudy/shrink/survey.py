@@ -1,16 +1,17 @@
 """A net run on random numbers: what ran, where it failed, what it depends on."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from prunestudy.errors import InputError, require
+from prunestudy.shrink.layers import is_one_node
 
 _READS = set(
     """__array__ __bool__ __complex__ __float__ __index__ __int__ allclose argwhere equal
@@ -167,11 +168,11 @@ def survey(net: nn.Module, example: tuple[Tensor, ...]) -> tuple[tuple[Tensor, .
     fails = f"cannot be traced on {[tuple(x.shape) for x in example]}"
     for positive in (False, True):
         batch = drawn(example, net, positive)
-        with watching(net, fails) as watch:
+        with watching(net, fails) as watch, one_node_each(net):
             found = outputs_of(net, batch, strict=True)
         if all(bool(t.isfinite().all()) for t in found):
             break
-    with watching(net, fails) as again:
+    with watching(net, fails) as again, one_node_each(net):
         other = tuple(-x[:1] if x.is_floating_point() else x[:1] for x in batch)
         done = _operations(outputs_of(net, other))
     differ = [a for a, b in zip(watch.order, again.order, strict=False) if a != b]
@@ -181,6 +182,54 @@ def survey(net: nn.Module, example: tuple[Tensor, ...]) -> tuple[tuple[Tensor, .
     layer, given = watch.first or (None, None)
     linear = isinstance(layer, nn.Linear | nn.LayerNorm) and given.dim() > 2
     return batch, linear and any(x.shape[-1] == given.shape[-1] for x in batch)
+
+
+class _Node(torch.autograd.Function):
+    """A call of a module as one node of autograd's graph, whatever operations it is made of."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Callable, anchor: Tensor, *tensors: Tensor) -> Any:  # noqa: ARG004
+        return call(tensors)
+
+
+@contextmanager
+def one_node_each(net: nn.Module, copies: Collection[nn.Module] = ()) -> Iterator[set]:
+    """Make a call of each layer one node of autograd's graph; gives the set of these nodes.
+
+    Those of `copies` only copy what they get.
+    """
+    nodes, anchor = set(), torch.zeros((), requires_grad=True)
+    changed = [m for m in net.modules() if is_one_node(m)]
+
+    def wrapped(before: Callable) -> Callable:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            flat, spec = tree_flatten((args, kwargs))
+            where = [i for i, x in enumerate(flat) if isinstance(x, Tensor)]
+            form = []
+
+            def call(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+                for i, tensor in zip(where, tensors, strict=True):
+                    flat[i] = tensor
+                inner_args, inner_kwargs = tree_unflatten(flat, spec)
+                form.append(tree_flatten(before(*inner_args, **inner_kwargs)))
+                leaves = form[0][0]
+                return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
+
+            made = iter(_Node.apply(call, anchor, *(flat[i] for i in where)))
+            leaves, out = form[0]
+            leaves = [next(made) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            nodes.update(leaf.grad_fn for leaf in leaves if isinstance(leaf, Tensor))
+            return tree_unflatten(leaves, out)
+
+        return forward
+
+    for module in changed:
+        module.forward = wrapped(Tensor.clone if module in copies else module.forward)
+    try:
+        yield nodes
+    finally:
+        for module in changed:
+            del module.forward
 
 
 def called(name: str) -> str:
