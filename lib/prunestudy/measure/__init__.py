@@ -1,16 +1,10 @@
 """What a net is worth and what it costs: quality, parameters, MACs, memory, latency."""
 
-from prunestudy.measure.application import (
-    Application,
-    Judgement,
-    Metric,
-    RefusedError,
-    task_metrics,
-)
 from prunestudy.measure.boundary import boundary_f1
 from prunestudy.measure.latency import interleave, latency, onnx_latency
 from prunestudy.measure.macs import layer_macs, macs, nonzero_macs
 from prunestudy.measure.memory import peak_memory_mb
+from prunestudy.measure.metrics import Metrics, limits, task_metrics
 from prunestudy.measure.tasks import TASKS, Scores, Task, default_loss, own_task, task, top1
 from prunestudy.measure.weights import (
     kept_sample,
@@ -25,10 +19,7 @@ from prunestudy.measure.weights import (
 
 __all__ = [
     "TASKS",
-    "Application",
-    "Judgement",
-    "Metric",
-    "RefusedError",
+    "Metrics",
     "Scores",
     "Task",
     "boundary_f1",
@@ -39,6 +30,7 @@ __all__ = [
     "latency",
     "layer_macs",
     "layer_sparsity",
+    "limits",
     "macs",
     "nonzero_macs",
     "nonzeros",
