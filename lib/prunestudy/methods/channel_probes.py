@@ -1,4 +1,4 @@
-"""What is observed of the methods on channels: paths of gates, the loss, an autoencoder's images."""
+"""What is observed of the methods on channels: gates, the loss, an autoencoder's images."""
 
 import math
 from typing import Any, ClassVar

@@ -61,7 +61,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
 from prunestudy.methods.base import call
-from prunestudy.methods.search import Point, Search, logs, ranks
+from prunestudy.methods.search import Point, Search, placed
 from prunestudy.shrink import Group, axis_of
 from prunestudy.shrink.groups import CONSUMES
 
@@ -90,12 +90,9 @@ class ComponentAware(Search):
     strength: Annotated[float, Field(gt=0)] = 1e4
     check_every: Annotated[int, Field(ge=1, alias="check")] = 10  # `check` is a hook
 
-    def positions(self) -> list[Tensor]:
-        """Ranks in each group, or the logarithms of the importance."""
-        return ranks(self.scores()) if self.coefficient == "share" else logs(self.scores())
-
-    def solve(self, target: float) -> tuple[Sequence[float], Point]:
+    def solve(self) -> tuple[list[float], Point]:
         """One number per group, and the best point that the solver found."""
+        self.order(placed(self.scores(), evenly=self.coefficient == "share"))
         keys = [
             each.place if self.per == "component" and len(each.components) == 1 else each.name
             for each in self.groups
@@ -103,31 +100,34 @@ class ComponentAware(Search):
         free = [k for k, each in zip(keys, self.groups, strict=True) if not each.protected]
         number = {key: i for i, key in enumerate(dict.fromkeys(free))}
         # The coefficient's number of each group; for a protected one any does.
-        self.index = [number.get(key, -1) for key in keys]
-        self.coefficients = len(number)
-        self.best = [0.0] * len(keys), self.reach([0.0] * len(keys), target)
-        return (self._descend if self.solver == "gradient" else self._try_grid)(target)
+        self.index, self.coefficients = [number.get(key, -1) for key in keys], len(number)
+        self.best = None
+        self._offer([0.0] * len(keys))
+        if self.solver == "gradient":
+            self._descend()
+        else:
+            self._try_grid()
+        return self.best
 
-    def _offer(self, numbers: list[float], target: float) -> None:
-        """Take the point at `numbers` if it is better than the best so far."""
-        point = self.reach(numbers, target)
-        if self.better(point, self.best[1]):
+    def _offer(self, numbers: list[float]) -> None:
+        """Take the point at `numbers`, shifted to the target, if it is better than all before."""
+        point = self.judge(self.budget.meet(numbers, self.target))
+        if self.best is None or self.better(point, self.best[1]):
             self.best = numbers, point
 
-    def _try_grid(self, target: float) -> tuple[list[float], Point]:
-        """The best point of the product grid, each shifted to the target."""
+    def _try_grid(self) -> None:
+        """Try all points of the product grid."""
         low, high = (0.0, self.most) if self.coefficient == "share" else (-2.0, 2.0)
         levels = np.linspace(low, high, self.levels).tolist()
         for alpha in itertools.product(levels, repeat=self.coefficients):
             # Other points are the same as one with all coefficients a level lower.
             if min(alpha) <= low:
-                self._offer(self._spread(alpha), target)
+                self._offer(self._spread(alpha))
         self.path = [list(self.best[0])]
-        return self.best
 
-    def _descend(self, target: float) -> tuple[list[float], Point]:
-        """The best hardened point on the way of gradient descent."""
-        start = self.budget.offset([0.0] * len(self.index), target)
+    def _descend(self) -> None:
+        """Try hardened points on the way of gradient descent."""
+        start = self.budget.offset([0.0] * len(self.index), self.target)
         alpha = torch.full((self.coefficients,), start).requires_grad_()
         optimizer = torch.optim.Adam([alpha], lr=self.lr)
         scale, self.path = self._width(), [alpha.tolist()]
@@ -136,13 +136,12 @@ class ComponentAware(Search):
             optimizer.param_groups[0]["lr"] = self.lr * scale * (1 - done)
             temperature = scale * self.hot * (self.cold / self.hot) ** done
             loss, removed = self.soft_loss(alpha[self.index], temperature)
-            self.step(alpha, optimizer, loss, removed - target)
+            self.step(alpha, optimizer, loss, removed - self.target)
             if self.coefficient == "share":
                 alpha.data.clamp_(0, self.most)
             self.path.append(alpha.tolist())
             if (step + 1) % self.check_every == 0 or step + 1 == self.steps:
-                self._offer(self._spread(self.path[-1]), target)
-        return self.best
+                self._offer(self._spread(self.path[-1]))
 
     def step(
         self, alpha: Tensor, optimizer: torch.optim.Optimizer, loss: Tensor, over: Tensor

@@ -8,7 +8,7 @@ and a channel of one group may cost twenty times one of another.
 import copy
 import math
 from bisect import bisect_left
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -33,10 +33,8 @@ class Budget:
     offset, but `least[g]` channels stay.
     """
 
-    def __init__(
-        self, channels: Channels, positions: Sequence[Tensor], least: Sequence[int]
-    ) -> None:
-        self.channels, self.least = channels, list(least)
+    def __init__(self, channels: Channels, positions: list[Tensor], least: list[int]) -> None:
+        self.channels, self.least = channels, least
         self.positions = [p.detach().cpu().double() for p in positions]
         self.full = [group.channels for group in channels.groups]
         self.order = [p.argsort(stable=True) for p in self.positions]
@@ -46,7 +44,7 @@ class Budget:
         """Share (0-1) of the parameters that is gone with `kept` channels in each group."""
         return 1 - self.channels.cost_at(kept) / self.channels.dense
 
-    def kept(self, numbers: Sequence[float], offset: float = 0.0) -> list[int]:
+    def kept(self, numbers: list[float], offset: float = 0.0) -> list[int]:
         """Channels kept in each group at `numbers` plus `offset`."""
         return [
             max(least, len(p) - bisect_left(p, number + offset))
@@ -57,7 +55,7 @@ class Budget:
         """The channels kept of each group, ascending."""
         return [o[len(o) - k :].sort().values for o, k in zip(self.order, kept, strict=True)]
 
-    def meet(self, numbers: Sequence[float], target: float) -> list[int]:
+    def meet(self, numbers: list[float], target: float) -> list[int]:
         """Channels kept at the common offset that removes `target`; not one more could stay.
 
         Raises `InputError` if even the largest offset does not reach the target.
@@ -75,9 +73,7 @@ class Budget:
                 return kept
             kept[min(fits, key=fits.get)] += 1
 
-    def offset(
-        self, numbers: Sequence[float], target: float, moving: Collection[int] = ()
-    ) -> float:
+    def offset(self, numbers: list[float], target: float, moving: Sequence[int] = ()) -> float:
         """Smallest common offset that removes `target`, or the largest there is; by bisection.
 
         Of all groups; or of the groups `moving` alone, while the others keep all.
@@ -101,9 +97,7 @@ class Budget:
 
 
 class Point(NamedTuple):
-    """A candidate: channels kept of each group, the share removed, its metrics, and their sum of
-    shortfalls from the limits, each in units of the limit; 0 where all hold.
-    """
+    """A candidate: channels kept of each group, share removed, metrics, and what limits miss."""
 
     kept: tuple[int, ...]
     removed: float
@@ -132,12 +126,8 @@ class Search(Method):
     protect: list[str] = []
     refuse: bool = True
 
-    def positions(self) -> list[Tensor]:
-        """Where each group's channels stand in the order of removal."""
-        raise NotImplementedError
-
-    def solve(self, target: float) -> tuple[Sequence[float], Point]:
-        """One number per group, and the point there that removes `target`."""
+    def solve(self) -> tuple[list[float], Point]:
+        """Set an `order`; return one number per group, and the point there."""
         raise NotImplementedError
 
     def stays(self, group: ComponentGroup) -> bool:
@@ -148,11 +138,7 @@ class Search(Method):
         """Search on training and validation batches, then prune `model` in place."""
         with evaluating(model):
             self._begin(model, context)
-            full = [(each, each.group.channels) for each in self.groups]
-            share = 1 - self.most
-            least = [n if self.stays(g) else max(1, math.ceil(share * n - 1e-9)) for g, n in full]
-            self.budget = Budget(self.channels, self.positions(), least)
-            numbers, self.point = self.solve(self.target)
+            numbers, self.point = self.solve()
             if self.refuse and self.point.shortfall:
                 self._refuse(numbers)
             kept = self.budget.indices(self.point.kept)
@@ -195,6 +181,12 @@ class Search(Method):
             total = [a + b for a, b in zip(total, found, strict=True)] if total else found
         return [score / self.taylor_batches for score in total]
 
+    def order(self, positions: list[Tensor]) -> None:
+        """Begin a budget that removes channels in the order of `positions`."""
+        sizes, share = [(each, each.group.channels) for each in self.groups], 1 - self.most
+        least = [n if self.stays(g) else max(1, math.ceil(share * n - 1e-9)) for g, n in sizes]
+        self.budget = Budget(self.channels, positions, least)
+
     def judge(self, kept: Sequence[int]) -> Point:
         """The point with `kept` channels; each is judged, and its passes counted, once."""
         key = tuple(kept)
@@ -206,10 +198,6 @@ class Search(Method):
             self.seen[key] = Point(key, self.budget.removed(kept), values, shortfall)
         return self.seen[key]
 
-    def reach(self, numbers: Sequence[float], target: float) -> Point:
-        """The point at `numbers` plus the offset that meets the target; refused if none does."""
-        return self.judge(self.budget.meet(numbers, target))
-
     def better(self, a: Point, b: Point) -> bool:
         """Whether `a` breaks its limits by less than `b`, or as little with a better objective."""
         if a.shortfall != b.shortfall:
@@ -217,16 +205,16 @@ class Search(Method):
         new, old = a.values[self.goal], b.values[self.goal]
         return not math.isnan(new) if math.isnan(old) else _lost(self.goal, old, new) < 0
 
-    def _refuse(self, numbers: Sequence[float]) -> None:
+    def _refuse(self, numbers: list[float]) -> None:
         """Raise `InputError`, with the largest share found at `numbers` that keeps every limit."""
         low, high, closest = 0.0, self.target, 0.0
         for _ in range(10):
             middle = (low + high) / 2
-            point = self.reach(numbers, middle)
+            point = self.judge(self.budget.meet(numbers, middle))
             if point.shortfall:
                 high = middle
             else:
-                low, closest = middle, max(closest, point.removed)
+                low, closest = middle, point.removed
         pairs = [(limit, self.point.values[limit.metric]) for limit in self.limits]
         lines = [limit.broken(value) for limit, value in pairs if limit.shortfall(value)]
         raise InputError(
@@ -275,17 +263,11 @@ class Uniform(Search):
 
     def stays(self, group: ComponentGroup) -> bool:
         """Whether it is protected, or with `aware` couples components."""
-        return group.protected or (self.aware and len(group.components) > 1)
+        return group.protected or (self.aware and group.kind == "coupling")
 
-    def positions(self) -> list[Tensor]:
-        """Ranks in each group, importance over all groups, or noise."""
-        if self.ranking == "random":
-            make, sizes = self.context.generator, [g.channels for g in self.channels.groups]
-            return [torch.rand(n, generator=make, device=make.device).cpu() for n in sizes]
-        return ranks(self.scores()) if self.ranking == "uniform" else logs(self.scores())
-
-    def solve(self, target: float) -> tuple[Sequence[float], Point]:
+    def solve(self) -> tuple[list[float], Point]:
         """The point at zero coefficients; with `aware` each component has an offset of its own."""
+        self.order(self._positions())
         numbers = [0.0] * len(self.groups)
         names = dict.fromkeys(name for each in self.groups for name in each.components)
         for name in names if self.aware else ():
@@ -293,21 +275,24 @@ class Uniform(Search):
             layers = {m.layer for i in inside for m in self.channels.groups[i].members}
             sizes = [measure.parameters(self.small.dense.get_submodule(n)) for n in layers]
             if inside:
-                share = target * (sum(sizes) / self.channels.dense)
+                share = self.target * (sum(sizes) / self.channels.dense)
                 offset = self.budget.offset(numbers, share, inside)
                 numbers = [n + offset * (i in inside) for i, n in enumerate(numbers)]
-        return numbers, self.reach(numbers, target)
+        return numbers, self.judge(self.budget.meet(numbers, self.target))
+
+    def _positions(self) -> list[Tensor]:
+        if self.ranking == "random":
+            make, sizes = self.context.generator, [g.channels for g in self.channels.groups]
+            return [torch.rand(n, generator=make, device=make.device).cpu() for n in sizes]
+        return placed(self.scores(), evenly=self.ranking == "uniform")
 
 
-def ranks(scores: Sequence[Tensor]) -> list[Tensor]:
-    """Positions in (0, 1): the rank of each score within its group, evenly spaced."""
-    order = [score.cpu().argsort(stable=True).argsort() for score in scores]
-    return [(each.double() + 0.5) / len(each) for each in order]
-
-
-def logs(scores: Sequence[Tensor]) -> list[Tensor]:
-    """Positions of one ranking over all groups: the logarithms of the scores."""
-    return [score.cpu().double().clamp(min=1e-30).log() for score in scores]
+def placed(scores: list[Tensor], evenly: bool) -> list[Tensor]:
+    """Positions: each score's rank within its group, spread `evenly` over 0-1, or its logarithm."""
+    if not evenly:
+        return [score.cpu().double().clamp(min=1e-30).log() for score in scores]
+    ranks = [score.cpu().argsort(stable=True).argsort() for score in scores]
+    return [(rank.double() + 0.5) / len(rank) for rank in ranks]
 
 
 def _lost(metric: str, before: float, after: float) -> float:

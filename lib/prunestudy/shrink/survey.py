@@ -133,11 +133,7 @@ def fresh(plain: nn.Module) -> nn.Module:
 
 
 def drawn(
-    example: tuple[Tensor, ...],
-    net: nn.Module,
-    batch: int = 2,
-    seed: int = 0,
-    positive: bool = False,
+    example: tuple[Tensor, ...], net: nn.Module, batch: int = 2, seed: int = 0, positive: bool = False
 ) -> tuple[Tensor, ...]:
     """`batch` inputs as those of `example`, on the device of `net`: random numbers in float64.
 
@@ -172,9 +168,7 @@ def survey(net: nn.Module, example: tuple[Tensor, ...]) -> tuple[tuple[Tensor, .
     others = [tuple(-x if x.is_floating_point() else x for x in batch)]
     others.append(tuple(x[:1] for x in batch))
     first = (list(watch.order), _operations(found))
-    for other, what in zip(
-        others, ("the values of its input", "the size of the batch"), strict=True
-    ):
+    for other, what in zip(others, ("the values of its input", "the size of the batch"), strict=True):
         with watching(net, fails) as again:
             done = _operations(outputs_of(net, other))
         ran = (list(again.order), done)

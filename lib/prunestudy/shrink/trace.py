@@ -81,9 +81,7 @@ def trace(model: nn.Module, example: Tensor | tuple[Tensor, ...]) -> Trace:
     number = {node: i for i, node in enumerate(graph.module2node.values())}
     images = [graph.module2node[m] for m in probe.images if m in graph.module2node]
     sources = [node for node in number if isinstance(node.module, nn.Embedding)]
-    fixed = [
-        node for node in number if node.grad_fn in opaque and node.module not in layers.values()
-    ]
+    fixed = [node for node in number if node.grad_fn in opaque and node.module not in layers.values()]
     fixed += [node for node in number if isinstance(node.module, nn.Parameter)]
     return Trace(
         channels=_Channels(graph, images, outputs, fixed, layers).classes(),
