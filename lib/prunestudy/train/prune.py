@@ -118,7 +118,8 @@ def prune(
         generator = torch.Generator(device).manual_seed(seed)
         context = Context(example, loss, generator=generator, weight_decay=recipe.weight_decay)
         context.train = train.epoch
-        score = _Score(loss, metric or _default_metric(y), validation)
+        metric = metric or (metrics.values if metrics else _default_metric(y))
+        score = _Score(loss, metric, validation)
         context.metrics = metrics or Metrics(score.on)
         if validation is not None:
             context.score, context.validation = score.judge, lambda: validation.ordered(512)
