@@ -15,7 +15,7 @@ from prunestudy import datasets, measure, methods, models, shrink
 from prunestudy.errors import InputError
 from prunestudy.measure import Metrics
 from prunestudy.methods import Context, Method
-from prunestudy.methods.channel_controls import GroupL2, importance, taylor
+from prunestudy.methods.channel_controls import taylor
 from prunestudy.methods.channel_probes import as_bytes, plane
 from prunestudy.methods.channels import Channels
 from prunestudy.methods.component_aware import ComponentAware, masked_output
@@ -68,9 +68,6 @@ def test_the_target_is_met_from_above_and_not_one_more_could_stay():
     assert made.kept([0.0, 0.0], made.offset([0.0, 0.0], 0.3, [1]))[1] == 1
 
 
-# --- scores
-
-
 def test_taylor_importance_is_torch_prunings():
     net = randomise(Autoencoder((1, 8, 8), 10, (4, 6), 5, convolutional=True))
     channels, x = Channels(net, IMAGES, "parameters"), torch.randn(3, 1, 8, 8)
@@ -83,16 +80,6 @@ def test_taylor_importance_is_torch_prunings():
         every = graph.get_pruning_group(layer, cut, list(range(group.channels)))
         torch.testing.assert_close(score, theirs(every))
         assert score.mean().item() == pytest.approx(1, rel=1e-5)
-
-
-def test_the_group_norm_of_a_latent_channel_by_hand():
-    net = Autoencoder((1, 8, 8), 10, (12, 8), 5, head=64)
-    channels = Channels(net, IMAGES, "parameters", ["encoder.fc3"])
-    read = [net.decoder.fc1.weight, net.classifier.fc1.weight]
-    sums = [net.encoder.fc3.weight.square().sum(1), *(w.square().sum(0) for w in read)]
-    expected = torch.stack(sums).mean(0).detach()
-    score = importance(channels, net, GroupL2.measure)
-    torch.testing.assert_close(score, expected / expected.mean())
 
 
 # --- the search, where the answer is known
@@ -173,7 +160,8 @@ def test_a_regression_of_tdmpc_is_solved_exactly():
     made = prune(net, method, batches, ONCE, validation=batches, loss=loss)
     assert method.point.kept == best
     assert method.point.values["loss"] == pytest.approx(0.1)
-    assert measure.removed_share(made.model, net) == pytest.approx(target)
+    removed = 1 - measure.parameters(made.model) / measure.parameters(net)
+    assert removed == pytest.approx(target)
 
 
 def test_a_step_of_the_descent_keeps_the_share_removed():
@@ -421,12 +409,13 @@ def test_the_small_net_is_trained_on_and_a_resumed_run_ends_the_same(digits, tmp
 
     def run(path, stop=0):
         probe = methods.probe_of("component_aware", digits.task.pixels)
-        probe.update = stopper(stop) if stop else probe.update
+        if stop:
+            probe.update = lambda at: 1 // (stop - at.total_step)
         more = {"probe": probe, "checkpoint": path, "checkpoint_seconds": 0.0, "run": "r"}
         return digits.prune(recipe=recipe, more=more, steps=20)
 
     whole = run(tmp_path / "whole.pt")
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(ZeroDivisionError):
         run(tmp_path / "cut.pt", stop=25)
     resumed = run(tmp_path / "cut.pt")
     assert measure.parameters(whole.model) < 0.51 * measure.parameters(digits.net)
@@ -439,16 +428,6 @@ def test_the_small_net_is_trained_on_and_a_resumed_run_ends_the_same(digits, tmp
         assert (found[name].shape, found[name].dtype) == ((6, 1, 8, 8), np.uint8)
     assert found["latent_dense"].shape == found["latent_pruned"].shape == (64, 2)
     assert (found["path"].shape, found["kept"].shape) == ((21, 6), (6,))
-
-
-def stopper(steps):
-    count = iter(range(steps))
-
-    def update(at):
-        if next(count, None) is None:
-            raise KeyboardInterrupt
-
-    return update
 
 
 def test_a_classifier_of_ones_own_with_limits_on_ones_own_metrics():
@@ -487,30 +466,21 @@ def test_a_loop_of_ones_own_needs_batches_and_a_net_with_channels():
 # --- what is kept
 
 
-NETS = ["autoencoder", "autoencoder_classifier", "conv_autoencoder", "conv_autoencoder_classifier"]
-
-
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", ["autoencoder", "conv_autoencoder_classifier"])
 def test_a_pruned_autoencoder_comes_back_from_disk_and_runs_in_onnx(name, tmp_path):
-    torch.manual_seed(0)
-    x = torch.randn(32, 1, 8, 8)
+    x, both = torch.randn(32, 1, 8, 8), name.endswith("classifier")
     data, net = [(x, torch.randint(0, 10, (32,)))], models.build(name, (1, 8, 8), 10)
-    task = measure.task(
-        "reconstruct_and_classify" if "class" in name else "reconstruct", (0.5,), (0.3,)
-    )
+    task = measure.task("reconstruct_and_classify" if both else "reconstruct", (0.5,), (0.3,))
     about = {"loss": task.loss, "metrics": measure.task_metrics(task, 10)}
     method = Uniform(0.7, ranking="global")
     made = prune(randomise(net), method, data, ONCE, validation=data, **about)
-    assert list(method.point.values) == ["psnr", "accuracy"][: 1 + ("class" in name)]
+    assert list(method.point.values) == ["psnr", "accuracy"][: 1 + both]
     made.save(tmp_path / "net")
     loaded = shrink.load(tmp_path / "net", models.build(name, (1, 8, 8), 10))
-    assert type(loaded) is type(net)
-    assert measure.parameters(loaded) < 0.3 * measure.parameters(net) + 400
     assert torch.equal(made.model.encode(x), loaded.encode(x))
     made.export(tmp_path / "net.onnx")
-    expected, found = made.model(x), shrink.OnnxNet(tmp_path / "net.onnx")(x)
-    pairs = zip(expected, found, strict=True) if "class" in name else [(expected, found)]
-    for a, b in pairs:
+    outputs = [made.model(x), shrink.OnnxNet(tmp_path / "net.onnx")(x)]
+    for a, b in zip(*(outputs if both else [[each] for each in outputs]), strict=True):
         assert (a - b).abs().max() <= 1e-4 * a.abs().max()
 
 
