@@ -27,12 +27,12 @@ def nets():
 
 
 def plain(net, shape):
-    return shrink.groups(net, shape)
+    return shrink.groups(net, torch.zeros(2, *shape))
 
 
 def test_groups_inside_a_component_and_across_an_interface():
     net = Autoencoder(SMALL, 10, (12, 8), 5, head=64)
-    found = [(g.name, g.kind, g.place) for g in component_groups(net, SMALL)]
+    found = [(g.name, g.kind, g.place) for g in component_groups(net, torch.zeros(2, *SMALL))]
     assert found == [
         ("encoder.fc1", "internal", "encoder"),
         ("encoder.fc2", "internal", "encoder"),
@@ -42,11 +42,11 @@ def test_groups_inside_a_component_and_across_an_interface():
         ("classifier.fc1", "internal", "classifier"),
     ]
     # The same groups as without components: they are told apart, not changed.
-    assert [g.group for g in component_groups(net, SMALL)] == plain(net, SMALL)
+    assert [g.group for g in component_groups(net, torch.zeros(2, *SMALL))] == plain(net, SMALL)
 
 
 def test_the_latent_of_tdmpc_couples_all_five_components():
-    found = component_groups(TDMPC(5, 2, 8, 4), (7,))
+    found = component_groups(TDMPC(5, 2, 8, 4), torch.zeros(2, 7))
     coupling = [g for g in found if g.kind == "coupling"]
     assert [g.name for g in coupling] == ["encoder.2"]
     five = {"encoder", "dynamics", "reward", "policy", "value"}
@@ -57,7 +57,10 @@ def test_the_latent_of_tdmpc_couples_all_five_components():
 
 def test_listing_counts_what_a_channel_costs():
     net = Autoencoder(SMALL, 10, (12, 8), 5)
-    rows = {row["group"]: row for row in listing(net, SMALL, component_groups(net, SMALL))}
+    rows = {
+        row["group"]: row
+        for row in listing(net, SMALL, component_groups(net, torch.zeros(2, *SMALL)))
+    }
     assert rows["encoder.fc1"]["parameters a channel"] == 64 + 1 + 8
     assert rows["encoder.fc3"] == {
         "group": "encoder.fc3",
@@ -73,10 +76,10 @@ def test_listing_counts_what_a_channel_costs():
 def test_components_of_ones_own():
     net = BatchNormNet()
     parts = {"eyes": ["conv1", "norm1"], "rest": ["conv2", "norm2", "fc"]}
-    found = component_groups(net, SMALL, parts)
+    found = component_groups(net, torch.zeros(2, *SMALL), parts)
     assert [(g.name, g.place) for g in found] == [("conv1", "eyes > rest"), ("conv2", "rest")]
     # Without any said, the children of the net are its components.
-    assert component_groups(net, SMALL)[1].components == ("conv2", "norm2", "fc")
+    assert component_groups(net, torch.zeros(2, *SMALL))[1].components == ("conv2", "norm2", "fc")
 
 
 @pytest.mark.parametrize(
@@ -91,7 +94,7 @@ def test_components_of_ones_own():
 )
 def test_protected_by_group_layer_component_or_coupling(name, protected):
     net = Autoencoder(SMALL, 10, (12, 8), 5)
-    found = component_groups(net, SMALL, protect=[name])
+    found = component_groups(net, torch.zeros(2, *SMALL), protect=[name])
     assert [g.name for g in found if g.protected] == protected
 
 
@@ -111,7 +114,9 @@ def test_protected_by_group_layer_component_or_coupling(name, protected):
 )
 def test_bad_components_are_refused(components, protect, words):
     with pytest.raises(InputError, match=words) as caught:
-        component_groups(Autoencoder(SMALL, 10, (12, 8), 5), SMALL, components, protect)
+        component_groups(
+            Autoencoder(SMALL, 10, (12, 8), 5), torch.zeros(2, *SMALL), components, protect
+        )
     assert one_line(caught)
 
 

@@ -1,8 +1,7 @@
 """What an application asks of a net: metrics, limits on them, and a judgement.
 
     app = Application(task_metrics(task, 10), ("psnr >= 20", "accuracy >= 0.95"))
-    app.judge(model, data).broken          # which limits do not hold, and by how much
-    app.recheck(model, new_data, before)   # the same model, later, on other data
+    app.judge(model, data).broken     # which limits do not hold, and by how much
 
 `data` is a list of batches (x, y).
 """
@@ -10,7 +9,7 @@
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -24,16 +23,17 @@ Data = Sequence[tuple[Any, Any]]
 
 @dataclass(frozen=True)
 class Metric:
-    """`function` maps (model, data) to a number; `direction` says which way is better.
+    """`function` maps (model, data) to a number; `limit` is the worst that is allowed.
 
-    `smooth`, where there is one, maps a batch's (output, x, y) to a differentiable tensor of the
-    same unit and direction: gradient descent needs it to respect a limit.
+    `smooth` maps (output, x, y) to a differentiable tensor of the same unit, by which gradient
+    descent respects the limit.
     """
 
     name: str
     direction: Literal["higher", "lower"]
     function: Callable[[nn.Module, Data], float]
     smooth: Callable[[Any, Any, Any], Tensor] | None = None
+    limit: float = math.nan
 
     def better(self, a: float, b: float) -> bool:
         """Whether `a` is better than `b`; NaN never is, and anything is better than NaN."""
@@ -45,33 +45,20 @@ class Metric:
         """By how much `a` is worse than `b`; negative where it is better."""
         return b - a if self.direction == "higher" else a - b
 
-
-@dataclass(frozen=True)
-class _Limit:
-    """The worst `limit` that the metric of that name, `of`, may have."""
-
-    metric: str
-    limit: float
-    of: Metric
-
-    def shortfall(self, value: float) -> float:
-        """By how much `value` breaks the limit; 0 or less where it holds, infinite for NaN."""
-        return math.inf if math.isnan(value) else self.of.worse_by(value, self.limit)
-
     def share(self, value: float | Tensor) -> float | Tensor:
-        """The shortfall of `value` in units of the limit's size; differentiable."""
-        return self.of.worse_by(value, self.limit) / max(abs(self.limit), 1e-12)
+        """By how much `value` breaks the limit, in units of its size; 0 or less where it holds."""
+        return self.worse_by(value, self.limit) / max(abs(self.limit), 1e-12)
 
     def __str__(self) -> str:
-        return f"{self.metric} {'>=' if self.of.direction == 'higher' else '<='} {self.limit:g}"
+        return f"{self.name} {'>=' if self.direction == 'higher' else '<='} {self.limit:g}"
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """`values` of all metrics, and the limits that are `broken`, each with its shortfall."""
+    """`values` of all metrics, and those whose limit is `broken`, with by how much (NaN: inf)."""
 
     values: dict[str, float]
-    broken: tuple[tuple[_Limit, float], ...]
+    broken: tuple[tuple[Metric, float], ...]
 
     @property
     def holds(self) -> bool:
@@ -81,19 +68,19 @@ class Judgement:
     @property
     def shortfall(self) -> float:
         """Sum of the shortfalls, each in units of its limit's size; 0 where all hold."""
-        return sum(c.share(self.values[c.metric]) if by < math.inf else by for c, by in self.broken)
+        return sum(m.share(self.values[m.name]) if by < math.inf else by for m, by in self.broken)
 
     def __str__(self) -> str:
         if self.holds:
             return "every constraint holds"
         return ", ".join(
-            f"{c} is broken by {by:.4g} ({c.metric} is {self.values[c.metric]:.4g})"
-            for c, by in self.broken
+            f"{m} is broken by {by:.4g} ({m.name} is {self.values[m.name]:.4g})"
+            for m, by in self.broken
         )
 
 
 class RefusedError(InputError):
-    """Says that no pruned model both meets its target and keeps the limits.
+    """No pruned model both meets the target and keeps the limits.
 
     `judgement` is that of the best one found, `closest` the largest share of the parameters that
     can be removed with every limit kept (0: not even the dense model keeps them).
@@ -105,7 +92,7 @@ class RefusedError(InputError):
 
 
 class Application:
-    """Metrics and limits; the first metric, the `objective`, is to be as good as possible.
+    """Metrics, of which the first is the `objective`, and `constraints` such as "psnr >= 20".
 
     Raises `InputError` for two metrics of one name, a constraint on an unknown metric, and one that
     limits its metric from the wrong side.
@@ -120,55 +107,29 @@ class Application:
         self.constraints = tuple(self._read(text) for text in constraints)
         self.objective = listed[0]
 
-    def _read(self, text: str) -> _Limit:
+    def _read(self, text: str) -> Metric:
         number = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
         found = re.fullmatch(rf"\s*(\w+)\s*(>=|<=)\s*({number})\s*", str(text))
-        allowed = "a metric, >= or <=, and a number, as in 'psnr >= 20'"
-        require(found is not None, "constraint", text, allowed)
+        right = found is not None and math.isfinite(float(found[3]))
+        require(right, "constraint", text, "a metric, >= or <=, and a number, as in 'psnr >= 20'")
         name, sign, limit = found.groups()
         allowed = f"metrics are {', '.join(sorted(self.metrics))}"
         require(name in self.metrics, "constraint", text, allowed)
         metric = self.metrics[name]
         right = (sign == ">=") == (metric.direction == "higher")
         require(right, "constraint", text, f"{metric.direction} {name} is better")
-        return _Limit(name, float(limit), metric)
+        return replace(metric, limit=float(limit))
 
     def judge(self, model: nn.Module, data: Data) -> Judgement:
         """Every metric of `model` on `data`, and which limits it breaks."""
         values = {name: metric.function(model, data) for name, metric in self.metrics.items()}
-        short = [(c, c.shortfall(values[c.metric])) for c in self.constraints]
-        return Judgement(values, tuple((c, by) for c, by in short if by > 0))
-
-    def recheck(self, model: nn.Module, data: Data, before: Judgement) -> list[dict[str, Any]]:
-        """Judge `model` again on new `data`: one row per metric, then and now, limit, holds.
-
-        `before` is the judgement it was accepted with.
-        """
-        now = self.judge(model, data)
-        return [
-            {
-                "metric": name,
-                "then": before.values[name],
-                "now": now.values[name],
-                "worse by": loss,
-                "limit": " and ".join(str(c) for c in self.constraints if c.metric == name),
-                "holds": all(c.metric != name for c, _ in now.broken),
-            }
-            for name, loss in self.cost(before, now).items()
-        ]
+        short = [(m, m.worse_by(values[m.name], m.limit)) for m in self.constraints]
+        broken = [(m, math.inf if math.isnan(by) else by) for m, by in short if not by <= 0]
+        return Judgement(values, tuple(broken))
 
     def cost(self, before: Judgement, after: Judgement) -> dict[str, float]:
         """By how much `after` is worse than `before`, in each metric; negative where better."""
         return {n: m.worse_by(after.values[n], before.values[n]) for n, m in self.metrics.items()}
-
-
-# Metrics of each task, by the names of its scores.
-_METRICS = {
-    "classify": {"accuracy": "top1"},
-    "reconstruct": {"psnr": "psnr"},
-    "reconstruct_and_classify": {"psnr": "psnr", "accuracy": "top1"},
-    "segment": {"miou": "miou", "accuracy": "pixel_accuracy"},
-}
 
 
 def task_metrics(task: Task, num_classes: int | None) -> tuple[Metric, ...]:
@@ -201,13 +162,14 @@ def task_metrics(task: Task, num_classes: int | None) -> tuple[Metric, ...]:
         shares = both / (chances.sum(0) + here.sum(0) - both)
         return shares[here.sum(0) > 0].mean()
 
-    smooth = {"psnr": psnr, "miou": miou, "accuracy": accuracy}
-    scored = _METRICS.get(task.name, {task.metric_name: task.metric_name})
-    known = task.name in _METRICS  # an own metric may be called accuracy, and be another
-    return tuple(
-        Metric(name, "higher", score(by), smooth[name] if known else None)
-        for name, by in scored.items()
-    )
+    known = {  # by the names of the scores
+        "classify": {"top1": ("accuracy", accuracy)},
+        "reconstruct": {"psnr": ("psnr", psnr)},
+        "reconstruct_and_classify": {"psnr": ("psnr", psnr), "top1": ("accuracy", accuracy)},
+        "segment": {"miou": ("miou", miou), "pixel_accuracy": ("accuracy", accuracy)},
+    }
+    found = known.get(task.name, {task.metric_name: (task.metric_name, None)})
+    return tuple(Metric(n, "higher", score(by), smooth) for by, (n, smooth) in found.items())
 
 
 def _labelled(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -223,9 +223,8 @@ def soft_loss(
     else:
         loss = goal.smooth(output, x, y) * (1 if goal.direction == "lower" else -1)
     for constraint in choice.application.constraints:
-        smooth = choice.application.metrics[constraint.metric].smooth
-        if smooth is not None:
-            short = torch.relu(constraint.share(smooth(output, x, y)))
+        if constraint.smooth is not None:
+            short = torch.relu(constraint.share(constraint.smooth(output, x, y)))
             loss = loss + choice.params.strength * short.square()
     return loss, 1 - choice.channels.cost(torch.cat(masks).cpu()) / choice.channels.dense
 

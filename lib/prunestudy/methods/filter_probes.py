@@ -49,7 +49,7 @@ class Filters(Probe):
         self._measures: dict[str, float] = {}
         self._arrays = portraits(method.layers_of(model), "before")
 
-    def before(self, at: At) -> None:
+    def leaving(self, at: At) -> None:
         """Note ranks, angles and filters of the net while it is whole."""
         if at.phase == "train" and self.method.fine_tune:
             self._note(self.model)

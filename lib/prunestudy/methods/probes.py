@@ -12,7 +12,7 @@ from prunestudy.methods.base import At, Context, Method
 class Probe:
     """Watches a training and changes nothing; this base sees nothing.
 
-    The loop calls `attach` after the method's; `before`, at the end of each phase, ahead of the
+    The loop calls `attach` after the method's; `leaving`, at the end of each phase, ahead of the
     method's update; `after_step` and `update` after the method's own; `row` and `views` at the end
     of each epoch; `finish` before the method finishes the model, and `finished` with the net that
     comes out.
@@ -25,7 +25,7 @@ class Probe:
     def after_step(self, at: At) -> None:
         """Note tensors of this step; nothing is read from the device."""
 
-    def before(self, at: At) -> None:
+    def leaving(self, at: At) -> None:
         """Look at the model at the end of a phase, before the method's update."""
 
     def update(self, at: At) -> None:

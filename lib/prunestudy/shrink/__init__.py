@@ -2,7 +2,7 @@
 
 from prunestudy.shrink.components import ComponentGroup, component_groups
 from prunestudy.shrink.csr import CsrLinear, to_csr
-from prunestudy.shrink.export import OnnxNet, export, onnx_runs_on
+from prunestudy.shrink.export import OnnxNet, export
 from prunestudy.shrink.factors import (
     energy_shares,
     factorise,
@@ -48,7 +48,6 @@ __all__ = [
     "layer_speed_up",
     "load",
     "narrow",
-    "onnx_runs_on",
     "rank_at",
     "ranks_by_energy",
     "ranks_by_macs",

@@ -6,10 +6,8 @@ Wen et al., "Coordinating Filters for Faster Deep Neural Networks", ICCV 2017:
     W (N x D)         ~   A (N x M)  B (M x D),      D = (C / G) k^2 in each of G groups
 
 The columns of A are the first M eigenvectors of W W^T (uncentred PCA of the filters), B = A^T W.
-The variant "svd" splits each singular value evenly, A = U S^1/2, B = S^1/2 V^T (the split is
-ours); the product is the same. A linear layer is a convolution with one position. Ranks are totals
-over the groups. They follow from the energy kept, from a share of the full rank or from a budget
-of MACs.
+The variant "svd" splits each singular value evenly (ours): A = U S^1/2, B = S^1/2 V^T, the same
+product. A linear layer is a convolution with one position. Ranks are totals over the groups.
 """
 
 from bisect import bisect_right
@@ -17,7 +15,7 @@ from collections import Counter
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from math import prod
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +26,7 @@ from prunestudy.shrink.fold import fold
 
 Variant = Literal["pca", "svd"]
 Layer = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
-_KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+_KINDS = get_args(Layer)
 
 
 def layers_to_factorise(
@@ -39,7 +37,7 @@ def layers_to_factorise(
     Without patterns, all convolutions larger than 1x1. Raises `InputError`, naming `parameter`,
     for a pattern that matches no layer that can be factorised, or if none is left.
     """
-    every = _layers(model)
+    every = plain_layers(model)
     for pattern in patterns:
         known = any(fnmatchcase(name, pattern) for name in every)
         require(known, parameter, pattern, f"a layer of the net: {', '.join(every)}")
@@ -49,6 +47,18 @@ def layers_to_factorise(
     kind = "a net with convolutions larger than 1x1, or patterns that name layers"
     require(bool(large), parameter, patterns, kind)
     return large
+
+
+def plain_layers(model: nn.Module) -> dict[str, Layer]:
+    """The convolutions and linear layers of `model` that may be replaced, by their first name.
+
+    Not those whose weight another module reads: subclasses (attention's `out_proj`), and the
+    linear layers of a TransformerEncoderLayer, which reads them in eval mode.
+    """
+    encoders = [m for m in model.modules() if isinstance(m, nn.TransformerEncoderLayer)]
+    read = {id(part) for encoder in encoders for part in encoder.children()}
+    every = ((n, m) for n, m in model.named_modules() if n and id(m) not in read)
+    return {name: m for name, m in every if type_before_parametrizations(m) in _KINDS}
 
 
 def groups_of(layer: Layer) -> int:
@@ -85,15 +95,17 @@ def factorise_layer(layer: Layer, rank: int, variant: Variant = "pca") -> nn.Seq
     require(type(rank) is int and 1 <= rank <= full, "rank", rank, allowed)
     require(rank % groups == 0, "rank", rank, f"a multiple of {groups}, the layer's groups")
     require_one_of("variant", variant, ("pca", "svd"))
-    mixture, basis = _factors(weight_matrix(layer), rank // groups, variant)
-    return _pair(layer, mixture, basis)
+    each = rank // groups
+    left, size, right = torch.linalg.svd(weight_matrix(layer).double(), full_matrices=False)
+    left, size, right = left[..., :each], size[..., :each], right[:, :each]
+    if variant == "pca":
+        return _pair(layer, left, size[..., None] * right, layer.bias)
+    root = size.sqrt()
+    return _pair(layer, left * root[:, None], root[..., None] * right, layer.bias)
 
 
 def factorise(model: nn.Module, ranks: Mapping[str, int], variant: Variant = "pca") -> nn.Module:
-    """A copy of `model`, folded, with the layers named in `ranks` as factors of these ranks.
-
-    In eval mode and without gradients, like `fold`. Raises `InputError` as `factorise_in_place`.
-    """
+    """A folded copy of `model`, without gradients, after `factorise_in_place`."""
     plain = fold(model)
     factorise_in_place(plain, ranks, variant)
     return plain.requires_grad_(False)
@@ -108,7 +120,7 @@ def factorise_in_place(
     another module reads, for weights that are shared or computed (weight norm, parametrisations,
     pruning masks), and for a rank that does not fit.
     """
-    layers = _layers(model)
+    layers = plain_layers(model)
     uses = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
     for name in ranks:
         require(name in layers, "ranks", name, f"a layer of the net: {', '.join(layers)}")
@@ -144,8 +156,8 @@ def reduce_rank(pair: nn.Sequential, rank: int, variant: Variant = "pca") -> nn.
 def merged(pair: nn.Sequential) -> Tensor:
     """The product of the factors, in the shape of the weight that they replaced."""
     basis, mixture = pair
-    whole = weight_matrix(mixture) @ weight_matrix(basis)
-    return whole.reshape(len(mixture.weight), *basis.weight.shape[1:])
+    shape = len(mixture.weight), *basis.weight.shape[1:]
+    return (weight_matrix(mixture) @ weight_matrix(basis)).reshape(shape)
 
 
 def pairs_of(model: nn.Module) -> dict[str, nn.Sequential]:
@@ -173,9 +185,8 @@ def rank_at(layer: Layer, ratio: float, variant: Variant = "pca") -> int:
     """
     _require_ratio("ratio", ratio)
     require_one_of("variant", variant, ("pca", "svd"))
-    if ratio == 1:
-        return full_rank(layer)
-    return _rank(layer, energy_shares(layer), ratio if variant == "pca" else ratio**2)
+    kept = ratio if variant == "pca" else ratio**2
+    return full_rank(layer) if ratio == 1 else _rank(layer, energy_shares(layer), kept)
 
 
 def ranks_by_energy(
@@ -191,11 +202,9 @@ def ranks_by_share(
 ) -> dict[str, int]:
     """`share` of each layer's full rank, at least 1 per group; `InputError` outside (0, 1]."""
     _require_ratio("share", share)
-    ranks = {}
-    for name, layer in layers_to_factorise(model, patterns).items():
-        groups = groups_of(layer)
-        ranks[name] = groups * max(1, round(share * full_rank(layer) / groups))
-    return ranks
+    chosen = layers_to_factorise(model, patterns).items()
+    per_group = {n: max(1, round(share * full_rank(m) / groups_of(m))) for n, m in chosen}
+    return {name: rank * groups_of(model.get_submodule(name)) for name, rank in per_group.items()}
 
 
 def ranks_by_macs(
@@ -228,14 +237,13 @@ def ranks_by_macs(
 
 def cheaper(model: nn.Module, ranks: Mapping[str, int]) -> dict[str, int]:
     """Those of `ranks` at which the factors cost fewer MACs than the layer."""
-    faster = {n: layer_speed_up(model.get_submodule(n), rank) for n, rank in ranks.items()}
-    return {name: rank for name, rank in ranks.items() if faster[name] > 1}
+    return {n: m for n, m in ranks.items() if layer_speed_up(model.get_submodule(n), m) > 1}
 
 
 def speed_up_at(model: nn.Module, macs: Mapping[str, int], ranks: Mapping[str, int]) -> float:
     """MACs of the layers in `ranks` over those of their factors; `macs` as in `ranks_by_macs`."""
     whole = {name: macs[f"{name}.weight"] for name in ranks}
-    low = (whole[n] / layer_speed_up(model.get_submodule(n), rank) for n, rank in ranks.items())
+    low = (whole[n] / layer_speed_up(model.get_submodule(n), m) for n, m in ranks.items())
     return sum(whole.values()) / sum(low)
 
 
@@ -243,36 +251,19 @@ def speed_up_of_pairs(model: nn.Module, macs: Mapping[str, int]) -> float:
     """MACs of the layers that the factors in `model` replaced, over those of the factors."""
     whole = own = 0.0
     for name, (basis, mixture) in pairs_of(model).items():
-        first, second = (macs[f"{name}.{part}.weight"] for part in (0, 1))
+        first = macs[f"{name}.0.weight"]
         whole += first * len(mixture.weight) / len(basis.weight)
-        own += first + second
+        own += first + macs[f"{name}.1.weight"]
     return whole / own
-
-
-def _layers(model: nn.Module) -> dict[str, Layer]:
-    """The layers that can be factorised, each by its first name.
-
-    Of subclasses the owner may read the weight (attention's `out_proj`); a TransformerEncoderLayer
-    reads those of its linear layers in eval mode.
-    """
-    read = {n for n, m in model.named_modules() if isinstance(m, nn.TransformerEncoderLayer)}
-    return {
-        name: layer
-        for name, layer in model.named_modules()
-        if name
-        and type_before_parametrizations(layer) in _KINDS
-        and not (read and name.rpartition(".")[0] in read)
-    }
 
 
 def _is_pair(module: nn.Module) -> bool:
     if type(module) is not nn.Sequential or len(module) != 2:
         return False
     first, second = module
-    if type(first) is not type(second) or type(first) not in _KINDS or first.bias is not None:
-        return False
-    same = groups_of(first) == groups_of(second)
-    return same and prod(getattr(second, "kernel_size", ())) == 1
+    kinds = type(first) is type(second) and type(first) in _KINDS and first.bias is None
+    ones = kinds and prod(getattr(second, "kernel_size", ())) == 1
+    return ones and groups_of(first) == groups_of(second)
 
 
 def _rank(layer: Layer, shares: Tensor, ratio: float) -> int:
@@ -284,32 +275,18 @@ def _require_ratio(parameter: str, value: float) -> None:
     require(ok, parameter, value, "above 0 and at most 1")
 
 
-def _factors(matrix: Tensor, rank: int, variant: Variant) -> tuple[Tensor, Tensor]:
-    """Mixture (G, N / G, rank) and basis (G, rank, D) of `matrix` (G, N / G, D), in float64."""
-    left, size, right = torch.linalg.svd(matrix.double(), full_matrices=False)
-    left, size, right = left[..., :rank], size[..., :rank], right[:, :rank]
-    if variant == "pca":
-        return left, size[..., None] * right
-    root = size.sqrt()
-    return left * root[:, None], root[..., None] * right
-
-
-def _pair(
-    layer: Layer, mixture: Tensor, basis: Tensor, bias: Tensor | None = None
-) -> nn.Sequential:
-    """Two layers in place of `layer`, with the weights `mixture` and `basis`."""
-    bias = layer.bias if bias is None else bias
+def _pair(layer: Layer, mixture: Tensor, basis: Tensor, bias: Tensor | None) -> nn.Sequential:
+    """Two layers in place of `layer`: weights (G, M / G, D) and (G, N / G, M / G), and the bias."""
+    kind, weight = type_before_parametrizations(layer), layer.weight
     filters, rank = mixture.shape[0] * mixture.shape[1], basis.shape[0] * basis.shape[1]
-    if isinstance(layer, nn.Linear):
-        first = nn.Linear(layer.in_features, rank, bias=False)
-        second = nn.Linear(rank, filters, bias=bias is not None)
+    if kind is nn.Linear:
+        first = kind(layer.in_features, rank, bias=False)
+        second = kind(rank, filters, bias=bias is not None)
     else:
-        kind = type_before_parametrizations(layer)
         same = "kernel_size stride padding dilation groups padding_mode".split()
         settings = {name: getattr(layer, name) for name in same}
         first = kind(layer.in_channels, rank, bias=False, **settings)
         second = kind(rank, filters, 1, groups=layer.groups, bias=bias is not None)
-    weight = layer.weight
     pair = nn.Sequential(first, second).to(weight.device, weight.dtype)
     with torch.no_grad():
         first.weight.copy_(basis.reshape(first.weight.shape))

@@ -2,15 +2,16 @@
 
 Groups are what torch-pruning's graph suggests. Before anything is trained, random subsets of their
 channels are removed from a copy of the net in float64 with random weights and statistics, and what
-is left is compared with the gated net: the same net with the weights at zero that read those
-channels. Each pair of groups is told apart by one comparison at least in which only one of them
-lost channels. After the real removal the same comparison is made with the real weights.
+is left is compared with the gated net: the same net where the layers that read those channels read
+zeros. Two groups of one size lose different numbers of channels in one comparison at least. After
+the real removal the same comparison is made with the real weights.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from operator import index
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +19,10 @@ from torch import Tensor, nn
 from prunestudy.errors import InputError, require, require_one_of
 from prunestudy.shrink.fold import fold
 from prunestudy.shrink.groups import CONSUMES, PRODUCES, Group, read_groups, signal_remains
-from prunestudy.shrink.narrow import Narrow, axis_of
+from prunestudy.shrink.narrow import Narrow
 from prunestudy.shrink.remove import require_whole
 from prunestudy.shrink.survey import called, drawn, outputs_of, watching
-from prunestudy.shrink.trace import Trace, channels_of, trace
+from prunestudy.shrink.trace import Trace, trace
 from prunestudy.values import inputs
 
 Inputs = Tensor | tuple[Tensor, ...]
@@ -107,48 +108,57 @@ class _Proof:
 
     def run(self) -> list[Group]:
         """The groups, those only skippable that may be emptied; see `groups_of`."""
-        numbers = range(len(self.groups))
-        self._require(numbers, thorough=True)
-        for bit in range(len(numbers).bit_length()):
-            self._require([i for i in numbers if (i + 1) >> bit & 1])
-        may = self._may_be_emptied()
+        self._require(self._random(range(len(self.groups))))
+        for counts in self._counts():
+            self._require(self._random(range(len(self.groups)), counts), training=False)
+        may = self._emptied()
         return [
             Group(g.name, g.channels, g.members, g.skippable and i in may)
             for i, g in enumerate(self.groups)
         ]
 
-    def _require(self, chosen: Sequence[int], thorough: bool = False) -> None:
-        if not self._differs(self._some(chosen), thorough):
+    def _require(self, kept: list[Tensor], training: bool = True) -> None:
+        if not self._differs(kept, training):
             return
-        for i in chosen:
-            kept = self._some([i])
-            if self._differs(kept, thorough=True):
-                self._blame(self.groups[i], kept)
-        self._blame(self.groups[chosen[0]], self._some(chosen))
+        fewer = [i for i, stay in enumerate(kept) if len(stay) < self.groups[i].channels]
+        for i in fewer:
+            alone = self._random([i])
+            if self._differs(alone, training):
+                self._blame(self.groups[i], alone)
+        self._blame(self.groups[fewer[0]], kept)
 
-    def _some(self, chosen: Sequence[int]) -> list[Tensor]:
-        """Random channels kept of the groups `chosen`, at least one and not all; of others all."""
+    def _random(self, chosen: Sequence[int], counts: Sequence[int] = ()) -> list[Tensor]:
+        """Random channels of the groups `chosen`, all of others: `counts`, or some and not all."""
         kept = list(self.all)
         for i in chosen:
             n = self.groups[i].channels
-            count = int(torch.randint(1, max(n, 2), (), generator=self.generator))
-            kept[i] = torch.randperm(n, generator=self.generator)[:count].sort().values
+            some = int(torch.randint(1, max(n, 2), (), generator=self.generator))
+            order = torch.randperm(n, generator=self.generator)
+            kept[i] = order[: counts[i] if counts else some].sort().values
         return kept
 
-    def _differs(self, kept: list[Tensor], thorough: bool = False) -> str:
+    def _counts(self) -> Iterator[list[int]]:
+        """Numbers of channels kept such that two groups of one size differ at least once."""
+        rank, sizes = [], [group.channels for group in self.groups]
+        for i, size in enumerate(sizes):
+            rank.append(sizes[:i].count(size))
+        while True:
+            yield [1 + r % n for r, n in zip(rank, sizes, strict=True)]
+            rank = [r // n if n > 1 else 0 for r, n in zip(rank, sizes, strict=True)]
+            if not any(rank):
+                return
+
+    def _differs(self, kept: list[Tensor], training: bool = True) -> str:
         """How the small net differs from the gated one, or fails; empty if it does not.
 
-        It is run in eval mode on one input; with `thorough` on two, and in training mode as well.
+        In eval mode on one input, and with `training` on two, in that mode if it is defined.
         """
         small = self.narrow(kept)
-        modes = [(self.one, False)]
-        if thorough:
-            modes += [(self.two, False), (self.two, True)][: 2 if self.trains else 1]
-        for batch, training in modes:
-            with _gated(self.net, self.groups, kept), _mode(self.net, training):
+        for batch, train in [(self.one, False), (self.two, self.trains)][: 1 + training]:
+            with _gated(self.net, self.groups, kept), _mode(self.net, train):
                 expected = outputs_of(self.net, batch)
             try:
-                apart = _apart(expected, outputs_of(small.train(training), batch))
+                apart = _apart(expected, outputs_of(small.train(train), batch))
             except Exception as error:  # whatever a user's net raises on fewer channels
                 apart = next(iter(str(error).splitlines()), type(error).__name__)
             if apart:
@@ -160,11 +170,11 @@ class _Proof:
         try:
             with _mode(self.net, training=True):
                 both = [outputs_of(self.net, self.two, seed=seed) for seed in (0, 1)]
-        except Exception:  # noqa: BLE001  # a batch norm of one value, or anything of a user's net
+        except Exception:  # a batch norm of one value, or anything of a user's net
             return False
         return not _apart(*both)
 
-    def _may_be_emptied(self) -> set[int]:
+    def _emptied(self) -> set[int]:
         """Numbers of the groups without which the net still computes what the gated one does."""
         may, left = set(), [i for i, group in enumerate(self.groups) if group.skippable]
         while left:
@@ -172,15 +182,17 @@ class _Proof:
             for i in left:
                 if signal_remains(self.traced, [self.groups[j] for j in (*chosen, i)]):
                     chosen.append(i)
-            if not self._differs(self._without(chosen), thorough=True):
-                may.update(chosen)
-            elif len(chosen) > 1:
-                may.update(i for i in chosen if not self._differs(self._without([i]), True))
+            may |= self._works_without(chosen)
             left = [i for i in left if i not in chosen]
         return may
 
-    def _without(self, chosen: Sequence[int]) -> list[Tensor]:
-        return [each[:0] if i in chosen else each for i, each in enumerate(self.all)]
+    def _works_without(self, chosen: list[int]) -> set[int]:
+        kept = [each[:0] if i in chosen else each for i, each in enumerate(self.all)]
+        if not self._differs(kept):
+            return set(chosen)
+        half = len(chosen) // 2
+        parts = (chosen[:half], chosen[half:]) if half else ()
+        return set().union(*map(self._works_without, parts))
 
     def _blame(self, group: Group, kept: list[Tensor]) -> None:
         """Raise `InputError` naming the first module that does not treat channels one by one."""
@@ -205,42 +217,37 @@ class _Proof:
 
 @contextmanager
 def _gated(net: nn.Module, groups: Sequence[Group], kept: Sequence[Tensor]) -> Iterator[None]:
-    """Within, `net` reads zeros of all channels but those kept.
+    """Within, the layers of `net` read zeros of all channels but those kept.
 
     A layer norm takes its statistics over those kept: it is the one layer that a gate before it
     does not turn into the smaller one.
     """
-    weights: dict[str, Tensor] = {}
-    norms: dict[str, Tensor] = {}
+    gates: dict[str, Tensor] = {}
     for group, stay in zip(groups, kept, strict=True):
-        open_ = torch.zeros(group.channels, dtype=torch.bool)
-        open_[stay] = True
+        open_ = torch.zeros(group.channels, dtype=torch.float64)
+        open_[stay] = 1
         for m in group.members:
-            layer = net.get_submodule(m.layer)
-            if isinstance(layer, nn.LayerNorm):
-                here = norms.setdefault(m.layer, torch.ones(m.size, dtype=torch.bool))
-                here &= m.spread(open_.double()).bool()
-            elif m.role == CONSUMES:
-                along = axis_of(layer, "in")
-                gate = m.spread(open_.double())[: layer.weight.shape[along]]
-                form = [-1 if i == along else 1 for i in range(layer.weight.dim())]
-                weights.setdefault(m.layer, layer.weight.data)
-                layer.weight.data = layer.weight.data * gate.to(layer.weight).view(form)
-    for name, open_ in norms.items():
-        layer = net.get_submodule(name)
-        layer.forward = partial(_partial_norm, layer, open_)
+            if m.role == CONSUMES or m.kind == "LayerNorm":
+                gates[m.layer] = gates.get(m.layer, 1.0) * m.spread(open_)
+    layers = {name: net.get_submodule(name) for name in gates}
+    for name, layer in layers.items():
+        call = _norm_gated if isinstance(layer, nn.LayerNorm) else _gated_call
+        layer.forward = partial(call, layer, layer.forward, gates[name])
     try:
         yield
     finally:
-        for name, weight in weights.items():
-            net.get_submodule(name).weight.data = weight
-        for name in norms:
-            del net.get_submodule(name).forward
+        for layer in layers.values():
+            del layer.forward
 
 
-def _partial_norm(layer: nn.LayerNorm, open_: Tensor, x: Tensor) -> Tensor:
-    """What `layer` makes of the features `open_` alone, zero at the others."""
-    out = torch.zeros_like(x)
+def _gated_call(layer: nn.Module, call: Callable, gate: Tensor, x: Tensor, *rest: Any) -> Any:
+    axis = -1 if isinstance(layer, nn.Linear) else x.dim() - len(layer.kernel_size) - 1
+    return call(x * gate.to(x).view(-1, *[1] * ((x.dim() - 1 - axis) % x.dim())), *rest)
+
+
+def _norm_gated(layer: nn.LayerNorm, _: Callable, gate: Tensor, x: Tensor) -> Tensor:
+    """What `layer` makes of the open features alone, zero at the others."""
+    out, open_ = torch.zeros_like(x), gate.to(x.device) > 0
     rest = (None if w is None else w[open_] for w in (layer.weight, layer.bias))
     out[..., open_] = nn.functional.layer_norm(x[..., open_], (int(open_.sum()),), *rest, layer.eps)
     return out
@@ -297,10 +304,9 @@ def _apart(expected: list[Tensor], found: list[Tensor]) -> str:
     shapes = [[tuple(t.shape) for t in tensors] for tensors in (expected, found)]
     if shapes[0] != shapes[1]:
         return f"its output has shapes {shapes[1]} in place of {shapes[0]}"
-    for a, b in zip(expected, found, strict=True):
-        a, b = a.detach().double(), b.detach().double()
-        known = a.isfinite()
-        a, b = a[known], b[known]
+    for right, given in zip(expected, found, strict=True):
+        known = right.isfinite()
+        a, b = right.detach()[known].double(), given.detach()[known].double()
         if a.numel():
             gap, most = float((a - b).abs().max()), float(a.abs().max())
             if not gap <= _LIMIT * most + 1e-12:

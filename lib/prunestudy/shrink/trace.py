@@ -6,8 +6,7 @@ every other operation to keep channel c at place c. Where that is wrong, `proof`
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,23 +16,43 @@ import torch_pruning
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch_pruning import ops
 from torch_pruning._helpers import _HybridIndex
 from torch_pruning.dependency import index_mapping
 
 from prunestudy.errors import require
 from prunestudy.shrink.fold import fold, require_untied
-from prunestudy.shrink.survey import Watch, called, fresh, outputs_of, survey, watching
+from prunestudy.shrink.layers import (
+    FOLLOWERS,
+    LAYERS,
+    TRANSPOSED,
+    channels_of,
+    is_depthwise,
+    is_follower,
+    is_layer,
+    is_one_node,
+)
+from prunestudy.shrink.survey import (
+    Watch,
+    called,
+    fresh,
+    one_node_each,
+    outputs_of,
+    survey,
+    watching,
+)
 from prunestudy.values import inputs
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
-# One value (or none) for each channel, whatever the other channels are.
-# (A layer norm's statistics are of all of them, so that they change with those removed.)
-FOLLOWERS = (*NORMS, nn.LayerNorm, nn.PReLU)
-LAYERS = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)
+__all__ = [
+    "LAYERS",
+    "TRANSPOSED",
+    "Slot",
+    "Trace",
+    "channels_of",
+    "is_depthwise",
+    "is_follower",
+    "trace",
+]
 
 Slot = tuple[str, str, int]  # layer, side ("in" or "out"), channel number there
 
@@ -76,12 +95,14 @@ def trace(model: nn.Module, example: Tensor | tuple[Tensor, ...]) -> Trace:
     layers = {
         name: module
         for name, module in watch.order.items()
-        if _is_layer(module) and module in graph.module2node
+        if is_layer(module) and module in graph.module2node
     }
     number = {node: i for i, node in enumerate(graph.module2node.values())}
     images = [graph.module2node[m] for m in probe.images if m in graph.module2node]
     sources = [node for node in number if isinstance(node.module, nn.Embedding)]
-    fixed = [node for node in number if node.grad_fn in opaque and node.module not in layers.values()]
+    fixed = [
+        node for node in number if node.grad_fn in opaque and node.module not in layers.values()
+    ]
     fixed += [node for node in number if isinstance(node.module, nn.Parameter)]
     return Trace(
         channels=_Channels(graph, images, outputs, fixed, layers).classes(),
@@ -90,29 +111,9 @@ def trace(model: nn.Module, example: Tensor | tuple[Tensor, ...]) -> Trace:
         node_of={name: number[graph.module2node[layer]] for name, layer in layers.items()},
         inputs=[number[node] for node in (*images, *sources)],
         outputs=[number[node] for node in outputs],
-        net=plain.requires_grad_(False),
-        example=batch,
+        net=plain.requires_grad_(False).double(),
+        example=tuple(x.double() if x.is_floating_point() else x for x in batch),
     )
-
-
-def is_depthwise(layer: nn.Module) -> bool:
-    """Whether each input channel of a convolution has output channels of its own."""
-    return isinstance(layer, LAYERS[:-1]) and layer.groups == layer.in_channels > 1
-
-
-def is_follower(layer: nn.Module) -> bool:
-    """Whether a layer's channels come and go with those before it."""
-    return is_depthwise(layer) or isinstance(layer, FOLLOWERS)
-
-
-def channels_of(layer: nn.Module, side: str) -> int:
-    """Number of channels (features) of `layer` at side "in" or "out"."""
-    if isinstance(layer, nn.LayerNorm):
-        return layer.normalized_shape[-1]
-    for name in (f"{side}_channels", f"{side}_features", "num_features", "num_parameters"):
-        if hasattr(layer, name):
-            return getattr(layer, name)
-    raise TypeError(type(layer).__name__)
 
 
 class _Probe(nn.Module):
@@ -135,64 +136,21 @@ class _Probe(nn.Module):
         return self.net(*(image(x) for image, x in zip(self.images, batch, strict=True)))
 
 
-class _Node(torch.autograd.Function):
-    """A call of a module as one node of autograd's graph, whatever operations it is made of."""
+class _Graph(torch_pruning.DependencyGraph):
+    """A dependency graph that leaves reshapes alone until all else is known."""
 
-    @staticmethod
-    def forward(ctx: Any, call: Callable, anchor: Tensor, *tensors: Tensor) -> Any:  # noqa: ARG004
-        return call(tensors)
+    _2d_4d = property(lambda self: "done" in vars(self), lambda *_: None)
 
-
-@contextmanager
-def _opaque(probe: _Probe) -> Iterator[set]:
-    """Make each layer of a net one node; gives the set of these nodes."""
-    nodes, anchor = set(), torch.zeros((), requires_grad=True)
-    changed = [m for m in probe.modules() if _is_one_node(m)]
-
-    def wrapped(before: Callable) -> Callable:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            flat, spec = tree_flatten((args, kwargs))
-            where = [i for i, x in enumerate(flat) if isinstance(x, Tensor)]
-            form = []
-
-            def call(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-                for i, tensor in zip(where, tensors, strict=True):
-                    flat[i] = tensor
-                inner_args, inner_kwargs = tree_unflatten(flat, spec)
-                form.append(tree_flatten(before(*inner_args, **inner_kwargs)))
-                leaves = form[0][0]
-                return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
-
-            made = iter(_Node.apply(call, anchor, *(flat[i] for i in where)))
-            leaves, out = form[0]
-            leaves = [next(made) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-            nodes.update(leaf.grad_fn for leaf in leaves if isinstance(leaf, Tensor))
-            return tree_unflatten(leaves, out)
-
-        return forward
-
-    for module in changed:
-        copied = module in set(probe.images)
-        module.forward = wrapped(Tensor.clone if copied else module.forward)
-    try:
-        yield nodes
-    finally:
-        for module in changed:
-            del module.forward
-
-
-def _is_one_node(module: nn.Module) -> bool:
-    """Whether a module's operations are traced as one: layers, and others of torch's own."""
-    if isinstance(module, nn.PReLU) and module.num_parameters == 1:
-        return False
-    own = type(module).__module__.startswith("torch.nn.") and any(
-        p is not None for p in module._parameters.values()
-    )
-    return own or isinstance(module, (*LAYERS, *FOLLOWERS))
+    def build_dependency(self, *arguments: Any, **options: Any) -> "_Graph":
+        super().build_dependency(*arguments, **options)
+        self.done = True
+        for node in self.module2node.values():
+            _map_reshape(self, node)
+        return self
 
 
 def _build(probe: _Probe, batch: tuple[Tensor, ...]) -> tuple[Any, list, Watch, set]:
-    graph, found = torch_pruning.DependencyGraph(), []
+    graph, found = _Graph(), []
 
     def run(net: nn.Module, batch: tuple[Tensor, ...]) -> list[Tensor]:
         outputs = outputs_of(net, batch)
@@ -202,11 +160,12 @@ def _build(probe: _Probe, batch: tuple[Tensor, ...]) -> tuple[Any, list, Watch, 
         return found
 
     fails = "cannot be traced"
-    with torch.enable_grad(), _opaque(probe) as nodes, watching(probe.net, fails) as watch:
+    with (
+        torch.enable_grad(),
+        one_node_each(probe, set(probe.images)) as nodes,
+        watching(probe.net, fails) as watch,
+    ):
         graph.build_dependency(probe, batch, forward_fn=run, verbose=False)
-        graph._2d_4d = True  # a linear layer on tokens says nothing about other layers
-        for node in graph.module2node.values():
-            _map_reshape(graph, node)
     ends = {t.grad_fn for t in found}
     outputs = [node for node in graph.module2node.values() if node.grad_fn in ends]
     return graph, outputs, watch, nodes
@@ -216,7 +175,7 @@ def _refuse_lost(net: nn.Module, graph: Any, watch: Watch) -> None:
     inner = {
         child
         for module in net.modules()
-        if _is_one_node(module)
+        if is_one_node(module)
         for child in module.modules()
         if child is not module
     }
@@ -248,7 +207,8 @@ def _map_reshape(graph: Any, node: Any) -> None:
     """Say which channels a reshape makes of which, for inputs of any rank."""
     if not isinstance(node.module, ops._ReshapeOp):
         return
-    index_mapping.update_reshape_index_mapping(graph, node)
+    with suppress(ArithmeticError):  # of sizes it does not understand; the proof will find out
+        index_mapping.update_reshape_index_mapping(graph, node)
     size = tuple(getattr(node.grad_fn, "_saved_self_sym_sizes", ()))
     back = [edge for before in node.inputs for edge in before.dependencies if edge.target is node]
     for edge in (*node.dependencies, *back):
@@ -364,15 +324,10 @@ def _mapped(edge: Any, channels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     if not mappings:
         return channels, channels
     pairs = [_HybridIndex(idx=i, root_idx=i) for i in channels.tolist()]
-    for mapping in mappings:
-        pairs = mapping(pairs)
-    both = np.array([(p.root_idx, p.idx) for p in pairs if 0 <= p.idx], int).reshape(-1, 2)
+    try:
+        for mapping in mappings:
+            pairs = mapping(pairs)
+    except LookupError:  # a split into parts of unknown size; the proof will find out
+        return channels, channels
+    both = np.array([(p.root_idx, p.idx) for p in pairs if p.idx >= 0], int).reshape(-1, 2)
     return both[:, 0], both[:, 1]
-
-
-def _is_layer(module: nn.Module) -> bool:
-    if isinstance(module, nn.PReLU) and module.num_parameters == 1:
-        return False
-    if isinstance(module, nn.LayerNorm):  # others say on which axis only in their code
-        return type(module) is nn.LayerNorm and len(module.normalized_shape) == 1
-    return isinstance(module, (*LAYERS, *FOLLOWERS))

@@ -12,9 +12,10 @@ from prunestudy.errors import InputError
 from prunestudy.methods import method_class
 from prunestudy.papers import Rule, cards
 from prunestudy.study import tables
-from prunestudy.study.plan import Planned, Tiny, plan
+from prunestudy.study.plan import Planned, plan
 from prunestudy.study.records import Store
 from prunestudy.study.select import comparisons, index
+from prunestudy.study.session import Session
 from prunestudy.study.verdicts import judged, removed, verdicts_table
 
 # Each paper's method with its strongest control: what chooses by rule where the paper learns.
@@ -164,12 +165,13 @@ def duels(store: Store, planned: list[Planned]) -> pd.DataFrame:
     return _told(pd.DataFrame(found))
 
 
-def claims(profile: str, store: Store, tiny: Tiny) -> pd.DataFrame:
-    """Every claim of every paper: its rule, the verdict in `profile`, and the record to look at."""
+def claims(study: Session) -> pd.DataFrame:
+    """Every claim of every paper: its rule, the verdict in the profile, the record to look at."""
     found = []
     for paper in (card for card in cards() if card.is_paper):
-        planned = plan(profile, (paper.id,), tiny) if profile in paper.profiles else []
-        table = verdicts_table(store, planned, paper)
+        sized = (study.profile, (paper.id,), study.seeds, study.epochs)
+        planned = plan(*sized) if study.profile in paper.profiles else []
+        table = verdicts_table(study.store, planned, paper)
         said = (table["says"] + " [" + table["mark"] + "]").mask(table["says"].duplicated(), "")
         found.append(table.assign(paper=paper.short or paper.title, claim=said))
     return _told(pd.concat(found, ignore_index=True))

@@ -18,7 +18,7 @@ from prunestudy.errors import InputError, require, require_one_of
 from prunestudy.papers import Card, card
 from prunestudy.study import tables, verdicts
 from prunestudy.study.lines import line_of
-from prunestudy.study.plan import Planned, Tiny, plan
+from prunestudy.study.plan import Planned, plan
 from prunestudy.study.records import Store
 from prunestudy.study.runs import Runner, stored_net
 from prunestudy.study.settings import RunSettings
@@ -34,8 +34,8 @@ _CSR_FROM = 0.8
 class Session:
     """One paper in one profile.
 
-    `seeds` and `epochs` other than 0 make everything smaller than the card says; such runs go to
-    the folder "custom", so that they never mix with the study's own.
+    `seeds` and `epochs` other than 0 replace what the card says; such runs go to the folder
+    "custom", so that they never mix with the study's own.
     """
 
     paper: str
@@ -49,9 +49,9 @@ class Session:
     planned: list[Planned] = field(init=False)
 
     def __post_init__(self) -> None:
-        tiny = Tiny(self.seeds, self.epochs)
-        self.planned = plan(self.profile, (self.paper,), tiny)
-        store = Store("custom" if tiny != Tiny() else self.profile, self.results or None)
+        self.planned = plan(self.profile, (self.paper,), self.seeds, self.epochs)
+        small = self.seeds or self.epochs
+        store = Store("custom" if small else self.profile, self.results or None)
         self.runner = Runner(store, self.data or None, self.device)
         self.store = self.runner.store  # of the device that the runs are on
 

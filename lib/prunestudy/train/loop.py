@@ -141,7 +141,7 @@ class Loop:
             self.diverged = not math.isfinite(self._sum.item())
             if not self.diverged:
                 if at.last:
-                    self.probe.before(at)
+                    self.probe.leaving(at)
                 self.method.update(at)
                 self.probe.update(at)
 
