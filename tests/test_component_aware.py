@@ -98,7 +98,7 @@ def test_both_solvers_find_the_known_best_coefficients(solver, importance):
     net, target = toy_target()
     batches, data = regression(net, 4)
     method = build(target=target, solver=solver, importance=importance, protect=["coupling"])
-    groups = component_groups(net, (4,), protect=["coupling"])
+    groups = component_groups(net, torch.zeros(2, 4), protect=["coupling"])
     pruned = method.prune(net, groups, Application([ERROR]), offset_loss, batches, data)
     assert pruned.point.kept == (2, 4, 6)
     assert pruned.point.judgement.values["error"] < 1e-10
@@ -112,7 +112,7 @@ def test_a_regression_of_tdmpc_is_solved_exactly():
     torch.manual_seed(0)
     net = TDMPC(3, 2, 8, 4)
     unused = {"encoder.0": 6, "dynamics.latent": 1, "policy.2": 5, "value.0.rest.2": 4}
-    groups = component_groups(net, (5,), protect=["coupling"])
+    groups = component_groups(net, torch.zeros(2, 5), protect=["coupling"])
     with torch.no_grad():
         for each in (g.group for g in groups if g.name in unused):
             for m in each.having("consumes"):
@@ -297,7 +297,7 @@ def test_a_target_between_two_channels_is_refused_beyond_the_tolerance():
     net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     batches, data = regression(net, 2)
     method = methods.build("uniform", {"tolerance": 0.01}, 0.2, "parameters")
-    groups = component_groups(net, (2,), {"all": ["0", "1"]})
+    groups = component_groups(net, torch.zeros(2, 2), {"all": ["0", "1"]})
     with pytest.raises(RefusedError, match=r"nearest whole channels remove 0\.4167, \+0\.2167"):
         method.prune(net, groups, Application([ERROR]), squared, batches, data)
 
@@ -353,14 +353,14 @@ def choice_of(net, context, target=0.5):
     x, y = next(context.validation.ordered(32))
     metrics = measure.task_metrics(context.task, 10)
     params = methods.params_of("component_aware", {})
-    groups = component_groups(net, SMALL)
+    groups = component_groups(net, torch.zeros(2, *SMALL))
     app, data = Application(metrics), [(x.double(), y)]
     return Choice(net, groups, app, context.task.loss, batches(), data, target, params)
 
 
 def test_soft_masks_of_a_layer_norm_are_the_pruned_net():
     net = randomise(TDMPC(3, 2, 8, 4)).double()
-    groups = component_groups(net, (5,))
+    groups = component_groups(net, torch.zeros(2, 5))
     x = torch.randn(6, 5, dtype=torch.float64)
     masks = [(torch.arange(g.group.channels) % 2).double() for g in groups]
     small = narrow(net, [g.group for g in groups], [m.nonzero().flatten() for m in masks])

@@ -26,6 +26,7 @@ class Graph(torch_pruning.DependencyGraph):
     _2d_4d = property(lambda self: "done" in vars(self), lambda *_: None)
 
     def build_dependency(self, *arguments: Any, **options: Any) -> "Graph":
+        """Build it as torch-pruning does, reshapes last."""
         super().build_dependency(*arguments, **options)
         self.done = True
         for node in self.module2node.values():
