@@ -11,7 +11,7 @@ from prunestudy import papers
 from prunestudy.errors import InputError
 from prunestudy.study import notebooks, overview, session
 from prunestudy.study.figures import overview as drawings
-from prunestudy.study.plan import Planned, Tiny, plan
+from prunestudy.study.plan import Planned, plan
 from prunestudy.study.records import Store
 from prunestudy.study.session import Session, state_of
 from prunestudy.study.tables import RUN_COLUMNS
@@ -201,6 +201,13 @@ def test_a_pair_is_beside_the_best_single_one_of_its_size(rows):
 # --- claims
 
 
+def study_of(store):
+    """A session of a paper in profile quick, whose records are those of `store`."""
+    session = Session("toy", "quick", device="cpu")
+    session.store = store
+    return session
+
+
 def test_every_claim_of_every_paper_with_its_record(store, card_file):
     """A dense start, dense, magnitude and random; a second paper has no runs in this profile."""
     card_file()
@@ -215,7 +222,7 @@ def test_every_claim_of_every_paper_with_its_record(store, card_file):
     assert papers.names() == ("toy", "other", "sum")
 
     said = "Magnitude is better than chance. [O]"
-    nothing = overview.claims("quick", store, Tiny())
+    nothing = overview.claims(study_of(store))
     assert nothing[["paper", "claim", "rule", "verdict", "record"]].to_numpy().tolist() == [
         ["A toy", said, "magnitude - random of metric >= 0", "no runs in this profile", ""],
         ["Other", said, "no time", "not testable here", ""],
@@ -224,7 +231,7 @@ def test_every_claim_of_every_paper_with_its_record(store, card_file):
     for item in planned:
         put_record(store, item.settings, 0.7 if item.settings.method == "random" else 0.9)
     ours, theirs = (item.settings.run for item in planned[-2:])
-    row = overview.claims("quick", store, Tiny()).iloc[0]
+    row = overview.claims(study_of(store)).iloc[0]
     assert row[["n", "difference", "record"]].tolist() == [1, "+0.2000", f"{ours} - {theirs}"]
 
 
@@ -232,7 +239,7 @@ def test_a_claim_with_several_tests_is_said_once(store, card_file):
     card_file(CARD.replace('against = ["random"]', 'against = ["random", "dense"]'))
     for item in plan("quick"):
         put_record(store, item.settings)
-    found = overview.claims("quick", store, Tiny())
+    found = overview.claims(study_of(store))
     assert found.claim.tolist() == ["Magnitude is better than chance. [O]", ""]
     assert found.verdict.tolist() == ["undecided"] * 2
 
