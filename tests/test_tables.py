@@ -408,10 +408,6 @@ def test_a_contradicted_claim_an_undecided_one_and_one_without_runs(store, card_
         "because",
     ]
     assert table.n.tolist() == [3, 3, 0, 0]
-    summary = tables.build(store, planned)[1].set_index(["method", "variant"])
-    # -0.02, -0.01, 0.00 against -0.01, to dense
-    assert summary.loc[("magnitude", ""), "verdict"] == "undecided"
-    assert summary.loc[("random", ""), "verdict"] == ""
 
 
 def test_claims_on_other_metrics(store, card_file):
@@ -433,28 +429,20 @@ def test_claims_on_other_metrics(store, card_file):
 def test_pairs_count_where_ours_removed_as_much(store, card_file, within, ours, n):
     line = 'against = ["random"]' + (f"\n    within = {within}" if within else "")
     card_file(CARD.replace('against = ["random"]', line))
-    planned = plan("quick")
-    for item in planned:
-        put(
-            store, item.settings, 0.5, sparsity=ours if item.settings.method == "magnitude" else 0.9
-        )
-    (row,) = judge(store, planned).to_dict("records")
-    assert row["n"] == n
+    for item in plan("quick"):
+        put(store, item.settings, sparsity=ours if item.settings.method == "magnitude" else 0.9)
+    assert judge(store, plan("quick")).n.tolist() == [n]
 
 
 @pytest.mark.parametrize(("macs", "n"), [(509, 1), (511, 0)])
 def test_equal_size_is_of_what_the_target_counts(store, card_file, macs, n):
-    text = CARD.replace('"magnitude"', '"group_l2"').replace(
-        "targets =", 'target_kind = "macs"\n    targets ='
-    )
+    text = CARD.replace('"magnitude"', '"group_l2"')
+    text = text.replace("targets =", 'target_kind = "macs"\n    targets =')
     card_file(text.replace('against = ["random"]', 'against = ["random"]\n    within = 0.005'))
-    planned = plan("quick")
-    for item in planned:
-        ours = item.settings.method == "group_l2"
-        values = {"macs": macs, "dense_macs": 1000} if ours else {"macs": 505, "dense_macs": 1000}
-        put(store, item.settings, 0.5, **values)
-    (row,) = judge(store, planned).to_dict("records")
-    assert row["n"] == n
+    for item in plan("quick"):
+        left = macs if item.settings.method == "group_l2" else 505
+        put(store, item.settings, macs=left, dense_macs=1000)
+    assert judge(store, plan("quick")).n.tolist() == [n]
 
 
 def test_runs_of_different_devices_are_never_paired(store, planned, monkeypatch):
@@ -486,10 +474,9 @@ def test_a_claim_on_a_value_itself(store, card_file):
     text = CARD.replace('against = ["random"]\n', "at_least = 0.85\n")
     card_file(text.replace("seeds = 1", "seeds = 3"))
     (row,) = judge(store, fill(store, plan("quick"))).to_dict("records")
-    assert row["rule"] == "magnitude of metric >= 0.85"
-    assert (row["difference"], row["n"]) == (pytest.approx(0.9), 3)
     # 0.88, 0.90, 0.92: 0.90 -+ 0.0497
-    assert row["verdict"] == "confirmed"
+    found = [row[name] for name in ("rule", "difference", "n", "verdict")]
+    assert found == ["magnitude of metric >= 0.85", pytest.approx(0.9), 3, "confirmed"]
 
 
 # --- files
@@ -527,6 +514,7 @@ def test_markdown_by_hand():
     assert tables.markdown(table) == (
         "| a | n\\_1 |\n| --- | --- |\n| x | 1.0 |\n| &lt;b&gt;\\|\\*\\_\\`\\[\\]\\~\\\\ | 2.5 |\n"
     )
+    assert tables.markdown(pd.DataFrame(columns=["a", "b"])) == "| a | b |\n| --- | --- |\n"
 
 
 EVIL = "<b>bold</b> | [link](javascript:x) <script>alert(1)</script> `code` & *stars*\\nline"
@@ -547,10 +535,6 @@ def test_markup_in_a_card_is_text(store, card_file):
     assert "&lt;b&gt;bold&lt;/b&gt; \\|" in drawn
     assert "\\[link\\]" in drawn
     assert "&amp; \\*stars\\* line" in drawn
-
-
-def test_markdown_of_nothing():
-    assert tables.markdown(pd.DataFrame(columns=["a", "b"])) == "| a | b |\n| --- | --- |\n"
 
 
 def test_readable_by_hand(store, filled):
