@@ -53,22 +53,17 @@ def test_any_path_is_a_path_and_a_second_study_does_nothing(start, tmp_path):
 
 
 @pytest.mark.usefixtures("toy_card")
-def test_local_jobs_share_all_runs_and_on_a_cluster_each_run_is_a_job(tmp_path):
+def test_what_is_missing_is_done_parents_first(tmp_path):
     store, planned = Store("quick", tmp_path), plan("quick")
     names = [item.settings.run for item in planned]
-    local = batch.describe(store, "quick", planned, 2, "")
-    assert local["train"] == {"0": names, "1": names}
-    assert local["notebooks"] == {"0": ["toy"]}
-    cluster = batch.describe(store, "quick", planned, 0, "")
-    assert cluster["train"] == {name: [name] for name in names}
-    assert cluster["needs"] == {name: [names[0]] for name in names[1:]}
-    assert cluster["notebooks"] == {"toy": ["toy"]}
+    found = batch.describe(store, "quick", planned, "")
+    assert (found["train"], found["notebooks"]) == (names, ["toy"])
+    assert found["needs"] == {name: [names[0]] for name in names[1:]}
     same = {"results": str(tmp_path), "gpu": False, "papers": ["toy"], "datasets": ["digits"]}
-    same["latency"] = {"all": ["nets"]}
-    assert local | same == local
+    assert found | same | {"latency": ["nets"]} == found
     put_record(store, planned[0].settings)  # the parent is there
-    cluster = batch.describe(store, "quick", planned, 0, "")
-    assert (list(cluster["train"]), cluster["needs"]) == (names[1:], {})
+    found = batch.describe(store, "quick", planned, "")
+    assert (found["train"], found["needs"]) == (names[1:], {})
 
 
 def alive(process):

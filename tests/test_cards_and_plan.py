@@ -4,7 +4,7 @@ import json
 from collections import Counter
 
 import pytest
-from conftest import CARD, child_run, one_line, small_run
+from conftest import CARD, child_run, compared, one_line, small_run
 from pydantic import Field
 
 from prunestudy import datasets, methods, models, papers
@@ -12,7 +12,6 @@ from prunestudy.errors import InputError
 from prunestudy.methods.base import Params
 from prunestudy.study import settings as settings_module
 from prunestudy.study.plan import Planned, plan
-from prunestudy.study.select import of_card
 from prunestudy.study.settings import RunSettings, Target, own_settings, resolve
 from prunestudy.study.tables import RUN_COLUMNS
 from prunestudy.train import Recipe
@@ -195,7 +194,7 @@ def test_what_the_cards_name_is_there(card):
 
 def comparisons_of(card):
     """Profile to what the card's claims compare there."""
-    return {name: of_card(card, plan(name, (card.id,))) for name in card.profiles}
+    return {name: compared(card, plan(name, (card.id,))) for name in card.profiles}
 
 
 @pytest.mark.parametrize("card", papers.cards(), ids=papers.names())
@@ -250,7 +249,7 @@ def test_pairs_share_seed_and_total_epochs_and_a_control_without_target_is_there
     text = CARD[: CARD.index("methods = [{")] + entries
     text = text.replace('against = ["random"]', 'against = ["random", "dense"]')
     card_file(text.replace("seeds = 1", "seeds = 3").replace("[0.9]", "[0.9, 0.8]"))
-    found = of_card(papers.card("toy"), plan("quick"))
+    found = compared(papers.card("toy"), plan("quick"))
     # random was trained for other epochs; dense has two of the three seeds
     seeds = [[ours.settings.seed for ours, _ in c.pairs] for c in found]
     assert [(c.against, c.target.value) for c in found] == [("dense", 0.9), ("dense", 0.8)]
@@ -274,7 +273,7 @@ def test_pairs_share_seed_and_total_epochs_and_a_control_without_target_is_there
 def test_a_rule_can_be_narrowed(card_file, narrowed, targets):
     rule = f'against = ["random"]\n    {narrowed}'
     card_file(CARD.replace('against = ["random"]', rule).replace("[0.9]", "[0.9, 0.8]"))
-    found = of_card(papers.card("toy"), plan("quick"))
+    found = compared(papers.card("toy"), plan("quick"))
     assert [c.target.value for c in found] == targets
 
 

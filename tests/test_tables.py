@@ -3,14 +3,13 @@ from html.parser import HTMLParser
 
 import pandas as pd
 import pytest
-from conftest import CARD, one_line
+from conftest import CARD, compared, one_line
 from conftest import put_record as put
 
 from prunestudy import papers
 from prunestudy.errors import InputError
 from prunestudy.study import tables, verdicts
 from prunestudy.study.plan import Planned, plan
-from prunestudy.study.select import of_card
 from prunestudy.study.verdicts import interval
 
 DESIGN = """run, parent, paper, method, variant, model, dataset, seed, epochs, precision, threads,
@@ -155,7 +154,7 @@ def test_latencies_come_from_the_records(store, filled):
 def test_runs_of_a_search_are_left_out(store, filled):
     other = [Planned(p.paper, p.experiment, "search", p.variant, p.settings) for p in filled]
     assert len(tables.runs_table(store, other)) == 0
-    assert of_card(papers.card("toy"), other) == []
+    assert compared(papers.card("toy"), other) == []
 
 
 def test_a_run_under_two_labels_is_one_row_under_the_plainer(store, filled):
@@ -460,7 +459,7 @@ def test_runs_of_different_devices_are_never_paired(store, planned, monkeypatch)
         ]
 
     monkeypatch.setattr(store, "read_all", read_all)
-    (found,) = of_card(papers.card("toy"), planned)
+    (found,) = compared(papers.card("toy"), planned)
     pairs = verdicts.pairs(store, found)
     assert [a["environment"] for a, b in pairs] == [b["environment"] for a, b in pairs]
     assert [(a["settings"]["seed"], a["environment"]["device"]) for a, b in pairs] == [

@@ -51,7 +51,7 @@ def run(
     most = 4 * (os.cpu_count() or 1) if local else 1000
     require(1 <= count <= most, "jobs", count, f"1 to {most}" + ", four a core" * local)
     _require_executor(executor)
-    batch = describe(store, profile, planned, count if local else 0, data)
+    batch = describe(store, profile, planned, data)
     if not any(batch[kind] for kind in _KINDS):
         return {}
     # Data is looked at (and downloaded) once here, not by each job.
@@ -60,7 +60,9 @@ def run(
     with _stage() as stage:
         (stage / "batch.json").write_text(json.dumps(batch), encoding="ascii")
         seconds, at = {}, time.time()
-        failed = _locally(stage, batch) if local else _snakemake(stage, batch, count, executor)
+        failed = (
+            _locally(stage, batch, count) if local else _snakemake(stage, batch, count, executor)
+        )
         if failed:
             print((stage / "log").read_text("utf-8", "replace").rstrip(), file=sys.stderr)
             raise InputError(f"study = {profile}: a job failed, see above; finished runs are kept")
@@ -70,13 +72,10 @@ def run(
     return seconds
 
 
-def describe(
-    store: Store, profile: str, planned: list[Planned], count: int, data: str
-) -> dict[str, Any]:
-    """What is to be done, for batch.json: of each kind of job, name to the runs or papers in it.
+def describe(store: Store, profile: str, planned: list[Planned], data: str) -> dict[str, Any]:
+    """What is to be done, for batch.json: runs and papers by kind of job, parents first.
 
-    With `count` > 0 that many jobs share the runs and the notebooks, each taking the next one that
-    is free; with 0 (on a cluster) a job is one run, which `needs` its parent's, or one notebook.
+    On a cluster each is a job, and a run `needs` that of its parent.
     """
     missing = [item.settings for item in planned if store.read(item.settings) is None]
     missing.sort(key=lambda settings: settings.parent is not None)  # so that no job waits long
@@ -84,13 +83,7 @@ def describe(
     papers = list(dict.fromkeys(item.paper for item in planned))
     stale = [name for name in papers if not notebooks.is_current(store, profile, name)]
     stale.sort(key=lambda name: -sum(item.paper == name for item in planned))  # longest first
-    if count:
-        sharers = min(1 if profile in _ON_GPU else count, len(runs))
-        train = dict.fromkeys(map(str, range(sharers)), list(runs))
-        books = dict.fromkeys(map(str, range(min(count, len(stale)))), stale)
-    else:
-        train, books = {run: [run] for run in runs}, {name: [name] for name in stale}
-    waiting = bool(train) or any(is_untimed(store, item) for item in planned)
+    waiting = bool(runs) or any(is_untimed(store, item) for item in planned)
     return {
         "folder": str(Path.cwd()),
         "profile": profile,
@@ -100,9 +93,9 @@ def describe(
         "data": data and str(Path(data).resolve()),
         "gpu": profile in _ON_GPU,
         "needs": {run: [parent] for run, parent in runs.items() if parent in runs},
-        "train": train,
-        "latency": {"all": ["nets"]} if waiting else {},
-        "notebooks": books,
+        "train": list(runs),
+        "latency": ["nets"] if waiting else [],
+        "notebooks": stale,
     }
 
 
@@ -115,12 +108,17 @@ def _require_executor(name: str) -> None:
     require(there, "executor", name, "where Slurm is: sbatch is found")
 
 
-def _locally(stage: Path, batch: dict[str, Any]) -> bool:
-    """Do each kind of job in forks, to import all only once; return whether one failed."""
+def _locally(stage: Path, batch: dict[str, Any], count: int) -> bool:
+    """Do each kind of job in forks, to import all only once; return whether one failed.
+
+    The forks share what is to be done: each takes the next one that is free.
+    """
     torch.set_num_threads(1)  # a pool of threads would not outlive the fork
     context, shown = get_context("fork"), set()
     for kind in _KINDS:
-        forks = [context.Process(target=do_job, args=(kind, name, stage)) for name in batch[kind]]
+        jobs = min(1 if batch["gpu"] and kind == "train" else count, len(batch[kind]))
+        words = (kind, batch[kind], stage)
+        forks = [context.Process(target=do_job, args=words) for _ in range(jobs)]
         for fork in forks:
             fork.start()
         while any(fork.is_alive() for fork in forks):
@@ -161,9 +159,8 @@ def _show_ready(stage: Path, batch: dict[str, Any], shown: set[Path]) -> None:
         shown.add(path)
         kind, name = path.name.removesuffix(".ready").split(".", 1)
         number = len([other for other in shown if other.name.startswith(f"{kind}.")])
-        total = len({thing for things in batch[kind].values() for thing in things})
         said = path.read_text(encoding="utf-8") or name
-        print(f"{kind} {number}/{total} {said}", file=sys.stderr, flush=True)
+        print(f"{kind} {number}/{len(batch[kind])} {said}", file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -181,10 +178,10 @@ def _stage() -> Iterator[Path]:
         yield Path(folder)
 
 
-def do_job(kind: str, name: str, stage: Path) -> None:
-    """Do the job `name` of `kind` (train, latency or notebooks); exits with 1 if a part failed.
+def do_job(kind: str, names: list[str], stage: Path) -> None:
+    """Do `names` of `kind` (train, latency or notebooks) that no other job has taken.
 
-    Local jobs share their runs or notebooks: each takes the next one that is free.
+    Exits with 1 if one failed, here or in another job.
     """
     # A kernel is ended only if this process exits in order.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -195,21 +192,20 @@ def do_job(kind: str, name: str, stage: Path) -> None:
     os.chdir(batch["folder"])
     with ExitStack() as stack:
         do = _doing(kind, batch, stack)
-        for thing in batch[kind][name]:
-            failed = stage / f"{thing}.failed"
-            with suppress(Timeout), FileLock(stage / f"{thing}.taken", timeout=0):
+        for name in names:
+            failed = stage / f"{name}.failed"
+            with suppress(Timeout), FileLock(stage / f"{name}.taken", timeout=0):
                 try:
                     if not failed.exists():
-                        said = do(thing)
-                        (stage / f"{kind}.{thing}.ready").write_text(said, encoding="utf-8")
+                        (stage / f"{kind}.{name}.ready").write_text(do(name), encoding="utf-8")
                 except InputError as error:
                     failed.touch()
-                    print(f"{thing}: {error}", file=sys.stderr)
+                    print(f"{name}: {error}", file=sys.stderr)
     sys.exit(bool(list(stage.glob("*.failed"))))
 
 
 def _doing(kind: str, batch: dict[str, Any], stack: ExitStack) -> Callable[[str], str]:
-    """The function that does one part of a job of `kind`, and returns a line for the progress."""
+    """The function that does one name of `kind`, and returns a line for the progress."""
     profile, data = batch["profile"], batch["data"]
     store, planned = Store(profile, batch["results"]), plan(profile, tuple(batch["papers"]))
     if kind == "train":
@@ -235,4 +231,4 @@ def line_of_run(record: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    do_job(*sys.argv[1:], Path.cwd())
+    do_job(sys.argv[1], sys.argv[2:], Path.cwd())
