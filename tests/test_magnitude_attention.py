@@ -19,7 +19,6 @@ from prunestudy.methods.trail import Trail
 from prunestudy.papers import card
 from prunestudy.study import cli, figures
 from prunestudy.study.figures import papers as drawings
-from prunestudy.study.inspect import weight_line
 from prunestudy.study.lines import line_of
 from prunestudy.study.records import Store
 from prunestudy.study.runs import Runner
@@ -659,7 +658,7 @@ def test_a_resumed_snip_run_keeps_its_mask(tmp_path):
         assert torch.equal(tensor, resumed.model.state_dict()[name]), name
 
 
-# --- records, and the question when a weight was cut
+# --- records
 
 
 @pytest.fixture(scope="module")
@@ -677,73 +676,9 @@ def done(trained, store):
     return made, record
 
 
-def test_show_says_when_a_weight_was_cut_and_at_what_magnitude(done, store, runner, capsys):
-    made, record = done
-    plain = runner.net(made)
-    from safetensors.numpy import load_file
-
-    cuts = load_file(store.path(made.run) / "cuts.safetensors")
-    zeros = (plain.fc1.weight == 0).numpy()
-    assert (cuts["fc1.weight:kept"] == ~zeros).all()
-    place = tuple(int(i) for i in np.argwhere(zeros & (cuts["fc1.weight:times"] == 1))[0])
-    number = cuts["fc1.weight:when"][place]
-    size, steps = cuts["fc1.weight:magnitude"][place], cuts["step"]
-    smallest = cuts["threshold"][number - 1]
-    assert size < smallest
-    expected = (
-        f"fc1.weight[{place[0]}, {place[1]}]: cut for good at mask update {number} of {len(steps)}"
-        f" (step {steps[number - 1]}): |w| = {size:.4g}, the smallest kept was {smallest:.4g}"
-    )
-    assert weight_line(store, made.run, "fc1", ",".join(map(str, place))) == expected
-    flat = np.ravel_multi_index(place, zeros.shape)
-    assert weight_line(store, made.run, "fc1.weight", str(flat)) == expected
-    words = ["show", made.run[:40], "--profile", "custom", "--results", str(store.folder.parent)]
-    assert cli.main([*words, "--weight", "fc1", str(flat)]) == 0
-    assert capsys.readouterr().out == f"{expected}\n"
-    never = np.flatnonzero(cuts["fc1.weight:when"] == 0)[0]
-    assert weight_line(store, made.run, "fc1", str(never)).endswith(": kept, never cut")
-    # the numbers of the record are those of the trail
-    assert record["metrics"]["scope_weights"] == sum(
-        cuts[f"fc{i}.weight:kept"].size for i in (1, 2, 3)
-    )
-
-
-def test_show_tells_of_weights_that_came_back(done, store, monkeypatch):
-    run = done[0].run
-    cuts = store.kept(run, "cuts")
-    steps = len(cuts["step"])
-    for key, value in {"when": 2, "times": 3, "magnitude": 0.125, "kept": True}.items():
-        cuts[f"fc1.weight:{key}"][0, 0] = value
-    cuts["fc1.weight:times"][0, 1], cuts["fc1.weight:when"][0, 1] = 4, 1
-    cuts["fc1.weight:kept"][0, 1] = False
-    monkeypatch.setattr(store, "kept", lambda *_: cuts)
-    said = weight_line(store, run, "fc1", "0,0")
-    assert said.startswith(f"fc1.weight[0, 0]: kept; last cut at mask update 2 of {steps} (step 8)")
-    assert said.endswith("and came back; cut 3 times in all")
-    assert weight_line(store, run, "fc1", "1").endswith("; cut 4 times, and back each time before")
-
-
-@pytest.mark.parametrize(
-    ("layer", "index", "said"),
-    [
-        ("fc9", "0", "layer = 'fc9.weight': allowed are fc1.weight, fc2.weight, fc3.weight"),
-        ("fc1", "1,2,3", "index = '1,2,3': a place in [300, 64], as 1,2,..., or a number below"),
-        ("fc1", "300,0", "index = '300,0': a place in [300, 64]"),
-        ("fc1", "-1", "index = '-1': a place in [300, 64]"),
-        ("fc1", "19200", "index = '19200': a place in [300, 64]"),
-        ("fc1", "first", "index = 'first': a place in [300, 64]"),
-    ],
-)
-def test_a_weight_that_is_not_there_is_refused_in_one_line(done, store, layer, index, said):
-    with pytest.raises(InputError) as caught:
-        weight_line(store, done[0].run, layer, index)
-    assert one_line(caught).startswith(said)
-
-
 def test_figures_of_a_run(done, store):
     run = done[0].run
     arrays = store.arrays(run)
-    assert drawings.layers_of(arrays) == ["fc1", "fc2", "fc3"]
     (panel,) = drawings.flow(store, {"magnitude_attention": run}).axes
     steps = [part.get_data() for part in panel.patches]
     assert [s.edges.tolist() for s in steps] == [[0, *arrays["trail_step"].tolist()]] * 2
@@ -788,24 +723,6 @@ def test_a_legend_says_from_how_many_seeds_the_points_of_a_line_are():
     labels = [text.get_text() for text in axes.figure.legends[0].get_texts()]
     assert [label.rpartition(" (")[2] for label in labels[1:]] == ["n = 1 to 3)", "n = 2)"]
     plt.close("all")
-
-
-def test_a_run_without_such_a_file_is_refused_in_one_line(runner, store):
-    made = small_run("magnitude", 0.9)
-    runner.ensure(made)
-    with pytest.raises(InputError) as caught:
-        weight_line(store, made.run, "fc1", "0")
-    assert one_line(caught).startswith(f"cuts = {made.run}: no file (it is not tracked")
-
-
-def test_lost_weights_come_back_with_their_file_of_cuts(done, store, runner):
-    made, record = done
-    before = {p.name: p.read_bytes() for p in store.path(made.run).iterdir()}
-    store.weights(made.run).unlink()
-    (store.path(made.run) / "cuts.safetensors").unlink()
-    assert runner.ensure(made, weights=True) == record
-    assert {p.name: p.read_bytes() for p in store.path(made.run).iterdir()}.keys() == before.keys()
-    assert (store.path(made.run) / "cuts.safetensors").read_bytes() == before["cuts.safetensors"]
 
 
 def test_a_record_from_before_a_parameter_existed_is_still_the_run(runner, store):

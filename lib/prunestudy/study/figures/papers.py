@@ -1,7 +1,4 @@
-"""Figures that one paper's notebook alone draws; papers in the order of their years.
-
-They raise `InputError` ("figure = ...") where no run is done that they would show.
-"""
+"""Figures that one paper's notebook alone draws; papers in the order of their years."""
 
 from collections.abc import Mapping, Sequence
 
@@ -213,19 +210,19 @@ def psnr_against_removed(summary: pd.DataFrame, model: str, dataset: str) -> Fig
     where = {"model": model, "dataset": dataset, "target_kind": "parameters"}
     rows = look.select(summary, f"{model} on {dataset}", **where)
     parted = rows.reading.str.endswith("by component") & (rows.method == "uniform")
-    reading = rows.reading.str.removesuffix("by component").str.removesuffix(", ")
-    reading = reading.where(parted, rows.reading)
-    known = [_READINGS.get(key, (None, None)) for key in zip(rows.method, reading, strict=True)]
+    plain = rows.reading.str.replace("(, )?by component$", "", regex=True).where(
+        parted, rows.reading
+    )
+    known = [_READINGS.get(key, (None, None)) for key in zip(rows.method, plain, strict=True)]
     labels, looks = zip(*known, strict=True)
     rows = rows.assign(
         removed=100 * rows.target,
         sd=rows.metric_sd.fillna(0),
-        ls=parted.map({True: "--", False: "-"}),
-        label=pd.Series(labels, rows.index) + parted.map({True: ", by component", False: ""}),
+        ls=np.where(parted, "--", "-"),
+        label=pd.Series(labels, rows.index) + np.where(parted, ", by component", ""),
         method=looks,
     )
-    rows = rows[rows.label.notna() & rows.stage.isin(["", "fine-tuned"])]
-    stages = [*rows.groupby("stage")]
+    stages = [*rows[rows.label.notna() & rows.stage.isin(["", "fine-tuned"])].groupby("stage")]
     figure, axes = look.canvas(len(stages), (3 + 4 * len(stages), 4), sharey=True)
     for panel, (stage, part) in zip(axes, stages, strict=True):
         look.points(panel, part, "removed", "metric", "sd")
