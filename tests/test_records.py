@@ -436,15 +436,6 @@ def test_what_has_no_record_is_refused_by_the_name_of_the_run(store, done):
     assert refused(store.write_latency, done.run, {}).endswith(f"not trained in {store.folder}")
 
 
-def test_a_bad_parent_is_refused_before_the_child_trains(runner, store, count):
-    settings = child_run()
-    put_record(store, settings.parent)
-    edited(store, settings.parent.run, better, sign=False)
-    before = tree(store.folder)
-    assert "was edited or cut off" in refused(runner.ensure, settings)
-    assert (count, tree(store.folder)) == ([], before)
-
-
 # --- files of a run that were lost
 
 
@@ -670,16 +661,6 @@ def test_a_corrupt_checkpoint_is_refused_in_one_line(runner, store):
 # --- data and device
 
 
-def test_missing_data_is_refused_before_anything_is_written(no_data, store):
-    settings = small_run(dataset="mnist", validation=5000)
-    for root in (None, no_data, no_data / "nowhere"):
-        line = refused(Runner(store, root, device="cpu").ensure, settings)
-        assert line.startswith("data = ")
-        assert "mnist" in line
-    assert not store.folder.exists()
-    assert list(no_data.iterdir()) == []
-
-
 def test_devices(monkeypatch):
     assert runs.device_of("cpu") == torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -773,12 +754,3 @@ def test_an_image_folder_overwritten_with_others_of_the_same_sizes_is_refused(tm
     assert again["data"]["fingerprint"] != record["data"]["fingerprint"]
     pictures(tmp_path / "images", 21)
     assert small_run(dataset=dataset, **FOLDER).run != settings.run
-
-
-@pytest.mark.parametrize("key", ["batch_size", "validation"])
-def test_an_image_folder_that_is_too_small_changes_nothing(key, tmp_path, store):
-    dataset = pictures(tmp_path / "images", 20)
-    with pytest.raises(InputError) as caught:
-        Runner(store, device="cpu").ensure(small_run(dataset=dataset, **(FOLDER | {key: 40})))
-    assert one_line(caught).startswith(f"{key} = 40: ")
-    assert not store.folder.exists()
