@@ -120,8 +120,8 @@ def require_factorisable(
 ) -> None:
     """Raise `InputError` for the first of `names` that factors cannot replace in `model`.
 
-    Such a layer is not there, is read by its owner (see `replaceable`), shares a parameter with another
-    one, or its weight is computed (weight norm, parametrisations, pruning masks). With an `example`
+    Such a layer is not there, is read by its owner (see `replaceable`), shares a parameter with
+    another one, or its weight is computed (weight norm, pruning masks). With an `example`
     the net is run with factors: it fails where forward reads a weight or a size of a layer.
     """
     every = replaceable(model)
