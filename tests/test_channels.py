@@ -68,7 +68,7 @@ def context_of(example, seed=0):
     x = [torch.randn(shape, generator=generator, dtype=example.dtype) for _ in range(2)]
     batches = [(each, torch.arange(4) % 2) for each in x]
     context = Context((example,), lambda output, _, y: nn.functional.cross_entropy(output, y))
-    context.train = context.validation = lambda: iter(batches)
+    context.train = context.validation = lambda epoch=0: iter(batches)
     context.generator = torch.Generator().manual_seed(seed)
     return context
 
@@ -223,7 +223,7 @@ def test_taylor_by_hand():
     net[0].weight.data = torch.tensor([[1.0, 2.0], [3.0, -1.0]])
     net[1].weight.data = torch.tensor([[2.0, 1.0]])
     context = Context((torch.zeros(2, 2),), lambda output, _, y: (output * y).sum())
-    context.train = lambda: iter([(torch.tensor([[1.0, 1.0]]), 1.0)] * 3)
+    context.train = lambda epoch: iter([(torch.tensor([[1.0, 1.0]]), 1.0)] * 3)
     method = methods.build("taylor_channels", {"batches": 2}, 0.4)
     method.channels = Channels(net, torch.zeros(2, 2), "macs")
     # two batches, y = w2 (W1 x): both slices of a channel have |sum w dL/dw| = 2 |its part of y|
