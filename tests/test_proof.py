@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import BatchNormNet, apart, one_line, randomise, refused
+from conftest import BatchNormNet, apart, one_line, refused
 from test_groups import Net
 from torch import nn
 from torch.nn import functional as F
@@ -117,6 +117,10 @@ def tied_by_memory():
     made = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 16))
     made[2].weight = nn.Parameter(made[0].weight.detach().t())
     return made
+
+
+def joined(c, d, halves):
+    return torch.cat([c(halves[0]), d(halves[1])], 1)
 
 
 HALF = {"c": conv(4, 3), "d": conv(4, 3), "a": conv(1, 8, 3)}
@@ -259,7 +263,9 @@ REFUSED = {
     ),
     "joined halves": (
         net(
-            lambda n, x: n.e(torch.cat([m(h) for m, h in zip((n.c, n.d), n.a(x).chunk(2, 1))], 1)),
+            lambda n, x: n.e(
+                torch.cat([m(h) for m, h in zip((n.c, n.d), n.a(x).chunk(2, 1), strict=True)], 1)
+            ),
             e=conv(6, 2),
             **HALF,
         ),
@@ -397,3 +403,88 @@ def test_what_cannot_be_pruned_is_named(name):
     with pytest.raises(InputError) as caught:
         shrink.groups(model, example)
     assert re.match(f"module = '({module})': ", one_line(caught)), one_line(caught)
+
+
+def hooked(how):
+    made = nn.Sequential(conv(1, 6, 3), nn.ReLU(), conv(6, 3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        how(made[0])
+    made(IMAGE)  # leaves a tensor that is no parameter on the layer
+    return made
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        lambda layer: prune.random_unstructured(layer, "weight", 0.5),
+        nn.utils.weight_norm,
+        nn.utils.spectral_norm,
+        parametrizations.weight_norm,
+        parametrizations.spectral_norm,
+    ],
+)
+def test_weights_made_of_others_are_folded_or_refused(how):
+    model = hooked(how).double().eval()
+    x = torch.randn(2, 1, 8, 8, dtype=torch.float64)
+    plain = shrink.fold(model)
+    assert sorted(plain.state_dict()) == ["0.bias", "0.weight", "2.bias", "2.weight"]
+    assert torch.equal(plain(x), model(x))
+    small, gated = small_and_gated(model, x, 0)
+    assert apart(small(x), gated(x)) < 1e-9
+    refused(lambda: shrink.require_ordinary(model), "module = '0'", "fold the net first")
+    shrink.require_ordinary(plain)
+    for number, name in ((tied(), "3"), (tied_by_memory(), "2")):
+        refused(lambda net=number: shrink.require_ordinary(net), f"module = '{name}'", "'0'")
+
+
+def test_removal_by_layer_keeps_what_can_be_trained():
+    model = BatchNormNet().train()
+    model.norm1.eval()
+    model.conv1.weight.requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    small = shrink.remove(model, {"conv1": torch.tensor([0, 2])}, torch.zeros(1, 1, 8, 8))
+    assert small.conv1.weight.shape == (2, 1, 3, 3)
+    assert torch.equal(small.conv1.weight, model.conv1.weight[[0, 2]])
+    assert [m.training for m in small.modules()] == [m.training for m in model.modules()]
+    assert [p.requires_grad for p in small.parameters()] == [False, *[True] * 8]
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    small(torch.randn(4, 1, 8, 8)).sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("keep", "words"),
+    [
+        ({"conv3": [0]}, ["keep = 'conv3'", "conv1, conv2"]),
+        ({"fc": [0]}, ["keep = 'fc'", "allowed are conv1, conv2"]),
+        ({"conv1": [0, 4]}, ["keep['conv1'] = [0, 4]", "0..3"]),
+        ({"conv1": [0]}, ["keep['conv1'] = [0]", "go with others"]),
+        ({"conv1": []}, ["keep = 'conv1'", "no signal is left"]),
+    ],
+)
+def test_channels_that_cannot_go_are_refused(keep, words):
+    refused(lambda: shrink.remove(BatchNormNet(), keep, IMAGE), *words)
+
+
+def test_producers_of_one_group_keep_the_same_channels():
+    layers = {"a": conv(1, 4), "b": conv(1, 4), "c": conv(4, 3)}
+    model = Net(lambda n, x: n.c(n.a(x) + n.b(x)), **layers)
+    keep = {"a": [0, 1], "b": [0, 2]}
+    refused(lambda: shrink.remove(model, keep, IMAGE), "keep['b'] = [0, 2]", "'a'", "same group")
+    small = shrink.remove(model, {"a": [0, 1], "b": [1, 0]}, IMAGE)
+    assert (small.a.out_channels, small.b.out_channels, small.c.in_channels) == (2, 2, 2)
+
+
+def test_channels_of_a_layer_norm_cannot_go_exactly():
+    model = nn.Sequential(nn.Linear(16, 8), nn.LayerNorm(8), nn.Linear(8, 3))
+    assert [g.name for g in shrink.groups(model, ROW)] == ["0"]
+    refused(lambda: shrink.remove(model, {"0": [1, 2]}, ROW), "module = '1'", "statistics")
+
+
+def test_a_branch_that_cannot_be_emptied_keeps_a_channel():
+    make, example, _ = EXACT["a branch with pooling"]
+    assert {g.name: g.skippable for g in shrink.groups(make(), example)} == {"a": False, "b": False}
+    plain = net(lambda n, x: n.c(n.a(x) + n.d(n.b(x).relu())), b=conv(1, 5), d=conv(5, 4))
+    made = plain()
+    made.a, made.c = conv(1, 4), conv(4, 3)
+    assert [g.skippable for g in shrink.groups(made, IMAGE)] == [False, True]

@@ -70,40 +70,16 @@ def test_one_row_per_paper_and_run(store, filled):
     assert not runs.duplicated(["paper", "run"]).any()
     item = next(p for p in filled if p.settings.method == "magnitude" and p.settings.seed == 2)
     (row,) = runs[runs.run == item.settings.run].to_dict("records")
-    assert {key: row[key] for key in tables.RUN_COLUMNS if "latency" not in key} == {
-        "run": item.settings.run,
-        "parent": item.settings.parent.run,
-        "paper": "toy",
-        "method": "magnitude",
-        "variant": "",
-        "model": "lenet300",
-        "dataset": "digits",
-        "seed": 2,
-        "epochs": 2,
-        "precision": "fp32",
-        "threads": 1,
-        "target_kind": "sparsity",
-        "target": 0.9,
-        "sparsity": 0.9,
-        "parameters": 50_610,
-        "nonzeros": 5430,
-        "macs": 50_200,
-        "nonzero_macs": 5020,
-        "dense_parameters": 50_610,
-        "dense_macs": 50_200,
-        "metric_name": "top1",
-        "metric": 0.92,
-        "dense_metric": 0.92,
-        "macro_f1": 0.92 - 0.01,
-        "peak_memory_mb": 0.5,
-        "bytes": 1000,
-        "train_seconds": 1.5,
-        "status": "done",
-        "device": "cpu",
-        "reading": "",
-        "stage": "",
-        "after": "",
-    }
+    expected = {"run": item.settings.run, "parent": item.settings.parent.run, "paper": "toy"}
+    expected |= {"method": "magnitude", "variant": "", "model": "lenet300", "dataset": "digits"}
+    expected |= {"seed": 2, "epochs": 2, "precision": "fp32", "threads": 1}
+    expected |= {"target_kind": "sparsity", "target": 0.9, "sparsity": 0.9}
+    expected |= {"parameters": 50_610, "nonzeros": 5430, "macs": 50_200, "nonzero_macs": 5020}
+    expected |= {"dense_parameters": 50_610, "dense_macs": 50_200, "metric_name": "top1"}
+    expected |= {"metric": 0.92, "dense_metric": 0.92, "macro_f1": 0.92 - 0.01}
+    expected |= {"peak_memory_mb": 0.5, "bytes": 1000, "train_seconds": 1.5, "status": "done"}
+    expected |= {"device": "cpu", "reading": "", "stage": "", "after": ""}
+    assert {k: row[k] for k in tables.RUN_COLUMNS if "latency" not in k} == expected
     assert runs.filter(like="latency").isna().all().all()
     start = runs[runs.variant == "start"].iloc[0]
     assert (start.parent, start.target_kind, start.epochs) == ("", "", 1)
@@ -449,24 +425,16 @@ def test_runs_of_different_devices_are_never_paired(store, planned, monkeypatch)
 
     def read_all(settings):
         devices = {"magnitude": ["cpu", "cuda"], "random": ["cpu", "cuda", "mps"][settings.seed :]}
-        return [
-            {
-                "settings": settings.model_dump(),
-                "metrics": {"metric": 0.5},
-                "environment": {"device": device},
-            }
-            for device in devices[settings.method]
-        ]
+        same = {"settings": settings.model_dump(), "metrics": {"metric": 0.5}}
+        return [same | {"environment": {"device": name}} for name in devices[settings.method]]
 
     monkeypatch.setattr(store, "read_all", read_all)
     (found,) = compared(papers.card("toy"), planned)
-    pairs = verdicts.pairs(store, found)
-    assert [a["environment"] for a, b in pairs] == [b["environment"] for a, b in pairs]
-    assert [(a["settings"]["seed"], a["environment"]["device"]) for a, b in pairs] == [
-        (0, "cpu"),
-        (0, "cuda"),
-        (1, "cuda"),
+    pairs = [
+        [(record["settings"]["seed"], record["environment"]["device"]) for record in pair]
+        for pair in verdicts.pairs(store, found)
     ]
+    assert pairs == [[(0, "cpu")] * 2, [(0, "cuda")] * 2, [(1, "cuda")] * 2]
 
 
 def test_a_claim_on_a_value_itself(store, card_file):
@@ -490,10 +458,7 @@ def test_files_are_the_same_byte_for_byte(store, filled):
     tables.write(store, list(reversed(filled)))
     assert [path.read_bytes() for path in files] == first
     assert all(b"\r" not in data and data.endswith(b"\n") for data in first)
-    assert sorted(p.name for p in (store.folder / "tables").iterdir()) == [
-        "runs.csv",
-        "summary.csv",
-    ]
+    assert len(list((store.folder / "tables").iterdir())) == 2
 
 
 # --- for people
@@ -557,12 +522,8 @@ def test_readable_in_decibel(store, filled):
     summary = tables.build(store, filled)[1].assign(metric_name="psnr", published=20.5, mark="P")
     row = tables.readable(summary[summary.method == "random"]).iloc[0]
     assert (row["result"], row["published"]) == ("0.53 ± 0.06 dB", "20.50 dB [P]")
-    assert row["minus dense"].startswith("-0.38 [")
-
-
-def test_readable_of_nothing_is_an_empty_table(store, filled):
-    summary = tables.build(store, filled)[1]
     assert tables.readable(summary[summary.variant == "no such"]).empty
+    assert row["minus dense"].startswith("-0.38 [")
 
 
 def test_readable_names_the_paper_where_there_are_several(store, filled, card_file):

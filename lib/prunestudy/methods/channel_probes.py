@@ -1,4 +1,4 @@
-"""What is observed of the methods that gate channels: paths of the gates, and the loss."""
+"""What is observed of the methods on channels: gates, the loss, an autoencoder's images."""
 
 import math
 from typing import Any, ClassVar
@@ -15,6 +15,8 @@ from prunestudy.shrink import fold
 
 _MOST_LOSSES = 20_000
 _BYTES = 800_000  # of the gates' paths
+# Images whose outputs, and whose latent vectors, are kept.
+_SHOWN, _LATENTS = 6, 128
 
 
 class _Watch(Probe):
@@ -174,6 +176,62 @@ class ConcretePaths(_Watch):
         if self.undecided is not None:
             found["final_gates"] = self.undecided.to(torch.float16).cpu().numpy()
         return found
+
+
+class Pictures(Probe):
+    """Of a pruned net: channels kept, the descent's way, and what an autoencoder makes of images.
+
+    Of a net that has a method `encode`, outputs for a few validation images; with a way also the
+    images, the dense net's outputs, and latent vectors of both nets in two dimensions.
+    """
+
+    def attach(self, method: Method, model: nn.Module, context: Context) -> None:
+        """Look at the dense net."""
+        super().attach(method, model, context)
+        self.x, self.y = method.data[0]
+        self.pictures: dict[str, np.ndarray] = {}
+        if method.path and hasattr(model, "encode"):
+            self._look(method.small.dense, "dense")
+            self.pictures["labels"] = self.y[:_LATENTS].to(torch.uint8).cpu().numpy()
+            self.pictures["shown"] = as_bytes(self.pixels(self.x[:_SHOWN]))
+
+    def finished(self, net: nn.Module) -> None:
+        """Look at the small one."""
+        if hasattr(net, "encode"):
+            self._look(net, "pruned")
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """`kept` channels, `path` (steps + 1, coefficients), images as bytes, latent planes."""
+        found = {"kept": np.array(self.method.point.kept), **self.pictures}
+        path = np.array(self.method.path, dtype=np.float32)
+        return found | ({"path": path} if len(path) else {})
+
+    def _look(self, net: nn.Module, name: str) -> None:
+        with evaluating(net), torch.no_grad():
+            output = net(self.x[:_SHOWN])
+            latent = net.encode(self.x[:_LATENTS]) if self.method.path else None
+        images = output[0] if isinstance(output, tuple) else output
+        self.pictures[f"output_{name}"] = as_bytes(images)
+        if latent is not None:
+            self.pictures[f"latent_{name}"] = plane(latent)
+
+
+def as_bytes(images: Tensor) -> np.ndarray:
+    """Images of pixels in 0-1 as uint8."""
+    return (images.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
+
+
+def plane(z: Tensor) -> np.ndarray:
+    """The first two principal components of vectors z (n, d), float16 (n, 2).
+
+    Their signs are such that the largest of each is positive; a missing one is zero.
+    """
+    centred = z.double().cpu() - z.double().cpu().mean(0)
+    axes = torch.linalg.svd(centred, full_matrices=False).Vh[:2]
+    points = torch.zeros(len(z), 2, dtype=torch.float64)
+    points[:, : len(axes)] = centred @ axes.T
+    largest = points.gather(0, points.abs().argmax(0, keepdim=True))
+    return (points * torch.where(largest < 0, -1.0, 1.0)).to(torch.float16).numpy()
 
 
 def agreement(before: nn.Module, after: nn.Module, context: Context) -> dict[str, float]:

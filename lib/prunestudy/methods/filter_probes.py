@@ -1,8 +1,8 @@
 """What figures and records show of a layer's filters: angles, energy, ranks, the filters."""
 
-import contextlib
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
@@ -14,18 +14,10 @@ from prunestudy.methods.base import At, Context
 from prunestudy.methods.low_rank import LowRank, is_finite
 from prunestudy.methods.probes import Probe
 from prunestudy.shrink import energy_shares, factorise_layer, fold, layer_speed_up, rank_at
-from prunestudy.shrink.factors import (
-    Layer,
-    full_rank,
-    merged,
-    pairs_of,
-    speed_up_at,
-    speed_up_of_pairs,
-    weight_matrix,
-)
+from prunestudy.shrink.factors import Layer, full_rank, merged, speed_up_at, weight_matrix
 
 BINS = 36
-ERROR = 0.05  # the error at which ranks are reported, whatever the target
+_KEPT = 0.95  # the share of energy at which ranks are reported, whatever the target
 # 320 kB of filters twice, before and after, stay below what a run may leave.
 _MOST_NUMBERS = 80_000
 
@@ -47,45 +39,48 @@ class Filters(Probe):
         super().attach(method, model, context)
         self._whole: nn.Module | None = None
         self._measures: dict[str, float] = {}
+        self._macs = measure.layer_macs(model, context.example)
         self._arrays = portraits(method.layers_of(model), "before")
 
     def leaving(self, at: At) -> None:
         """Note ranks, angles and filters of the net while it is whole."""
-        if at.phase == "train" and self.method.fine_tune:
-            self._note(self.model)
+        if at.phase == "train" and self.method.fine_tune and is_finite(self.model):
+            self._note()
 
     def update(self, at: At) -> None:
         """Score the factors before any fine-tuning."""
-        if at.phase == "train" and at.last and self.method.fine_tune:
-            self._measures["validation_factorised"] = self.context.score(self.model)
+        if at.phase == "train" and at.last and self.method.ranks is not None:
+            self._score(self.model)
 
     def row(self) -> dict[str, float]:
-        """The total rank at 5% error, or that of the factors."""
-        if self.method.ranks or not is_finite(self.model):
-            return {"rank": float(sum(self.method.ranks.values()))}
-        layers = self.method.layers_of(self.model).values()
-        return {"rank": float(sum(rank_at(layer, 1 - ERROR) for layer in layers))}
+        """The total rank at 5% error, or that of the factors; 0 if weights are not finite."""
+        if self._is_whole():
+            layers = self.method.layers_of(self.model).values()
+            return {"rank": float(sum(rank_at(layer, _KEPT) for layer in layers))}
+        return {"rank": float(sum((self.method.ranks or {}).values()))}
 
-    def views(self) -> dict[str, contextlib.AbstractContextManager]:
+    def views(self) -> dict[str, AbstractContextManager]:
         """The net as it would be if it were factorised now."""
-        whole = not self.method.ranks and is_finite(self.model)
-        return {"low_rank": self._projected()} if whole else {}
+        return {"low_rank": self._projected()} if self._is_whole() else {}
 
     def finish(self) -> None:
         """Note the whole net, where no fine-tuning has followed."""
-        if not self.method.ranks and is_finite(self.model):
-            self._note(self.model)
+        if self._is_whole():
+            self._note()
             self._whole = fold(self.model)
 
     def finished(self, net: nn.Module) -> None:
         """Score the factors and count what they cost."""
         if self._whole is not None:
-            self._measures["validation_factorised"] = self.context.score(net)
-        ranks = {name: float(len(pair[0].weight)) for name, pair in pairs_of(net).items()}
-        self._measures |= {f"factor_rank.{name}": rank for name, rank in ranks.items()}
-        self._measures["factor_rank_total"] = sum(ranks.values())
+            self._score(net)
+        ranks = self.method.ranks or {}
+        self._measures |= {f"factor_rank.{name}": float(rank) for name, rank in ranks.items()}
+        self._measures["factor_rank_total"] = float(sum(ranks.values()))
         if ranks:
-            self._measures["factor_speed_up"] = speed_up_of_pairs(net, self._macs(net))
+            now = measure.layer_macs(net, self.context.example)
+            factors = sum(now[f"{name}.{part}.weight"] for name in ranks for part in (0, 1))
+            whole = sum(self._macs[f"{name}.weight"] for name in ranks)
+            self._measures["factor_speed_up"] = whole / factors
 
     def measures(self) -> dict[str, float]:
         """The numbers that the class lists."""
@@ -109,39 +104,43 @@ class Filters(Probe):
         self._measures = state["measures"]
         self._arrays = {name: a.cpu().numpy() for name, a in state["arrays"].items()}
 
-    def _macs(self, net: nn.Module) -> dict[str, int]:
-        return measure.layer_macs(net, self.context.example)
+    def _is_whole(self) -> bool:
+        return self.method.ranks is None and is_finite(self.model)
 
-    def _note(self, net: nn.Module) -> None:
-        layers = self.method.layers_of(net)
-        ranks = {name: rank_at(layer, 1 - ERROR) for name, layer in layers.items()}
+    def _score(self, net: nn.Module) -> None:
+        if self.context.score:
+            self._measures["validation_factorised"] = self.context.score(net)
+
+    def _note(self) -> None:
+        layers = self.method.layers_of(self.model)
+        ranks = {name: rank_at(layer, _KEPT) for name, layer in layers.items()}
         ratios = [rank / full_rank(layers[name]) for name, rank in ranks.items()]
         total = sum(ranks.values())
         self._measures = {
             **{f"rank.{name}": float(rank) for name, rank in ranks.items()},
             "rank_total": float(total),
-            "rank_total_svd": float(sum(rank_at(x, 1 - ERROR, "svd") for x in layers.values())),
+            "rank_total_svd": float(sum(rank_at(x, _KEPT, "svd") for x in layers.values())),
             "log2_rank_total": math.log2(total),
             "rank_ratio": sum(ratios) / len(ratios),
             **{f"speed_up.{n}": layer_speed_up(layers[n], rank) for n, rank in ranks.items()},
-            "speed_up": speed_up_at(net, self._macs(net), ranks),
+            "speed_up": speed_up_at(self.model, self._macs, ranks),
         }
         self._arrays |= portraits(layers, "after")
 
-    @contextlib.contextmanager
+    @contextmanager
     def _projected(self) -> Iterator[None]:
-        before = {}
+        ranks = self.method.wanted(self.model)
+        layers = {name: self.model.get_submodule(name) for name in ranks}
+        before = {name: layer.weight.detach().clone() for name, layer in layers.items()}
         with torch.no_grad():
-            for name, rank in self.method.wanted(self.model).items():
-                layer = self.model.get_submodule(name)
-                before[layer] = layer.weight.clone()
-                layer.weight.copy_(merged(factorise_layer(layer, rank, self.method.variant)))
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for layer, weight in before.items():
-                    layer.weight.copy_(weight)
+            for name, layer in layers.items():
+                pair = factorise_layer(layer, ranks[name], self.method.variant)
+                layer.weight.copy_(merged(pair))
+            try:
+                yield
+            finally:
+                for name, layer in layers.items():
+                    layer.weight.copy_(before[name])
 
 
 def angle_histogram(layer: Layer) -> Tensor:

@@ -20,15 +20,16 @@ of R = 1/2 sum |w_j - w_i|^2 (L2) and sum |w_j - w_i| (L1), over ordered pairs [
 | W_i | a row of `weight_matrix(layer)` |
 | dW | `force(weight, kind)` |
 | lambda | `strength` times the layer's factor in `strengths`; below 0 filters repel each other |
-| rank ratio, 5% error | `PlainLowRank.measures`, `shrink.factors` |
+| rank ratio, 5% error | `filter_probes`, `shrink.factors` |
 
 Order in a step: gradient, weight decay, force, momentum [P]. Here the force joins the gradient
 before SGD adds the decay; the sum is the same, and where the strength or the sign depends on the
 gradient it is the one with the decay.
 
-Ours, where the paper is silent: filters shorter than 1e-8 neither pull nor are pulled; two filters
-closer than rounding can tell exert no L1 force; which components "agree" (the force moves a weight
-the way descent does). Unknown: lambda for ResNet-20 and GoogLeNet.
+Ours, where the paper is silent: filters shorter than 1e-8 neither pull nor are pulled; two
+directions closer than 5e-7, which float32 cannot tell apart, exert no L1 force; which components
+"agree" (the force moves a weight the way descent does). Unknown: lambda for ResNet-20 and
+GoogLeNet.
 """
 
 from typing import Annotated, Any, ClassVar, Literal
@@ -39,10 +40,12 @@ from torch import Tensor, nn
 
 from prunestudy.methods.base import At, Context
 from prunestudy.methods.low_rank import LowRank
-from prunestudy.shrink.factors import Layer, groups_of, layers_to_factorise
+from prunestudy.shrink.factors import Layer, groups_of, layers_to_factorise, require_factorisable
 
 Kind = Literal["l2", "l1"]
 _SHORTEST = 1e-8
+_CLOSEST = 5e-7
+_FAR = 0.05  # a distance at which float32 rounds 2 - 2 w_i . w_j to 4 digits
 
 
 def force(weight: Tensor, kind: Kind = "l2", groups: int = 1) -> Tensor:
@@ -54,11 +57,13 @@ def force(weight: Tensor, kind: Kind = "l2", groups: int = 1) -> Tensor:
     if kind == "l2":
         pull = unit.sum(1, keepdim=True)
     else:
-        far = _apart(unit)
-        pull = _inverse(unit, far) @ unit
-        # Of pairs that are too close for this precision the direct difference, in float64.
+        squared = _squared(unit)
+        far = squared > _FAR**2
+        pull = _inverse(squared, far) @ unit
+        # Closer pairs by their difference, in float64.
         exact = _directions(weight.double(), groups)[1]
-        near = _inverse(exact, ~far & _apart(exact))
+        squared = _squared(exact)
+        near = _inverse(squared, ~far & (squared > _CLOSEST**2))
         pull = pull + (near @ exact - near.sum(2, keepdim=True) * exact).to(pull)
     return _tangential(pull, length, unit).reshape(weight.shape)
 
@@ -71,7 +76,7 @@ def force_by_pairs(weight: Tensor, kind: Kind = "l2", groups: int = 1) -> Tensor
         toward = (unit - unit[:, i : i + 1]) * (length > _SHORTEST)
         if kind == "l1":
             distance = toward.norm(dim=2, keepdim=True)
-            toward = torch.where(distance > _closest(unit), toward / distance, 0.0)
+            toward = torch.where(distance > _CLOSEST, toward / distance, 0.0)
         pull[:, i] = toward.sum(1)
     return _tangential(pull, length, unit).reshape(weight.shape)
 
@@ -89,20 +94,14 @@ def _tangential(pull: Tensor, length: Tensor, unit: Tensor) -> Tensor:
     return torch.where(length > _SHORTEST, length, 0.0) * (pull - along * unit)
 
 
-def _apart(unit: Tensor) -> Tensor:
-    """Which pairs |w_j - w_i|^2 = 2 - 2 w_i . w_j can tell apart, (G, N / G, N / G)."""
-    return 2 - 2 * (unit @ unit.mT) > _closest(unit) ** 2
+def _squared(unit: Tensor) -> Tensor:
+    """|w_j - w_i|^2 of all pairs, (G, N / G, N / G)."""
+    return 2 - 2 * (unit @ unit.mT)
 
 
-def _inverse(unit: Tensor, pairs: Tensor) -> Tensor:
+def _inverse(squared: Tensor, pairs: Tensor) -> Tensor:
     """1 / |w_j - w_i| of `pairs`, 0 for all others."""
-    squared = 2 - 2 * (unit @ unit.mT)
     return torch.where(pairs, squared, 1.0).rsqrt() * pairs
-
-
-def _closest(unit: Tensor) -> float:
-    """The distance below which 2 - 2 w_i . w_j is noise: 0.0014 in float32."""
-    return 4 * torch.finfo(unit.dtype).eps ** 0.5
 
 
 class Force(LowRank):
@@ -130,14 +129,16 @@ class Force(LowRank):
         self.weight_decay = 0.0
 
     def check(self, model: nn.Module) -> None:
-        """Refuse patterns that name no layer of `model`."""
+        """Refuse, as for factors, layers on which no force can act."""
         super().check(model)
-        self._strengths(model)
+        require_factorisable(model, self._strengths(model))
 
     def attach(self, model: nn.Module, context: Context) -> None:
         """Choose the layers on which the force acts, and take the decay of their gradient."""
         super().attach(model, context)
-        self.forced, self.weight_decay = self._strengths(model), context.weight_decay
+        strengths = self._strengths(model)
+        self.forced = tuple((model.get_submodule(name), s) for name, s in strengths.items())
+        self.weight_decay = context.weight_decay
 
     @torch.no_grad()
     def after_backward(self, at: At) -> None:
@@ -146,6 +147,8 @@ class Force(LowRank):
             return
         acting = (at.share < self.stop).double()
         for layer, strength in self.forced:
+            if layer.weight.grad is None:  # frozen, or not part of this loss
+                continue
             pull = force(layer.weight, self.kind, groups_of(layer))
             layer.weight.grad.add_(self._gradient(layer.weight, pull, strength * acting))
 
@@ -160,11 +163,11 @@ class Force(LowRank):
         added = pull.mul_(-strength)
         return torch.where(added * descent > 0, added, 0.0) if self.agree else added
 
-    def _strengths(self, model: nn.Module) -> tuple[tuple[Layer, float], ...]:
-        """The layers on which the force acts, each with its lambda."""
+    def _strengths(self, model: nn.Module) -> dict[str, float]:
+        """Lambda of each layer on which the force acts."""
         chosen = layers_to_factorise(model, tuple(self.layers.split()), "layers")
         factors = dict.fromkeys(chosen, 1.0)
         for pattern, factor in self.strengths.items():
             named = layers_to_factorise(model, (pattern,), "strengths")
             factors.update((name, factor) for name in named if name in factors)
-        return tuple((layer, self.strength * factors[name]) for name, layer in chosen.items())
+        return {name: self.strength * factor for name, factor in factors.items()}

@@ -105,19 +105,19 @@ class HardConcrete(Method):
         self._pull()  # takes the cost's tables to the device
         self.gates.draw(self.generator)
 
-    def optimizer(self) -> torch.optim.Optimizer:
-        """Adam for log alpha, as in the paper; no weight decay."""
+    def optimizer(self) -> torch.optim.Optimizer | None:
+        """Adam for log alpha until the gates are decided, as in the paper; no weight decay."""
+        if self.gates.hard:
+            self.gates.log_alpha.requires_grad_(False)
+            return None
         return torch.optim.Adam([self.gates.log_alpha], lr=self.gate_lr, betas=(0.9, 0.99))
 
     def after_backward(self, at: At) -> None:
-        """Add the gradient of lambda times the expected cost; decided gates have none."""
-        gradient = self.gates.log_alpha.grad
+        """Add the gradient of lambda times the expected cost, over the dense cost."""
         if at.phase == "gates":
-            pull = self._pull()
+            gradient, pull = self.gates.log_alpha.grad, self._pull()
             self.steering.start(0.1 * (gradient.abs().mean() / pull.mean()).double())
             gradient.addcmul_(pull, self.steering.strength.to(pull))
-        else:
-            gradient.zero_()
 
     @torch.no_grad()
     def after_step(self, at: At) -> None:

@@ -38,7 +38,9 @@ from prunestudy.shrink.factors import (
     factorise_in_place,
     full_rank,
     layers_to_factorise,
+    least_share,
     replace,
+    require_factorisable,
 )
 
 
@@ -62,7 +64,8 @@ class LowRank(Method):
         super().__init__(*target, **settings)
         fits = not self.rounds or (self.fine_tune > 0 and self.of == "energy")
         require(fits, "rounds", self.rounds, "0 without fine_tune and a target of energy")
-        self.ranks: dict[str, int] = {}  # of the factors that the model has
+        self.ranks: dict[str, int] | None = None  # of the model's factors; None: it is whole
+        self.narrowed = 0  # rounds made
 
     def phases(self) -> tuple[Phase, ...]:
         """Training; then, if wanted, fine-tuning in one part more than there are rounds."""
@@ -76,18 +79,24 @@ class LowRank(Method):
         return Phase("train", 1 - self.fine_tune), *tune
 
     def check(self, model: nn.Module) -> None:
-        """Refuse patterns that name no layer of `model`."""
-        self.layers_of(model)
+        """Refuse patterns that name no layer of `model`, and layers that factors cannot replace."""
+        require_factorisable(model, self.layers_of(model))
 
     def attach(self, model: nn.Module, context: Context) -> None:
-        """Keep the model: its layers are replaced in the middle of the training."""
+        """Keep the model, whose layers are replaced later; refuse what would fail then."""
         self.check(model)
+        layers = self.layers_of(model)
+        require_factorisable(model, layers, context.example)
+        if self.of == "macs":
+            most = 1 - least_share(measure.layer_macs(model, context.example), layers)
+            allowed = f"at most {most:.4f}, the share of MACs that rank 1 everywhere removes"
+            require(1 - self.target >= 1 - most, "target", self.target, allowed)
         self._held = [model, context.example]
 
     def update(self, at: At) -> None:
         """Factorise at the end of the training; narrow the factors at the end of each round."""
-        model, last = self._held[0], self.phases()[-1].name
-        if not at.last or at.phase == last:
+        model = self._held[0]
+        if not at.last or at.phase == self.phases()[-1].name or not is_finite(model):
             return
         if at.phase == "train":
             full = {name: full_rank(layer) for name, layer in self.layers_of(model).items()}
@@ -98,9 +107,14 @@ class LowRank(Method):
     def finish(self, model: nn.Module, context: Context) -> nn.Module:  # noqa: ARG002
         """The factorised net; a net that diverged stays as it is."""
         plain = fold(model)
-        if self.ranks or not is_finite(model):
+        if not is_finite(model):
             return plain
-        return factorise(plain, self.wanted(plain), self.variant)
+        if self.ranks is None:
+            self.ranks = self.wanted(plain)
+            return factorise(plain, self.ranks, self.variant)
+        if self.narrowed < min(self.rounds, 1):  # the rounds were shorter than a step
+            self._narrow(plain)
+        return plain
 
     def layers_of(self, model: nn.Module) -> Mapping[str, Layer]:
         """The layers of `model` that become factors, by name."""
@@ -116,23 +130,26 @@ class LowRank(Method):
             return cheaper(model, ranks_by_share(model, kept, patterns))
         return cheaper(model, ranks_by_energy(model, kept, patterns, self.variant))
 
-    def get_extra_state(self) -> dict[str, int]:
-        """The ranks of the factors."""
-        return self.ranks
+    def get_extra_state(self) -> dict[str, Any]:
+        """The ranks of the factors, and the rounds made."""
+        return {"ranks": self.ranks, "narrowed": self.narrowed}
 
-    def set_extra_state(self, state: dict[str, int]) -> None:
+    def set_extra_state(self, state: dict[str, Any]) -> None:
         """Give the model factors of these ranks; their weights are loaded next."""
-        self._factorise(state)
+        if state["ranks"] is not None:
+            self._factorise(state["ranks"])
+        self.narrowed = state["narrowed"]
 
     def _factorise(self, ranks: Mapping[str, int]) -> None:
         factorise_in_place(self._held[0], ranks, self.variant)
         self.ranks = dict(ranks)
 
     def _narrow(self, model: nn.Module) -> None:
-        for name in self.ranks:
+        for name in self.ranks or ():
             pair = model.get_submodule(name)
             self.ranks[name] = rank_at(pair[0], 1 - self.target, self.variant)
             replace(model, name, reduce_rank(pair, self.ranks[name], self.variant))
+        self.narrowed += 1
 
 
 class PlainLowRank(LowRank):

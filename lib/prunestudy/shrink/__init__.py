@@ -17,7 +17,6 @@ from prunestudy.shrink.factors import (
 from prunestudy.shrink.files import about, load, save
 from prunestudy.shrink.fold import fold, require_ordinary
 from prunestudy.shrink.groups import Group, Member, find
-from prunestudy.shrink.importance import taylor
 from prunestudy.shrink.narrow import Narrow, axis_of, narrow
 from prunestudy.shrink.proof import groups, groups_of, remove, remove_groups
 from prunestudy.shrink.remove import Constant, Nothing
@@ -57,6 +56,5 @@ __all__ = [
     "remove_groups",
     "require_ordinary",
     "save",
-    "taylor",
     "to_csr",
 ]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from prunestudy.errors import require
-from prunestudy.shrink.factors import plain_layers, replace
+from prunestudy.shrink.factors import replace, replaceable
 from prunestudy.shrink.fold import fold
 
 
@@ -54,7 +54,7 @@ def to_csr(model: nn.Module, min_sparsity: float = 0.0) -> nn.Module:
     """
     require(0 <= min_sparsity <= 1, "min_sparsity", min_sparsity, "a share in 0-1")
     holder = nn.Sequential(fold(model))
-    for name, layer in plain_layers(holder).items():
+    for layer, (name, *_) in replaceable(holder).items():
         zeros = 1 - int(layer.weight.count_nonzero()) / layer.weight.numel()
         if isinstance(layer, nn.Linear) and zeros >= min_sparsity:
             replace(holder, name, CsrLinear(layer))

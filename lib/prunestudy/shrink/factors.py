@@ -6,59 +6,52 @@ Wen et al., "Coordinating Filters for Faster Deep Neural Networks", ICCV 2017:
     W (N x D)         ~   A (N x M)  B (M x D),      D = (C / G) k^2 in each of G groups
 
 The columns of A are the first M eigenvectors of W W^T (uncentred PCA of the filters), B = A^T W.
-The variant "svd" splits each singular value evenly (ours): A = U S^1/2, B = S^1/2 V^T, the same
-product. A linear layer is a convolution with one position. Ranks are totals over the groups.
+The variant "svd" splits each singular value evenly, A = U S^1/2, B = S^1/2 V^T (the split is
+ours); the product is the same. A linear layer is a convolution with one position. Ranks are totals
+over the groups, which all get the same.
 """
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from math import prod
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
-from prunestudy.errors import require, require_one_of
+from prunestudy.errors import InputError, require, require_one_of
 from prunestudy.shrink.fold import fold
 
 Variant = Literal["pca", "svd"]
 Layer = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
-_KINDS = get_args(Layer)
+_KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
 def layers_to_factorise(
     model: nn.Module, patterns: tuple[str, ...] = (), parameter: str = "layers"
 ) -> dict[str, Layer]:
-    """Layers of `model` by name: those that match `patterns` (`stage*.conv1`, `fc`), in order.
+    """Layers of `model` by first name: those that match `patterns` (`stage*.conv1`, `fc`).
 
     Without patterns, all convolutions larger than 1x1. Raises `InputError`, naming `parameter`,
-    for a pattern that matches no layer that can be factorised, or if none is left.
+    for a pattern that matches no layer that factors can replace, or if no layer is left.
     """
-    every = plain_layers(model)
+    every = replaceable(model)
     for pattern in patterns:
-        known = any(fnmatchcase(name, pattern) for name in every)
-        require(known, parameter, pattern, f"a layer of the net: {', '.join(every)}")
-    if patterns:
-        return {n: m for n, m in every.items() if any(fnmatchcase(n, p) for p in patterns)}
-    large = {n: m for n, m in every.items() if prod(getattr(m, "kernel_size", ())) > 1}
+        known = any(fnmatchcase(name, pattern) for names in every.values() for name in names)
+        require(known, parameter, pattern, _allowed(every))
+
+    def chosen(layer: Layer, names: list[str]) -> bool:
+        if not patterns:
+            return prod(getattr(layer, "kernel_size", ())) > 1
+        return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
+
+    found = {names[0]: layer for layer, names in every.items() if chosen(layer, names)}
     kind = "a net with convolutions larger than 1x1, or patterns that name layers"
-    require(bool(large), parameter, patterns, kind)
-    return large
-
-
-def plain_layers(model: nn.Module) -> dict[str, Layer]:
-    """The convolutions and linear layers of `model` that may be replaced, by their first name.
-
-    Not those whose weight another module reads: subclasses (attention's `out_proj`), and the
-    linear layers of a TransformerEncoderLayer, which reads them in eval mode.
-    """
-    encoders = [m for m in model.modules() if isinstance(m, nn.TransformerEncoderLayer)]
-    read = {id(part) for encoder in encoders for part in encoder.children()}
-    every = ((n, m) for n, m in model.named_modules() if n and id(m) not in read)
-    return {name: m for name, m in every if type_before_parametrizations(m) in _KINDS}
+    require(bool(found), parameter, "", kind)
+    return found
 
 
 def groups_of(layer: Layer) -> int:
@@ -95,17 +88,15 @@ def factorise_layer(layer: Layer, rank: int, variant: Variant = "pca") -> nn.Seq
     require(type(rank) is int and 1 <= rank <= full, "rank", rank, allowed)
     require(rank % groups == 0, "rank", rank, f"a multiple of {groups}, the layer's groups")
     require_one_of("variant", variant, ("pca", "svd"))
-    each = rank // groups
-    left, size, right = torch.linalg.svd(weight_matrix(layer).double(), full_matrices=False)
-    left, size, right = left[..., :each], size[..., :each], right[:, :each]
-    if variant == "pca":
-        return _pair(layer, left, size[..., None] * right, layer.bias)
-    root = size.sqrt()
-    return _pair(layer, left * root[:, None], root[..., None] * right, layer.bias)
+    mixture, basis = _factors(weight_matrix(layer), rank // groups, variant)
+    return _pair(layer, mixture, basis)
 
 
 def factorise(model: nn.Module, ranks: Mapping[str, int], variant: Variant = "pca") -> nn.Module:
-    """A folded copy of `model`, without gradients, after `factorise_in_place`."""
+    """A copy of `model`, folded, with factors of these `ranks`; in eval mode, without gradients.
+
+    Raises `InputError` as `factorise_in_place`.
+    """
     plain = fold(model)
     factorise_in_place(plain, ranks, variant)
     return plain.requires_grad_(False)
@@ -116,22 +107,44 @@ def factorise_in_place(
 ) -> None:
     """Replace the layers named in `ranks` by trainable factors, under every name that they have.
 
-    Raises `InputError`, before anything is replaced, for a layer that does not exist or that
-    another module reads, for weights that are shared or computed (weight norm, parametrisations,
-    pruning masks), and for a rank that does not fit.
+    Raises `InputError` as `require_factorisable` and `factorise_layer`, before any is replaced.
     """
-    layers = plain_layers(model)
+    require_factorisable(model, ranks)
+    pairs = {n: factorise_layer(model.get_submodule(n), m, variant) for n, m in ranks.items()}
+    for name, pair in pairs.items():
+        replace(model, name, pair)
+
+
+def require_factorisable(
+    model: nn.Module, names: Iterable[str], example: tuple[Tensor, ...] | None = None
+) -> None:
+    """Raise `InputError` for the first of `names` that factors cannot replace in `model`.
+
+    Such a layer is not there, is read by its owner (see `replaceable`), shares a parameter with
+    another one, or its weight is computed (weight norm, pruning masks). With an `example`
+    the net is run with factors: it fails where forward reads a weight or a size of a layer.
+    """
+    every = replaceable(model)
     uses = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
-    for name in ranks:
-        require(name in layers, "ranks", name, f"a layer of the net: {', '.join(layers)}")
-        own = dict(layers[name].named_parameters())
+    for name in names:
+        layer = next((m for m, known in every.items() if name in known), None)
+        require(layer is not None, "ranks", name, _allowed(every))
+        own = dict(layer.named_parameters())
         plain = "its weight is computed from other tensors; make it a plain parameter first"
         require("weight" in own and set(own) <= {"weight", "bias"}, "module", name, plain)
         alone = all(uses[id(p)] == 1 for p in own.values())
         require(alone, "module", name, "shares a parameter with another layer; factors cannot")
-    pairs = {name: factorise_layer(layers[name], rank, variant) for name, rank in ranks.items()}
-    for name, pair in pairs.items():
-        replace(model, name, pair)
+    if example:
+        trial = fold(model)
+        for name in names:
+            matrix = weight_matrix(layer := trial.get_submodule(name))
+            replace(trial, name, _pair(layer, matrix[..., :1], matrix[:, :1]))
+            try:
+                with torch.no_grad():
+                    trial(*example)
+            except Exception as error:  # whatever a net may raise
+                line = next(iter(str(error).splitlines()), type(error).__name__)
+                raise InputError(f"module = {name!r}: fails as factors: {line}") from error
 
 
 def replace(model: nn.Module, name: str, new: nn.Module) -> None:
@@ -143,10 +156,7 @@ def replace(model: nn.Module, name: str, new: nn.Module) -> None:
 
 
 def reduce_rank(pair: nn.Sequential, rank: int, variant: Variant = "pca") -> nn.Sequential:
-    """Factors of a lower total rank: those of the basis, the mixture multiplied by theirs.
-
-    The step of dynamic rank pruning. Raises `InputError` for a rank that does not fit.
-    """
+    """Factors of a lower total rank: those of the basis, the mixture multiplied by theirs."""
     basis, mixture = pair
     inner = factorise_layer(basis, rank, variant)
     mixed = weight_matrix(mixture).double() @ weight_matrix(inner[1]).double()
@@ -156,13 +166,8 @@ def reduce_rank(pair: nn.Sequential, rank: int, variant: Variant = "pca") -> nn.
 def merged(pair: nn.Sequential) -> Tensor:
     """The product of the factors, in the shape of the weight that they replaced."""
     basis, mixture = pair
-    shape = len(mixture.weight), *basis.weight.shape[1:]
-    return (weight_matrix(mixture) @ weight_matrix(basis)).reshape(shape)
-
-
-def pairs_of(model: nn.Module) -> dict[str, nn.Sequential]:
-    """The factorised layers of `model`, by the name of the layer that each replaced."""
-    return {name: m for name, m in model.named_modules() if name and _is_pair(m)}
+    whole = weight_matrix(mixture) @ weight_matrix(basis)
+    return whole.reshape(len(mixture.weight), *basis.weight.shape[1:])
 
 
 def energy_shares(layer: Layer) -> Tensor:
@@ -178,15 +183,15 @@ def energy_shares(layer: Layer) -> Tensor:
 
 
 def rank_at(layer: Layer, ratio: float, variant: Variant = "pca") -> int:
-    """Smallest rank that keeps `ratio` of the squared energy (0.95: 5% error).
+    """Smallest rank that keeps `ratio` of the squared energy (0.95: 5% error); at 1 the full one.
 
-    With the variant "svd", of the norm instead. All groups get the same rank; a ratio of 1 gives
-    the full rank. Raises `InputError` for a ratio outside (0, 1].
+    With the variant "svd", of the norm instead. Raises `InputError` for a ratio outside (0, 1].
     """
-    _require_ratio("ratio", ratio)
+    _require_share("ratio", ratio)
     require_one_of("variant", variant, ("pca", "svd"))
-    kept = ratio if variant == "pca" else ratio**2
-    return full_rank(layer) if ratio == 1 else _rank(layer, energy_shares(layer), kept)
+    if ratio == 1:
+        return full_rank(layer)
+    return _rank(layer, energy_shares(layer), ratio if variant == "pca" else ratio**2)
 
 
 def ranks_by_energy(
@@ -201,10 +206,10 @@ def ranks_by_share(
     model: nn.Module, share: float, patterns: tuple[str, ...] = ()
 ) -> dict[str, int]:
     """`share` of each layer's full rank, at least 1 per group; `InputError` outside (0, 1]."""
-    _require_ratio("share", share)
-    chosen = layers_to_factorise(model, patterns).items()
-    per_group = {n: max(1, round(share * full_rank(m) / groups_of(m))) for n, m in chosen}
-    return {name: rank * groups_of(model.get_submodule(name)) for name, rank in per_group.items()}
+    _require_share("share", share)
+    chosen = layers_to_factorise(model, patterns)
+    per_group = {n: share * full_rank(m) / groups_of(m) for n, m in chosen.items()}
+    return {n: groups_of(m) * max(1, round(per_group[n])) for n, m in chosen.items()}
 
 
 def ranks_by_macs(
@@ -212,81 +217,104 @@ def ranks_by_macs(
 ) -> dict[str, int]:
     """Ranks at which the net needs at most `share` of its MACs, `macs` as by `measure.layer_macs`.
 
-    All layers keep the same share of their energy, the largest that fits the budget. A layer
-    whose factors would cost as much as the layer is left out. Raises `InputError` for a share
-    outside (0, 1], and for one that rank 1 everywhere exceeds.
+    All layers keep the same share of their energy, the largest that fits the budget. A layer whose
+    factors would cost as much as the layer is left out. Raises `InputError` for a share outside
+    (0, 1] or below `least_share`.
     """
-    _require_ratio("share", share)
+    _require_share("share", share)
     chosen, total = layers_to_factorise(model, patterns), sum(macs.values())
+    least = least_share(macs, chosen)
+    require(least <= share, "share", share, f"at least {least:.4f}, that of rank 1 everywhere")
     shares = {name: energy_shares(layer) for name, layer in chosen.items()}
-    fixed = total - sum(macs[f"{name}.weight"] for name in chosen)
 
     def at(ratio: float) -> dict[str, int]:
         return {name: _rank(layer, shares[name], ratio) for name, layer in chosen.items()}
 
-    def cost(ratio: float) -> float:
-        faster = {n: max(1.0, layer_speed_up(chosen[n], m)) for n, m in at(ratio).items()}
-        return fixed + sum(macs[f"{n}.weight"] / times for n, times in faster.items())
-
     ratios = sorted({0.0, *torch.cat(list(shares.values())).tolist()})
-    count = bisect_right(ratios, share * total, key=cost)
-    least = cost(0.0) / total
-    require(count > 0, "share", share, f"at least {least:.4f}, the share at rank 1 everywhere")
-    return cheaper(model, at(ratios[count - 1]))
+    count = bisect_right(ratios, share * total, key=lambda ratio: _cost(macs, chosen, at(ratio)))
+    return cheaper(model, at(ratios[max(count, 1) - 1]))
+
+
+def least_share(macs: Mapping[str, int], chosen: Mapping[str, Layer]) -> float:
+    """The share of the net's MACs that is left at rank 1 in each group of the layers `chosen`."""
+    ranks = {name: groups_of(layer) for name, layer in chosen.items()}
+    return _cost(macs, chosen, ranks) / sum(macs.values())
+
+
+def _cost(macs: Mapping[str, int], chosen: Mapping[str, Layer], ranks: Mapping[str, int]) -> float:
+    """MACs of the net at `ranks` of the layers `chosen`, each whole where that is cheaper."""
+    whole = {name: macs[f"{name}.weight"] for name in chosen}
+    faster = {n: max(1.0, layer_speed_up(chosen[n], rank)) for n, rank in ranks.items()}
+    return sum(macs.values()) - sum(whole.values()) + sum(whole[n] / faster[n] for n in whole)
 
 
 def cheaper(model: nn.Module, ranks: Mapping[str, int]) -> dict[str, int]:
     """Those of `ranks` at which the factors cost fewer MACs than the layer."""
-    return {n: m for n, m in ranks.items() if layer_speed_up(model.get_submodule(n), m) > 1}
+    faster = {n: layer_speed_up(model.get_submodule(n), rank) for n, rank in ranks.items()}
+    return {name: rank for name, rank in ranks.items() if faster[name] > 1}
 
 
 def speed_up_at(model: nn.Module, macs: Mapping[str, int], ranks: Mapping[str, int]) -> float:
     """MACs of the layers in `ranks` over those of their factors; `macs` as in `ranks_by_macs`."""
     whole = {name: macs[f"{name}.weight"] for name in ranks}
-    low = (whole[n] / layer_speed_up(model.get_submodule(n), m) for n, m in ranks.items())
+    low = (whole[n] / layer_speed_up(model.get_submodule(n), rank) for n, rank in ranks.items())
     return sum(whole.values()) / sum(low)
 
 
-def speed_up_of_pairs(model: nn.Module, macs: Mapping[str, int]) -> float:
-    """MACs of the layers that the factors in `model` replaced, over those of the factors."""
-    whole = own = 0.0
-    for name, (basis, mixture) in pairs_of(model).items():
-        first = macs[f"{name}.0.weight"]
-        whole += first * len(mixture.weight) / len(basis.weight)
-        own += first + macs[f"{name}.1.weight"]
-    return whole / own
+def replaceable(model: nn.Module) -> dict[Layer, list[str]]:
+    """All names of each layer that factors can replace.
+
+    Not those whose weight their owner reads: subclasses (attention's `out_proj`), and the linear
+    layers of a TransformerEncoderLayer, in eval mode.
+    """
+    owners = [m for m in model.modules() if isinstance(m, nn.TransformerEncoderLayer)]
+    read = {layer for owner in owners for layer in owner.children()}
+    names: dict[Layer, list[str]] = {}
+    for name, layer in model.named_modules(remove_duplicate=False):
+        if name and type_before_parametrizations(layer) in _KINDS and layer not in read:
+            names.setdefault(layer, []).append(name)
+    return names
 
 
-def _is_pair(module: nn.Module) -> bool:
-    if type(module) is not nn.Sequential or len(module) != 2:
-        return False
-    first, second = module
-    kinds = type(first) is type(second) and type(first) in _KINDS and first.bias is None
-    ones = kinds and prod(getattr(second, "kernel_size", ())) == 1
-    return ones and groups_of(first) == groups_of(second)
+def _allowed(every: Mapping[Layer, list[str]]) -> str:
+    return f"a layer of the net: {', '.join(names[0] for names in every.values()) or 'it has none'}"
 
 
 def _rank(layer: Layer, shares: Tensor, ratio: float) -> int:
     return groups_of(layer) * min(int((shares < ratio).sum()) + 1, len(shares))
 
 
-def _require_ratio(parameter: str, value: float) -> None:
+def _require_share(parameter: str, value: float) -> None:
     ok = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1
     require(ok, parameter, value, "above 0 and at most 1")
 
 
-def _pair(layer: Layer, mixture: Tensor, basis: Tensor, bias: Tensor | None) -> nn.Sequential:
-    """Two layers in place of `layer`: weights (G, M / G, D) and (G, N / G, M / G), and the bias."""
-    kind, weight = type_before_parametrizations(layer), layer.weight
+def _factors(matrix: Tensor, rank: int, variant: Variant) -> tuple[Tensor, Tensor]:
+    """Mixture (G, N / G, rank) and basis (G, rank, D) of `matrix` (G, N / G, D), in float64."""
+    left, size, right = torch.linalg.svd(matrix.double(), full_matrices=False)
+    left, size, right = left[..., :rank], size[..., :rank], right[:, :rank]
+    if variant == "pca":
+        return left, size[..., None] * right
+    root = size.sqrt()
+    return left * root[:, None], root[..., None] * right
+
+
+def _pair(
+    layer: Layer, mixture: Tensor, basis: Tensor, bias: Tensor | None = None
+) -> nn.Sequential:
+    """Two layers in place of `layer`, with the weights `mixture` and `basis`."""
+    bias = layer.bias if bias is None else bias
     filters, rank = mixture.shape[0] * mixture.shape[1], basis.shape[0] * basis.shape[1]
-    if kind is nn.Linear:
-        first = kind(layer.in_features, rank, bias=False)
-        second = kind(rank, filters, bias=bias is not None)
+    if isinstance(layer, nn.Linear):
+        first = nn.Linear(layer.in_features, rank, bias=False)
+        second = nn.Linear(rank, filters, bias=bias is not None)
     else:
+        kind = type_before_parametrizations(layer)
         same = "kernel_size stride padding dilation groups padding_mode".split()
         settings = {name: getattr(layer, name) for name in same}
         first = kind(layer.in_channels, rank, bias=False, **settings)
         second = kind(rank, filters, 1, groups=layer.groups, bias=bias is not None)
+    weight = layer.weight
     pair = nn.Sequential(first, second).to(weight.device, weight.dtype)
     with torch.no_grad():
         first.weight.copy_(basis.reshape(first.weight.shape))

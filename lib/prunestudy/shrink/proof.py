@@ -7,26 +7,23 @@ zeros. Two groups of one size lose different numbers of channels in one comparis
 the real removal the same comparison is made with the real weights.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
 from operator import index
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from prunestudy.errors import InputError, require, require_one_of
+from prunestudy.shrink.compare import apart, gated, inside, leaves, mode
 from prunestudy.shrink.fold import fold
 from prunestudy.shrink.groups import CONSUMES, PRODUCES, Group, read_groups, signal_remains
 from prunestudy.shrink.narrow import Narrow
-from prunestudy.shrink.remove import require_whole
+from prunestudy.shrink.remove import Nothing, require_whole
 from prunestudy.shrink.survey import called, drawn, outputs_of, watching
 from prunestudy.shrink.trace import Trace, trace
 from prunestudy.values import inputs
 
 Inputs = Tensor | tuple[Tensor, ...]
-_LIMIT = 1e-9  # of the largest output
 
 
 def groups(model: nn.Module, example: Inputs) -> list[Group]:
@@ -87,11 +84,11 @@ def remove_groups(
     """Return `narrow(model, groups, kept)`, compared with the gated net; raise `InputError`."""
     small, plain = Narrow(model, groups)(kept), fold(model).double()
     batch = drawn(inputs(example), plain)
-    with _gated(plain, groups, kept):
+    with gated(plain, groups, kept):
         expected = outputs_of(plain, batch)
     with watching(small, "the smaller net fails"):
-        apart = _apart(expected, outputs_of(fold(small).double(), batch))
-    require(not apart, "model", type(model).__name__, f"the smaller net differs: {apart}")
+        gap = apart(expected, outputs_of(fold(small).double(), batch))
+    require(not gap, "model", type(model).__name__, f"the smaller net differs: {gap}")
     return small
 
 
@@ -155,24 +152,24 @@ class _Proof:
         """
         small = self.narrow(kept)
         for batch, train in [(self.one, False), (self.two, self.trains)][: 1 + training]:
-            with _gated(self.net, self.groups, kept), _mode(self.net, train):
+            with gated(self.net, self.groups, kept), mode(self.net, train):
                 expected = outputs_of(self.net, batch)
             try:
-                apart = _apart(expected, outputs_of(small.train(train), batch))
+                gap = apart(expected, outputs_of(small.train(train), batch))
             except Exception as error:  # whatever a user's net raises on fewer channels
-                apart = next(iter(str(error).splitlines()), type(error).__name__)
-            if apart:
-                return apart
+                gap = next(iter(str(error).splitlines()), type(error).__name__)
+            if gap:
+                return gap
         return ""
 
     def _trains(self) -> bool:
         """Whether the net in training mode gives one answer for one batch."""
         try:
-            with _mode(self.net, training=True):
+            with mode(self.net, training=True):
                 both = [outputs_of(self.net, self.two, seed=seed) for seed in (0, 1)]
         except Exception:  # a batch norm of one value, or anything of a user's net
             return False
-        return not _apart(*both)
+        return not apart(*both)
 
     def _emptied(self) -> set[int]:
         """Numbers of the groups without which the net still computes what the gated one does."""
@@ -182,13 +179,27 @@ class _Proof:
             for i in left:
                 if signal_remains(self.traced, [self.groups[j] for j in (*chosen, i)]):
                     chosen.append(i)
-            may |= self._works_without(chosen)
+            may |= self._works_without(self._runs_without(chosen))
             left = [i for i in left if i not in chosen]
         return may
 
+    def _runs_without(self, chosen: list[int]) -> list[int]:
+        """Those of `chosen` that are left when the last group emptied before a crash stays."""
+        small = self.narrow(self._none_of(chosen))
+        try:
+            with watching(small, "fails") as watch:
+                outputs_of(small, self.one)
+        except InputError:
+            gone = [name for name, layer in watch.order.items() if isinstance(layer, Nothing)]
+            last = {m for m in chosen for each in self.groups[m].members if each.layer in gone[-1:]}
+            return self._runs_without([i for i in chosen if i not in last]) if last else chosen
+        return chosen
+
+    def _none_of(self, chosen: Sequence[int]) -> list[Tensor]:
+        return [each[:0] if i in chosen else each for i, each in enumerate(self.all)]
+
     def _works_without(self, chosen: list[int]) -> set[int]:
-        kept = [each[:0] if i in chosen else each for i, each in enumerate(self.all)]
-        if not self._differs(kept):
+        if not self._differs(self._none_of(chosen)):
             return set(chosen)
         half = len(chosen) // 2
         parts = (chosen[:half], chosen[half:]) if half else ()
@@ -198,120 +209,21 @@ class _Proof:
         """Raise `InputError` naming the first module that does not treat channels one by one."""
         fails = f"cannot be pruned: it does not work on fewer channels of {group.name!r}"
         small, before, after = self.narrow(kept), {}, {}
-        with _gated(self.net, self.groups, kept), _leaves(self.net, before):
+        with gated(self.net, self.groups, kept), leaves(self.net, before):
             outputs_of(self.net, self.two)
         error = None
         try:
-            with _leaves(small, after), watching(small, fails):
+            with leaves(small, after), watching(small, fails):
                 outputs_of(small, self.two)
         except InputError as raised:
             error = raised
-        wrong = [name for name in after if not _inside(before[name], after[name])]
+        wrong = [name for name in after if not inside(before[name], after[name])]
         if not wrong and error:
             raise error
         reader = next((m.layer for m in group.having(CONSUMES)), group.members[0].layer)
         name = called(wrong[0] if wrong else reader)
         why = f"cannot be pruned: with fewer channels of {group.name!r} it computes something else"
         raise InputError(f"module = {name!r}: {why}")
-
-
-@contextmanager
-def _gated(net: nn.Module, groups: Sequence[Group], kept: Sequence[Tensor]) -> Iterator[None]:
-    """Within, the layers of `net` read zeros of all channels but those kept.
-
-    A layer norm takes its statistics over those kept: it is the one layer that a gate before it
-    does not turn into the smaller one.
-    """
-    gates: dict[str, Tensor] = {}
-    for group, stay in zip(groups, kept, strict=True):
-        open_ = torch.zeros(group.channels, dtype=torch.float64)
-        open_[stay] = 1
-        for m in group.members:
-            if m.role == CONSUMES or m.kind == "LayerNorm":
-                gates[m.layer] = gates.get(m.layer, 1.0) * m.spread(open_)
-    layers = {name: net.get_submodule(name) for name in gates}
-    for name, layer in layers.items():
-        call = _norm_gated if isinstance(layer, nn.LayerNorm) else _gated_call
-        layer.forward = partial(call, layer, layer.forward, gates[name])
-    try:
-        yield
-    finally:
-        for layer in layers.values():
-            del layer.forward
-
-
-def _gated_call(layer: nn.Module, call: Callable, gate: Tensor, x: Tensor, *rest: Any) -> Any:
-    axis = -1 if isinstance(layer, nn.Linear) else x.dim() - len(layer.kernel_size) - 1
-    return call(x * gate.to(x).view(-1, *[1] * ((x.dim() - 1 - axis) % x.dim())), *rest)
-
-
-def _norm_gated(layer: nn.LayerNorm, _: Callable, gate: Tensor, x: Tensor) -> Tensor:
-    """What `layer` makes of the open features alone, zero at the others."""
-    out, open_ = torch.zeros_like(x), gate.to(x.device) > 0
-    rest = (None if w is None else w[open_] for w in (layer.weight, layer.bias))
-    out[..., open_] = nn.functional.layer_norm(x[..., open_], (int(open_.sum()),), *rest, layer.eps)
-    return out
-
-
-@contextmanager
-def _mode(net: nn.Module, training: bool) -> Iterator[None]:
-    """Within, `net` is in training or eval mode; its statistics are put back after."""
-    buffers = {name: buffer.clone() for name, buffer in net.named_buffers()} if training else {}
-    net.train(training)
-    try:
-        yield
-    finally:
-        net.eval()
-        for name, buffer in buffers.items():
-            net.get_buffer(name).copy_(buffer)
-
-
-@contextmanager
-def _leaves(net: nn.Module, found: dict[str, Tensor]) -> Iterator[None]:
-    """Collect in `found` the last output of each module without children, in order."""
-    handles = []
-    for name, module in net.named_modules():
-        if not any(module.children()):
-            keep = lambda _, __, out, name=name: found.update({name: out})  # noqa: E731
-            handles.append(module.register_forward_hook(keep))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _inside(whole: object, part: object) -> bool:
-    """Whether each channel of `part`, wherever they lie, is one of `whole`."""
-    if not (isinstance(whole, Tensor) and isinstance(part, Tensor)) or not part.numel():
-        return True
-    differ = [i for i, (a, b) in enumerate(zip(whole.shape, part.shape, strict=False)) if a != b]
-    if whole.dim() != part.dim() or len(differ) > 1:
-        return False
-    if not differ:
-        return not _apart([whole], [part])
-    a, b = (t.detach().movedim(differ[0], 0).flatten(1).double() for t in (whole, part))
-    mix = torch.randn(a.shape[1], generator=torch.Generator().manual_seed(0), dtype=a.dtype)
-    a, b = ((t.cpu() @ mix) for t in (a, b))
-    a = a.sort().values
-    near = torch.searchsorted(a, b).clamp(max=len(a) - 1)
-    gaps = torch.minimum((a[near] - b).abs(), (a[(near - 1).clamp(min=0)] - b).abs())
-    return bool((gaps <= _LIMIT * a.abs().max() + 1e-12).all())
-
-
-def _apart(expected: list[Tensor], found: list[Tensor]) -> str:
-    """How `found` differs from `expected`; empty if it does not."""
-    shapes = [[tuple(t.shape) for t in tensors] for tensors in (expected, found)]
-    if shapes[0] != shapes[1]:
-        return f"its output has shapes {shapes[1]} in place of {shapes[0]}"
-    for right, given in zip(expected, found, strict=True):
-        known = right.isfinite()
-        a, b = right.detach()[known].double(), given.detach()[known].double()
-        if a.numel():
-            gap, most = float((a - b).abs().max()), float(a.abs().max())
-            if not gap <= _LIMIT * most + 1e-12:
-                return f"its output is {gap / (most or 1):.1e} off"
-    return ""
 
 
 def _kept(groups: Sequence[Group], keep: Mapping[str, set[int]]) -> list[Tensor]:

@@ -1,7 +1,4 @@
-"""The five papers side by side: what each setting costs and gains, pair by pair, claim by claim.
-
-Everything is made from the rows of runs.csv and from records.
-"""
+"""The five papers side by side: what each setting costs and gains, pair by pair, claim by claim."""
 
 import math
 from typing import Any
@@ -47,40 +44,34 @@ def settings_table(runs: pd.DataFrame) -> pd.DataFrame:
 
     `label` names it for people; `combined` marks two methods, one after the other. Costs are
     shares of the dense net of the same model, data, total epochs and device: means over seeds,
-    times of seed 0, training (parents included) a median over seeds with its range `training_low`
-    to `training_high`. Raises `InputError` if no run is done.
+    times of seed 0, training (parents included) a median. Raises `InputError` if no run is done.
     """
     done = runs[(runs["status"] == "done") & ~runs["stage"].isin(["start", "half"])]
     if done.empty:
         raise InputError("overview: no run is done yet")
     done = done.assign(**_shares(done, runs))
     groups = done.groupby(tables.KEYS, dropna=False)
-    costs = groups[[*COSTS]].mean()
-    training = groups["training"].agg(["median", "min", "max"])
-    costs[["training", "training_low", "training_high"]] = training
+    costs = groups[[*COSTS]].mean().assign(training=groups["training"].median())
     rows = tables.summary_table(done).merge(costs.reset_index(), on=tables.KEYS)
     order = list(dict.fromkeys(["dense", *DUELS, *rows["method"]]))
     rows = rows.assign(
         combined=rows["stage"] == "combined",
         order=rows["method"].map(order.index),
-        low=rows["difference_low"],
-        high=rows["difference_high"],
-        label=[name_of(row) + _aim(row) for row in rows.itertuples()],
+        label=[_label(row) for row in rows.itertuples()],
     )
     by = ["dataset", "combined", "order", "target_kind", "target"]
     return rows.sort_values(by, ignore_index=True, kind="stable")
 
 
-def _aim(row: Any) -> str:
-    return f", {removed(row.target, row.target_kind)} removed" if row.target_kind else ""
-
-
-def name_of(row: Any) -> str:
-    """A row's method for people; of a combination also what came first."""
-    title = method_class(row.method).title
+def _label(row: Any) -> str:
+    """A setting for people: its method, what came first or which reading, what was removed."""
+    name = method_class(row.method).title
     if row.stage == "combined":
-        return f"{row.variant.removeprefix('after ')} + {title}"
-    return f"{title}, {row.variant}" if row.variant else title
+        name = f"{row.variant.removeprefix('after ')} + {name}"
+    elif row.variant:
+        name += f", {row.variant}"
+    aim = f", {removed(row.target, row.target_kind)} removed" if row.target_kind else ""
+    return name + aim
 
 
 def _shares(done: pd.DataFrame, runs: pd.DataFrame) -> dict[str, pd.Series]:

@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -145,33 +144,33 @@ def _recipe(experiment: Experiment, entry: Entry, epochs: int) -> RunRecipe:
     return recipe.model_copy(update=own)
 
 
-def forecast(planned: list[Planned], rate: float = RATE) -> pd.DataFrame:
+def forecast(planned: list[Planned]) -> pd.DataFrame:
     """One row per paper and experiment, and their sum; a run that two ask for counts once.
 
     A training step counts as three forward passes (one forward, two for the gradients) of the
-    dense net throughout: an upper bound for methods that make it smaller. Hours follow from `rate`,
-    10^12 MACs of training a second; `InputError` unless it is positive.
+    dense net throughout: an upper bound for methods that make it smaller. Hours are at `RATE`.
     """
-    require(0 < rate < math.inf, "rate", rate, "a finite number above 0")
     names = ["paper", "experiment"]
-    rows = [[p.paper, p.experiment, p.settings.run, 1, *cost(p.settings, rate)] for p in planned]
+    rows = [[item.paper, item.experiment, item.settings.run, *_cost(item)] for item in planned]
     table = pd.DataFrame(rows, columns=[*names, "run", *_COLUMNS]).drop_duplicates("run")
     table = table.groupby(names, sort=False)[_COLUMNS].sum()
     table.loc[("all", ""), :] = table.sum()
     return table.astype(dict.fromkeys(_COLUMNS[:3], int)).reset_index()
 
 
-def cost(settings: RunSettings, rate: float = RATE) -> tuple[int, int, float, float, float]:
-    """Epochs, samples, PMACs, hours and GB on disk (arrays: 1 MiB) of a run without its parents."""
-    info, recipe = datasets.info(settings.dataset), settings.recipe
-    shape = (info.channels, info.height, info.width)
-    macs, parameters = _dense(settings.model, shape, info.num_classes)
+def _cost(item: Planned) -> tuple[int, int, int, float, float, float]:
+    """`_COLUMNS` of one run without its parents; its arrays count as 1 MiB."""
+    settings, info = item.settings, datasets.info(item.settings.dataset)
+    macs, parameters = _dense(
+        settings.model, (info.channels, info.height, info.width), info.num_classes
+    )
+    recipe = settings.recipe
     samples = recipe.epochs * (info.train_images - settings.validation)
     if recipe.steps:
         samples = min(samples, recipe.steps * recipe.batch_size)
     trained = 3 * float(samples) * macs
-    hours = trained / (rate * 1e12) / 3600
-    return recipe.epochs, samples, trained / 1e15, hours, (4 * parameters + 2**20) / 1e9
+    hours, disk = trained / (RATE * 1e12) / 3600, (4 * parameters + 2**20) / 1e9
+    return 1, recipe.epochs, samples, trained / 1e15, hours, disk
 
 
 @functools.lru_cache(maxsize=64)

@@ -51,7 +51,7 @@ class Store:
         return name in read_lines(self.collected) or self._own(name).exists()
 
     def _own(self, name: str) -> Path:
-        return self.runs / name / "record.json"
+        return Path(self.runs, name, "record.json")
 
     def path(self, run: str) -> Path:
         """Folder of `run` once it was trained here."""
@@ -137,7 +137,8 @@ class Store:
     def trained(self, name: str) -> dict[str, Any] | None:
         """The record that training here left under `name`, or None."""
         try:
-            text = self._own(name).read_bytes().decode("utf-8", errors="replace")
+            with open(f"{self.runs}/{name}/record.json", "rb") as file:  # noqa: PTH123 (faster)
+                text = file.read().decode("utf-8", errors="replace")
         except FileNotFoundError:
             return None
         record = lines.parse(text.removesuffix("\n"), self._own(name))

@@ -46,19 +46,16 @@ class Session:
     data: str | Path = ""
     device: str = "auto"
     show: bool = True
+    card: Card = field(init=False)
     planned: list[Planned] = field(init=False)
 
     def __post_init__(self) -> None:
+        self.card = card(self.paper)
         self.planned = plan(self.profile, (self.paper,), self.seeds, self.epochs)
         small = self.seeds or self.epochs
         store = Store("custom" if small else self.profile, self.results or None)
         self.runner = Runner(store, self.data or None, self.device)
         self.store = self.runner.store  # of the device that the runs are on
-
-    @property
-    def card(self) -> Card:
-        """The paper's card."""
-        return card(self.paper)
 
     def run(self) -> None:
         """Train what is missing, and say how much that was."""
@@ -93,10 +90,9 @@ class Session:
     def find(self, method: str, target: float | None, seed: int = 0, **where: Any) -> RunSettings:
         """Return the settings of the planned run of `method` at `target`; `InputError` if none."""
         wanted = {"method": method, "seed": seed} | where
-        for item in self.planned:
-            s = item.settings
-            right = item.variant == "" and (s.target.value if s.target else None) == target
-            if right and all(getattr(s, key) == value for key, value in wanted.items()):
+        for s in (item.settings for item in self.planned if not item.variant):
+            aim = s.target.value if s.target else None
+            if aim == target and all(getattr(s, key) == value for key, value in wanted.items()):
                 return s
         raise InputError(f"run = {method} at {target}, seed {seed}: not planned in {self.profile}")
 

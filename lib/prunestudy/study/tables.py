@@ -56,10 +56,10 @@ def runs_table(store: Store, planned: list[Planned]) -> pd.DataFrame:
 
 
 def _row(item: Planned, record: dict[str, Any]) -> dict[str, Any]:
-    settings, aim = item.settings, item.settings.aim
-    own = "method model dataset seed epochs precision threads".split()
+    settings, aim, metrics = item.settings, item.settings.aim, record["metrics"]
+    own = ("method", "model", "dataset", "seed", "epochs", "precision", "threads")
     return {
-        **{name: record["metrics"].get(name) for name in RUN_COLUMNS if name in record["metrics"]},
+        **{name: metrics[name] for name in RUN_COLUMNS if name in metrics},
         **{name: getattr(settings, name) for name in own},
         **{name: getattr(item, name) for name in ("paper", "variant", "reading", "stage", "after")},
         **(record["latency"] or {}).get("ms", {}),
