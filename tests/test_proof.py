@@ -355,8 +355,7 @@ REFUSED = {
 
 def small_and_gated(model, example, seed):
     """Random channels of every layer gone: the small net, and the given one without them."""
-    generator, gated, keep = torch.Generator().manual_seed(seed), copy.deepcopy(model), {}
-    gated = shrink.fold(gated)
+    generator, gated, keep = torch.Generator().manual_seed(seed), shrink.fold(model), {}
     for group in shrink.groups(model, example):
         n = group.channels
         count = int(torch.randint(1, max(n, 2), (), generator=generator))
