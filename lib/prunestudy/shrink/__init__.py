@@ -8,7 +8,7 @@ from prunestudy.shrink.importance import taylor
 from prunestudy.shrink.low_rank import factorise, factorise_layer, reduce_rank, speed_up
 from prunestudy.shrink.narrow import Narrow, axis_of, narrow
 from prunestudy.shrink.onnx import OnnxNet, export_onnx, onnx_runs_on
-from prunestudy.shrink.proof import groups, groups_of, remove, remove_groups
+from prunestudy.shrink.proof import folded, groups, groups_of, remove, remove_groups
 from prunestudy.shrink.ranks import ranks_by_energy, ranks_by_macs, ranks_by_share
 from prunestudy.shrink.remove import Constant, Nothing
 from prunestudy.shrink.sparse import Storage, input_shape, load_net, save_net, storage
@@ -33,6 +33,7 @@ __all__ = [
     "factorise_layer",
     "find",
     "fold",
+    "folded",
     "groups",
     "groups_of",
     "input_shape",

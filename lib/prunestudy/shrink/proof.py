@@ -92,6 +92,20 @@ def remove_groups(
     return small
 
 
+def folded(model: nn.Module, example: Inputs) -> nn.Module:
+    """Return `fold(model)`, compared with `model` in eval mode; `InputError` if they differ."""
+    plain = fold(model)
+    batch, modes = drawn(inputs(example), plain), [(m, m.training) for m in model.modules()]
+    try:
+        with torch.no_grad():
+            gap = apart(outputs_of(model.eval(), batch), outputs_of(plain, batch))
+    finally:
+        for module, training in modes:
+            module.training = training
+    require(not gap, "model", type(model).__name__, f"cannot be folded: {gap}")
+    return plain
+
+
 class _Proof:
     """The comparisons for one traced net and its groups."""
 
@@ -148,10 +162,11 @@ class _Proof:
     def _differs(self, kept: list[Tensor], training: bool = True) -> str:
         """How the small net differs from the gated one, or fails; empty if it does not.
 
-        In eval mode on one input, and with `training` on two, in that mode if it is defined.
+        In eval mode on one input; with `training` on two as well, and in that mode if it is defined.
         """
         small = self.narrow(kept)
-        for batch, train in [(self.one, False), (self.two, self.trains)][: 1 + training]:
+        modes = [(self.one, False), (self.two, False), (self.two, True)]
+        for batch, train in modes[: 2 + self.trains if training else 1]:
             with gated(self.net, self.groups, kept), mode(self.net, train):
                 expected = outputs_of(self.net, batch)
             try:

@@ -77,7 +77,8 @@ def trace(model: nn.Module, example: Tensor | tuple[Tensor, ...]) -> Trace:
     require_untied(model)
     # In channels_last some operations go by other names.
     plain = fresh(fold(model).to(memory_format=torch.contiguous_format)).requires_grad_(True)
-    batch, last = survey(plain, given)
+    with torch.enable_grad():
+        batch, last = survey(plain, given)
     probe = _Probe(plain, batch, last)
     graph, outputs, watch, opaque = _build(probe, batch)
     _refuse_lost(plain, graph, watch)
