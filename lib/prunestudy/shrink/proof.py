@@ -66,7 +66,7 @@ def remove(model: nn.Module, keep: Mapping[str, Sequence[int]], example: Inputs)
     emptied = [group for group, stay in zip(found, kept, strict=True) if not len(stay)]
     names = ", ".join(group.name for group in emptied)
     possible = all(g.skippable for g in emptied) and signal_remains(traced, emptied)
-    require(possible, "keep", names, "without these no signal is left")
+    require(possible or not emptied, "keep", names, "without these no signal is left")
     small, learns = remove_groups(model, found, kept, example), {}
     for name, parameter in model.named_parameters():
         learns[name.replace("parametrizations.", "").partition(".original")[0]] = parameter
@@ -162,7 +162,7 @@ class _Proof:
     def _differs(self, kept: list[Tensor], training: bool = True) -> str:
         """How the small net differs from the gated one, or fails; empty if it does not.
 
-        In eval mode on one input; with `training` on two as well, and in that mode if it is defined.
+        In eval mode on one input; with `training` on two as well, and in that mode if defined.
         """
         small = self.narrow(kept)
         modes = [(self.one, False), (self.two, False), (self.two, True)]
