@@ -147,10 +147,8 @@ class Search(Method):
         become(model, small)
 
     def _begin(self, model: nn.Module, context: Context) -> None:
-        """Read the groups and limits, and measure the dense net.
-
-        `passes` counts samples: a forward pass is 1, forward and backward 3.
-        """
+        """Read the groups and the limits, and judge the dense net."""
+        # `passes` counts samples: a forward pass is 1, forward and backward 3.
         self.context, self.batches = context, context.stream()
         self.path: list[list[float]] = []
         self.seen: dict[tuple[int, ...], Point] = {}
