@@ -277,14 +277,19 @@ def test_a_budget_of_macs_is_kept_and_shared_at_one_ratio_of_energy(share):
     least = min(float(factors.energy_shares(net.get_submodule(n))[m - 1]) for n, m in found.items())
     assert factors.cheaper(net, shrink.ranks_by_energy(net, least)) == found
     more = factors.cheaper(net, shrink.ranks_by_energy(net, least + 1e-12))
-    assert measure.macs(shrink.factorise(net, more), shape) > share * measure.macs(net, torch.zeros(1, *shape))
+    assert measure.macs(shrink.factorise(net, more), shape) > share * measure.macs(
+        net, torch.zeros(1, *shape)
+    )
 
 
 def test_speed_up_from_ranks_is_that_of_the_factors():
     net, shape = models.build("lenet5", (1, 16, 16), 10), (1, 16, 16)
     found = {"conv1": 5, "conv2": 11, "fc1": 30}
     small = shrink.factorise(net, found)
-    whole, part = measure.layer_macs(net, torch.zeros(1, *shape)), measure.layer_macs(small, torch.zeros(1, *shape))
+    whole, part = (
+        measure.layer_macs(net, torch.zeros(1, *shape)),
+        measure.layer_macs(small, torch.zeros(1, *shape)),
+    )
     expected = factors.speed_up_at(net, whole, found)
     assert factors.speed_up_of_pairs(small, part) == pytest.approx(expected, rel=1e-12)
     low = sum(macs for name, macs in part.items() if name.count(".") == 2)

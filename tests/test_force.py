@@ -696,12 +696,12 @@ def test_ranks_stand_beside_the_published_ones_of_the_same_net():
     paper = papers.card("force")
     plain, *_ = (t for t in paper.ranks if (t.model, t.method) == ("resnet20", "plain_low_rank"))
     rows = [
-        ("resnet20", "cifar10", method, "", seed, layer, rank, 16, 1.0)
+        ("resnet20", "cifar10", method, "", seed, layer, rank, 16, 1.0, "cpu")
         for method, ranks in (("plain_low_rank", (8, 12)), ("force", (4, 4)))
         for seed, rank in enumerate(ranks)
         for layer in plain.layers
     ]
-    columns = "model dataset method variant seed layer rank full speed_up".split()
+    columns = "model dataset method variant seed layer rank full speed_up device".split()
     ours = pd.DataFrame(rows, columns=columns)
     axes = drawings.rank_per_layer(ours, paper, "resnet20", "cifar10").axes[0]
     bars = [bar.get_height() for bar in axes.patches if bar.get_width()]

@@ -10,6 +10,7 @@ from ptflops.aten_ops import addmm_flop, conv_flop
 from torch import nn
 from torch.nn.utils import parametrize, prune
 from torchmetrics.functional.classification import multiclass_f1_score
+from torchmetrics.image import PeakSignalNoiseRatio
 
 from prunestudy import measure, models, shrink
 
@@ -74,6 +75,17 @@ def test_macro_f1_is_that_of_torchmetrics(classes):
         assert found.loss == pytest.approx(float(F.cross_entropy(logits, y)), rel=1e-6)
 
 
+def test_psnr_is_that_of_torchmetrics():
+    torch.manual_seed(0)
+    task, theirs = measure.task("reconstruct", (0.3,), (0.4,)), PeakSignalNoiseRatio(data_range=1.0)
+    x = torch.randn(40, 1, 8, 8)
+    for part in x.split(7):
+        theirs.update(part, part * 0.4 + 0.3)
+    found = task.evaluate(Fixed(), [(part, None) for part in x.split(7)])
+    assert (found.metric, found.count) == (float(theirs.compute()), 40)
+    assert found.loss == pytest.approx(float(task.loss(x, x, None)), rel=1e-5)
+
+
 def test_evaluate_puts_every_mode_back():
     net = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.9), nn.BatchNorm1d(2))
     net.train()
@@ -127,6 +139,10 @@ def test_a_loss_and_a_metric_of_ones_own():
     assert (found.metric, found.loss, by_loss.metric_name) == (2 / 3, 5.0, "top1")
     assert measure.top1(Fixed(), [(logits, labels)]) == 2 / 3
     assert measure.default_loss(logits, None, labels) == F.cross_entropy(logits, labels)
+    assert measure.default_loss(logits, None, labels.byte()) == F.cross_entropy(logits, labels)
+    many = torch.eye(200)[[0, 199]], torch.tensor([0, 199], dtype=torch.uint8)
+    assert measure.top1(Fixed(), [many]) == 1.0
+    refused(lambda: measure.default_loss((logits,), None, labels), "output = 'tuple'", "own loss")
     refused(lambda: measure.top1(Fixed(), batches), "labels = (torch.float32, (1, 2))")
     refused(lambda: own.evaluate(Fixed(), [(x, y[:, 0])]), "targets = (3,)", "(3, 2)")
     refused(lambda: own.evaluate(Fixed(), []), "batches = 0")
@@ -405,7 +421,10 @@ def test_nonzero_macs_count_other_products_whole():
     assert measure.nonzero_macs(net, torch.ones(2, 5, 4)) == dense - 5 * (8 + 8)
 
 
-@pytest.mark.parametrize("name", ["lenet5", "resnet20", "autoencoder", "deeplabv3plus_resnet50"])
+PTFLOPS = "lenet5 resnet20 autoencoder mobilenet_v2_cifar googlenet deeplabv3plus_resnet50".split()
+
+
+@pytest.mark.parametrize("name", PTFLOPS)
 def test_ptflops_counts_the_same(name):
     shape = (1, 28, 28) if name in ("lenet5", "autoencoder") else (3, 32, 32)
     net = models.build(name, shape, 10).eval()

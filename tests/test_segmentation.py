@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from conftest import one_line
 from torch import nn
+from torchmetrics.functional.classification import multiclass_jaccard_index
 
 from prunestudy import measure
 from prunestudy.errors import InputError
@@ -51,6 +52,18 @@ def test_mean_iou_by_hand():
     right = math.log(3 + 3) - math.log(3)  # -log softmax of ln 3 among zeros, four classes
     assert found.loss == pytest.approx((4 * right + 2 * math.log(6)) / 6, rel=1e-6)
     assert (found.count, TASK.metric_name) == (2, "miou")
+
+
+def test_mean_iou_is_that_of_torchmetrics():
+    torch.manual_seed(0)
+    logits, y = torch.randn(6, 5, 8, 8), torch.randint(0, 4, (6, 8, 8))
+    y[torch.rand(6, 8, 8) < 0.2] = 255
+    found = TASK.evaluate(Fixed(), zip(logits.split(4), y.split(4), strict=True), 5).metric
+    theirs = multiclass_jaccard_index(logits, y, 5, ignore_index=255)
+    assert found == pytest.approx(float(theirs), rel=1e-6)
+    wrong = [(logits, y.where(y < 255, 7))]
+    with pytest.raises(InputError, match=r"labels = \(0, 7\): 0..4"):
+        TASK.evaluate(Fixed(), wrong, 5)
 
 
 def test_a_mask_without_labels_is_refused():

@@ -95,7 +95,7 @@ def case(name):
     torch.manual_seed(0)
     build, shape = NETS[name]
     dense = lively(build().double(), shape)
-    channels = Channels(dense, shape, "macs")
+    channels = Channels(dense, torch.zeros(2, *shape).double(), "macs")
     gates = random_gates(channels, EMPTIED.get(name, ()))
     gated = shrink.fold(dense)
     scale_consumers(gated, channels, Gates(gates))
@@ -163,7 +163,7 @@ def test_the_small_net_is_the_gated_one(name):
 @pytest.mark.parametrize("name", NETS)
 def test_its_cost_is_the_closed_form_of_the_gates(name):
     it = case(name)
-    parameters = Channels(it.dense, it.shape, "parameters")
+    parameters = Channels(it.dense, torch.zeros(2, *it.shape).double(), "parameters")
     for channels, count in [
         (it.macs, measure.macs(it.small, torch.zeros(1, *it.shape))),
         (parameters, measure.parameters(it.small)),
@@ -203,8 +203,8 @@ class TwoPaths(nn.Module):
 @pytest.mark.parametrize("emptied", ["left.0", "left.2", "right.0"])
 def test_what_follows_a_constant_may_work_in_place(emptied):
     net, shape = lively(TwoPaths().double(), (1, 6, 6)), (1, 6, 6)
-    small = shrink.remove(net, shape, {emptied: []})
-    member = shrink.find(shrink.groups(net, shape), emptied).having("consumes")[0]
+    small = shrink.remove(net, {emptied: []}, torch.zeros(2, *shape))
+    member = shrink.find(shrink.groups(net, torch.zeros(2, *shape)), emptied).having("consumes")[0]
     net.get_submodule(member.layer).weight.data[:, [i for p in member.indices for i in p]] = 0
     x = images(shape, torch.float64)
     expected = output(net, x)

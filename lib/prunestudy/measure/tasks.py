@@ -2,9 +2,7 @@
 
 - `classify`: output is logits (n, classes); cross-entropy; top-1 accuracy.
 - `reconstruct`: output is images (n, C, H, W) of pixels in 0-1; mean squared error; PSNR.
-- `reconstruct_and_classify`: output is a pair (images, logits); mean squared error plus a tenth of
-  the cross-entropy (some ten times larger), so that neither drowns the other; PSNR, and top-1
-  beside it.
+- `reconstruct_and_classify`: output is a pair (images, logits); both losses; PSNR, top-1 beside it.
 - `segment`: output is logits (n, classes, H, W), labels are masks (n, H, W), 255 for unlabelled
   pixels; cross-entropy of the labelled pixels; mean IoU, and boundary F1 beside it.
 - a loss and a metric of one's own: `own_task`.
@@ -13,7 +11,6 @@
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +25,9 @@ from prunestudy.values import inputs
 
 Batches = Iterable[tuple[Any, Any]]
 Loss = Callable[[Any, Any, Any], Tensor]  # of output, inputs, labels
+Counts = dict[str, Any]  # what is added up over batches
+TASKS = ("classify", "reconstruct", "reconstruct_and_classify", "segment")
+# Cross-entropy is some ten times an image's mean squared error: so neither drowns the other.
 CLASS_WEIGHT = 0.1
 
 
@@ -43,134 +43,99 @@ class Scores:
 
 def default_loss(output: Tensor, x: Any, y: Tensor) -> Tensor:  # noqa: ARG001
     """Cross-entropy for labels that are whole numbers, mean squared error for other targets."""
+    require(isinstance(output, Tensor), "output", type(output).__name__, "a tensor, or an own loss")
     if not y.is_floating_point():
-        return F.cross_entropy(output, y)
+        return F.cross_entropy(output, y.long())
     shapes = tuple(output.shape), tuple(y.shape)
     require(shapes[0] == shapes[1], "targets", shapes[1], f"of the output's shape {shapes[0]}")
     return F.mse_loss(output, y)
 
 
-class _Classes:
-    """Adds up what is known of logits (n, classes)."""
-
-    def __init__(self, num_classes: int | None) -> None:
-        right = num_classes is None or (type(num_classes) is int and num_classes > 0)
-        require(right, "num_classes", num_classes, "at least 1")
-        self.classes, self.confusion, self.loss, self.among_five = num_classes, 0, 0.0, 0
-
-    def add(self, logits: Tensor, _: Any, y: Tensor) -> None:
-        shape = tuple(logits.shape)
-        n = self.classes = self.classes or shape[-1]
-        require(shape == (len(y), n), "output", shape, f"(batch, {n}) for {n} classes")
-        whole = not y.is_floating_point() and y.dim() == 1
-        require(whole, "labels", (y.dtype, tuple(y.shape)), "whole numbers (batch,)")
-        low, high = int(y.min()), int(y.max())
-        require(low >= 0 and high < n, "labels", (low, high), f"0..{n - 1}")
-        self.loss += float(F.cross_entropy(logits.double(), y, reduction="sum"))
-        self.among_five += int((logits.topk(min(5, n), 1).indices == y[:, None]).sum())
-        self.confusion += torch.bincount(y * n + logits.argmax(1), minlength=n**2).cpu()
-
-    def scores(self) -> Scores:
-        count = int(torch.as_tensor(self.confusion).sum())
-        require(count > 0, "batches", count, "at least one sample")
-        counts = self.confusion.double().view(self.classes, self.classes)
-        # F1 = 2 TP / (2 TP + FP + FN), of the classes that occur or are predicted
-        right, seen = counts.diagonal(), counts.sum(0) + counts.sum(1)
-        more = {"macro_f1": float((2 * right[seen > 0] / seen[seen > 0]).mean())}
-        if self.classes > 5:
-            more["top5"] = self.among_five / count
-        return Scores(int(right.sum()) / count, self.loss / count, count, more)
+def _count_classes(logits: Tensor, x: Any, y: Tensor, classes: int | None) -> Counts:  # noqa: ARG001
+    shape = tuple(logits.shape)
+    n = classes or shape[-1]
+    require(shape == (len(y), n), "output", shape, f"(batch, {n}) for {n} classes")
+    whole = not y.is_floating_point() and y.dim() == 1
+    require(whole, "labels", (y.dtype, tuple(y.shape)), "whole numbers (batch,)")
+    y = y.long()
+    return {
+        "confusion": _confusion(logits.argmax(1), y, n),
+        "loss": float(F.cross_entropy(logits.double(), y, reduction="sum")),
+        "five": int((logits.topk(min(5, n), 1).indices == y[:, None]).sum()),
+    }
 
 
-class _Images:
-    """Adds up the errors of images; `pixels` maps inputs to what the images should be."""
-
-    def __init__(self, pixels: Callable[[Tensor], Tensor], _: int | None) -> None:
-        from torchmetrics.image import PeakSignalNoiseRatio  # late: it takes seconds
-
-        self.pixels, self.psnr, self.count = pixels, PeakSignalNoiseRatio(data_range=1.0), 0
-
-    def add(self, images: Tensor, x: Tensor, _: Any) -> None:
-        self.psnr.update(images.float().cpu(), self.pixels(x).float().cpu())
-        self.count += len(x)
-
-    def scores(self) -> Scores:
-        require(self.count > 0, "batches", self.count, "at least one sample")
-        decibel = float(self.psnr.compute())
-        return Scores(decibel, 10 ** (-decibel / 10), self.count)
+def _confusion(guess: Tensor, y: Tensor, n: int) -> Tensor:
+    """How often each label (a row) was taken for each class (a column)."""
+    low, high = (int(y.min()), int(y.max())) if len(y) else (0, 0)
+    require(low >= 0 and high < n, "labels", (low, high), f"0..{n - 1}")
+    return torch.bincount(y * n + guess, minlength=n**2).view(n, n).cpu()
 
 
-class _Both:
-    """Adds up what is known of images and logits."""
-
-    def __init__(self, pixels: Callable[[Tensor], Tensor], num_classes: int | None) -> None:
-        self.parts = _Images(pixels, num_classes), _Classes(num_classes)
-
-    def add(self, outputs: tuple[Tensor, Tensor], x: Tensor, y: Tensor) -> None:
-        for part, output in zip(self.parts, outputs, strict=True):
-            part.add(output, x, y)
-
-    def scores(self) -> Scores:
-        images, classes = (part.scores() for part in self.parts)
-        more = {"top1": classes.metric, "macro_f1": classes.more["macro_f1"]}
-        loss = images.loss + CLASS_WEIGHT * classes.loss
-        return Scores(images.metric, loss, images.count, more)
+def _score_classes(total: Counts) -> Scores:
+    counts, count = total["confusion"].double(), int(total["confusion"].sum())
+    # F1 = 2 TP / (2 TP + FP + FN), of the classes that occur or are predicted
+    right, seen = counts.diagonal(), counts.sum(0) + counts.sum(1)
+    more = {"macro_f1": float((2 * right[seen > 0] / seen[seen > 0]).mean())}
+    if len(counts) > 5:
+        more["top5"] = total["five"] / count
+    return Scores(int(right.sum()) / count, total["loss"] / count, count, more)
 
 
-class _Masks:
-    """Adds up what is known of the classes of pixels."""
-
-    def __init__(self, num_classes: int | None) -> None:
-        from torchmetrics.classification import MulticlassJaccardIndex  # late: it takes seconds
-
-        self.iou = MulticlassJaccardIndex(num_classes, ignore_index=IGNORED)
-        self.contours, self.loss = [], 0.0
-
-    def add(self, output: Tensor, _: Any, y: Tensor) -> None:
-        self.loss += float(pixel_loss(output, _, y, "sum"))
-        guess, true = output.argmax(1).cpu(), y.cpu()
-        self.iou.update(guess, true)
-        self.contours += map(boundary_f1, guess, true)
-
-    def scores(self) -> Scores:
-        cells, count = self.iou.confmat.double(), len(self.contours)
-        pixels, right = float(cells.sum()), float(cells.diagonal().sum())
-        require(pixels > 0, "batches", count, "at least one pixel with a label")
-        seen = [value for value in self.contours if not math.isnan(value)]
-        contours = sum(seen) / len(seen) if seen else math.nan
-        more = {"boundary_f1": contours, "pixel_accuracy": right / pixels}
-        return Scores(float(self.iou.compute()), self.loss / pixels, count, more)
+def _score_images(total: Counts) -> Scores:
+    decibel = float(-(total["error"] / total["values"]).log() * (10 / torch.tensor(10.0).log()))
+    return Scores(decibel, 10 ** (-decibel / 10), total["images"])
 
 
-class _Loss:
-    """Adds up a loss alone; the metric is left open."""
+def _score_both(total: Counts) -> Scores:
+    images, classes = _score_images(total), _score_classes(total)
+    more = {"top1": classes.metric, "macro_f1": classes.more["macro_f1"]}
+    loss = images.loss + CLASS_WEIGHT * classes.loss
+    return Scores(images.metric, loss, images.count, more)
 
-    def __init__(self, loss: Loss, _: int | None) -> None:
-        self.loss, self.total, self.count = loss, 0.0, 0
 
-    def add(self, output: Any, x: Any, y: Any) -> None:
-        n = len(inputs(x)[0])
-        self.total, self.count = self.total + n * float(self.loss(output, x, y)), self.count + n
+def _count_masks(logits: Tensor, x: Any, y: Tensor, classes: int | None) -> Counts:
+    n, guess, known = classes or logits.shape[1], logits.argmax(1), y != IGNORED
+    found = [boundary_f1(*masks) for masks in zip(guess, y, strict=True)]
+    contours = [value for value in found if not math.isnan(value)]
+    return {
+        "confusion": _confusion(guess[known], y[known], n),
+        "loss": float(_pixel_loss(logits, x, y, "sum")),
+        "images": len(y),
+        "contours": sum(contours),
+        "with_contours": len(contours),
+    }
 
-    def scores(self) -> Scores:
-        require(self.count > 0, "batches", self.count, "at least one sample")
-        return Scores(math.nan, self.total / self.count, self.count)
+
+def _score_masks(total: Counts) -> Scores:
+    counts, pixels = total["confusion"].double(), int(total["confusion"].sum())
+    require(pixels > 0, "batches", total["images"], "at least one pixel with a label")
+    right, with_contours = counts.diagonal(), total["with_contours"]
+    union = counts.sum(0) + counts.sum(1) - right
+    more = {
+        "boundary_f1": total["contours"] / with_contours if with_contours else math.nan,
+        "pixel_accuracy": float(right.sum()) / pixels,
+    }
+    iou = float((right[union > 0] / union[union > 0]).mean())
+    return Scores(iou, total["loss"] / pixels, total["images"], more)
 
 
 @dataclass(frozen=True)
 class Task:
     """A `loss` of (output, inputs, labels), and how a net is scored; classification by default.
 
-    `scorer` makes an object that adds up batches; `metric`, where given, maps (model, batches) to
-    the metric in its place. `pixels` maps inputs (n, C, H, W) to the images that they stand for.
+    `counts` maps (output, inputs, labels, classes) of a batch to what is added up, `scores` the
+    sums to `Scores`; `metric`, where given, maps (model, batches) to the metric in place of
+    theirs. `pixels` maps inputs (n, C, H, W) to the images that they stand for.
     """
 
     name: str = "classify"
     metric_name: str = "top1"
     loss: Loss = default_loss
-    scorer: Callable[[int | None], Any] = _Classes
+    counts: Callable[[Any, Any, Any, int | None], Counts] = _count_classes
+    scores: Callable[[Counts], Scores] = _score_classes
     metric: Callable[[nn.Module, Batches], float] | None = None
-    pixels: Callable[[Tensor], Tensor] = lambda x: x
+    pixels: Callable[[Tensor], Tensor] | None = None
 
     def evaluate(
         self, model: nn.Module, batches: Batches, num_classes: int | None = None
@@ -187,13 +152,17 @@ class Task:
         no sample with a label, a label is out of range, or the logits are not
         (batch, num_classes).
         """
-        scorer, device = self.scorer(num_classes), device_of(model)
+        right = num_classes is None or (type(num_classes) is int and num_classes > 0)
+        require(right, "num_classes", num_classes, "at least 1")
         if self.metric and iter(batches) is batches:  # it is read twice
             batches = list(batches)
+        total, device = {}, device_of(model)
         with evaluating(model), torch.inference_mode():
             for x, y in _moved(batches, device):
-                scorer.add(model(*inputs(x)), x, y)
-        scores = scorer.scores()
+                counts = self.counts(model(*inputs(x)), x, y, num_classes)
+                total = {name: total.get(name, 0) + value for name, value in counts.items()}
+        require(bool(total), "batches", 0, "at least one sample")
+        scores = self.scores(total)
         if self.metric:
             with evaluating(model), torch.no_grad():
                 scores = replace(scores, metric=float(self.metric(model, _moved(batches, device))))
@@ -215,31 +184,27 @@ def own_task(
 ) -> Task:
     """The task of a `loss(output, x, y)`, a scalar tensor, and a `metric(model, batches)`.
 
-    `loss` is `default_loss` if None, `metric` is `top1`; it is called in eval mode, on batches
-    that lie on the model's device and that it can read once.
+    `loss` is `default_loss` if None. `metric` is `top1` if None; it is called in eval mode, with
+    batches on the model's device that it can read once; higher is better.
     """
     if loss is None and metric is None:
         return Task()
     loss, metric = loss or default_loss, metric or top1
-    name = getattr(metric, "__name__", "metric")
-    return Task("own", name, loss, partial(_Loss, loss), metric)
 
+    def counts(output: Any, x: Any, y: Any, _: int | None) -> Counts:
+        n = len(inputs(x)[0])
+        return {"loss": n * float(loss(output, x, y)), "count": n}
 
-def pixel_loss(output: Tensor, x: Any, y: Tensor, reduction: str = "mean") -> Tensor:  # noqa: ARG001
-    """Cross-entropy of the pixels of masks `y` (n, H, W) that have a label."""
-    # As rows: of pixels in an image the loss has no deterministic backward pass on CUDA.
-    rows = output.movedim(1, -1).flatten(0, -2)
-    return F.cross_entropy(rows, y.flatten(), ignore_index=IGNORED, reduction=reduction)
+    def scores(total: Counts) -> Scores:
+        return Scores(math.nan, total["loss"] / total["count"], total["count"])
 
-
-TASKS = ("classify", "reconstruct", "reconstruct_and_classify", "segment")
+    return Task("own", getattr(metric, "__name__", "metric"), loss, counts, scores, metric)
 
 
 def task(name: str, mean: tuple[float, ...] = (), std: tuple[float, ...] = ()) -> Task:
-    """The task called `name`, of `TASKS`.
+    """The task called `name`, of `TASKS`; `InputError` for an unknown one.
 
-    `mean` and `std`, a value per channel, are those that the inputs were normalised with. Raises
-    `InputError` for an unknown name.
+    `mean` and `std`, a value per channel, are those that the inputs were normalised with.
     """
     require_one_of("task", name, TASKS)
 
@@ -247,16 +212,30 @@ def task(name: str, mean: tuple[float, ...] = (), std: tuple[float, ...] = ()) -
         m, s = (torch.tensor(v, dtype=x.dtype, device=x.device).view(-1, 1, 1) for v in (mean, std))
         return x * s + m
 
-    def reconstruction(images: Tensor, x: Tensor, y: Tensor) -> Tensor:  # noqa: ARG001
+    def image_loss(images: Tensor, x: Tensor, y: Tensor) -> Tensor:  # noqa: ARG001
         return F.mse_loss(images, pixels(x))
 
-    def both(output: tuple[Tensor, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        return reconstruction(output[0], x, y) + CLASS_WEIGHT * F.cross_entropy(output[1], y)
+    def both_losses(output: tuple[Tensor, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return image_loss(output[0], x, y) + CLASS_WEIGHT * F.cross_entropy(output[1], y)
 
-    if name == "reconstruct":
-        return Task(name, "psnr", reconstruction, partial(_Images, pixels), pixels=pixels)
-    if name == "reconstruct_and_classify":
-        return Task(name, "psnr", both, partial(_Both, pixels), pixels=pixels)
-    if name == "segment":
-        return Task(name, "miou", pixel_loss, _Masks)
-    return Task()
+    def count_images(images: Tensor, x: Tensor, *_: Any) -> Counts:
+        error = (images.float().cpu() - pixels(x).float().cpu()).square().sum()
+        return {"error": error, "values": images.numel(), "images": len(x)}
+
+    def count_both(output: tuple[Tensor, Tensor], x: Tensor, y: Tensor, classes: int) -> Counts:
+        return count_images(output[0], x) | _count_classes(output[1], x, y, classes)
+
+    return {
+        "classify": Task(),
+        "reconstruct": Task(name, "psnr", image_loss, count_images, _score_images, None, pixels),
+        "reconstruct_and_classify": Task(
+            name, "psnr", both_losses, count_both, _score_both, None, pixels
+        ),
+        "segment": Task(name, "miou", _pixel_loss, _count_masks, _score_masks),
+    }[name]
+
+
+def _pixel_loss(output: Tensor, x: Any, y: Tensor, reduction: str = "mean") -> Tensor:  # noqa: ARG001
+    # As rows: of pixels in an image the loss has no deterministic backward pass on CUDA.
+    rows = output.movedim(1, -1).flatten(0, -2)
+    return F.cross_entropy(rows, y.flatten(), ignore_index=IGNORED, reduction=reduction)

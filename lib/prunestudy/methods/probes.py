@@ -12,9 +12,10 @@ from prunestudy.methods.base import At, Context, Method
 class Probe:
     """Watches a training and changes nothing; this base sees nothing.
 
-    The loop calls `attach` after the method's, `after_step` and `update` after the method's own,
-    `row` and `views` at the end of each epoch, `finish` before the method finishes the model and
-    `finished` with the net that comes out. `pixels` maps inputs to the images they stand for.
+    The loop calls `attach` after the method's; `leaving`, at the end of each phase, ahead of the
+    method's update; `after_step` and `update` after the method's own; `row` and `views` at the end
+    of each epoch; `finish` before the method finishes the model, and `finished` with the net that
+    comes out.
     """
 
     @staticmethod
@@ -28,6 +29,9 @@ class Probe:
 
     def after_step(self, at: At) -> None:
         """Note tensors of this step; nothing is read from the device."""
+
+    def leaving(self, at: At) -> None:
+        """Look at the model at the end of a phase, before the method's update."""
 
     def update(self, at: At) -> None:
         """Note what the method's update has changed."""

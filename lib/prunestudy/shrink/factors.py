@@ -8,13 +8,12 @@ Wen et al., "Coordinating Filters for Faster Deep Neural Networks", ICCV 2017:
 The columns of A are the first M eigenvectors of W W^T (uncentred PCA of the filters), B = A^T W.
 The variant "svd" splits each singular value evenly, A = U S^1/2, B = S^1/2 V^T (the split is
 ours); the product is the same. A linear layer is a convolution with one position. Ranks are totals
-over the groups. They follow from the energy kept, from a share of the full rank or from a budget
-of MACs.
+over the groups, which all get the same.
 """
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from math import prod
 from typing import Literal
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
-from prunestudy.errors import require, require_one_of
+from prunestudy.errors import InputError, require, require_one_of
 from prunestudy.shrink.fold import fold
 
 Variant = Literal["pca", "svd"]
@@ -34,21 +33,25 @@ _KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 def layers_to_factorise(
     model: nn.Module, patterns: tuple[str, ...] = (), parameter: str = "layers"
 ) -> dict[str, Layer]:
-    """Layers of `model` by name: those that match `patterns` (`stage*.conv1`, `fc`), in order.
+    """Layers of `model` by first name: those that match `patterns` (`stage*.conv1`, `fc`).
 
     Without patterns, all convolutions larger than 1x1. Raises `InputError`, naming `parameter`,
-    for a pattern that matches no layer that can be factorised, or if none is left.
+    for a pattern that matches no layer that factors can replace, or if no layer is left.
     """
-    every = _layers(model)
+    every = replaceable(model)
     for pattern in patterns:
-        known = any(fnmatchcase(name, pattern) for name in every)
-        require(known, parameter, pattern, f"a layer of the net: {', '.join(every)}")
-    if patterns:
-        return {n: m for n, m in every.items() if any(fnmatchcase(n, p) for p in patterns)}
-    large = {n: m for n, m in every.items() if prod(getattr(m, "kernel_size", ())) > 1}
+        known = any(fnmatchcase(name, pattern) for names in every.values() for name in names)
+        require(known, parameter, pattern, _allowed(every))
+
+    def chosen(layer: Layer, names: list[str]) -> bool:
+        if not patterns:
+            return prod(getattr(layer, "kernel_size", ())) > 1
+        return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
+
+    found = {names[0]: layer for layer, names in every.items() if chosen(layer, names)}
     kind = "a net with convolutions larger than 1x1, or patterns that name layers"
-    require(bool(large), parameter, patterns, kind)
-    return large
+    require(bool(found), parameter, "", kind)
+    return found
 
 
 def groups_of(layer: Layer) -> int:
@@ -90,9 +93,9 @@ def factorise_layer(layer: Layer, rank: int, variant: Variant = "pca") -> nn.Seq
 
 
 def factorise(model: nn.Module, ranks: Mapping[str, int], variant: Variant = "pca") -> nn.Module:
-    """A copy of `model`, folded, with the layers named in `ranks` as factors of these ranks.
+    """A copy of `model`, folded, with factors of these `ranks`; in eval mode, without gradients.
 
-    In eval mode and without gradients, like `fold`. Raises `InputError` as `factorise_in_place`.
+    Raises `InputError` as `factorise_in_place`.
     """
     plain = fold(model)
     factorise_in_place(plain, ranks, variant)
@@ -104,22 +107,44 @@ def factorise_in_place(
 ) -> None:
     """Replace the layers named in `ranks` by trainable factors, under every name that they have.
 
-    Raises `InputError`, before anything is replaced, for a layer that does not exist or that
-    another module reads, for weights that are shared or computed (weight norm, parametrisations,
-    pruning masks), and for a rank that does not fit.
+    Raises `InputError` as `require_factorisable` and `factorise_layer`, before any is replaced.
     """
-    layers = _layers(model)
+    require_factorisable(model, ranks)
+    pairs = {n: factorise_layer(model.get_submodule(n), m, variant) for n, m in ranks.items()}
+    for name, pair in pairs.items():
+        replace(model, name, pair)
+
+
+def require_factorisable(
+    model: nn.Module, names: Iterable[str], example: tuple[Tensor, ...] | None = None
+) -> None:
+    """Raise `InputError` for the first of `names` that factors cannot replace in `model`.
+
+    Such a layer is not there, is read by its owner (see `replaceable`), shares a parameter with
+    another one, or its weight is computed (weight norm, pruning masks). With an `example`
+    the net is run with factors: it fails where forward reads a weight or a size of a layer.
+    """
+    every = replaceable(model)
     uses = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
-    for name in ranks:
-        require(name in layers, "ranks", name, f"a layer of the net: {', '.join(layers)}")
-        own = dict(layers[name].named_parameters())
+    for name in names:
+        layer = next((m for m, known in every.items() if name in known), None)
+        require(layer is not None, "ranks", name, _allowed(every))
+        own = dict(layer.named_parameters())
         plain = "its weight is computed from other tensors; make it a plain parameter first"
         require("weight" in own and set(own) <= {"weight", "bias"}, "module", name, plain)
         alone = all(uses[id(p)] == 1 for p in own.values())
         require(alone, "module", name, "shares a parameter with another layer; factors cannot")
-    pairs = {name: factorise_layer(layers[name], rank, variant) for name, rank in ranks.items()}
-    for name, pair in pairs.items():
-        replace(model, name, pair)
+    if example:
+        trial = fold(model)
+        for name in names:
+            matrix = weight_matrix(layer := trial.get_submodule(name))
+            replace(trial, name, _pair(layer, matrix[..., :1], matrix[:, :1]))
+            try:
+                with torch.no_grad():
+                    trial(*example)
+            except Exception as error:  # whatever a net may raise
+                line = next(iter(str(error).splitlines()), type(error).__name__)
+                raise InputError(f"module = {name!r}: fails as factors: {line}") from error
 
 
 def replace(model: nn.Module, name: str, new: nn.Module) -> None:
@@ -131,10 +156,7 @@ def replace(model: nn.Module, name: str, new: nn.Module) -> None:
 
 
 def reduce_rank(pair: nn.Sequential, rank: int, variant: Variant = "pca") -> nn.Sequential:
-    """Factors of a lower total rank: those of the basis, the mixture multiplied by theirs.
-
-    The step of dynamic rank pruning. Raises `InputError` for a rank that does not fit.
-    """
+    """Factors of a lower total rank: those of the basis, the mixture multiplied by theirs."""
     basis, mixture = pair
     inner = factorise_layer(basis, rank, variant)
     mixed = weight_matrix(mixture).double() @ weight_matrix(inner[1]).double()
@@ -146,11 +168,6 @@ def merged(pair: nn.Sequential) -> Tensor:
     basis, mixture = pair
     whole = weight_matrix(mixture) @ weight_matrix(basis)
     return whole.reshape(len(mixture.weight), *basis.weight.shape[1:])
-
-
-def pairs_of(model: nn.Module) -> dict[str, nn.Sequential]:
-    """The factorised layers of `model`, by the name of the layer that each replaced."""
-    return {name: m for name, m in model.named_modules() if name and _is_pair(m)}
 
 
 def energy_shares(layer: Layer) -> Tensor:
@@ -166,12 +183,11 @@ def energy_shares(layer: Layer) -> Tensor:
 
 
 def rank_at(layer: Layer, ratio: float, variant: Variant = "pca") -> int:
-    """Smallest rank that keeps `ratio` of the squared energy (0.95: 5% error).
+    """Smallest rank that keeps `ratio` of the squared energy (0.95: 5% error); at 1 the full one.
 
-    With the variant "svd", of the norm instead. All groups get the same rank; a ratio of 1 gives
-    the full rank. Raises `InputError` for a ratio outside (0, 1].
+    With the variant "svd", of the norm instead. Raises `InputError` for a ratio outside (0, 1].
     """
-    _require_ratio("ratio", ratio)
+    _require_share("ratio", ratio)
     require_one_of("variant", variant, ("pca", "svd"))
     if ratio == 1:
         return full_rank(layer)
@@ -190,12 +206,10 @@ def ranks_by_share(
     model: nn.Module, share: float, patterns: tuple[str, ...] = ()
 ) -> dict[str, int]:
     """`share` of each layer's full rank, at least 1 per group; `InputError` outside (0, 1]."""
-    _require_ratio("share", share)
-    ranks = {}
-    for name, layer in layers_to_factorise(model, patterns).items():
-        groups = groups_of(layer)
-        ranks[name] = groups * max(1, round(share * full_rank(layer) / groups))
-    return ranks
+    _require_share("share", share)
+    chosen = layers_to_factorise(model, patterns)
+    per_group = {n: share * full_rank(m) / groups_of(m) for n, m in chosen.items()}
+    return {n: groups_of(m) * max(1, round(per_group[n])) for n, m in chosen.items()}
 
 
 def ranks_by_macs(
@@ -203,27 +217,35 @@ def ranks_by_macs(
 ) -> dict[str, int]:
     """Ranks at which the net needs at most `share` of its MACs, `macs` as by `measure.layer_macs`.
 
-    All layers keep the same share of their energy, the largest that fits the budget. A layer
-    whose factors would cost as much as the layer is left out. Raises `InputError` for a share
-    outside (0, 1], and for one that rank 1 everywhere exceeds.
+    All layers keep the same share of their energy, the largest that fits the budget. A layer whose
+    factors would cost as much as the layer is left out. Raises `InputError` for a share outside
+    (0, 1] or below `least_share`.
     """
-    _require_ratio("share", share)
+    _require_share("share", share)
     chosen, total = layers_to_factorise(model, patterns), sum(macs.values())
+    least = least_share(macs, chosen)
+    require(least <= share, "share", share, f"at least {least:.4f}, that of rank 1 everywhere")
     shares = {name: energy_shares(layer) for name, layer in chosen.items()}
-    fixed = total - sum(macs[f"{name}.weight"] for name in chosen)
 
     def at(ratio: float) -> dict[str, int]:
         return {name: _rank(layer, shares[name], ratio) for name, layer in chosen.items()}
 
-    def cost(ratio: float) -> float:
-        faster = {n: max(1.0, layer_speed_up(chosen[n], m)) for n, m in at(ratio).items()}
-        return fixed + sum(macs[f"{n}.weight"] / times for n, times in faster.items())
-
     ratios = sorted({0.0, *torch.cat(list(shares.values())).tolist()})
-    count = bisect_right(ratios, share * total, key=cost)
-    least = cost(0.0) / total
-    require(count > 0, "share", share, f"at least {least:.4f}, the share at rank 1 everywhere")
-    return cheaper(model, at(ratios[count - 1]))
+    count = bisect_right(ratios, share * total, key=lambda ratio: _cost(macs, chosen, at(ratio)))
+    return cheaper(model, at(ratios[max(count, 1) - 1]))
+
+
+def least_share(macs: Mapping[str, int], chosen: Mapping[str, Layer]) -> float:
+    """The share of the net's MACs that is left at rank 1 in each group of the layers `chosen`."""
+    ranks = {name: groups_of(layer) for name, layer in chosen.items()}
+    return _cost(macs, chosen, ranks) / sum(macs.values())
+
+
+def _cost(macs: Mapping[str, int], chosen: Mapping[str, Layer], ranks: Mapping[str, int]) -> float:
+    """MACs of the net at `ranks` of the layers `chosen`, each whole where that is cheaper."""
+    whole = {name: macs[f"{name}.weight"] for name in chosen}
+    faster = {n: max(1.0, layer_speed_up(chosen[n], rank)) for n, rank in ranks.items()}
+    return sum(macs.values()) - sum(whole.values()) + sum(whole[n] / faster[n] for n in whole)
 
 
 def cheaper(model: nn.Module, ranks: Mapping[str, int]) -> dict[str, int]:
@@ -239,47 +261,30 @@ def speed_up_at(model: nn.Module, macs: Mapping[str, int], ranks: Mapping[str, i
     return sum(whole.values()) / sum(low)
 
 
-def speed_up_of_pairs(model: nn.Module, macs: Mapping[str, int]) -> float:
-    """MACs of the layers that the factors in `model` replaced, over those of the factors."""
-    whole = own = 0.0
-    for name, (basis, mixture) in pairs_of(model).items():
-        first, second = (macs[f"{name}.{part}.weight"] for part in (0, 1))
-        whole += first * len(mixture.weight) / len(basis.weight)
-        own += first + second
-    return whole / own
+def replaceable(model: nn.Module) -> dict[Layer, list[str]]:
+    """All names of each layer that factors can replace.
 
-
-def _layers(model: nn.Module) -> dict[str, Layer]:
-    """The layers that can be factorised, each by its first name.
-
-    Of subclasses the owner may read the weight (attention's `out_proj`); a TransformerEncoderLayer
-    reads those of its linear layers in eval mode.
+    Not those whose weight their owner reads: subclasses (attention's `out_proj`), and the linear
+    layers of a TransformerEncoderLayer, in eval mode.
     """
-    read = {n for n, m in model.named_modules() if isinstance(m, nn.TransformerEncoderLayer)}
-    return {
-        name: layer
-        for name, layer in model.named_modules()
-        if name
-        and type_before_parametrizations(layer) in _KINDS
-        and not (read and name.rpartition(".")[0] in read)
-    }
+    owners = [m for m in model.modules() if isinstance(m, nn.TransformerEncoderLayer)]
+    read = {layer for owner in owners for layer in owner.children()}
+    names: dict[Layer, list[str]] = {}
+    for name, layer in model.named_modules(remove_duplicate=False):
+        if name and type_before_parametrizations(layer) in _KINDS and layer not in read:
+            names.setdefault(layer, []).append(name)
+    return names
 
 
-def _is_pair(module: nn.Module) -> bool:
-    if type(module) is not nn.Sequential or len(module) != 2:
-        return False
-    first, second = module
-    if type(first) is not type(second) or type(first) not in _KINDS or first.bias is not None:
-        return False
-    same = groups_of(first) == groups_of(second)
-    return same and prod(getattr(second, "kernel_size", ())) == 1
+def _allowed(every: Mapping[Layer, list[str]]) -> str:
+    return f"a layer of the net: {', '.join(names[0] for names in every.values()) or 'it has none'}"
 
 
 def _rank(layer: Layer, shares: Tensor, ratio: float) -> int:
     return groups_of(layer) * min(int((shares < ratio).sum()) + 1, len(shares))
 
 
-def _require_ratio(parameter: str, value: float) -> None:
+def _require_share(parameter: str, value: float) -> None:
     ok = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1
     require(ok, parameter, value, "above 0 and at most 1")
 

@@ -120,7 +120,7 @@ class Runner:
         if made.status == "done":
             metrics["bytes"] = weights.stat().st_size
         record = job.record(made, metrics, time.perf_counter() - started)
-        self.store.write(record, weights, arrays=arrays)
+        self.store.write(record, weights, arrays)
         shutil.rmtree(work, ignore_errors=True)
 
     def _start(self, job: "_Job") -> nn.Module:

@@ -140,6 +140,8 @@ class Loop:
         if at.step % self.context.period == 0 or at.last:
             self.diverged = not math.isfinite(self._sum.item())
             if not self.diverged:
+                if at.last:
+                    self.probe.leaving(at)
                 self.method.update(at)
                 self.probe.update(at)
 
