@@ -7,7 +7,7 @@ from torch import nn
 
 from prunestudy import measure, models
 from prunestudy.errors import InputError
-from prunestudy.measure import Application, Metric, Task, own_task, task_metrics
+from prunestudy.measure import Application, Metric, task_metrics
 
 HIGH = Metric("score", "higher", lambda model, data: model.value)
 LOW = Metric("error", "lower", lambda model, data: 1 - model.value)
@@ -113,18 +113,6 @@ def test_both_metrics_of_an_autoencoder_with_a_classifier():
     assert float(metrics[1].smooth((x, sure), x, y)) == pytest.approx(1.0)
     (alone,) = task_metrics(measure.task("classify"), 10)
     assert alone.function(lambda_net(sure), [(x, y)]) == 1.0
-
-
-def test_the_metric_of_an_own_task_has_no_smooth_form():
-    def accuracy(model, batches):
-        return float(sum(model(x).sum() for x, _ in batches))
-
-    (metric,) = task_metrics(
-        own_task(lambda output, x, y: (output - y).abs().mean(), accuracy), None
-    )
-    assert (metric.name, metric.direction, metric.smooth) == ("accuracy", "higher", None)
-    assert metric.function(nn.Identity(), [(torch.ones(3), torch.zeros(3))] * 2) == 6.0
-    assert own_task() == Task() == measure.task("classify")
 
 
 def test_metrics_of_a_segmentation_leave_out_pixels_without_a_label():

@@ -22,10 +22,10 @@ from prunestudy.measure.cost import (
     same_shapes,
 )
 from prunestudy.measure.forward import interleave, latency, onnx_latency, peak_memory_mb
-from prunestudy.measure.tasks import TASKS, Scores, Task, default_loss, own_task, task, top1
+from prunestudy.measure.tasks import METRICS, Scores, Task, task
 
 __all__ = [
-    "TASKS",
+    "METRICS",
     "Application",
     "Judgement",
     "Metric",
@@ -33,7 +33,6 @@ __all__ = [
     "Scores",
     "Task",
     "boundary_f1",
-    "default_loss",
     "interleave",
     "kept_sample",
     "kept_scale",
@@ -44,7 +43,6 @@ __all__ = [
     "nonzero_macs",
     "nonzeros",
     "onnx_latency",
-    "own_task",
     "parameters",
     "peak_memory_mb",
     "prunable_weights",
@@ -52,5 +50,4 @@ __all__ = [
     "same_shapes",
     "task",
     "task_metrics",
-    "top1",
 ]

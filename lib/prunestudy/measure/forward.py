@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -157,49 +158,42 @@ def _forward(model: nn.Module, args: tuple[Tensor, ...]) -> None:
 
 
 def peak_memory_mb(model: nn.Module, example: Example) -> float:
-    """Peak of live tensor bytes while `model`, folded, infers `example`, in MB (10^6 bytes).
+    """Peak of the bytes that `model`, folded, holds while it infers `example`, in MB (10^6 bytes).
 
-    Weights, buffers, inputs and activations: a count of tensors, the same on every machine. What
-    an operation allocates and frees inside itself is not seen.
+    Weights, buffers, inputs and activations. On CUDA as torch's allocator has them; elsewhere a
+    count of live tensors, the same on every machine, which does not see what an operation allocates
+    and frees inside itself.
     """
     plain = fold(model)
     args = inputs_for(plain, example)
+    live, cuda = _LiveBytes([*plain.parameters(), *plain.buffers(), *args]), args[0].is_cuda
+    held = live.peak
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(args[0].device)
+        held -= torch.cuda.memory_allocated(args[0].device)
     # Not inference_mode: there the mode sees a layer whole, without its intermediate tensors.
-    with torch.no_grad(), _LiveBytes([*plain.parameters(), *plain.buffers(), *args]) as live:
+    with torch.no_grad(), live:
         run(plain, args)
-    return live.peak / 1e6
+    return (held + torch.cuda.max_memory_allocated(args[0].device) if cuda else live.peak) / 1e6
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the storages alive among `tensors` and of all that operations return."""
+    """Finds the `peak` of the bytes in the storages of `tensors` and of what operations return."""
 
     def __init__(self, tensors: list[Tensor]) -> None:
         super().__init__()
-        self.now = self.peak = 0
-        self.alive: dict[int, weakref.finalize] = {}
+        self.peak, self.alive = 0, weakref.WeakKeyDictionary()
         self._add(tensors)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        self._add([leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)])
+        self._add(tree_leaves(out))
         return out
 
-    def __exit__(self, *error) -> None:
-        super().__exit__(*error)
-        for finalizer in self.alive.values():
-            finalizer.detach()
-
-    def _add(self, tensors: list[Tensor]) -> None:
-        for tensor in tensors:
-            if tensor.layout != torch.strided:
-                continue  # a CSR tensor only groups buffers that are counted already
-            storage = tensor.untyped_storage()
-            key, size = id(storage), storage.nbytes()
-            if key not in self.alive:  # views share a storage, and torch keeps its Python object
-                self.now += size
-                self.alive[key] = weakref.finalize(storage, self._drop, key, size)
-        self.peak = max(self.peak, self.now)
-
-    def _drop(self, key: int, size: int) -> None:
-        self.now -= size
-        del self.alive[key]
+    def _add(self, leaves: list[Any]) -> None:
+        for leaf in leaves:
+            # a CSR tensor only groups buffers that are counted already
+            if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
+                storage = leaf.untyped_storage()  # views share it
+                self.alive[storage] = storage.nbytes()
+        self.peak = max(self.peak, sum(self.alive.values()))
