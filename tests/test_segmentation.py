@@ -11,6 +11,7 @@ from torchmetrics.functional.classification import multiclass_jaccard_index
 
 from prunestudy import measure
 from prunestudy.errors import InputError
+from prunestudy.measure.boundary import boundary_f1
 
 
 class Fixed(nn.Module):
@@ -82,10 +83,10 @@ def square(left, side=16):
 
 def test_boundary_f1_counts_within_the_tolerance():
     # The diagonal of 16x16 is 22.6: two columns are 8.84% of it.
-    assert measure.boundary_f1(square(6), square(6)) == 1.0
-    assert measure.boundary_f1(square(8), square(6), tolerance=0.089) == 1.0
-    assert measure.boundary_f1(square(8), square(6), tolerance=0.088) == 0.0
-    assert measure.boundary_f1(square(7), square(6)) == 0.0  # 0.75% is less than a pixel here
+    assert boundary_f1(square(6), square(6)) == 1.0
+    assert boundary_f1(square(8), square(6), tolerance=0.089) == 1.0
+    assert boundary_f1(square(8), square(6), tolerance=0.088) == 0.0
+    assert boundary_f1(square(7), square(6)) == 0.0  # 0.75% is less than a pixel here
 
 
 def test_boundary_f1_by_hand():
@@ -97,32 +98,32 @@ def test_boundary_f1_by_hand():
     # beside the square, 14 beside the other, 10 the same.
     one = 2 * (8 / 10) * (8 / 12) / (8 / 10 + 8 / 12)
     zero = 2 * (10 / 14) * (10 / 16) / (10 / 14 + 10 / 16)
-    assert measure.boundary_f1(predicted, true) == pytest.approx((one + zero) / 2, rel=1e-12)
+    assert boundary_f1(predicted, true) == pytest.approx((one + zero) / 2, rel=1e-12)
 
 
 def test_classes_with_a_contour_in_one_mask_only_score_zero():
     plain = torch.zeros(16, 16, dtype=torch.int64)
-    assert math.isnan(measure.boundary_f1(plain, plain))
-    assert measure.boundary_f1(square(6), plain) == 0.0
+    assert math.isnan(boundary_f1(plain, plain))
+    assert boundary_f1(square(6), plain) == 0.0
     three = square(6)
     three[:, 12:] = 2
     # 0 is as it should be; of 1's two columns one is true; 2 is in one mask only.
     expected = (1 + 2 * 0.5 / 1.5 + 0) / 3
-    assert measure.boundary_f1(three, square(6)) == pytest.approx(expected, rel=1e-12)
+    assert boundary_f1(three, square(6)) == pytest.approx(expected, rel=1e-12)
 
 
 def test_pixels_without_a_label_decide_nothing():
     true = square(6)
     true[:, 5:8] = 255
-    assert math.isnan(measure.boundary_f1(square(7), true))  # the ring is no contour
+    assert math.isnan(boundary_f1(square(7), true))  # the ring is no contour
     true = square(6)
     true[:8, 5:8] = 255
     # Below the ring the contour is columns 5 and 6; 8 rows have it, the ring's own border none.
-    assert measure.boundary_f1(square(6), true) == 1.0
-    assert measure.boundary_f1(square(8), true) == 0.0
+    assert boundary_f1(square(6), true) == 1.0
+    assert boundary_f1(square(8), true) == 0.0
     within = square(6)
     within[:8, 5:8] = 2
-    assert measure.boundary_f1(within, true) == 1.0
+    assert boundary_f1(within, true) == 1.0
 
 
 def test_boundary_f1_of_a_set_is_the_mean_of_its_images():

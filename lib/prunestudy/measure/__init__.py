@@ -7,7 +7,6 @@ from prunestudy.measure.application import (
     RefusedError,
     task_metrics,
 )
-from prunestudy.measure.boundary import boundary_f1
 from prunestudy.measure.cost import (
     kept_sample,
     kept_scale,
@@ -22,17 +21,15 @@ from prunestudy.measure.cost import (
     same_shapes,
 )
 from prunestudy.measure.forward import interleave, latency, onnx_latency, peak_memory_mb
-from prunestudy.measure.tasks import METRICS, Scores, Task, task
+from prunestudy.measure.tasks import Scores, Task, task
 
 __all__ = [
-    "METRICS",
     "Application",
     "Judgement",
     "Metric",
     "RefusedError",
     "Scores",
     "Task",
-    "boundary_f1",
     "interleave",
     "kept_sample",
     "kept_scale",

@@ -75,23 +75,21 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Seconds of each function in each of `rounds` rounds, after `warmup` rounds not counted.
 
-    Every round calls each function once, in an order shuffled anew (the same in every run). The
-    i-th times of two functions are a pair. Raises `InputError` for no function or bad counts.
+    The order is shuffled anew in each round, the same in every run; the i-th times of two functions
+    are a pair. Raises `InputError` for no function or bad counts.
     """
     require(bool(functions), "functions", functions, "at least one")
     require(type(rounds) is int and rounds > 0, "rounds", rounds, "a positive integer")
     require(type(warmup) is int and warmup >= 0, "warmup", warmup, "an integer of at least 0")
     seconds = {name: [] for name in functions}
     order, shuffle = list(functions), random.Random(0).shuffle
-    for turn in range(warmup + rounds):
+    for _ in range(warmup + rounds):
         shuffle(order)
         for name in order:
             started = time.perf_counter()
             functions[name]()
-            elapsed = time.perf_counter() - started
-            if turn >= warmup:
-                seconds[name].append(elapsed)
-    return seconds
+            seconds[name].append(time.perf_counter() - started)
+    return {name: times[warmup:] for name, times in seconds.items()}
 
 
 def latency(
@@ -103,13 +101,16 @@ def latency(
     """Median milliseconds of each model's forward pass on a batch like `example`, interleaved.
 
     Floating-point inputs are drawn, the same for all models: zeros hide what denormal weights cost.
-    Others are as in `example`. Eval and inference mode, on each model's device, with `threads` of
-    torch's (None: as many as now); modes and threads are put back. Parametrised models compute
-    their weights in each pass: give finished ones. Raises `InputError` for a bad example or number.
+    In eval and inference mode, on each model's device, with `threads` of torch's (None: as many as
+    now); modes and threads are put back. Raises `InputError` for a bad example or number.
     """
     right = threads is None or (type(threads) is int and threads > 0)
     require(right, "threads", threads, "a positive integer or None")
-    drawn = _drawn(example)
+    generator = torch.Generator().manual_seed(0)
+    drawn = tuple(
+        torch.randn(x.shape, generator=generator, dtype=x.dtype) if x.is_floating_point() else x
+        for x in inputs(example)
+    )
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode())
         stack.callback(torch.set_num_threads, torch.get_num_threads())
@@ -121,48 +122,36 @@ def latency(
     return {name: 1e3 * statistics.median(times) for name, times in seconds.items()}
 
 
-def onnx_latency(
-    models: dict[str, nn.Module],
-    example: Example,
-    rounds: int = 100,
-    threads: int = 1,
-    device: str = "cpu",
-) -> dict[str, float]:
-    """As `latency`, of the exported models in ONNX Runtime with `threads` of its own.
-
-    `device` is "cpu" or "cuda" (the way there and back is counted). Raises `InputError` also for a
-    net that cannot be exported.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        nets = {}
-        for number, (name, model) in enumerate(models.items()):
-            path = Path(folder) / f"{number}.onnx"
-            export(model, path, inputs_for(model, example))
-            nets[name] = OnnxNet(path, threads, device)
-        return latency(nets, example, rounds, threads)
-
-
-def _drawn(example: Example) -> tuple[Tensor, ...]:
-    """`example` with normal numbers, always the same, in its floating-point inputs."""
-    generator = torch.Generator().manual_seed(0)
-    return tuple(
-        torch.randn(x.shape, generator=generator, dtype=x.dtype) if x.is_floating_point() else x
-        for x in inputs(example)
-    )
-
-
 def _forward(model: nn.Module, args: tuple[Tensor, ...]) -> None:
     run(model, args)
     if args[0].is_cuda:
         torch.cuda.synchronize(args[0].device)
 
 
+def onnx_latency(
+    models: dict[str, nn.Module],
+    example: Example,
+    rounds: int = 100,
+    threads: int = 1,
+) -> dict[str, float]:
+    """As `latency`, of the exported models in ONNX Runtime on CPU with `threads` of its own.
+
+    Raises `InputError` also for a net that cannot be exported.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        nets = {}
+        for number, (name, model) in enumerate(models.items()):
+            path = Path(folder) / f"{number}.onnx"
+            export(model, path, inputs_for(model, example))
+            nets[name] = OnnxNet(path, threads)
+        return latency(nets, example, rounds, threads)
+
+
 def peak_memory_mb(model: nn.Module, example: Example) -> float:
     """Peak of the bytes that `model`, folded, holds while it infers `example`, in MB (10^6 bytes).
 
-    Weights, buffers, inputs and activations. On CUDA as torch's allocator has them; elsewhere a
-    count of live tensors, the same on every machine, which does not see what an operation allocates
-    and frees inside itself.
+    Weights, buffers, inputs and activations. On CUDA as torch's allocator has them; on CPU a count
+    of live tensors, which misses what an operation allocates and frees inside itself.
     """
     plain = fold(model)
     args = inputs_for(plain, example)

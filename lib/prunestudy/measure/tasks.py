@@ -43,18 +43,11 @@ class Scores:
 
 @dataclass(frozen=True)
 class Task:
-    """What is called `name`, of `METRICS`: its loss, and how a net is scored.
-
-    `mean` and `std`, a value per channel, are those that the inputs were normalised with. Raises
-    `InputError` for an unknown name.
-    """
+    """What a net is trained for: its loss, and how it is scored."""
 
     name: str = "classify"
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
-
-    def __post_init__(self) -> None:
-        require_one_of("task", self.name, METRICS)
 
     @property
     def metric_name(self) -> str:
@@ -82,15 +75,11 @@ class Task:
     ) -> Scores:
         """Score `model` in eval mode on batches of inputs and labels.
 
-        Both go to the model's device; its modes are put back. Of classes `more` has macro-F1 and,
-        above five classes, the share whose class is among the five most likely. Of images the
-        metric is PSNR in dB, 10 log10(1 / MSE) of the mean MSE (not a mean of PSNRs). Of masks it
-        is the mean IoU over all labelled pixels, of the classes that occur or are predicted;
-        `more` has `boundary_f1`, the mean over the images, and the accuracy of the pixels.
-
-        Outputs that are not finite make the loss infinite or NaN. Raises `InputError` if there is
-        no sample with a label, a label is out of range, or the logits are not
-        (batch, num_classes).
+        Both go to the model's device; its modes are put back. PSNR is in dB, of the mean MSE (not a
+        mean of PSNRs); macro-F1 and mean IoU are of the classes that occur or are predicted, IoU
+        over all labelled pixels; top-5 is given above five classes. Outputs that are not finite
+        make the loss infinite or NaN. Raises `InputError` for no sample or no label, a label out of
+        range, or logits that are not (batch, num_classes, ...).
         """
         right = num_classes is None or (type(num_classes) is int and num_classes > 0)
         require(right, "num_classes", num_classes, "at least 1")
@@ -105,9 +94,8 @@ class Task:
 
     def _parts(self, output: Any) -> tuple[Tensor | None, Tensor | None]:
         """The images and the logits of an output."""
-        if self.name == "reconstruct":
-            return output, None
-        return output if self.name == "reconstruct_and_classify" else (None, output)
+        alone = (output, None) if self.name == "reconstruct" else (None, output)
+        return output if self.name == "reconstruct_and_classify" else alone
 
     def _counts(self, output: Any, x: Tensor, y: Tensor, classes: int | None) -> Counts:
         images, logits = self._parts(output)
@@ -142,7 +130,11 @@ class Task:
 
 
 def task(name: str, mean: tuple[float, ...] = (), std: tuple[float, ...] = ()) -> Task:
-    """The task called `name`, of `METRICS`; see `Task`."""
+    """The task called `name`, of `METRICS`; `InputError` for an unknown one.
+
+    `mean` and `std`, a value per channel, are those that the inputs were normalised with.
+    """
+    require_one_of("task", name, METRICS)
     return Task(name, mean, std)
 
 
