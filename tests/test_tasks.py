@@ -24,18 +24,9 @@ class Fixed(nn.Module):
 CLASSIFY = measure.task("classify")
 
 
-def logits_of(predictions, classes):
-    return 5.0 * F.one_hot(torch.tensor(predictions), classes)
-
-
 def test_quality_by_hand():
-    batches = [
-        (
-            torch.tensor([[0.0, 0.0, -math.inf], [0.0, math.log(3), -math.inf]]),
-            torch.tensor([0, 1]),
-        ),
-        (torch.tensor([[0.0, math.log(3), -math.inf]]), torch.tensor([0])),
-    ]
+    first = torch.tensor([[0.0, 0.0, -math.inf], [0.0, math.log(3), -math.inf]])
+    batches = [(first, torch.tensor([0, 1])), (first[1:], torch.tensor([0]))]
     found = CLASSIFY.evaluate(Fixed(), batches, 3)
     assert (found.metric, found.count) == (2 / 3, 3)
     assert found.loss == pytest.approx((math.log(2) + math.log(4 / 3) + math.log(4)) / 3, rel=1e-6)
@@ -93,17 +84,37 @@ def test_outputs_that_are_not_finite(value):
     assert found.count == 4
 
 
-@pytest.mark.parametrize(
-    ("logits", "labels", "classes", "word"),
-    [
-        (logits_of([0, 1], 2), [0, 2], 2, "labels = (0, 2)"),
-        (logits_of([0, 1], 2), [-1, 0], 2, "labels = (-1, 0)"),
-        (logits_of([0, 1], 3), [0, 1], 2, "output = (2, 3)"),
-        (logits_of([0, 1], 2), [0, 1], 0, "num_classes = 0"),
-    ],
-)
-def test_evaluate_refuses(logits, labels, classes, word):
-    refused(lambda: CLASSIFY.evaluate(Fixed(), [(logits, torch.tensor(labels))], classes), word)
+def test_evaluate_refuses():
+    for width, labels, classes, word in [
+        (2, [0, 2], 2, "labels = (0, 2)"),
+        (2, [-1, 0], 2, "labels = (-1, 0)"),
+        (3, [0, 1], 2, "output = (2, 3)"),
+        (2, [0, 1], 0, "num_classes = 0"),
+    ]:
+        batches = [(torch.eye(2, width), torch.tensor(labels))]
+        refused(lambda: CLASSIFY.evaluate(Fixed(), batches, classes), word)  # noqa: B023
+    refused(lambda: measure.task("sort"), "task = 'sort'", "segment")
+
+
+def test_labels_of_many_classes_and_of_bytes():
+    logits, labels = torch.eye(300)[[0, 255, 255]], torch.tensor([0, 255, 0], dtype=torch.uint8)
+    found = CLASSIFY.evaluate(Fixed(), [(logits, labels)])
+    assert (found.metric, found.count) == (2 / 3, 3)  # 255 is a class like others
+    assert found.loss == pytest.approx(float(CLASSIFY.loss(logits, logits, labels)), rel=1e-6)
+
+
+def test_loss_and_scores_of_images_with_classes():
+    task, x = measure.task("reconstruct_and_classify", (0.5,), (0.5,)), torch.ones(4, 1, 2, 2)
+    y = torch.tensor([0, 1, 0, 0])
+    output = torch.full_like(x, 0.9), torch.eye(2)[[0, 0, 0, 1]]
+    net = Fixed()
+    net.forward = lambda _: output
+    found = task.evaluate(net, [(x, y)], 2)
+    assert found.metric == pytest.approx(20, abs=1e-4)  # of an MSE of 0.01
+    assert (found.more["top1"], task.metric_name) == (0.5, "psnr")
+    entropy = float(F.cross_entropy(output[1], y))
+    assert found.loss == pytest.approx(0.01 + 0.1 * entropy, rel=1e-5)
+    assert float(task.loss(output, x, y)) == pytest.approx(0.01 + 0.1 * entropy, rel=1e-5)
 
 
 def masks_of(mask, classes):
@@ -149,9 +160,6 @@ def test_mean_iou_is_that_of_torchmetrics():
     assert found == pytest.approx(float(theirs), rel=1e-6)
     wrong = [(logits, y.where(y < 255, 7))]
     refused(lambda: SEGMENT.evaluate(Fixed(), wrong, 5), "labels = (0, 7): 0..4")
-
-
-def test_a_mask_without_labels_is_refused():
     batches = [(masks_of([[[0, 1]]], 2), torch.full((1, 1, 2), 255))]
     refused(lambda: SEGMENT.evaluate(Fixed(), batches, 2), "at least one pixel with a label")
 
