@@ -103,10 +103,7 @@ def macs(model: nn.Module, example: Example) -> int:
 
 
 def layer_macs(model: nn.Module, example: Example) -> dict[str, int]:
-    """MACs of one input in each convolution and linear module, by the name of its weight.
-
-    A module that is not called has 0.
-    """
+    """MACs of one input in each convolution and linear module, called or not, by weight's name."""
     plain = _plain(model)
     counts = _count(plain, example)
     return {name: counts.get(name, 0) for name in _layers(plain)}
@@ -116,11 +113,11 @@ def nonzero_macs(model: nn.Module, example: Example) -> int:
     """MACs of one input in a net that skips each zero weight of a convolution or linear layer."""
     plain = _plain(model)
     counts = _count(plain, example)
-    skipped = 0
-    for name, layer in _layers(plain).items():
-        uses = counts.get(name, 0) // layer.weight.numel()
-        skipped += uses * int((layer.weight == 0).sum())
-    return counts["Global"] - skipped
+    zeros = {
+        name: counts.get(name, 0) // layer.weight.numel() * int((layer.weight == 0).sum())
+        for name, layer in _layers(plain).items()
+    }
+    return counts["Global"] - sum(zeros.values())
 
 
 def _count(plain: nn.Module, example: Example) -> dict[str, int]:

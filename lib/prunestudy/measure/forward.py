@@ -53,8 +53,8 @@ def inputs_for(model: nn.Module, example: Example, first: bool = False) -> tuple
     """
     tensors = chain(model.parameters(), model.buffers())
     dtype = next((t.dtype for t in tensors if t.is_floating_point()), None)
-    given = [x[:1] if first else x for x in inputs(example)]
     to = partial(Tensor.to, device=device_of(model), copy=True)  # nets may work in place
+    given = [x[:1] if first else x for x in inputs(example)]
     return tuple(to(x, dtype=dtype if x.is_floating_point() else None) for x in given)
 
 
@@ -93,10 +93,7 @@ def interleave(
 
 
 def latency(
-    models: dict[str, nn.Module],
-    example: Example,
-    rounds: int = 100,
-    threads: int | None = None,
+    models: dict[str, nn.Module], example: Example, rounds: int = 100, threads: int | None = None
 ) -> dict[str, float]:
     """Median milliseconds of each model's forward pass on a batch like `example`, interleaved.
 
@@ -129,22 +126,17 @@ def _forward(model: nn.Module, args: tuple[Tensor, ...]) -> None:
 
 
 def onnx_latency(
-    models: dict[str, nn.Module],
-    example: Example,
-    rounds: int = 100,
-    threads: int = 1,
+    models: dict[str, nn.Module], example: Example, rounds: int = 100, threads: int = 1
 ) -> dict[str, float]:
     """As `latency`, of the exported models in ONNX Runtime on CPU with `threads` of its own.
 
     Raises `InputError` also for a net that cannot be exported.
     """
     with tempfile.TemporaryDirectory() as folder:
-        nets = {}
-        for number, (name, model) in enumerate(models.items()):
-            path = Path(folder) / f"{number}.onnx"
-            export(model, path, inputs_for(model, example))
-            nets[name] = OnnxNet(path, threads)
-        return latency(nets, example, rounds, threads)
+        paths = {name: Path(folder) / f"{n}.onnx" for n, name in enumerate(models)}
+        for name, model in models.items():
+            export(model, paths[name], inputs_for(model, example))
+        return latency({n: OnnxNet(p, threads) for n, p in paths.items()}, example, rounds, threads)
 
 
 def peak_memory_mb(model: nn.Module, example: Example) -> float:

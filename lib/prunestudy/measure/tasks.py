@@ -20,6 +20,7 @@ from prunestudy.errors import require, require_one_of
 from prunestudy.measure.boundary import IGNORED, boundary_f1
 from prunestudy.measure.forward import device_of, evaluating
 
+Batches = Iterable[tuple[Tensor, Tensor]]
 Counts = dict[str, Any]  # what is added up over batches
 METRICS = {
     "classify": "top1",
@@ -68,10 +69,7 @@ class Task:
         return loss if logits is None else loss + CLASS_WEIGHT * _cross_entropy(logits, y)
 
     def evaluate(
-        self,
-        model: nn.Module,
-        batches: Iterable[tuple[Tensor, Tensor]],
-        num_classes: int | None = None,
+        self, model: nn.Module, batches: Batches, num_classes: int | None = None
     ) -> Scores:
         """Score `model` in eval mode on batches of inputs and labels.
 
