@@ -161,7 +161,7 @@ def test_maps_and_macs_of_caffes_cifar10_full():
     assert net.fc.in_features == 64 * 4 * 4
     # one product per weight and position
     macs = 1024 * 32 * 75 + 256 * 32 * 800 + 64 * 64 * 800 + 10 * 1024
-    assert measure.macs(net, COLOUR) == macs == 12_298_240
+    assert measure.macs(net, torch.zeros(1, *COLOUR)) == macs == 12_298_240
 
 
 def test_normalisation_is_within_a_channel_and_counts_the_border_as_zeros():

@@ -106,7 +106,7 @@ def describe() -> dict[str, str]:
 
 
 def task_of(name: str) -> str:
-    """The task that net `name` is trained for, a key of `measure.TASKS`."""
+    """The task that net `name` is trained for, a name that `measure.task` takes."""
     require_one_of("model", name, names())
     return _REGISTRY[name].task
 
