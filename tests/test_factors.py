@@ -42,6 +42,18 @@ def diagonal(values, dtype=torch.float64):
     return net
 
 
+def pairs_of(model):
+    """The factors in `model`, by the name of the layer that they replaced."""
+    return {
+        name: m
+        for name, m in model.named_modules()
+        if type(m) is nn.Sequential
+        and len(m) == 2
+        and type(m[0]) is type(m[1])
+        and getattr(m[0], "bias", 0) is None
+    }
+
+
 def lost(whole, rank):
     """The share of the squared energy that factors of `rank` lose."""
     rest = (whole.weight - factors.merged(shrink.factorise_layer(whole, rank))).detach()
@@ -131,7 +143,7 @@ def test_convolutions_in_one_and_three_dimensions_equal_their_factors(kind, grou
     assert apart(pair(x), whole(x)) < 1e-9
     assert [type(part) for part in pair] == [kind, kind]
     net = shrink.factorise(nn.Sequential(whole), shrink.ranks_by_energy(nn.Sequential(whole), 0.7))
-    assert list(factors.pairs_of(net)) == ["0"]
+    assert list(pairs_of(net)) == ["0"]
     rank = len(net[0][0].weight)
     assert shrink.layer_speed_up(whole, rank) == 8 * whole.weight[0].numel() / (
         rank * (whole.weight[0].numel() + 8 / groups)
@@ -236,7 +248,7 @@ def test_a_net_factorised_at_full_rank_equals_the_net(name, dtype, most):
     every = ("conv*", "*fc*") if name != "resnet20" else ("stage*.conv?", "*shortcut*", "fc")
     small = shrink.factorise(net, shrink.ranks_by_share(net, 1.0, every))
     x = torch.randn(4, 1, side, side, dtype=dtype)
-    assert len(factors.pairs_of(small)) >= 3
+    assert len(pairs_of(small)) >= 3
     assert apart(small(x), net(x)) < most
     assert not small.training
     assert not any(p.requires_grad for p in small.parameters())
@@ -269,26 +281,22 @@ def test_a_budget_of_macs_is_kept_and_shared_at_one_ratio_of_energy(share):
     torch.manual_seed(0)
     net, shape = models.build("convnet", (1, 8, 8), 10), (1, 8, 8)
     found = shrink.ranks_by_macs(net, measure.layer_macs(net, torch.zeros(1, *shape)), share)
-    small = shrink.factorise(net, found)
-    assert measure.macs(small, torch.zeros(1, *shape)) <= share * measure.macs(
-        net, torch.zeros(1, *shape)
-    )
+    x = torch.zeros(1, *shape)
+    assert measure.macs(shrink.factorise(net, found), x) <= share * measure.macs(net, x)
     # all layers keep the same share of energy, and a little more of it breaks the budget
     least = min(float(factors.energy_shares(net.get_submodule(n))[m - 1]) for n, m in found.items())
     assert factors.cheaper(net, shrink.ranks_by_energy(net, least)) == found
     more = factors.cheaper(net, shrink.ranks_by_energy(net, least + 1e-12))
-    assert measure.macs(shrink.factorise(net, more), shape) > share * measure.macs(net, torch.zeros(1, *shape))
+    assert measure.macs(shrink.factorise(net, more), x) > share * measure.macs(net, x)
 
 
 def test_speed_up_from_ranks_is_that_of_the_factors():
-    net, shape = models.build("lenet5", (1, 16, 16), 10), (1, 16, 16)
+    net, x = models.build("lenet5", (1, 16, 16), 10), torch.zeros(1, 1, 16, 16)
     found = {"conv1": 5, "conv2": 11, "fc1": 30}
-    small = shrink.factorise(net, found)
-    whole, part = measure.layer_macs(net, torch.zeros(1, *shape)), measure.layer_macs(small, torch.zeros(1, *shape))
-    expected = factors.speed_up_at(net, whole, found)
-    assert factors.speed_up_of_pairs(small, part) == pytest.approx(expected, rel=1e-12)
+    whole, part = (measure.layer_macs(n, x) for n in (net, shrink.factorise(net, found)))
     low = sum(macs for name, macs in part.items() if name.count(".") == 2)
-    assert sum(whole[f"{n}.weight"] for n in found) / low == pytest.approx(expected, rel=1e-12)
+    expected = sum(whole[f"{n}.weight"] for n in found) / low
+    assert factors.speed_up_at(net, whole, found) == pytest.approx(expected, rel=1e-12)
 
 
 def test_layers_that_factors_would_not_help_stay_out():
@@ -321,7 +329,7 @@ def test_layers_that_others_read_are_left_out_and_those_with_two_names_replaced_
     assert list(factors.layers_to_factorise(net, ("*",))) == names
     small = shrink.factorise(net, {"twice": 8, "normed": 8})
     assert small.twice is small.again
-    assert list(factors.pairs_of(small)) == ["twice", "normed"]
+    assert list(pairs_of(small)) == ["twice", "normed"]
     x = torch.randn(2, 3, 8, dtype=torch.float64)
     assert apart(small(x), net(x)) < 1e-9
     line = r"^layers = 'attention\.\*': a layer of the net: twice, tied"
@@ -345,11 +353,6 @@ def test_weights_that_are_not_a_layers_own_are_refused(name, why):
         factors.factorise_in_place(net, {"twice": 2, name: 2})
     assert one_line(caught) == f"module = {name!r}: {why}"
     assert str(net) == before
-
-
-def test_a_depthwise_separable_convolution_is_no_pair():
-    separable = nn.Sequential(nn.Conv2d(4, 4, 3, groups=4, bias=False), nn.Conv2d(4, 8, 1))
-    assert not factors.pairs_of(nn.Sequential(separable))
 
 
 # --- bad input
