@@ -96,7 +96,8 @@ def test_closed_form_equals_the_sum_over_pairs(kind, groups):
 @pytest.mark.parametrize(
     ("distance", "most"),
     [
-        *((d, 1e-6) for d in (0.06, 0.04, 1e-2, 1e-3, 1e-4, 0.0)),
+        (0.06, 1e-4),
+        *((d, 1e-6) for d in (0.04, 1e-2, 1e-3, 1e-4, 0.0)),
         (1e-5, 1e-5),
         (1e-6, 1e-3),  # float64 keeps 3 digits of 2 - 2 cos
     ],
@@ -251,7 +252,7 @@ def test_a_force_of_strength_zero_is_plain_training():
 
 def test_forces_lower_the_rank_and_narrow_the_angles():
     found, angles = {}, {}
-    for method in (ps.PlainLowRank(target=0.05), ps.Force(target=0.05, strength=0.01)):
+    for method in (ps.PlainLowRank(target=0.05), ps.Force(target=0.05, strength=0.03)):
         result = pruned(convnet(), method, epochs=10)
         found[method.name] = result.probe.measures()
         counts = result.probe.arrays()["angles_after.conv3"]
@@ -348,7 +349,7 @@ def test_measures_are_those_of_the_net_before_and_of_its_factors():
 
 def apart_from(one, two):
     pairs = zip(one.parameters(), two.parameters(), strict=True)
-    return max(float((a - b).abs().max()) for a, b in pairs)
+    return max(float((a - b).detach().abs().max()) for a, b in pairs)
 
 
 def test_arrays_are_before_and_after_and_small():
@@ -520,55 +521,51 @@ class Attention(nn.Module):
         return self.head(self.attention(x, x, x)[0].mean(1))
 
 
-def changed(change):
+def tied():
     net = MyNet()
-    change(net)
+    net.other = nn.Conv2d(8, 16, 3)
+    net.other.weight = net.body.weight
     return net
 
 
-def tie(net):
-    net.other = nn.Conv2d(8, 16, 3)
-    net.other.weight = net.body.weight
+def normed():
+    net = MyNet()
+    parametrizations.weight_norm(net.body)
+    return net
+
+
+def masked():
+    net = MyNet()
+    prune.l1_unstructured(net.body, "weight", 0.5)
+    return net
 
 
 COMPUTED = "module = 'body': its weight is computed from other tensors; make it a plain parameter"
-REFUSED = [
-    (lambda: changed(tie), {}, "module = 'body': shares a parameter with another layer"),
-    (lambda: changed(lambda n: parametrizations.weight_norm(n.body)), {}, COMPUTED),
-    (lambda: changed(lambda n: prune.l1_unstructured(n.body, "weight", 0.5)), {}, COMPUTED),
-    (
-        lambda: changed(lambda n: parametrizations.weight_norm(n.body)),
-        {"factorise": "stem"},
-        COMPUTED,
-    ),
-    (Reads, {}, "module = 'body': fails as factors: 'Sequential' object has no attribute 'weight'"),
-    (
-        Attention,
-        {"factorise": "attention.out_proj"},
-        "factorise = 'attention.out_proj': a layer of",
-    ),
-    (Attention, {"factorise": "head encoder.linear1"}, "factorise = 'encoder.linear1': a layer of"),
-    (
-        Attention,
-        {"factorise": "head", "layers": "*.linear2"},
-        "layers = '*.linear2': a layer of the",
-    ),
-    (
-        MyNet,
-        {"factorise": "body conv9"},
-        "factorise = 'conv9': a layer of the net: stem, body, head",
-    ),
-    (MyNet, {"strengths": {"conv9": 2.0}}, "strengths = 'conv9': a layer of the net: stem, body"),
-    (Attention, {}, "factorise = '': a net with convolutions larger than 1x1, or patterns that"),
-    (
-        lambda: nn.LayerNorm(8),
-        {"factorise": "*"},
-        "factorise = '*': a layer of the net: it has none",
-    ),
-]
 
 
-@pytest.mark.parametrize(("make", "settings", "line"), REFUSED)
+def refused(make, line, **settings):
+    return pytest.param(make, settings, line)
+
+
+@pytest.mark.parametrize(
+    ("make", "settings", "line"),
+    [
+        refused(tied, "module = 'body': shares a parameter with another layer"),
+        refused(normed, COMPUTED),
+        refused(normed, COMPUTED, factorise="stem"),
+        refused(masked, COMPUTED),
+        refused(Reads, "module = 'body': fails as factors: 'Sequential' object has no attribute"),
+        refused(Attention, "factorise = '': a net with convolutions larger than 1x1, or patterns"),
+        refused(
+            Attention, "factorise = '*.out_proj': a layer of the net: head", factorise="*.out_proj"
+        ),
+        refused(Attention, "layers = '*.linear2': a layer", factorise="head", layers="*.linear2"),
+        refused(MyNet, "factorise = 'x*': a layer of the net: stem, body", factorise="body x*"),
+        refused(MyNet, "layers = 'conv9': a layer of the net: stem, body", layers="body conv9"),
+        refused(MyNet, "strengths = 'x': a layer of the net: stem, body", strengths={"x": 2.0}),
+        refused(nn.Identity, "factorise = '*': a layer of the net: it has none", factorise="*"),
+    ],
+)
 def test_layers_that_cannot_become_factors_are_refused_before_any_training(make, settings, line):
     net, method = make(), ps.Force(target=0.5, **settings)
     calls = [lambda: method.attach(net, Context((torch.zeros(2, 1, 8, 8),)))]
