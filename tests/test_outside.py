@@ -18,10 +18,11 @@ from prunestudy.datasets import sources
 from prunestudy.errors import InputError, writable_file, written_whole
 from prunestudy.study import settings
 from prunestudy.study.settings import own_settings
-from prunestudy.train import Recipe
+from prunestudy.papers import RunRecipe as Recipe
 
 RANGE = "a number from 1e-18 to 1e+30, or 0 where that is allowed"
 AT_MOST = "input should be less than or equal to "
+OF_WEIGHTS = "the share of weights to remove, above 0 and below 1"
 WHOLE = f"a whole number below {2**32}"
 
 
@@ -56,12 +57,31 @@ REFUSED = [
     ({"seed": 2**32}, f"seed = {2**32}: input should be less than {2**32}"),
     ({"seed": np.int64(-3)}, "seed = -3: input should be greater than or equal to 0"),
     ({"seed": 1.0}, "seed = 1.0: input should be a valid integer"),
+    ({"threads": 0}, "threads = 0: input should be greater than or equal to 1"),
+    ({"batch_size": 0}, "batch_size = 0: input should be greater than or equal to 1"),
+    ({"shift": 8}, "shift = 8: below 8, the images' size in pixels"),
+    ({"validation": 1437}, "validation = 1437: below 1437, the training images"),
     ({"validation": 2**40}, f"validation = {2**40}: {WHOLE}"),
     (
         {"nesterov": True, "momentum": 0},
         "nesterov = True: needs a momentum above 0",
     ),
     ({"target": 0.5}, "target = 0.5: dense takes no target"),
+    *(
+        (
+            {"method": "magnitude", "target": target},
+            f"target = {target!r}: {'magnitude takes ' * (target is None)}{OF_WEIGHTS}",
+        )
+        for target in (None, 0, 1, -0.1, 1.5, "half", float("nan"), True)
+    ),
+    (
+        {"method": "scratch"},
+        "parent = None: scratch needs the run whose shape it takes; see a card",
+    ),
+    (
+        {"method": "l1", "target": 0.5, "params.ramp": 2},
+        "params.ramp = 2: input should be less than or equal to 1",
+    ),
     (
         {"method": "magnitude", "target": 1e-300},
         "target = 1e-300: the share of weights to remove, above 0 and below 1",

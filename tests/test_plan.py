@@ -5,17 +5,15 @@ from collections import Counter
 from functools import partial
 
 import pytest
-from conftest import CARD, child_run, one_line, refused, small_run
+from conftest import CARD, child_run, compared, one_line, refused, small_run
 from pydantic import Field
 
 from prunestudy import datasets, methods, papers
 from prunestudy.errors import InputError
-from prunestudy.methods.base import Params
+from prunestudy.papers import RunRecipe as Recipe
 from prunestudy.study import settings as settings_module
-from prunestudy.study.plan import Planned, Tiny, jobs, needed_jobs, plan
-from prunestudy.study.select import of_card
+from prunestudy.study.plan import Planned, plan
 from prunestudy.study.settings import RunSettings, Target, own_settings, resolve
-from prunestudy.train import Recipe
 
 PROFILES = [(c.id, p) for c in papers.cards() for p in c.profiles]
 
@@ -31,7 +29,7 @@ def with_methods(*entries):
 
 def comparisons_of(card):
     """Profile to what the card's claims compare there."""
-    return {name: of_card(card, plan(name, (card.id,))) for name in card.profiles}
+    return {name: compared(card, plan(name, (card.id,))) for name in card.profiles}
 
 
 @pytest.mark.parametrize("card", papers.cards(), ids=lambda card: card.id)
@@ -74,7 +72,7 @@ def test_pairs_share_seed_and_total_epochs_and_a_control_without_target_is_there
     )
     text = text.replace('against = ["random"]', 'against = ["random", "dense"]')
     card_file(text.replace("seeds = 1", "seeds = 3").replace("[0.9]", "[0.9, 0.8]"))
-    found = of_card(papers.card("toy"), plan("quick"))
+    found = compared(papers.card("toy"), plan("quick"))
     # random was trained for other epochs; dense has two of the three seeds
     seeds = [[ours.settings.seed for ours, _ in c.pairs] for c in found]
     assert [(c.against, c.target.value) for c in found] == [("dense", 0.9), ("dense", 0.8)]
@@ -98,8 +96,114 @@ def test_pairs_share_seed_and_total_epochs_and_a_control_without_target_is_there
 def test_a_rule_can_be_narrowed(card_file, narrowed, targets):
     rule = f'against = ["random"]\n    {narrowed}'
     card_file(CARD.replace('against = ["random"]', rule).replace("[0.9]", "[0.9, 0.8]"))
-    found = of_card(papers.card("toy"), plan("quick"))
+    found = compared(papers.card("toy"), plan("quick"))
     assert [c.target.value for c in found] == targets
+
+
+def test_a_margin_may_differ_by_data_set():
+    rule = papers.Rule(method="a", at_least={"mnist": -0.1, "other": -0.5})
+    assert (rule.margin("mnist"), rule.margin("digits")) == (-0.1, -0.5)
+    assert papers.Rule(method="a", at_least=0.3).margin("mnist") == 0.3
+
+
+# --- what a card says once
+
+
+def test_defaults_sets_rows_and_readings_are_written_out(card_file):
+    head, _ = CARD.split("    [profiles.quick]")
+    text = head.replace('against = ["random"]', 'against = ["chance", "chance, fine-tuned", "l1"]')
+    card_file(
+        text
+        + """
+    [sets]
+    chance = ["random", { method = "random", variant = "rows", params = { seed = 1 } }]
+    few = [{ set = "chance", seeds = 2, params = { more = 2 } }, "dense"]
+
+    [profiles.quick]
+    time = "a second"
+    model = "lenet300"
+    start = { epochs = 4 }
+    recipe = { epochs = 2, lr = 0.05 }
+    seeds = 3
+
+    [[profiles.quick.experiments]]
+    recipe = { lr = 0.1 }
+    methods = ["few", "l1"]
+    targets = [0.5]
+    columns = ["name", "dataset", "start"]
+    rows = [["one", "digits"], ["two", "mnist", { epochs = 0, lr = 0.2 }]]
+    [profiles.quick.experiments.readings.l1]
+    "slow" = { ramp = 0.5 }
+    """
+    )
+    card = papers.card("toy")
+    assert card.claims[0].tests[0].against == (
+        "random",
+        "random, rows",
+        "random, fine-tuned",
+        "random, rows, fine-tuned",
+        "l1",
+    )
+    one, two = card.profiles["quick"].experiments
+    assert (one.name, one.dataset, one.model, one.seeds) == ("one", "digits", "lenet300", 3)
+    assert (one.recipe, one.start) == (Recipe(epochs=2, lr=0.1), Recipe(epochs=4, lr=0.1))
+    # a start that trains nothing takes nothing over
+    assert (two.dataset, two.start) == ("mnist", Recipe(epochs=0, lr=0.2))
+    assert [(e.method, e.variant, e.seeds, e.params) for e in one.methods] == [
+        ("random", "", 2, {"more": 2}),
+        ("random", "rows", 2, {"seed": 1, "more": 2}),
+        ("dense", "", None, {}),
+        ("l1", "", None, {}),
+        ("l1", "slow", None, {"ramp": 0.5}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (
+            'name = "digits"',
+            'columns = ["name"]\n    rows = [["one", "two"]]',
+            "row = ['one', 'two']: at most 1 values, one for each of columns",
+        ),
+        (
+            'time = "a second"',
+            'time = "a second"\n    sedes = 3',
+            "profiles.quick.sedes: extra inputs are not permitted",
+        ),
+        (
+            'time = "a second"',
+            'time = "a second"\n    start = 3',
+            "profiles.quick.start: extra inputs are not permitted",
+        ),
+        (
+            'time = "a second"',
+            'time = "a second"\n    seeds = 0',
+            "profiles.quick.experiments.0.seeds: input should be greater than or equal to 1",
+        ),
+    ],
+)
+def test_wrong_shorthand_is_refused_in_one_line(card_file, old, new, message):
+    text = CARD if "seeds = 0" not in new else CARD.replace("    seeds = 1\n", "")
+    with pytest.raises(InputError) as caught:
+        papers.read_card(card_file(text.replace(old, new, 1)))
+    assert one_line(caught) == f"card toy.toml: {message}"
+
+
+def test_a_rule_is_on_one_method(card_file):
+    text = CARD.replace('    method = "magnitude"', '    method = "two"')
+    sets = '    [sets]\n    two = ["magnitude", "random"]\n    [profiles.quick]'
+    with pytest.raises(InputError) as caught:
+        papers.read_card(card_file(text.replace("    [profiles.quick]", sets)))
+    assert one_line(caught) == "card toy.toml: method = 'two': a method, or a set of one"
+
+
+def test_an_unknown_set_is_refused_in_one_line(card_file):
+    text = CARD.replace('{ method = "random" }', '{ set = "chance" }')
+    path = card_file(text.replace("    [profiles.quick]", "    [sets]\n    [profiles.quick]"))
+    with pytest.raises(InputError) as caught:
+        papers.read_card(path)
+    assert one_line(caught).startswith("card toy.toml: set = 'chance'")
 
 
 @pytest.mark.parametrize(("paper", "profile"), PROFILES)
@@ -276,85 +380,26 @@ def test_what_a_card_cannot_know_is_refused_at_planning(card_file, old, new, mes
 def test_tiny_is_smaller_than_the_card(card_file):
     text = CARD.replace("epochs = 1", "epochs = 7").replace("seeds = 1", "seeds = 3")
     card_file(text.replace('{ method = "dense" }', '{ method = "dense", seeds = 5 }'))
-    assert len(plan("quick", (), Tiny())) == 2 * 5 + 2 * 3
-    for tiny, seeds, epochs in ((Tiny(1, 2), 1, 2), (Tiny(2, 0), 2, 7), (Tiny(9, 50), 5, 50)):
-        planned = plan("quick", (), tiny)
+    assert len(plan("quick", (), 0, 0)) == 2 * 5 + 2 * 3
+    for tiny, seeds, epochs in (((1, 2), 1, 2), ((2, 0), 2, 7), ((9, 50), 5, 50)):
+        planned = plan("quick", (), *tiny)
         assert {p.settings.seed for p in planned} == set(range(seeds))
         assert {p.settings.recipe.epochs for p in planned} == {epochs}
-    assert plan("quick", (), Tiny(0, 7)) == plan("quick")
+    assert plan("quick", epochs=7) == plan("quick")
 
 
 def test_tiny_never_has_more_seeds_than_the_card(card_file):
     text = CARD.replace("seeds = 1", "seeds = 3")
     card_file(text.replace('{ method = "random" }', '{ method = "random", seeds = 1 }'))
-    planned = plan("quick", (), Tiny(seeds=2))
+    planned = plan("quick", seeds=2)
     assert [p.settings.seed for p in planned if p.settings.method == "random"] == [0]
 
 
-def test_tiny_refuses_negative_numbers():
-    for key in ("seeds", "epochs"):
-        refused(partial(Tiny, **{key: -1}), f"{key} = -1: 0 (as the card says) or more")
-
-
-# --- jobs
-
-
-def test_jobs_by_seed(card_file):
-    card_file(CARD.replace("seeds = 1", "seeds = 2"))
-    found = jobs("quick", plan("quick"))
-    assert list(found) == ["toy.digits.s0", "toy.digits.s1"]
-    kinds = [[p.settings.method for p in group] for group in found.values()]
-    assert kinds == [["dense", "dense", "magnitude", "random"]] * 2
-    assert needed_jobs(found) == {"toy.digits.s0": set(), "toy.digits.s1": set()}
-
-
-def test_jobs_by_method(card_file):
-    card_file(CARD.replace('"seed"', '"method"').replace("seeds = 1", "seeds = 2"))
-    found = jobs("quick", plan("quick"))
-    order = "s0.start s0.dense s1.start s1.dense s0.magnitude s1.magnitude s0.random s1.random"
-    assert list(found) == [f"toy.digits.{name}" for name in order.split()]
-    assert [len(group) for group in found.values()] == [1] * 8
-    for seed in (0, 1):
-        needs = needed_jobs(found)
-        start = f"toy.digits.s{seed}.start"
-        assert needs[start] == set()
-        for kind in ("dense", "magnitude", "random"):
-            assert needs[f"toy.digits.s{seed}.{kind}"] == {start}
-
-
-@pytest.mark.parametrize(("paper", "profile"), PROFILES)
-def test_jobs_hold_every_run_once_and_need_no_circle(paper, profile):
-    planned = plan(profile, (paper,))
-    found = jobs(profile, planned)
-    assert [p for group in found.values() for p in group] != []
-    assert Counter(id(p) for group in found.values() for p in group) == Counter(map(id, planned))
-    assert _no_circle(found)
-
-
-@pytest.mark.parametrize("profile", papers.PROFILES)
-def test_jobs_of_all_papers_wait_for_each_other_in_no_circle(profile):
-    found = jobs(profile, plan(profile))
-    assert _no_circle(found)
-    needs, trained = needed_jobs(found), {}
-    for name, group in found.items():
-        for run in {p.settings.run for p in group}:
-            assert trained.setdefault(run, name) in {name, *needs[name]}
-
-
-def _no_circle(found):
-    needs, done = needed_jobs(found), set()
-    while ready := {name for name in found if name not in done and needs[name] <= done}:
-        done |= ready
-    return done == set(found)
-
-
-def test_two_experiments_share_runs_and_the_later_job_waits(card_file):
-    half = CARD[CARD.index("    [[profiles.quick.experiments]]") :]
-    card_file(CARD + half.replace('name = "digits"', 'name = "again"'))
-    planned = plan("quick")
-    assert (len(planned), len({p.settings.run for p in planned})) == (8, 4)
-    needs = needed_jobs(jobs("quick", planned))
-    assert needs == {"toy.digits.s0": set(), "toy.again.s0": {"toy.digits.s0"}}
+@pytest.mark.parametrize("key", ["seeds", "epochs"])
+def test_tiny_refuses_negative_numbers(key):
+    with pytest.raises(InputError) as caught:
+        plan("quick", **{key: -1})
+    assert one_line(caught) == f"{key} = -1: 0 (as the card says) or more"
 
 
 # --- names of runs
@@ -432,7 +477,7 @@ RECIPE = Recipe(epochs=1, lr=0.1)
 def test_names_outlive_a_new_setting_with_a_default(monkeypatch):
     before = example()
 
-    class More(methods.method_class("gradual_magnitude").Params):
+    class More(methods.method_class("gradual_magnitude").Settings):
         blend: float = 0.5
 
     class MoreRecipe(Recipe):
@@ -443,8 +488,7 @@ def test_names_outlive_a_new_setting_with_a_default(monkeypatch):
         layout: str = "channels_last"
         tags: tuple[str, ...] = Field(default=())
 
-    monkeypatch.setattr(methods.method_class("gradual_magnitude"), "Params", More)
-    assert issubclass(More, Params)
+    monkeypatch.setattr(methods.method_class("gradual_magnitude"), "Settings", More)
     values = before.model_dump(mode="json")
     after = MoreSettings.model_validate_json(json.dumps(values))
     assert after.run == before.run
@@ -578,7 +622,7 @@ def test_epochs_are_what_was_asked_for_wherever_something_is_trained(card_file):
     entries = 'method = "magnitude", epochs = 0', 'method = "random", epochs = 5'
     text = with_methods(*entries, 'method = "l1"', 'method = "dense", fresh = true')
     card_file(text.replace("recipe = { epochs = 1", "recipe = { epochs = 2, steps = 9"))
-    planned = plan("quick", (), Tiny(epochs=50))
+    planned = plan("quick", epochs=50)
     assert {(p.settings.method, p.stage): p.settings.recipe.epochs for p in planned} == {
         ("dense", "start"): 50,
         ("magnitude", ""): 0,

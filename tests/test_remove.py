@@ -28,7 +28,7 @@ def images(shape, dtype=torch.float64):
 
 def muted(net, shape, keep):
     """`net` with the slices of all other channels at zero where they are read."""
-    for group in shrink.groups(net, shape):
+    for group in shrink.groups(net, torch.zeros(2, *shape)):
         gone = set(range(group.channels)) - set(keep.get(group.name, range(group.channels)))
         for m in group.having("consumes"):
             layer = net.get_submodule(m.layer)
@@ -41,7 +41,7 @@ def muted(net, shape, keep):
 @pytest.mark.parametrize("blocks", BLOCKS)
 def test_an_emptied_block_leaves_its_constant_and_costs_nothing(blocks):
     net, keep = resnet(), BLOCKS[blocks]
-    small = shrink.remove(net, (1, 8, 8), keep)
+    small = shrink.remove(net, keep, torch.zeros(2, *(1, 8, 8)))
     x = images((1, 8, 8))
     with torch.no_grad():
         expected, found = muted(net, (1, 8, 8), keep)(x), small(x)
@@ -56,7 +56,7 @@ def test_an_emptied_block_leaves_its_constant_and_costs_nothing(blocks):
 
 def test_the_constant_by_hand():
     net = resnet()
-    block = shrink.remove(net, (1, 8, 8), {"stage1.1.conv1": []}).stage1[1]
+    block = shrink.remove(net, {"stage1.1.conv1": []}, torch.zeros(2, *(1, 8, 8))).stage1[1]
     norm = net.stage1[1].bn2
     x = images((16, 8, 8)).abs()
     constant = norm.bias - norm.weight * norm.running_mean / (norm.running_var + norm.eps).sqrt()
@@ -96,14 +96,14 @@ def test_places_behind_a_layer_that_is_gone(layer, x):
 @pytest.mark.parametrize(
     ("keep", "message"),
     [
-        ({"conv9": [0]}, "group = 'conv9': allowed are conv1, conv2, fc1"),
+        ({"conv9": [0]}, "keep = 'conv9': allowed are conv1, conv2, fc1"),
         ({"conv1": [20]}, "keep['conv1'] = [20]: channels of 0..19"),
         ({"conv1": []}, "keep = 'conv1': without these no signal is left"),
     ],
 )
 def test_what_cannot_be_removed_is_refused_in_one_line(keep, message):
     with pytest.raises(InputError) as caught:
-        shrink.remove(models.build("lenet5", (1, 16, 16), 10), (1, 16, 16), keep)
+        shrink.remove(models.build("lenet5", (1, 16, 16), 10), keep, torch.zeros(2, *(1, 16, 16)))
     assert one_line(caught) == message
 
 
@@ -112,7 +112,7 @@ def test_what_cannot_be_removed_is_refused_in_one_line(keep, message):
 
 def smaller():
     keep = {"stage1.1.conv1": [], "stage2.0.conv2": [1, 2, 30], "stage3.2.conv1": [5]}
-    return shrink.remove(resnet(torch.float32), (1, 8, 8), keep)
+    return shrink.remove(resnet(torch.float32), keep, torch.zeros(2, *(1, 8, 8)))
 
 
 def test_a_smaller_net_comes_back_bit_for_bit(tmp_path):
@@ -126,8 +126,9 @@ def test_a_smaller_net_comes_back_bit_for_bit(tmp_path):
 
 
 def test_a_smaller_net_may_be_made_smaller_again_unless_a_branch_is_gone(tmp_path):
-    net = shrink.remove(resnet(torch.float32), (1, 8, 8), {"stage1.1.conv1": [3, 4]})
-    net = shrink.remove(net, (1, 8, 8), {"conv1": [0, 1], "stage1.1.conv1": [1]})
+    x = torch.zeros(2, 1, 8, 8)
+    net = shrink.remove(resnet(torch.float32), {"stage1.1.conv1": [3, 4]}, x)
+    net = shrink.remove(net, {"conv1": [0, 1], "stage1.1.conv1": [1]}, x)
     shrink.save(net, tmp_path / "net")
     block = shrink.load(tmp_path / "net", resnet(torch.float32)).stage1[1]
     assert (block.conv1.in_channels, block.conv1.out_channels) == (2, 1)

@@ -116,6 +116,13 @@ def test_csr_of_one_layer_of_many_dimensions_and_of_nothing():
     assert torch.equal(shrink.to_csr(layer)(torch.ones(2, 4)), layer.bias.expand(2, 3))
 
 
+def test_csr_leaves_the_layers_that_others_read():
+    net = nn.Sequential(nn.TransformerEncoderLayer(4, 2, 8, batch_first=True), nn.Linear(4, 4))
+    sparse, x = shrink.to_csr(net), torch.randn(2, 3, 4)
+    assert [name for name, m in sparse.named_modules() if type(m) is shrink.CsrLinear] == ["1"]
+    assert torch.allclose(sparse(x), net.eval()(x), atol=1e-6)
+
+
 def test_csr_net_can_be_copied_and_pickled():
     sparse = shrink.to_csr(gated())
     for other in (copy.deepcopy(sparse), pickle.loads(pickle.dumps(sparse))):

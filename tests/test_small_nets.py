@@ -203,8 +203,8 @@ class TwoPaths(nn.Module):
 @pytest.mark.parametrize("emptied", ["left.0", "left.2", "right.0"])
 def test_what_follows_a_constant_may_work_in_place(emptied):
     net, shape = lively(TwoPaths().double(), (1, 6, 6)), (1, 6, 6)
-    small = shrink.remove(net, shape, {emptied: []})
-    member = shrink.find(shrink.groups(net, shape), emptied).having("consumes")[0]
+    small = shrink.remove(net, {emptied: []}, torch.zeros(2, *shape))
+    member = shrink.find(shrink.groups(net, torch.zeros(2, *shape)), emptied).having("consumes")[0]
     net.get_submodule(member.layer).weight.data[:, [i for p in member.indices for i in p]] = 0
     x = images(shape, torch.float64)
     expected = output(net, x)

@@ -21,7 +21,9 @@ class Values(BaseModel):
     work with are refused.
     """
 
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(
+        strict=True, frozen=True, extra="forbid", allow_inf_nan=False, serialize_by_alias=True
+    )
 
     @field_validator("*", mode="before")
     @classmethod

@@ -1,12 +1,5 @@
 """What a net is worth and what it costs: quality, parameters, MACs, memory, latency."""
 
-from prunestudy.measure.application import (
-    Application,
-    Judgement,
-    Metric,
-    RefusedError,
-    task_metrics,
-)
 from prunestudy.measure.boundary import boundary_f1
 from prunestudy.measure.cost import (
     kept_sample,
@@ -22,14 +15,12 @@ from prunestudy.measure.cost import (
     same_shapes,
 )
 from prunestudy.measure.forward import interleave, latency, onnx_latency, peak_memory_mb
+from prunestudy.measure.metrics import Metrics, limits, task_metrics
 from prunestudy.measure.tasks import TASKS, Scores, Task, default_loss, own_task, task, top1
 
 __all__ = [
     "TASKS",
-    "Application",
-    "Judgement",
-    "Metric",
-    "RefusedError",
+    "Metrics",
     "Scores",
     "Task",
     "boundary_f1",
@@ -40,6 +31,7 @@ __all__ = [
     "latency",
     "layer_macs",
     "layer_sparsity",
+    "limits",
     "macs",
     "nonzero_macs",
     "nonzeros",

@@ -1,7 +1,10 @@
 """The methods, one file per paper, and the controls that they are compared with."""
 
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any
+
+from torch import Tensor
 
 from prunestudy.errors import require_one_of
 from prunestudy.methods.base import TARGETS, At, Context, Method, Phase
@@ -77,11 +80,16 @@ def build(
     return method_class(name)(target, of, **values)
 
 
-def probe_of(name: str) -> Probe:
-    """A new probe for method `name`: what the study observes of its training."""
+def probe_of(name: str, pixels: Callable[[Tensor], Tensor] | None = None) -> Probe:
+    """A new probe for method `name`: what the study observes of its training.
+
+    `pixels` maps inputs to the images that they stand for.
+    """
     require_one_of("method", name, _METHODS)
     place = _METHODS[name][1]
-    return _found(place)() if place else Probe()
+    probe = _found(place)() if place else Probe()
+    probe.pixels = pixels or probe.pixels
+    return probe
 
 
 def _found(place: str) -> Any:

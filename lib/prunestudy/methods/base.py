@@ -3,15 +3,16 @@
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from inspect import get_annotations
-from itertools import islice
+from itertools import chain, count, islice
 from typing import Any, ClassVar, get_origin, get_type_hints
 
 import torch
 from pydantic import create_model
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from prunestudy.errors import require
+from prunestudy.measure import Metrics
 from prunestudy.shrink import fold
 from prunestudy.values import Values, checked, plain
 
@@ -71,7 +72,7 @@ class At:
         return self.step == self.steps
 
 
-def _nothing() -> Iterable[Batch]:
+def _nothing(epoch: int = 0) -> Iterable[Batch]:  # noqa: ARG001
     return ()
 
 
@@ -80,16 +81,18 @@ class Context:
     """What a method may look at: never test images.
 
     `example`: a tuple of input batches of two samples or more, on the device of the model;
-    `loss(output, x, y)`: the task's loss; `score(model)`: the validation metric; `train` and
-    `validation`: functions that start reading the batches (x, y) anew; `generator`: for all random
-    draws; `weight_decay`: the recipe's, which the optimiser adds to the gradient after
-    `after_backward`; `period`: steps between two calls of `update`.
+    `loss(output, x, y)`: the task's loss; `score(model)`: the validation metric; `metrics`: what
+    a net is judged by on other batches; `train(epoch)` and `validation()` start reading batches
+    (x, y) anew; `generator`: for all random draws; `weight_decay`: the recipe's, which the
+    optimiser adds to the gradient after `after_backward`; `period`: steps between two calls of
+    `update`.
     """
 
     example: tuple[Tensor, ...]
     loss: Callable[[Any, Any, Any], Tensor] | None = None
     score: Callable[[nn.Module], float] | None = None
-    train: Callable[[], Iterable[Batch]] = _nothing
+    metrics: Metrics | None = None
+    train: Callable[[int], Iterable[Batch]] = _nothing
     validation: Callable[[], Iterable[Batch]] = _nothing
     generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
     weight_decay: float = 0.0
@@ -102,7 +105,30 @@ class Context:
 
     def batches(self, count: int, *, validation: bool = False) -> Iterator[Batch]:
         """The first `count` batches of training or validation; fewer if there are no more."""
-        return islice(self.validation() if validation else self.train(), count)
+        return islice(self.validation() if validation else self.train(0), count)
+
+    def samples(self, number: int) -> list[Batch]:
+        """The first `number` samples of validation, or of training if there is none, in batches.
+
+        Raises `InputError` if there are neither.
+        """
+        found = _first(self.validation(), number) or _first(self.train(0), number)
+        require(bool(found), "context.train", "no batch", "batches (x, y)")
+        return found
+
+    def stream(self) -> Iterator[Batch]:
+        """Training batches without end, epoch after epoch."""
+        return chain.from_iterable(map(self.train, count()))
+
+
+def _first(batches: Iterable[Batch], number: int) -> list[Batch]:
+    found: list[Batch] = []
+    for batch in batches:
+        found.append(tree_map_only(Tensor, lambda t, n=number: t[:n], tuple(batch)))
+        number -= len(tree_leaves(batch[0])[0])
+        if number <= 0:
+            break
+    return found
 
 
 def call(model: nn.Module, x: Any) -> Any:
@@ -110,6 +136,17 @@ def call(model: nn.Module, x: Any) -> Any:
     if isinstance(x, dict):
         return model(**x)
     return model(*x) if isinstance(x, list | tuple) else model(x)
+
+
+def mean_loss(model: nn.Module, loss: Callable, batches: Iterable[Batch]) -> float:
+    """The mean of `loss(output, x, y)` over all samples of `batches`."""
+    total, samples = 0.0, 0
+    with torch.no_grad():
+        for x, y in batches:
+            size = len(tree_leaves(x)[0])
+            total += loss(call(model, x), x, y).item() * size
+            samples += size
+    return total / samples
 
 
 def moved(batch: Any, device: torch.device) -> Any:

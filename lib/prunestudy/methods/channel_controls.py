@@ -29,7 +29,7 @@ from prunestudy.errors import require
 from prunestudy.methods.base import At, Context, Method, Phase, call
 from prunestudy.methods.channels import Channels, become
 from prunestudy.methods.masks import Mask, Masked, Scope, attach_each, kept_count, top_masks
-from prunestudy.shrink import fold
+from prunestudy.shrink import axis_of, fold
 from prunestudy.shrink.groups import FOLLOWS, PRODUCES
 
 _NORM = nn.modules.batchnorm._BatchNorm
@@ -210,6 +210,29 @@ class Random(_Removal):
 def importance(channels: Channels, model: nn.Module, measure: Any) -> Tensor:
     """torch-pruning's `measure` of every channel (N,), on the CPU; of weights, not gradients."""
     return _ranking(channels, fold(model).requires_grad_(True), measure)
+
+
+def taylor(channels: Channels, net: nn.Module) -> list[Tensor]:
+    """First-order Taylor of a loss whose gradients lie in the weights: one (channels,) per group.
+
+    As torch-pruning's: of each layer's slices at a channel the sum of |w dL/dw|, the mean of the
+    sums over the layers, divided by the mean over the group's channels. Biases do not count.
+    """
+    found = []
+    for group in channels.groups:
+        sums = []
+        for m in group.members:
+            layer = net.get_submodule(m.layer)
+            if getattr(layer, "weight", None) is not None:
+                along = axis_of(layer, FOLLOWS if m.role == FOLLOWS else m.axis)
+                terms = (layer.weight.detach() * layer.weight.grad).abs().movedim(along, 0)
+                places = terms.reshape(len(terms), -1).sum(1)
+                # One axis of a grouped convolution's weight is the same for all groups.
+                places = places.repeat(m.size // len(places))
+                sums.append(places[torch.tensor(m.indices, device=places.device)].sum(1))
+        score = torch.stack(sums).mean(0)
+        found.append(score / score.mean().clamp(min=torch.finfo(score.dtype).tiny))
+    return found
 
 
 def scale_sizes(channels: Channels, model: nn.Module) -> Tensor:

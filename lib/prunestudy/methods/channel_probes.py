@@ -1,4 +1,4 @@
-"""What is observed of the methods that gate channels: paths of the gates, and the loss."""
+"""What is observed of the methods on channels: gates, the loss, an autoencoder's images."""
 
 import math
 from typing import Any, ClassVar
@@ -15,16 +15,22 @@ from prunestudy.shrink import fold
 
 _MOST_LOSSES = 20_000
 _BYTES = 800_000  # of the gates' paths
+# Images whose outputs, and whose latent vectors, are kept.
+_SHOWN, _LATENTS = 6, 128
 
 
-class _Losses(Probe):
-    """Keeps the loss of each step, averaged over windows so that at most 20,000 are kept."""
+class _Watch(Probe):
+    """Keeps the loss of each step and says what removal changed.
+
+    Losses are averaged over windows so that at most 20,000 are kept.
+    """
 
     kept: ClassVar[tuple[str, ...]] = ("sums", "window", "done")
 
     def attach(self, method: Method, model: nn.Module, context: Context) -> None:
         """Begin with no loss."""
         super().attach(method, model, context)
+        self.removal: dict[str, float] = {}
         self.sums = torch.zeros(0, dtype=torch.float64, device=context.device)
         self.window, self.done = 1, 0
 
@@ -35,6 +41,14 @@ class _Losses(Probe):
             self.sums = self.sums.new_zeros(-(-at.total_steps // self.window))
         self.sums[self.done // self.window].add_(at.loss)
         self.done = at.total_step
+
+    def finish(self) -> None:
+        """Keep the gated net."""
+        self.gated = fold(self.model)
+
+    def finished(self, net: nn.Module) -> None:
+        """Compare it with the smaller one."""
+        self.removal = agreement(self.gated, net, self.context)
 
     def losses(self) -> np.ndarray:
         """Mean loss of each window that is complete, float64."""
@@ -66,16 +80,16 @@ class _Losses(Probe):
         vars(self).update(state)
 
 
-class GatePaths(_Losses):
+class GatePaths(_Watch):
     """Of GDP: paths of all gates and of the cost, which closed when, and what removal changed."""
 
-    kept: ClassVar[tuple[str, ...]] = (*_Losses.kept, "steps", "paths", "costs", "closed", "open")
+    kept: ClassVar[tuple[str, ...]] = (*_Watch.kept, "steps", "paths", "costs", "closed", "open")
 
     def attach(self, method: Method, model: nn.Module, context: Context) -> None:
         """Begin with no path."""
         super().attach(method, model, context)
         self.steps, self.paths, self.costs, self.closed = [], [], [], []
-        self.open, self.found = method.open(), {}
+        self.open = method.open()
 
     def after_step(self, at: At) -> None:
         """Keep the gates of at most 200 steps; those closing at this step are still open."""
@@ -92,22 +106,14 @@ class GatePaths(_Losses):
         """Note which gates have closed."""
         now = self.method.open()
         self.closed += [
-            (at.total_step - 1, i) for i in (self.open & ~now).nonzero().flatten().tolist()
+            (at.total_step - 1, i) for i in (self.open.cpu() & ~now).nonzero().flatten().tolist()
         ]
         self.open = now
-
-    def finish(self) -> None:
-        """Keep the gated net."""
-        self.gated = fold(self.model)
-
-    def finished(self, net: nn.Module) -> None:
-        """Compare it with the smaller one."""
-        self.found = agreement(self.gated, net, self.context)
 
     def measures(self) -> dict[str, Any]:
         """How gates ended, how smoothly the net trained, what removal changed."""
         g = self.method.gates().detach()
-        return self.found | {
+        return self.removal | {
             "smallest_gate": float(g[g > 0].min()) if (g > 0).any() else math.nan,
             "polarised": _polarised(g),
             "roughness": self.roughness(),
@@ -130,53 +136,102 @@ class GatePaths(_Losses):
         }
 
 
-class ConcretePaths(_Losses):
+class ConcretePaths(_Watch):
     """Of hard concrete gates: their paths, and what deciding them and removal changed."""
 
-    kept: ClassVar[tuple[str, ...]] = (*_Losses.kept, "paths", "before", "found")
+    kept: ClassVar[tuple[str, ...]] = (*_Watch.kept, "paths", "undecided", "found")
 
     def attach(self, method: Method, model: nn.Module, context: Context) -> None:
         """Begin with no path."""
         super().attach(method, model, context)
-        self.paths, self.before, self.found = [], None, {}
+        self.paths, self.undecided, self.found = [], None, {}
 
-    def after_step(self, at: At) -> None:
-        """Keep the net as it is before the gates are decided."""
-        super().after_step(at)
-        if at.phase == "gates" and at.last:
-            self.before, self.undecided = self.method.gates.at_test(), fold(self.model)
+    def before(self, at: At) -> None:
+        """Keep the gates and the net as they are before they are decided."""
+        if at.phase == "gates":
+            self.undecided = self.method.gates.at_test().detach()
+            self.gated = fold(self.model)
 
     def update(self, at: At) -> None:
         """Compare it with the net of decided gates."""
         if at.phase == "gates" and at.last:
-            now = agreement(self.undecided, fold(self.model), self.context)
-            self.found = {"polarised": _polarised(self.before), "unchanged": now["unchanged"]}
+            now = agreement(self.gated, fold(self.model), self.context)
+            self.found = {"polarised": _polarised(self.undecided), "unchanged": now["unchanged"]}
 
     def row(self) -> dict[str, float]:
         """Keep the gates at test time; no column."""
         self.paths.append(self.method.gates.at_test().detach().to(torch.float16))
         return {}
 
-    def finish(self) -> None:
-        """Keep the gated net."""
-        self.gated = fold(self.model)
-
-    def finished(self, net: nn.Module) -> None:
-        """Compare it with the smaller one."""
-        self.found["removal_gap"] = agreement(self.gated, net, self.context)["removal_gap"]
-
     def measures(self) -> dict[str, Any]:
         """How gates were before they were decided, what changed then, how smoothly it trained."""
-        return self.found | {"roughness": self.roughness()}
+        gap = {name: gap for name, gap in self.removal.items() if name == "removal_gap"}
+        return gap | self.found | {"roughness": self.roughness()}
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Gates at test time by epoch and before they were decided, and the loss."""
         found = {"loss": self.losses().astype(np.float32)}
         if self.paths:
             found["gate_paths"] = torch.stack(self.paths).cpu().numpy()
-        if self.before is not None:
-            found["final_gates"] = self.before.to(torch.float16).cpu().numpy()
+        if self.undecided is not None:
+            found["final_gates"] = self.undecided.to(torch.float16).cpu().numpy()
         return found
+
+
+class Pictures(Probe):
+    """Of a pruned net: channels kept, the descent's way, and what an autoencoder makes of images.
+
+    Of a net that has a method `encode`, outputs for a few validation images; with a way also the
+    images, the dense net's outputs, and latent vectors of both nets in two dimensions.
+    """
+
+    def attach(self, method: Method, model: nn.Module, context: Context) -> None:
+        """Look at the dense net."""
+        super().attach(method, model, context)
+        self.x, self.y = method.data[0]
+        self.pictures: dict[str, np.ndarray] = {}
+        if method.path and hasattr(model, "encode"):
+            self._look(method.small.dense, "dense")
+            self.pictures["labels"] = self.y[:_LATENTS].to(torch.uint8).cpu().numpy()
+            self.pictures["shown"] = as_bytes(self.pixels(self.x[:_SHOWN]))
+
+    def finished(self, net: nn.Module) -> None:
+        """Look at the small one."""
+        if hasattr(net, "encode"):
+            self._look(net, "pruned")
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """`kept` channels, `path` (steps + 1, coefficients), images as bytes, latent planes."""
+        found = {"kept": np.array(self.method.point.kept), **self.pictures}
+        path = np.array(self.method.path, dtype=np.float32)
+        return found | ({"path": path} if len(path) else {})
+
+    def _look(self, net: nn.Module, name: str) -> None:
+        with evaluating(net), torch.no_grad():
+            output = net(self.x[:_SHOWN])
+            latent = net.encode(self.x[:_LATENTS]) if self.method.path else None
+        images = output[0] if isinstance(output, tuple) else output
+        self.pictures[f"output_{name}"] = as_bytes(images)
+        if latent is not None:
+            self.pictures[f"latent_{name}"] = plane(latent)
+
+
+def as_bytes(images: Tensor) -> np.ndarray:
+    """Images of pixels in 0-1 as uint8."""
+    return (images.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
+
+
+def plane(z: Tensor) -> np.ndarray:
+    """The first two principal components of vectors z (n, d), float16 (n, 2).
+
+    Their signs are such that the largest of each is positive; a missing one is zero.
+    """
+    centred = z.double().cpu() - z.double().cpu().mean(0)
+    axes = torch.linalg.svd(centred, full_matrices=False).Vh[:2]
+    points = torch.zeros(len(z), 2, dtype=torch.float64)
+    points[:, : len(axes)] = centred @ axes.T
+    largest = points.gather(0, points.abs().argmax(0, keepdim=True))
+    return (points * torch.where(largest < 0, -1.0, 1.0)).to(torch.float16).numpy()
 
 
 def agreement(before: nn.Module, after: nn.Module, context: Context) -> dict[str, float]:

@@ -129,16 +129,20 @@ class GDP(Method):
 
     def optimizer(self) -> torch.optim.Optimizer:
         """Plain gradient steps for t: momentum would carry it through zero."""
+        self.gates.t.requires_grad_(not self.frozen)  # a resumed run asks here, too
         return torch.optim.SGD([self.gates.t], lr=self.gate_lr)
 
     def after_backward(self, at: At) -> None:  # noqa: ARG002
         """Give each gate its own learning rate; frozen gates and those to be closed have none."""
-        self.gates.t.grad.mul_(self.rate).masked_fill_(self.frozen | self.reached, 0)
+        if self.gates.t.grad is not None:
+            self.gates.t.grad.mul_(self.rate).masked_fill_(self.frozen | self.reached, 0)
 
     @torch.no_grad()
     def after_step(self, at: At) -> None:
         """Soft-threshold t; a gate that reaches 0 keeps its value until `update` closes it."""
         t = self.gates.t
+        if not t.requires_grad:
+            return
         falls = self.gate_lr * self.rate * self.channels.shares(self.gates()).to(t)
         # With this lambda the fastest gate reaches 0 at the end of the ramp, if nothing holds it.
         self.steering.start(1 / (falls.max().double() * self.ramp * at.steps))
@@ -214,3 +218,4 @@ class GDP(Method):
         t.copy_(torch.where(low, torch.copysign(torch.full_like(t, least), t), t))
         self.lifted.fill_(int(low.sum()))
         self.frozen.fill_(True)
+        t.requires_grad_(False)

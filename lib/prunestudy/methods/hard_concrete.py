@@ -32,25 +32,29 @@ BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
 
 
 class _Gates(nn.Module):
-    """log alpha (N,) of a net's gates, the noise u of the present step, and which are open."""
+    """log alpha (N,) of a net's gates, the noise u of the present step, and what is decided.
+
+    Once `hard`, the gates of `mask` are open and all others closed.
+    """
 
     def __init__(self, size: int, keep: float, like: Tensor) -> None:
         super().__init__()
         self.log_alpha = nn.Parameter(like.new_full((size,), math.log(keep / (1 - keep))))
         self.register_buffer("noise", like.new_full((size,), 0.5))
         self.register_buffer("mask", torch.ones(size, dtype=torch.bool, device=like.device))
-        self.hard = False
+        self.register_buffer("hard", torch.zeros((), dtype=torch.bool, device=like.device))
 
     def forward(self) -> Tensor:
-        """z (N,): drawn in training until hardened, else its value at test time."""
-        if self.hard or not self.training:
+        """z (N,): drawn in training until decided, else its value at test time."""
+        if not self.training:
             return self.at_test()
-        return _stretched((self.noise.logit() + self.log_alpha) / BETA)
+        drawn = _stretched((self.noise.logit() + self.log_alpha) / BETA)
+        return torch.where(self.hard, self.at_test(), drawn)
 
     def at_test(self) -> Tensor:
-        """z (N,) without a draw; once hardened, 0 or at least 0.1."""
+        """z (N,) without a draw; once decided, 0 or at least 0.1."""
         z = _stretched(self.log_alpha)
-        return torch.where(self.mask, z.clamp(min=0.1), 0.0) if self.hard else z
+        return torch.where(self.hard, torch.where(self.mask, z.clamp(min=0.1), 0.0), z)
 
     def probability(self) -> Tensor:
         """P(z > 0), (N,)."""
@@ -60,19 +64,6 @@ class _Gates(nn.Module):
         """Draw u for the next step."""
         tiny = torch.finfo(self.noise.dtype).eps
         self.noise.uniform_(generator=generator).clamp_(tiny, 1 - tiny)
-
-    def harden(self, hard: bool = True) -> None:
-        """Decide the gates: `mask` says which are open, and log alpha is trained no more."""
-        self.hard = hard
-        self.log_alpha.requires_grad_(not hard)
-
-    def get_extra_state(self) -> bool:
-        """Whether the gates are decided."""
-        return self.hard
-
-    def set_extra_state(self, state: bool) -> None:
-        """Take that back."""
-        self.harden(state)
 
 
 def _stretched(logit: Tensor) -> Tensor:
@@ -117,6 +108,7 @@ class HardConcrete(Method):
     def optimizer(self) -> torch.optim.Optimizer | None:
         """Adam for log alpha until the gates are decided, as in the paper; no weight decay."""
         if self.gates.hard:
+            self.gates.log_alpha.requires_grad_(False)
             return None
         return torch.optim.Adam([self.gates.log_alpha], lr=self.gate_lr, betas=(0.9, 0.99))
 
@@ -150,7 +142,7 @@ class HardConcrete(Method):
 
     def open(self) -> Tensor:
         """Which channels are open at test time (N,), on the CPU."""
-        return (self.gates.at_test().detach() > 0).cpu()
+        return (self.gates.at_test().detach() != 0).cpu()
 
     def log(self) -> dict[str, float]:
         """Share left with the channels open at test time, lambda, and the expected cost."""
@@ -177,4 +169,4 @@ class HardConcrete(Method):
         order = self.gates.log_alpha.detach().cpu().argsort(stable=True)
         everything = torch.ones(self.channels.size, dtype=torch.bool)
         self.gates.mask.copy_(self.channels.close(order, everything, self.target))
-        self.gates.harden()
+        self.gates.hard.fill_(True)

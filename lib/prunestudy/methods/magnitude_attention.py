@@ -44,14 +44,13 @@ from prunestudy.methods.masks import Mask, Masked, Scope, multiply
 class Attention(Mask):
     """Parametrisation `w -> mask * (|w| / scale)^alpha * w` of one layer's weight.
 
-    Once `frozen`, which its state holds, the gradient is masked as well.
+    It has `feedback` while exploring; without, the mask is frozen.
     """
 
     def __init__(self, weight: Tensor, alpha: float, passes: str, *, differentiate: bool) -> None:
-        super().__init__(weight)
+        super().__init__(weight, feedback=True)
         self.register_buffer("scale", torch.ones_like(weight.detach().flatten()[0]))
         self.alpha, self.passes, self.differentiate = alpha, passes, differentiate
-        self.frozen = False
 
     def attention(self, weight: Tensor) -> Tensor:
         """Return A, in the shape of `weight`."""
@@ -62,20 +61,12 @@ class Attention(Mask):
         attention = self.attention(weight)
         forward = self.mask if self.passes == "backward" else attention * self.mask
         backward = None if self.passes == "forward" else attention
-        if self.frozen:
+        if not self.feedback:
             backward = self.mask if backward is None else attention * self.mask
         if self.differentiate:
-            one = torch.ones_like(weight) if backward is None else backward
-            backward = (1 + self.alpha) * one
+            backward = torch.ones_like(weight) if backward is None else backward
+            backward = (1 + self.alpha) * backward
         return multiply(weight, forward, backward)
-
-    def get_extra_state(self) -> bool:
-        """Whether mask and scale are frozen."""
-        return self.frozen
-
-    def set_extra_state(self, state: bool) -> None:  # noqa: FBT001
-        """Take back what `get_extra_state` returned."""
-        self.frozen = state
 
 
 class MagnitudeAttention(Masked):
@@ -123,7 +114,8 @@ class MagnitudeAttention(Masked):
     def attach(self, model: nn.Module, context: Context) -> None:
         """Put the attention on every weight in the scope."""
         super().attach(model, context)
-        self._set_scale()
+        # Summed in the order of a contiguous tensor, as in all earlier runs.
+        self._set_scale([weight.contiguous() for weight in self.weights])
 
     def mask_for(self, weight: Tensor) -> Attention:
         """The attention of one layer's `weight`."""
@@ -132,7 +124,7 @@ class MagnitudeAttention(Masked):
     @property
     def frozen(self) -> bool:
         """Whether exploitation has begun."""
-        return self.masks[0].frozen
+        return not self.masks[0].feedback
 
     def after_backward(self, at: At) -> None:  # noqa: ARG002
         """Remember the weights as they are when exploitation begins, or is resumed."""
@@ -143,7 +135,7 @@ class MagnitudeAttention(Masked):
     def after_step(self, at: At) -> None:  # noqa: ARG002
         """Set n while exploring; then undo what momentum and decay did to cut weights."""
         if not self.frozen:
-            self._set_scale()
+            self._set_scale(self.weights)
             return
         for weight, each, held in zip(self.weights, self.masks, self.frozen_weights, strict=True):
             weight.copy_(torch.where(each.mask == 1, weight, held))
@@ -158,20 +150,19 @@ class MagnitudeAttention(Masked):
             self.cut(self.target, at.total_step)
         if ends and self.exploitation:
             for each in self.masks:
-                each.frozen = True
+                each.feedback = False
 
     def log(self) -> dict[str, float]:
         """The share of weights kept; n of the first layer."""
         return super().log() | {"scale": self.masks[0].scale.item()}
 
     @torch.no_grad()
-    def _set_scale(self) -> None:
+    def _set_scale(self, weights: list[Tensor]) -> None:
         if self.norm == "network_mean":
-            sums = torch.stack([torch.linalg.vector_norm(w, 1) for w in self.weights])
-            total = sum(w.numel() for w in self.weights)
-            scales = [sums.sum() / total] * len(self.weights)
+            sums = torch.stack([torch.linalg.vector_norm(w, 1) for w in weights])
+            scales = [sums.sum() / sum(w.numel() for w in weights)] * len(weights)
         else:
-            scales = [torch.linalg.vector_norm(w, torch.inf) for w in self.weights]
+            scales = [torch.linalg.vector_norm(w, torch.inf) for w in weights]
             if self.norm == "network_max":
                 scales = [torch.stack(scales).max()] * len(scales)
         for each, scale in zip(self.masks, scales, strict=True):

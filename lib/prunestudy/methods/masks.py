@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from prunestudy.errors import InputError, require
+from prunestudy.errors import require
 from prunestudy.methods.base import At, Context, Method, scalar
-from prunestudy.shrink import fold
+from prunestudy.shrink import fold, require_ordinary
 from prunestudy.shrink.trace import LAYERS
 
 Scope = Literal["auto", "convolutions", "all"]
@@ -41,6 +41,8 @@ class Masked(Method):
         total = sum(weight.numel() for weight in weights)
         cut = total - kept_count(total, self.target)
         require(cut > 0, "target", self.target, f"cuts none of {total} weights: nothing to prune")
+        if weights[0].is_meta:  # planning sees shapes only
+            return
         zeros = 1 - sum(int(weight.count_nonzero()) for weight in weights) / total
         allowed = f"above {zeros:.4f}, the share of zeros at the start: nothing left to prune"
         require(zeros < self.target, "target", self.target, allowed)
@@ -78,26 +80,45 @@ class Masked(Method):
             self.cut(self.target)
         return fold(model)
 
+    def kept(self) -> float:
+        """The share of the weights that eval mode uses; on the host."""
+        kept = sum(int(each.at_test().count_nonzero()) for each in self.masks)
+        return kept / sum(each.mask.numel() for each in self.masks)
+
     def log(self) -> dict[str, float]:
-        """The share of weights in the scope that is kept."""
-        kept = sum(each.mask.sum().item() for each in self.masks)
-        return {"kept": kept / sum(each.mask.numel() for each in self.masks)}
+        """The share of weights that is kept."""
+        return {"kept": self.kept()}
 
 
 class Mask(nn.Module):
     """Parametrisation `w -> w * mask`; the mask is a buffer of zeros and ones, first all ones.
 
-    The gradient is masked as well or, with `straight_through`, reaches the cut weights, too.
+    With `feedback` the gradient reaches the cut weights, too; otherwise it is masked as well. The
+    `flags` of a mask are part of its state.
     """
 
-    def __init__(self, weight: Tensor, *, straight_through: bool = False) -> None:
+    flags: ClassVar[tuple[str, ...]] = ("feedback",)
+
+    def __init__(self, weight: Tensor, *, feedback: bool = False) -> None:
         super().__init__()
-        self.straight_through = straight_through
+        self.feedback = feedback
         self.register_buffer("mask", torch.ones_like(weight))
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the masked weight (same shape)."""
-        return multiply(weight, self.mask, None if self.straight_through else self.mask)
+        return multiply(weight, self.mask, None if self.feedback else self.mask)
+
+    def at_test(self) -> Tensor:
+        """The zeros and ones of eval mode."""
+        return self.mask
+
+    def get_extra_state(self) -> dict[str, bool]:
+        """The flags by name."""
+        return {name: getattr(self, name) for name in self.flags}
+
+    def set_extra_state(self, state: dict[str, bool]) -> None:
+        """Take back what `get_extra_state` returned."""
+        vars(self).update(state)
 
 
 class _Multiply(torch.autograd.Function):
@@ -131,29 +152,19 @@ def layers_in(model: nn.Module, scope: Scope) -> dict[str, nn.Module]:
 
     `scope`: "all" convolutions and linear layers; "convolutions" without the linear layers;
     "auto": the convolutions, but all where the linear layers hold more than half of the weights.
-    Layers that share one weight are all named. Raises `InputError` if there is none.
+    Raises `InputError` if there is none, and for weights that are shared or made of others.
     """
+    require_ordinary(model)
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LAYERS)}
     kind = type(model).__name__
-    if not layers:
-        raise InputError(f"model = {kind}: has no convolution or linear layer")
+    require(bool(layers), "model", kind, "has no convolution or linear layer")
     convolutions = {n: each for n, each in layers.items() if not isinstance(each, nn.Linear)}
     if scope == "auto":
         inside = sum(layer.weight.numel() for layer in convolutions.values())
         most = 2 * inside >= sum(layer.weight.numel() for layer in layers.values())
         scope = "convolutions" if most else "all"
-    require(
-        bool(convolutions) or scope == "all",
-        "scope",
-        scope,
-        f"{kind} has no convolution: all, auto",
-    )
     found = layers if scope == "all" else convolutions
-    for name, layer in found.items():
-        own = isinstance(layer.weight, nn.Parameter)
-        require(
-            own, "module", name, "its weight is computed (weight_norm, nn.utils.prune): fold it"
-        )
+    require(bool(found), "scope", scope, f"{kind} has no convolution: all, auto")
     return found
 
 
@@ -161,16 +172,15 @@ def attach_each(model: nn.Module, make, scope: Scope = "all") -> tuple[list, lis
     """Put `make(weight)` as a parametrisation on each weight in `scope`.
 
     Returns the weights' names (`conv1.weight`), the stored weights under the parametrisations and
-    the parametrisations, in order. A weight that several layers share has one for all of them.
+    the parametrisations, in order.
     """
-    made: dict[Tensor, tuple[str, nn.Module]] = {}
+    names, weights, made = [], [], []
     for name, layer in layers_in(model, scope).items():
-        weight = layer.weight
-        if weight not in made:
-            made[weight] = f"{name}.weight".lstrip("."), make(weight)
-        parametrize.register_parametrization(layer, "weight", made[weight][1])
-    names, parts = zip(*made.values(), strict=True)
-    return list(names), list(made), list(parts)
+        names.append(f"{name}.weight".lstrip("."))
+        weights.append(layer.weight)
+        made.append(make(layer.weight))
+        parametrize.register_parametrization(layer, "weight", made[-1])
+    return names, weights, made
 
 
 def kept_count(total: int, target: float) -> int:
@@ -179,29 +189,23 @@ def kept_count(total: int, target: float) -> int:
 
 
 def top_masks(scores: list[Tensor], keep: int) -> list[Tensor]:
-    """Return masks (floats, shaped as `scores`) of exactly the `keep` highest scores over all.
+    """Return masks (floats, shaped as `scores`) of the `keep` highest scores, at least one, of all.
 
     One ranking over all layers; of equal scores the first in order stays. A score that is not a
     number counts as the highest.
     """
     flat = torch.cat([score.detach().flatten() for score in scores])
     flat.nan_to_num_(nan=math.inf, posinf=math.inf, neginf=-math.inf)
-    if keep <= 0:
-        mask = torch.zeros_like(flat)
-    else:
-        least = kth_highest(flat, keep)
-        mask = flat >= least
-        spare = int(mask.count_nonzero()) - keep
-        if spare:
-            ties = (flat == least).nonzero().flatten()
-            mask[ties[-spare:]] = False
-        mask = mask.to(flat.dtype)
-    parts = mask.split([score.numel() for score in scores])
+    least = _kth_highest(flat, keep)
+    mask = flat >= least
+    spare = int(mask.count_nonzero()) - keep
+    if spare:
+        mask[(flat == least).nonzero().flatten()[-spare:]] = False
+    parts = mask.to(flat.dtype).split([score.numel() for score in scores])
     return [part.view_as(score) for part, score in zip(parts, scores, strict=True)]
 
 
-def kth_highest(flat: Tensor, k: int) -> Tensor:
-    """Return the `k`-th highest of the values `flat` (k from 1), a scalar tensor."""
+def _kth_highest(flat: Tensor, k: int) -> Tensor:
     if flat.is_cuda:
         # kthvalue has no deterministic form there, and a sort takes no longer.
         return flat.sort().values[-k]

@@ -4,7 +4,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from prunestudy.methods.base import At, Context, Method
 
@@ -17,6 +17,11 @@ class Probe:
     of each epoch; `finish` before the method finishes the model, and `finished` with the net that
     comes out.
     """
+
+    @staticmethod
+    def pixels(x: Tensor) -> Tensor:
+        """Inputs that are images as they are."""
+        return x
 
     def attach(self, method: Method, model: nn.Module, context: Context) -> None:
         """Keep hold of what is to be watched."""

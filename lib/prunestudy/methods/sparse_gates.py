@@ -37,10 +37,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from prunestudy.methods.base import At, Context, Method, Phase
-from prunestudy.methods.masks import attach_each, kept_count, multiply, product, top_masks
+from prunestudy.methods.base import At, Context, Phase
+from prunestudy.methods.masks import Mask, Masked, product
 from prunestudy.methods.steering import Steering
-from prunestudy.shrink import fold
 
 
 class _Drawn(torch.autograd.Function):
@@ -57,24 +56,24 @@ class _Drawn(torch.autograd.Function):
         return gradient * z, gradient * weight, None
 
 
-class Gate(nn.Module):
+class Gate(Mask):
     """Parametrisation `w -> w z` of one layer's weight, with one gate per weight.
 
-    Training draws z; eval uses z = 1[g >= 0.5]; once `hard`, z is the fixed `mask`. `bernoulli`
-    says how z is drawn; both flags are in its state.
+    Training draws z, by `bernoulli` or not; eval uses z = 1[g >= 0.5]; once `hard`, z is the mask.
     """
 
+    flags = ("hard", "bernoulli")
+
     def __init__(self, weight: Tensor, initial: float, generator: torch.Generator) -> None:
-        super().__init__()
+        super().__init__(weight)
         self.gate = nn.Parameter(torch.full_like(weight, initial))
-        self.register_buffer("mask", torch.ones_like(weight))
         self.generator = generator
         self.hard = self.bernoulli = self.sample_in_eval = False
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return w z (same shape)."""
         if self.hard:
-            return multiply(weight, self.mask, self.mask)
+            return super().forward(weight)
         return _Drawn.apply(weight, self.gate, self.draw())
 
     def draw(self) -> Tensor:
@@ -83,37 +82,26 @@ class Gate(nn.Module):
         if sampling and self.bernoulli:
             noise = torch.empty_like(self.gate).uniform_(generator=self.generator)
             return torch.lt(noise, self.gate.detach(), out=noise)
-        return (self.gate >= 0.5).to(self.gate.dtype)
+        return self.at_test()
 
-    def harden(self, mask: Tensor) -> None:
-        """Fix z to `mask`; the gate is trained no more."""
-        self.mask.copy_(mask)
-        self.hard = True
-        self.gate.requires_grad_(False)
-
-    def get_extra_state(self) -> dict[str, bool]:
-        """The two flags."""
-        return {"hard": self.hard, "bernoulli": self.bernoulli}
-
-    def set_extra_state(self, state: dict[str, bool]) -> None:
-        """Take back what `get_extra_state` returned."""
-        self.hard, self.bernoulli = state["hard"], state["bernoulli"]
-        self.gate.requires_grad_(not self.hard)
+    def at_test(self) -> Tensor:
+        """Return the z of eval mode."""
+        return self.mask if self.hard else (self.gate.detach() >= 0.5).to(self.gate.dtype)
 
 
-class SparseGates(Method):
+class SparseGates(Masked):
     """Gate variables on single weights, from a dense start, to an exact kept share.
 
-    Our readings of what the paper leaves open; shares are of the steps. `draw`: how z is drawn
-    while gates train ("a_then_b": half of the time each); `initial` gate; `gate_optimizer`,
-    `gate_lr`; `bimodal`: lambda1 / lambda2 at the end, 0 for none; `ramp`: share of the gate phase
-    in which the kept share falls to the target; `harden`: share of all steps after which gates are
-    decided; `gate_phase_lr`: weights' learning rate until then, times the recipe's.
+    Our readings of what the paper leaves open; shares are of the steps. `scope`: which layers, see
+    `layers_in`; `draw`: how z is drawn while gates train ("a_then_b": half of the time each);
+    `initial` gate; `gate_optimizer`, `gate_lr`; `bimodal`: lambda1 / lambda2 at the end, 0 for
+    none; `ramp`: share of the gate phase in which the kept share falls to the target; `harden`:
+    share of all steps after which gates are decided; `gate_phase_lr`: weights' learning rate until
+    then, times the recipe's.
     """
 
     name: ClassVar[str] = "sparse_gates"
     title: ClassVar[str] = "gate variables (ours)"
-    counts: ClassVar[tuple[str, ...]] = ("sparsity",)
     draw: Literal[
         "bernoulli", "deterministic", "bernoulli_then_deterministic", "deterministic_then_bernoulli"
     ] = "bernoulli"
@@ -127,8 +115,6 @@ class SparseGates(Method):
 
     def __init__(self, target: float | None = None, of: str | None = None, **settings: Any) -> None:
         super().__init__(target, of, **settings)
-        self.weights: list[Tensor] = []
-        self.gates: list[Gate] = []
         self.steering = Steering(1 - self.target, self.ramp)
 
     def phases(self) -> tuple[Phase, ...]:
@@ -137,22 +123,25 @@ class SparseGates(Method):
         return gates, Phase("fine_tune", 1 - self.harden, restart=True)
 
     def attach(self, model: nn.Module, context: Context) -> None:
-        """Put a gate on every weight of every convolution and linear layer."""
-        _, self.weights, self.gates = attach_each(
-            model, lambda weight: Gate(weight, self.initial, context.generator)
-        )
+        """Put a gate on every weight in the scope."""
+        self.generator = context.generator
+        super().attach(model, context)
         self._set_draw(self.draw.split("_then_")[0])
+
+    def mask_for(self, weight: Tensor) -> Gate:
+        """The gates of one layer's `weight`."""
+        return Gate(weight, self.initial, self.generator)
 
     @property
     def hard(self) -> bool:
         """Whether the gates are decided."""
-        return self.gates[0].hard
+        return self.masks[0].hard
 
     def optimizer(self) -> torch.optim.Optimizer | None:
         """The gates' own: no weight decay, and no momentum for SGD."""
         if self.hard:
             return None
-        gates = [each.gate for each in self.gates]
+        gates = [each.gate for each in self.masks]
         if self.gate_optimizer == "sgd":
             return torch.optim.SGD(gates, lr=self.gate_lr)
         # The second moment must follow the penalty as it grows: a shorter memory than usual.
@@ -162,18 +151,20 @@ class SparseGates(Method):
         """Add the penalties' gradient lambda2 + lambda1 (1 - 2 g) to the gates'."""
         if self.hard:
             return
+        gates = [each.gate for each in self.masks if each.gate.grad is not None]
         if at.first:
-            self.steering.start(0.1 * _mean_abs([each.gate.grad for each in self.gates]))
+            total = sum(gate.grad.abs().sum().double() for gate in gates)
+            self.steering.start(0.1 * (total / sum(gate.numel() for gate in gates)))
         lambda2 = self.steering.strength
         lambda1 = lambda2 * self.bimodal_ratio(at.share)
-        for each in self.gates:
-            each.gate.grad.addcmul_(each.gate.detach(), -2 * lambda1).add_(lambda1 + lambda2)
+        for gate in gates:
+            gate.grad.addcmul_(gate.detach(), -2 * lambda1).add_(lambda1 + lambda2)
 
     @torch.no_grad()
     def after_step(self, at: At) -> None:  # noqa: ARG002
         """Clip gates to [0, 1]."""
         if not self.hard:
-            for each in self.gates:
+            for each in self.masks:
                 each.gate.clamp_(0, 1)
 
     def update(self, at: At) -> None:
@@ -181,28 +172,36 @@ class SparseGates(Method):
         if self.hard:
             return
         if self.steering.due(at):
-            self.steering.update(self._kept(), at)
+            self.steering.update(self.kept(), at)
         if 2 * at.step >= at.steps:
             self._set_draw(self.draw.split("_then_")[-1])
         if at.last:
-            self._harden()
+            self.cut(self.target, at.total_step)
 
-    def finish(self, model: nn.Module, context: Context) -> nn.Module:  # noqa: ARG002
-        """Leave only the products w z, in plain layers."""
-        if not self.hard:
-            self._harden()
-        return fold(model)
+    def scores(self) -> list[Tensor]:
+        """The gates, and |w| for the ties at 0 and 1, which float64 holds below g's last digit."""
+        largest = max(w.detach().abs().max().item() for w in self.weights) or 1.0
+        pairs = zip(self.masks, self.weights, strict=True)
+        return [g.gate.double() + 1e-9 * w.abs().double() / largest for g, w in pairs]
+
+    def cut(self, sparsity: float, step: int = 0) -> None:
+        """Keep the largest gates for good."""
+        super().cut(sparsity, step)
+        for each in self.masks:
+            each.hard = True
 
     def log(self) -> dict[str, float]:
         """Share kept in eval mode; share of gates in 0.05-0.95; mean of g; lambda2."""
-        values = [each.mask if each.hard else each.gate.detach() for each in self.gates]
-        flat = torch.cat([value.flatten() for value in values])
-        return {
-            "kept": self._kept(),
+        flat = torch.cat([value.flatten() for value in self.values()])
+        return super().log() | {
             "undecided": ((flat > 0.05) & (flat < 0.95)).float().mean().item(),
             "expected_kept": flat.mean().item(),
             "lambda2": self.steering.strength.nan_to_num().item(),
         }
+
+    def values(self) -> list[Tensor]:
+        """The gates, one tensor per layer; once they are decided, the masks."""
+        return [each.mask if each.hard else each.gate.detach() for each in self.masks]
 
     def bimodal_ratio(self, share: Tensor) -> Tensor:
         """lambda1 / lambda2 at `share` of the gate phase, both 0-d.
@@ -215,27 +214,6 @@ class SparseGates(Method):
         late = first + (last - first) * (share - ramp) / (1 - ramp)
         return torch.where(share <= ramp, early, late)
 
-    def _kept(self) -> float:
-        """Share of weights that eval mode uses."""
-        kept = sum((g.mask if g.hard else g.gate >= 0.5).sum().item() for g in self.gates)
-        return kept / sum(g.gate.numel() for g in self.gates)
-
     def _set_draw(self, kind: str) -> None:
-        for each in self.gates:
+        for each in self.masks:
             each.bernoulli = kind == "bernoulli"
-
-    def _harden(self) -> None:
-        largest = max(w.detach().abs().max().item() for w in self.weights) or 1.0
-        scores = [
-            # float64 holds the gate and, below its last digit, |w| for the ties at 0 and 1.
-            g.gate.detach().double() + 1e-9 * w.detach().abs().double() / largest
-            for g, w in zip(self.gates, self.weights, strict=True)
-        ]
-        keep = kept_count(sum(s.numel() for s in scores), self.target)
-        for each, mask in zip(self.gates, top_masks(scores, keep), strict=True):
-            each.harden(mask)
-
-
-def _mean_abs(tensors: list[Tensor]) -> Tensor:
-    total = sum(t.abs().sum().double() for t in tensors)
-    return total / sum(t.numel() for t in tensors)

@@ -110,17 +110,20 @@ class L1(Masked):
         if at.phase != "penalty":
             return
         if self.steering.due(at):
-            self.steering.update(self.log()["kept"], at)
+            self.steering.update(self.kept(), at)
         if at.last:
             self.cut(self.target, at.total_step)
 
     @torch.no_grad()
-    def log(self) -> dict[str, float]:
-        """The share of weights that are not zero; lambda."""
+    def kept(self) -> float:
+        """The share of weights that are not zero."""
         pairs = zip(self.weights, self.masks, strict=True)
         kept = sum(int((weight * each.mask).count_nonzero()) for weight, each in pairs)
-        strength = self.steering.strength.nan_to_num().item()
-        return {"kept": kept / sum(w.numel() for w in self.weights), "lambda": strength}
+        return kept / sum(weight.numel() for weight in self.weights)
+
+    def log(self) -> dict[str, float]:
+        """The share of weights that are not zero; lambda."""
+        return super().log() | {"lambda": self.steering.strength.nan_to_num().item()}
 
 
 class Snip(Masked):
@@ -140,10 +143,11 @@ class Snip(Masked):
         require(context.loss is not None, "context.loss", None, "SNIP needs the task's loss")
         # A copy: batch norm must not count these batches.
         net = copy.deepcopy(model).train()
-        weights = list(dict.fromkeys(layer.weight for layer in layers_in(net, self.scope).values()))
+        weights = [layer.weight for layer in layers_in(net, self.scope).values()]
         sums = [torch.zeros_like(weight) for weight in weights]
         for x, y in context.batches(self.batches):
-            gradients = torch.autograd.grad(context.loss(call(net, x), x, y), weights)
+            loss = context.loss(call(net, x), x, y)
+            gradients = torch.autograd.grad(loss, weights, materialize_grads=True)
             for total, gradient in zip(sums, gradients, strict=True):
                 total.add_(gradient)
         pairs = zip(weights, sums, strict=True)
@@ -181,7 +185,7 @@ class Dpf(Masked):
 
     def mask_for(self, weight: Tensor) -> Mask:
         """A mask that lets the gradient through."""
-        return Mask(weight, straight_through=True)
+        return Mask(weight, feedback=True)
 
     def update(self, at: At) -> None:
         """Choose the mask anew every `period` steps; reach the target at the end."""

@@ -222,12 +222,11 @@ class Experiment(_Strict):
 
 
 class Profile(_Strict):
-    """The study at one size; a `job` of the batch trains a whole seed or one method of it."""
+    """How the study runs at one size."""
 
     time: str
     precision: _Precision = "fp32"
     threads: Annotated[int, Field(ge=1)] = 1
-    job: Literal["seed", "method"] = "method"
     experiments: tuple[Experiment, ...]
 
 

@@ -2,7 +2,7 @@
 
 from prunestudy.shrink.components import ComponentGroup, component_groups
 from prunestudy.shrink.csr import CsrLinear, to_csr
-from prunestudy.shrink.export import OnnxNet, export, onnx_runs_on
+from prunestudy.shrink.export import OnnxNet, export
 from prunestudy.shrink.factors import (
     energy_shares,
     factorise,
@@ -17,7 +17,6 @@ from prunestudy.shrink.factors import (
 from prunestudy.shrink.files import about, load, save
 from prunestudy.shrink.fold import fold, require_ordinary
 from prunestudy.shrink.groups import Group, Member, find
-from prunestudy.shrink.importance import taylor
 from prunestudy.shrink.narrow import Narrow, axis_of, narrow
 from prunestudy.shrink.proof import groups, groups_of, remove, remove_groups
 from prunestudy.shrink.remove import Constant, Nothing
@@ -48,7 +47,6 @@ __all__ = [
     "layer_speed_up",
     "load",
     "narrow",
-    "onnx_runs_on",
     "rank_at",
     "ranks_by_energy",
     "ranks_by_macs",
@@ -58,6 +56,5 @@ __all__ = [
     "remove_groups",
     "require_ordinary",
     "save",
-    "taylor",
     "to_csr",
 ]

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from prunestudy.errors import require
+from prunestudy.shrink.factors import replace, replaceable
 from prunestudy.shrink.fold import fold
 
 
@@ -31,10 +32,8 @@ class CsrLinear(nn.Module):
         flat = x.reshape(-1, self.in_features)
         _spend_warnings()
         # Built at each forward (1 microsecond): torch can neither copy nor save modules with it.
-        arrays, shape = (
-            (self.rows, self.columns, self.values),
-            (self.out_features, self.in_features),
-        )
+        arrays = self.rows, self.columns, self.values
+        shape = self.out_features, self.in_features
         weight = torch.sparse_csr_tensor(*arrays, shape, check_invariants=False)
         if len(flat) == 1:  # matrix times vector is up to 2.5 times faster than one column
             y = torch.addmv(self.bias, weight, flat[0])
@@ -54,14 +53,12 @@ def to_csr(model: nn.Module, min_sparsity: float = 0.0) -> nn.Module:
     `InputError` outside 0-1.
     """
     require(0 <= min_sparsity <= 1, "min_sparsity", min_sparsity, "a share in 0-1")
-    plain = fold(model)
-    for name, layer in list(plain.named_modules()):
-        # Subclasses of nn.Linear may be read by their owners (attention reads the weight).
-        if type(layer) is nn.Linear and _zero_share(layer) >= min_sparsity:
-            if not name:
-                return CsrLinear(layer)
-            plain.set_submodule(name, CsrLinear(layer))
-    return plain
+    holder = nn.Sequential(fold(model))
+    for layer, (name, *_) in replaceable(holder).items():
+        zeros = 1 - int(layer.weight.count_nonzero()) / layer.weight.numel()
+        if isinstance(layer, nn.Linear) and zeros >= min_sparsity:
+            replace(holder, name, CsrLinear(layer))
+    return holder[0]
 
 
 def csr_arrays(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -84,7 +81,3 @@ def _spend_warnings() -> None:
         none = torch.zeros(0, dtype=torch.int32)
         pointers = torch.zeros(2, dtype=torch.int32)
         torch.sparse_csr_tensor(pointers, none, none.float(), (1, 1), check_invariants=False)
-
-
-def _zero_share(layer: nn.Linear) -> float:
-    return 1 - int(layer.weight.count_nonzero()) / layer.weight.numel()

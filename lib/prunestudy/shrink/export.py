@@ -1,8 +1,8 @@
 """Finished nets as ONNX files, and such files as nets again: what a deployment would run."""
 
-import contextlib
 import io
 import warnings
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,8 @@ def export(net: nn.Module, path: str | Path, example: Tensor | tuple[Tensor, ...
     with written_whole(path) as part:
         try:
             with torch.no_grad():
-                expected = tree_leaves(plain(*given))
+                leaves = tree_leaves(plain(*given))
+                expected = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
             _onnx(plain, traced).save(part)
             got = tree_leaves(OnnxNet(part)(*given))
         except OSError:
@@ -47,7 +48,8 @@ def export(net: nn.Module, path: str | Path, example: Tensor | tuple[Tensor, ...
 
 def _onnx(plain: nn.Module, given: tuple[Tensor, ...]) -> Any:
     batch = torch.export.Dim("batch")
-    with _quiet():
+    said = io.StringIO()  # the exporter talks, in warnings and on both streams
+    with warnings.catch_warnings(action="ignore"), redirect_stdout(said), redirect_stderr(said):
         program = torch.onnx.export(
             plain,
             given,
@@ -56,20 +58,12 @@ def _onnx(plain: nn.Module, given: tuple[Tensor, ...]) -> Any:
             input_names=[_numbered("input", i) for i in range(len(given))],
             dynamic_shapes=tuple({0: batch} for _ in given),
         )
-    for value in program.model.graph.inputs:
-        rows = value.shape[0]
-        if isinstance(rows, int):
-            raise ValueError(f"takes batches of {rows} only")
-    for number, value in enumerate(program.model.graph.outputs):
+    graph = program.model.graph
+    if any(isinstance(value.shape[0], int) for value in graph.inputs):
+        raise ValueError(f"takes batches of {len(given[0])} only")
+    for number, value in enumerate(graph.outputs):
         value.name = _numbered("output", number)
     return program
-
-
-def onnx_runs_on(device: str) -> bool:
-    """Whether ONNX Runtime, as it is installed, computes on `device`, "cpu" or "cuda"."""
-    import onnxruntime  # late: it takes a while
-
-    return _PROVIDERS.get(device) in onnxruntime.get_available_providers()
 
 
 class OnnxNet(nn.Module):
@@ -84,7 +78,9 @@ class OnnxNet(nn.Module):
         super().__init__()
         import onnxruntime  # late: it takes a while
 
-        require(onnx_runs_on(device), "device", device, "one that ONNX Runtime was built for")
+        provider = _PROVIDERS.get(device)
+        built = provider in onnxruntime.get_available_providers()
+        require(built, "device", device, "one that ONNX Runtime was built for")
         right = type(threads) is int and threads > 0
         require(right, "threads", threads, "a positive integer")
         require(Path(path).is_file(), "path", str(path), "a file that export wrote")
@@ -92,9 +88,7 @@ class OnnxNet(nn.Module):
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
         options.log_severity_level = 3
         try:
-            self.session = onnxruntime.InferenceSession(
-                str(path), options, providers=[_PROVIDERS[device]]
-            )
+            self.session = onnxruntime.InferenceSession(str(path), options, providers=[provider])
         except Exception as error:  # its errors share no base of their own
             if not type(error).__module__.startswith("onnxruntime"):
                 raise
@@ -118,13 +112,3 @@ def _is_close(got: Tensor, expected: Tensor) -> bool:
     near = torch.finfo(expected.dtype).eps ** 0.5
     largest = float(expected.abs().max()) if expected.numel() else 0.0
     return torch.allclose(got, expected, rtol=near, atol=near * largest, equal_nan=True)
-
-
-@contextlib.contextmanager
-def _quiet():
-    """The exporter talks of its own inner life, on both streams and in warnings."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(warnings.catch_warnings(action="ignore"))
-        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-        stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
-        yield

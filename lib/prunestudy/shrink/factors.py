@@ -38,7 +38,7 @@ def layers_to_factorise(
     Without patterns, all convolutions larger than 1x1. Raises `InputError`, naming `parameter`,
     for a pattern that matches no layer that factors can replace, or if no layer is left.
     """
-    every = _names(model)
+    every = replaceable(model)
     for pattern in patterns:
         known = any(fnmatchcase(name, pattern) for names in every.values() for name in names)
         require(known, parameter, pattern, _allowed(every))
@@ -120,11 +120,11 @@ def require_factorisable(
 ) -> None:
     """Raise `InputError` for the first of `names` that factors cannot replace in `model`.
 
-    Such a layer is not there, is read by its owner (see `_names`), shares a parameter with another
+    Such a layer is not there, is read by its owner (see `replaceable`), shares a parameter with another
     one, or its weight is computed (weight norm, parametrisations, pruning masks). With an `example`
     the net is run with factors: it fails where forward reads a weight or a size of a layer.
     """
-    every = _names(model)
+    every = replaceable(model)
     uses = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
     for name in names:
         layer = next((m for m, known in every.items() if name in known), None)
@@ -261,7 +261,7 @@ def speed_up_at(model: nn.Module, macs: Mapping[str, int], ranks: Mapping[str, i
     return sum(whole.values()) / sum(low)
 
 
-def _names(model: nn.Module) -> dict[Layer, list[str]]:
+def replaceable(model: nn.Module) -> dict[Layer, list[str]]:
     """All names of each layer that factors can replace.
 
     Not those whose weight their owner reads: subclasses (attention's `out_proj`), and the linear

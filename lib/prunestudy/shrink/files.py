@@ -19,22 +19,21 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from prunestudy.errors import InputError, require, writable_file, written_whole
+from prunestudy.errors import InputError, require, written_whole
 from prunestudy.shrink.csr import CsrLinear, csr_arrays
 from prunestudy.shrink.factors import replace
 from prunestudy.shrink.fold import fold
 from prunestudy.shrink.remove import Constant, Nothing
+from prunestudy.shrink.layers import CONVOLUTIONS, TRANSPOSED
 
 FORMAT = "prunestudy-sparse-1"
 _OURS = ("format", "structure", "sha256")
-_PARTS = ("rows", "columns", "values")
+_CSR = ("rows", "columns", "values")
 _CONV = "in_channels out_channels kernel_size stride padding groups dilation padding_mode"
 _NORM = "num_features eps momentum affine track_running_stats"
 _FIELDS: dict[type[nn.Module], str] = {
-    **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), f"{_CONV} bias"),
-    nn.ConvTranspose1d: f"{_CONV} output_padding bias",
-    nn.ConvTranspose2d: f"{_CONV} output_padding bias",
-    nn.ConvTranspose3d: f"{_CONV} output_padding bias",
+    **dict.fromkeys(CONVOLUTIONS, f"{_CONV} bias"),
+    **dict.fromkeys(TRANSPOSED, f"{_CONV} output_padding bias"),
     nn.Linear: "in_features out_features bias",
     **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), _NORM),
     **dict.fromkeys((nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d), _NORM),
@@ -60,28 +59,31 @@ def save(
     """Write `net`, folded, to `path`, for `load` to rebuild; the file appears whole or not at all.
 
     With a fresh net `like` only what differs from it is logged: a smaller file. `about` is text
-    to keep with the net. Raises `InputError` for a path that no file can be written to (see
-    `writable_file`), and naming a module or tensor that cannot be stored.
+    to keep with the net. Raises `InputError` for a path that no file can be written to, and
+    naming a module or tensor that cannot be stored.
     """
-    writable_file(path)
-    texts = dict(about or {})
+    texts, plain, name = dict(about or {}), fold(_module(net)), type(net).__name__
     right = all(type(each) is str for pair in texts.items() for each in pair)
     allowed = f"texts by name; {', '.join(_OURS)} are taken"
     require(right and not texts.keys() & set(_OURS), "about", about, allowed)
-    plain = fold(_module(net))
     csr = any(isinstance(module, CsrLinear) for module in plain.modules())
-    require(not csr, "net", type(net).__name__, "save the net before to_csr")
-    log = _differences(plain, like)
-    first = {}
-    for name, tensor in plain.state_dict(keep_vars=True).items():
-        real = isinstance(tensor, Tensor) and not tensor.is_complex() and not tensor.is_meta
-        kind = str(getattr(tensor, "dtype", type(tensor).__name__))
-        require(real, name, kind, "only tensors of real numbers can be stored")
-        if first.setdefault(id(tensor), name) != name:
-            log.append([name, "=", first[id(tensor)]])
-    data = _serialise(_packed(plain, first.values()), texts, log)
+    require(not csr, "net", name, "save the net before to_csr")
+    log = _log(plain, None if like is None else fold(like))
+    if like is not None:
+        try:
+            rebuilt = _replayed(fold(like), log)
+        except ValueError as error:
+            raise InputError(f"net = {name!r}: not as `like`, and not rebuilt: {error}") from None
+        same = str(rebuilt) == str(plain) and _shapes(rebuilt) == _shapes(plain)
+        require(same, "net", name, "not as `like` in modules or tensors that are not rebuilt")
+    tensors, ties = _packed(plain)
+    metadata = {"format": FORMAT, **texts}
+    if log or ties:
+        short = {"separators": (",", ":"), "default": lambda number: number.item()}
+        metadata["structure"] = json.dumps([*log, *ties], **short)
+    metadata["sha256"] = _digest(tensors, metadata)
     with written_whole(path) as part:
-        part.write_bytes(data)
+        part.write_bytes(safetensors.torch.save(tensors, metadata))
 
 
 def load(path: str | Path, net: nn.Module) -> nn.Module:
@@ -94,16 +96,12 @@ def load(path: str | Path, net: nn.Module) -> nn.Module:
     fresh = fold(_module(net))
     try:
         log = json.loads(metadata.get("structure", "[]"))
-        for entry in log:
-            fresh = _replayed(fresh, *entry)
+        fresh = _replayed(fresh, [entry for entry in log if entry[1] != "="])
         _fill(fresh, tensors, {name: first for name, kind, first in log if kind == "="})
         fresh.cpu()
-    except _OtherNetError as error:
-        name = type(net).__name__
-        raise InputError(f"net = {name!r}: {path} is of another net, where {error}") from None
     except Exception as error:  # whatever a file may say that another version wrote, or a person
-        why = str(error).partition("\n")[0]
-        raise InputError(f"path = {str(path)!r}: its log cannot be replayed: {why}") from None
+        why = " ".join(str(error).split())[:300]
+        raise InputError(f"net = {type(net).__name__!r}: does not fit {path}: {why}") from None
     for tensor in fresh.parameters():
         tensor.requires_grad_(tensor.is_floating_point())
     return fresh
@@ -114,180 +112,139 @@ def about(path: str | Path) -> dict[str, str]:
     return {key: value for key, value in _read(path)[1].items() if key not in _OURS}
 
 
-class _OtherNetError(Exception):
-    """The fresh net is not that of the file."""
-
-
 def _module(net: Any) -> nn.Module:
     require(isinstance(net, nn.Module), "net", net, "a torch module")
     return net
 
 
-def _differences(plain: nn.Module, like: nn.Module | None) -> list[Entry]:
-    """The log of `plain`: all modules, or those that differ from the modules of `like`."""
-    others = {} if like is None else dict(fold(like).named_modules(remove_duplicate=False))
+def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+
+
+def _log(plain: nn.Module, like: nn.Module | None) -> list[Entry]:
+    """An entry for each module of `plain`, or for those that differ from the modules of `like`."""
+    others = dict(like.named_modules(remove_duplicate=False)) if like is not None else {}
     log, whole = [], set()
     for path, module in plain.named_modules(remove_duplicate=False):
         if path.rpartition(".")[0] in whole:
-            continue  # told with its Sequential
-        other = others.get(path)
-        alike = type(other) is type(module) and _parts(module) and _parts(module) == _parts(other)
-        entry = [path, type(module).__name__, None] if alike else _entry(path, module)
-        if entry[2] is None:
-            kinds = f"not as in `like`; can be stored: {', '.join(_KINDS)}, Sequential of these"
-            same = like is None or (type(other) is type(module) and _rest(module) == _rest(other))
-            require(same, path or "net", type(module).__name__, kinds)
-        else:
-            _require_rebuilds(entry, module)
+            continue  # its entry is part of its Sequential's
+        other, parts = others.get(path), list(dict(module.named_children()))
+        if parts and type(other) is type(module) and parts == list(dict(other.named_children())):
+            continue  # what differs is inside
+        entry = _entry(path, module)
+        if entry[2] is not None:
+            made = _made(*entry)
+            allowed = f"has the tensors {_shapes(module)}, not those of {made}"
+            require(_shapes(made) == _shapes(module), "module", path, allowed)
             whole.add(path or None)
-        if like is None or (entry[2] is not None and entry != (other and _entry(path, other))):
+        if other is None or entry != _entry(path, other):
             log.append(entry)
     return log
 
 
-def _parts(module: nn.Module) -> list[str]:
-    return [name for name, _ in module.named_children()]
-
-
-def _rest(module: nn.Module) -> tuple:
-    """What the fresh net must have, of a module that is not rebuilt."""
-    own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-    return {name: tensor.shape for name, tensor in own}, _parts(module), module.extra_repr()
-
-
 def _entry(path: str, module: nn.Module) -> Entry:
-    if path and type(module) is nn.Sequential and len(module):
-        inner = [_layer(name, part) for name, part in module.named_children()]
-        return [path, "Sequential", None if any(part[2] is None for part in inner) else inner]
-    return _layer(path, module)
-
-
-def _layer(name: str, layer: nn.Module) -> Entry:
-    if type(layer) not in _FIELDS:
-        return [name, type(layer).__name__, None]
-    values = {field: getattr(layer, field) for field in _FIELDS[type(layer)].split()}
+    """[path, class, arguments] of `module`; see the top of this file."""
+    kind = type(module)
+    if path and kind is nn.Sequential and len(module):
+        inner = [_entry(name, part) for name, part in module.named_children()]
+        rebuilt = all(type(part) in _FIELDS for part in module) and len(inner) == len(module)
+        return [path, "Sequential", inner if rebuilt else None]
+    if kind not in _FIELDS:
+        return [path, kind.__name__, None]
+    values = {field: getattr(module, field) for field in _FIELDS[kind].split()}
     if "bias" in values:
-        values["bias"] = layer.bias is not None
+        values["bias"] = module.bias is not None
     # As JSON gives it back.
     values = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
-    return [name, type(layer).__name__, values]
+    return [path, kind.__name__, values]
 
 
-def _require_rebuilds(entry: Entry, module: nn.Module) -> None:
-    path, made, own = entry[0], _made(*entry).state_dict(), module.state_dict()
-    for name in made | own:
-        sizes = [tuple(each[name].shape) if name in each else "absent" for each in (made, own)]
-        allowed = f"by the settings of its {entry[1]} it is {sizes[0]}"
-        require(sizes[0] == sizes[1], f"{path}.{name}".lstrip("."), sizes[1], allowed)
-
-
-def _made(name: str, kind: str, arguments: Any) -> nn.Module:
+def _made(path: str, kind: str, arguments: Any) -> nn.Module:
     """The layer of an entry on the meta device: no numbers are drawn."""
     if kind == "Sequential":
         layer = nn.Sequential()
-        for part in arguments:
-            layer.add_module(part[0], _made(*part))
+        for name, *part in arguments:
+            layer.add_module(name, _made(name, *part))
     else:
         values = {field: arguments[field] for field in _FIELDS[_KINDS[kind]].split()}
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         with torch.device("meta"):
             layer = _KINDS[kind](**values)
-    if _entry(name, layer) != [name, kind, arguments]:  # also what torch takes and we never write
-        raise ValueError(f"{name} is no {kind}")
+    if _entry(path, layer) != [path, kind, arguments]:  # also what torch takes and we never write
+        raise ValueError(f"{path!r} is no {kind}")
     return layer.eval()
 
 
-def _replayed(net: nn.Module, path: str, kind: str, arguments: Any) -> nn.Module:
-    """`net` with the layer of one entry in its place, if it is not there already."""
-    if kind == "=":
-        return net
-    try:
-        there = net.get_submodule(path)
-    except AttributeError:
-        raise _OtherNetError(f"{path!r} is a {kind}") from None
-    if (arguments is None or not path) and type(there).__name__ != kind:
-        raise _OtherNetError(f"{path or 'the whole'!r} is a {kind}")
-    if arguments is not None and _entry(path, there) != [path, kind, arguments]:
-        new = _made(path, kind, arguments)
-        if not path:
-            return new
-        replace(net, path, new)
+def _replayed(net: nn.Module, log: list[Entry]) -> nn.Module:
+    """`net` with the layers of `log` in place of its own; `ValueError` for what is not there."""
+    for path, kind, arguments in log:
+        try:
+            there = net.get_submodule(path)
+        except AttributeError:
+            raise ValueError(f"{path!r} is a {kind}, here absent") from None
+        if type(there).__name__ != kind and (arguments is None or not path):
+            raise ValueError(f"{path or 'the whole'!r} is a {kind}, here a {type(there).__name__}")
+        if arguments is not None and _entry(path, there) != [path, kind, arguments]:
+            new = _made(path, kind, arguments)
+            if not path:
+                return new
+            replace(net, path, new)
     return net
 
 
 def _fill(net: nn.Module, tensors: dict[str, Tensor], ties: dict[str, str]) -> None:
     """Give `net` the tensors of the file, of the same names and shapes."""
-    slots = net.state_dict(keep_vars=True)
-    stored = {name.partition(":")[0] for name in tensors} | ties.keys()
-    for name in sorted(slots.keys() ^ stored):
-        raise _OtherNetError(f"{name!r} is {'a tensor' if name in stored else 'absent'}")
-    new = {}
-    for name in sorted(slots, key=ties.__contains__):  # the shared ones last
-        if name in ties:
-            new[name] = new[ties[name]]
-        else:
-            value = _dense(tensors, name, slots[name])
-            if value.shape != slots[name].shape:
-                raise _OtherNetError(f"{name!r} has the shape {tuple(value.shape)}")
-            is_parameter = isinstance(slots[name], nn.Parameter)
-            new[name] = nn.Parameter(value, requires_grad=False) if is_parameter else value
-        owner, _, last = name.rpartition(".")
-        setattr(net.get_submodule(owner), last, new[name])
+    dense = {name: tensor for name, tensor in tensors.items() if ":" not in name}
+    for name, like in net.state_dict().items():
+        if f"{name}:values" in tensors:
+            dense[name] = _dense(*(tensors[f"{name}:{part}"] for part in _CSR), like.shape)
+    dense |= {name: dense[first] for name, first in ties.items()}
+    net.load_state_dict(dense, assign=True)
+    for name, first in ties.items():
+        (owner, slot), (other, origin) = (n.rpartition(".")[::2] for n in (name, first))
+        setattr(net.get_submodule(owner), slot, getattr(net.get_submodule(other), origin))
 
 
-def _packed(plain: nn.Module, names: Any) -> dict[str, Tensor]:
-    """The tensors of the file by name; those of a CSR matrix end in `:rows`, `:columns`, ..."""
+def _packed(plain: nn.Module) -> tuple[dict[str, Tensor], list[Entry]]:
+    """The tensors of the file (of a CSR matrix NAME:rows, ...), and entries of further names."""
     layers = {n for n, m in plain.named_modules(remove_duplicate=False) if type(m) in _FIELDS}
-    values, packed = plain.state_dict(), {}
-    for name in names:
+    packed, ties, first = {}, [], {}
+    for name, tensor in plain.state_dict(keep_vars=True).items():
+        real = isinstance(tensor, Tensor) and not tensor.is_complex() and not tensor.is_meta
+        kind = str(getattr(tensor, "dtype", type(tensor).__name__))
+        require(real, name, kind, "only tensors of real numbers can be stored")
+        if first.setdefault(id(tensor), name) != name:
+            ties.append([name, "=", first[id(tensor)]])
+            continue
         # The copy: safetensors refuses tensors that share memory.
-        dense = {name: values[name].cpu().clone(memory_format=torch.contiguous_format)}
-        owner, _, last = name.rpartition(".")
-        matrix = last == "weight" and owner in layers and dense[name].dim() > 1
-        csr = _csr(name, dense[name].flatten(1)) if matrix else dense
-        packed |= csr if _bytes(csr) < _bytes(dense) else dense
-    return packed
+        dense = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        packed[name] = dense
+        if tensor.dim() > 1 and name.endswith("weight") and name.rpartition(".")[0] in layers:
+            rows, columns, values = csr_arrays(dense.flatten(1))
+            if dense[0].numel() - 1 <= torch.iinfo(torch.int16).max:
+                columns = columns.to(torch.int16)
+            if rows.nbytes + columns.nbytes + values.nbytes < dense.nbytes:
+                del packed[name]
+                packed |= {
+                    f"{name}:rows": rows,
+                    f"{name}:columns": columns,
+                    f"{name}:values": values,
+                }
+    return packed, ties
 
 
-def _csr(name: str, matrix: Tensor) -> dict[str, Tensor]:
-    rows, columns, values = csr_arrays(matrix)
-    if matrix.shape[1] - 1 <= torch.iinfo(torch.int16).max:
-        columns = columns.to(torch.int16)
-    return dict(zip((f"{name}:{part}" for part in _PARTS), (rows, columns, values), strict=True))
-
-
-def _dense(tensors: dict[str, Tensor], name: str, like: Tensor) -> Tensor:
-    if name in tensors:
-        return tensors[name]
-    rows, columns, values = (tensors[f"{name}:{part}"] for part in _PARTS)
-    matrix = torch.zeros(like.shape, dtype=values.dtype).flatten(1)
-    if len(rows) != len(matrix) + 1 or (len(columns) and int(columns.max()) >= matrix.shape[1]):
-        raise _OtherNetError(f"{name!r} has another shape than {tuple(like.shape)}")
+def _dense(rows: Tensor, columns: Tensor, values: Tensor, shape: torch.Size) -> Tensor:
+    matrix = torch.zeros(shape, dtype=values.dtype).flatten(1)
+    if len(rows) != len(matrix) + 1:
+        raise ValueError(f"{len(rows) - 1} rows, here {len(matrix)}")
     row = torch.repeat_interleave(torch.arange(len(matrix)), rows.diff())
     matrix[row, columns.long()] = values
-    return matrix.view(like.shape)
-
-
-def _bytes(tensors: dict[str, Tensor]) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors.values())
-
-
-def _serialise(tensors: dict[str, Tensor], texts: Mapping[str, str], log: list[Entry]) -> bytes:
-    metadata = {"format": FORMAT, **texts}
-    if log:
-        metadata["structure"] = json.dumps(log, separators=(",", ":"))
-    metadata["sha256"] = _digest(tensors, metadata)
-    return safetensors.torch.save(tensors, metadata)
+    return matrix.view(shape)
 
 
 def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
-    texts = [metadata[key] for key in sorted(metadata) if key not in _OURS]
-    said = [
-        metadata["format"],
-        *texts,
-        *([metadata["structure"]] if "structure" in metadata else []),
-    ]
-    digest = hashlib.sha256(repr(said).encode())
+    names = ("format", *sorted(metadata.keys() - set(_OURS)), "structure")
+    digest = hashlib.sha256(repr([metadata[n] for n in names if n in metadata]).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())

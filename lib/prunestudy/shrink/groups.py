@@ -82,7 +82,9 @@ def read_groups(traced: Trace) -> list[Group]:
     order = {name: i for i, name in enumerate(traced.layers)}
     gathered = defaultdict(list)
     for slots in traced.channels:
-        gathered[frozenset(Counter((layer, side) for layer, side, _ in slots).items())].append(slots)
+        gathered[frozenset(Counter((layer, side) for layer, side, _ in slots).items())].append(
+            slots
+        )
     found, used = [], defaultdict(int)
     for counted, channels in gathered.items():
         sides = [side for side, _ in counted]

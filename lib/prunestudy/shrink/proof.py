@@ -2,30 +2,28 @@
 
 Groups are what torch-pruning's graph suggests. Before anything is trained, random subsets of their
 channels are removed from a copy of the net in float64 with random weights and statistics, and what
-is left is compared with the gated net: the same net with the weights at zero that read those
-channels. Each pair of groups is told apart by one comparison at least in which only one of them
-lost channels. After the real removal the same comparison is made with the real weights.
+is left is compared with the gated net: the same net where the layers that read those channels read
+zeros. Two groups of one size lose different numbers of channels in one comparison at least. After
+the real removal the same comparison is made with the real weights.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import partial
 from operator import index
 
 import torch
 from torch import Tensor, nn
 
 from prunestudy.errors import InputError, require, require_one_of
+from prunestudy.shrink.compare import apart, gated, inside, leaves, mode
 from prunestudy.shrink.fold import fold
 from prunestudy.shrink.groups import CONSUMES, PRODUCES, Group, read_groups, signal_remains
-from prunestudy.shrink.narrow import Narrow, axis_of
-from prunestudy.shrink.remove import require_whole
+from prunestudy.shrink.narrow import Narrow
+from prunestudy.shrink.remove import Nothing, require_whole
 from prunestudy.shrink.survey import called, drawn, outputs_of, watching
-from prunestudy.shrink.trace import Trace, channels_of, trace
+from prunestudy.shrink.trace import Trace, trace
 from prunestudy.values import inputs
 
 Inputs = Tensor | tuple[Tensor, ...]
-_LIMIT = 1e-9  # of the largest output
 
 
 def groups(model: nn.Module, example: Inputs) -> list[Group]:
@@ -86,11 +84,11 @@ def remove_groups(
     """Return `narrow(model, groups, kept)`, compared with the gated net; raise `InputError`."""
     small, plain = Narrow(model, groups)(kept), fold(model).double()
     batch = drawn(inputs(example), plain)
-    with _gated(plain, groups, kept):
+    with gated(plain, groups, kept):
         expected = outputs_of(plain, batch)
     with watching(small, "the smaller net fails"):
-        apart = _apart(expected, outputs_of(fold(small).double(), batch))
-    require(not apart, "model", type(model).__name__, f"the smaller net differs: {apart}")
+        gap = apart(expected, outputs_of(fold(small).double(), batch))
+    require(not gap, "model", type(model).__name__, f"the smaller net differs: {gap}")
     return small
 
 
@@ -107,64 +105,73 @@ class _Proof:
 
     def run(self) -> list[Group]:
         """The groups, those only skippable that may be emptied; see `groups_of`."""
-        numbers = range(len(self.groups))
-        self._require(numbers, thorough=True)
-        for bit in range(len(numbers).bit_length()):
-            self._require([i for i in numbers if (i + 1) >> bit & 1])
-        may = self._may_be_emptied()
+        self._require(self._random(range(len(self.groups))))
+        for counts in self._counts():
+            self._require(self._random(range(len(self.groups)), counts), training=False)
+        may = self._emptied()
         return [
             Group(g.name, g.channels, g.members, g.skippable and i in may)
             for i, g in enumerate(self.groups)
         ]
 
-    def _require(self, chosen: Sequence[int], thorough: bool = False) -> None:
-        if not self._differs(self._some(chosen), thorough):
+    def _require(self, kept: list[Tensor], training: bool = True) -> None:
+        if not self._differs(kept, training):
             return
-        for i in chosen:
-            kept = self._some([i])
-            if self._differs(kept, thorough=True):
-                self._blame(self.groups[i], kept)
-        self._blame(self.groups[chosen[0]], self._some(chosen))
+        fewer = [i for i, stay in enumerate(kept) if len(stay) < self.groups[i].channels]
+        for i in fewer:
+            alone = self._random([i])
+            if self._differs(alone, training):
+                self._blame(self.groups[i], alone)
+        self._blame(self.groups[fewer[0]], kept)
 
-    def _some(self, chosen: Sequence[int]) -> list[Tensor]:
-        """Random channels kept of the groups `chosen`, at least one and not all; of others all."""
+    def _random(self, chosen: Sequence[int], counts: Sequence[int] = ()) -> list[Tensor]:
+        """Random channels of the groups `chosen`, all of others: `counts`, or some and not all."""
         kept = list(self.all)
         for i in chosen:
             n = self.groups[i].channels
-            count = int(torch.randint(1, max(n, 2), (), generator=self.generator))
-            kept[i] = torch.randperm(n, generator=self.generator)[:count].sort().values
+            some = int(torch.randint(1, max(n, 2), (), generator=self.generator))
+            order = torch.randperm(n, generator=self.generator)
+            kept[i] = order[: counts[i] if counts else some].sort().values
         return kept
 
-    def _differs(self, kept: list[Tensor], thorough: bool = False) -> str:
+    def _counts(self) -> Iterator[list[int]]:
+        """Numbers of channels kept such that two groups of one size differ at least once."""
+        rank, sizes = [], [group.channels for group in self.groups]
+        for i, size in enumerate(sizes):
+            rank.append(sizes[:i].count(size))
+        while True:
+            yield [1 + r % n for r, n in zip(rank, sizes, strict=True)]
+            rank = [r // n if n > 1 else 0 for r, n in zip(rank, sizes, strict=True)]
+            if not any(rank):
+                return
+
+    def _differs(self, kept: list[Tensor], training: bool = True) -> str:
         """How the small net differs from the gated one, or fails; empty if it does not.
 
-        It is run in eval mode on one input; with `thorough` on two, and in training mode as well.
+        In eval mode on one input, and with `training` on two, in that mode if it is defined.
         """
         small = self.narrow(kept)
-        modes = [(self.one, False)]
-        if thorough:
-            modes += [(self.two, False), (self.two, True)][: 2 if self.trains else 1]
-        for batch, training in modes:
-            with _gated(self.net, self.groups, kept), _mode(self.net, training):
+        for batch, train in [(self.one, False), (self.two, self.trains)][: 1 + training]:
+            with gated(self.net, self.groups, kept), mode(self.net, train):
                 expected = outputs_of(self.net, batch)
             try:
-                apart = _apart(expected, outputs_of(small.train(training), batch))
+                gap = apart(expected, outputs_of(small.train(train), batch))
             except Exception as error:  # whatever a user's net raises on fewer channels
-                apart = next(iter(str(error).splitlines()), type(error).__name__)
-            if apart:
-                return apart
+                gap = next(iter(str(error).splitlines()), type(error).__name__)
+            if gap:
+                return gap
         return ""
 
     def _trains(self) -> bool:
         """Whether the net in training mode gives one answer for one batch."""
         try:
-            with _mode(self.net, training=True):
+            with mode(self.net, training=True):
                 both = [outputs_of(self.net, self.two, seed=seed) for seed in (0, 1)]
-        except Exception:  # noqa: BLE001  # a batch norm of one value, or anything of a user's net
+        except Exception:  # a batch norm of one value, or anything of a user's net
             return False
-        return not _apart(*both)
+        return not apart(*both)
 
-    def _may_be_emptied(self) -> set[int]:
+    def _emptied(self) -> set[int]:
         """Numbers of the groups without which the net still computes what the gated one does."""
         may, left = set(), [i for i, group in enumerate(self.groups) if group.skippable]
         while left:
@@ -172,140 +179,51 @@ class _Proof:
             for i in left:
                 if signal_remains(self.traced, [self.groups[j] for j in (*chosen, i)]):
                     chosen.append(i)
-            if not self._differs(self._without(chosen), thorough=True):
-                may.update(chosen)
-            elif len(chosen) > 1:
-                may.update(i for i in chosen if not self._differs(self._without([i]), True))
+            may |= self._works_without(self._runs_without(chosen))
             left = [i for i in left if i not in chosen]
         return may
 
-    def _without(self, chosen: Sequence[int]) -> list[Tensor]:
+    def _runs_without(self, chosen: list[int]) -> list[int]:
+        """Those of `chosen` that are left when the last group emptied before a crash stays."""
+        small = self.narrow(self._none_of(chosen))
+        try:
+            with watching(small, "fails") as watch:
+                outputs_of(small, self.one)
+        except InputError:
+            gone = [name for name, layer in watch.order.items() if isinstance(layer, Nothing)]
+            last = {m for m in chosen for each in self.groups[m].members if each.layer in gone[-1:]}
+            return self._runs_without([i for i in chosen if i not in last]) if last else chosen
+        return chosen
+
+    def _none_of(self, chosen: Sequence[int]) -> list[Tensor]:
         return [each[:0] if i in chosen else each for i, each in enumerate(self.all)]
+
+    def _works_without(self, chosen: list[int]) -> set[int]:
+        if not self._differs(self._none_of(chosen)):
+            return set(chosen)
+        half = len(chosen) // 2
+        parts = (chosen[:half], chosen[half:]) if half else ()
+        return set().union(*map(self._works_without, parts))
 
     def _blame(self, group: Group, kept: list[Tensor]) -> None:
         """Raise `InputError` naming the first module that does not treat channels one by one."""
         fails = f"cannot be pruned: it does not work on fewer channels of {group.name!r}"
         small, before, after = self.narrow(kept), {}, {}
-        with _gated(self.net, self.groups, kept), _leaves(self.net, before):
+        with gated(self.net, self.groups, kept), leaves(self.net, before):
             outputs_of(self.net, self.two)
         error = None
         try:
-            with _leaves(small, after), watching(small, fails):
+            with leaves(small, after), watching(small, fails):
                 outputs_of(small, self.two)
         except InputError as raised:
             error = raised
-        wrong = [name for name in after if not _inside(before[name], after[name])]
+        wrong = [name for name in after if not inside(before[name], after[name])]
         if not wrong and error:
             raise error
         reader = next((m.layer for m in group.having(CONSUMES)), group.members[0].layer)
         name = called(wrong[0] if wrong else reader)
         why = f"cannot be pruned: with fewer channels of {group.name!r} it computes something else"
         raise InputError(f"module = {name!r}: {why}")
-
-
-@contextmanager
-def _gated(net: nn.Module, groups: Sequence[Group], kept: Sequence[Tensor]) -> Iterator[None]:
-    """Within, `net` reads zeros of all channels but those kept.
-
-    A layer norm takes its statistics over those kept: it is the one layer that a gate before it
-    does not turn into the smaller one.
-    """
-    weights: dict[str, Tensor] = {}
-    norms: dict[str, Tensor] = {}
-    for group, stay in zip(groups, kept, strict=True):
-        open_ = torch.zeros(group.channels, dtype=torch.bool)
-        open_[stay] = True
-        for m in group.members:
-            layer = net.get_submodule(m.layer)
-            if isinstance(layer, nn.LayerNorm):
-                here = norms.setdefault(m.layer, torch.ones(m.size, dtype=torch.bool))
-                here &= m.spread(open_.double()).bool()
-            elif m.role == CONSUMES:
-                along = axis_of(layer, "in")
-                gate = m.spread(open_.double())[: layer.weight.shape[along]]
-                form = [-1 if i == along else 1 for i in range(layer.weight.dim())]
-                weights.setdefault(m.layer, layer.weight.data)
-                layer.weight.data = layer.weight.data * gate.to(layer.weight).view(form)
-    for name, open_ in norms.items():
-        layer = net.get_submodule(name)
-        layer.forward = partial(_partial_norm, layer, open_)
-    try:
-        yield
-    finally:
-        for name, weight in weights.items():
-            net.get_submodule(name).weight.data = weight
-        for name in norms:
-            del net.get_submodule(name).forward
-
-
-def _partial_norm(layer: nn.LayerNorm, open_: Tensor, x: Tensor) -> Tensor:
-    """What `layer` makes of the features `open_` alone, zero at the others."""
-    out = torch.zeros_like(x)
-    rest = (None if w is None else w[open_] for w in (layer.weight, layer.bias))
-    out[..., open_] = nn.functional.layer_norm(x[..., open_], (int(open_.sum()),), *rest, layer.eps)
-    return out
-
-
-@contextmanager
-def _mode(net: nn.Module, training: bool) -> Iterator[None]:
-    """Within, `net` is in training or eval mode; its statistics are put back after."""
-    buffers = {name: buffer.clone() for name, buffer in net.named_buffers()} if training else {}
-    net.train(training)
-    try:
-        yield
-    finally:
-        net.eval()
-        for name, buffer in buffers.items():
-            net.get_buffer(name).copy_(buffer)
-
-
-@contextmanager
-def _leaves(net: nn.Module, found: dict[str, Tensor]) -> Iterator[None]:
-    """Collect in `found` the last output of each module without children, in order."""
-    handles = []
-    for name, module in net.named_modules():
-        if not any(module.children()):
-            keep = lambda _, __, out, name=name: found.update({name: out})  # noqa: E731
-            handles.append(module.register_forward_hook(keep))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _inside(whole: object, part: object) -> bool:
-    """Whether each channel of `part`, wherever they lie, is one of `whole`."""
-    if not (isinstance(whole, Tensor) and isinstance(part, Tensor)) or not part.numel():
-        return True
-    differ = [i for i, (a, b) in enumerate(zip(whole.shape, part.shape, strict=False)) if a != b]
-    if whole.dim() != part.dim() or len(differ) > 1:
-        return False
-    if not differ:
-        return not _apart([whole], [part])
-    a, b = (t.detach().movedim(differ[0], 0).flatten(1).double() for t in (whole, part))
-    mix = torch.randn(a.shape[1], generator=torch.Generator().manual_seed(0), dtype=a.dtype)
-    a, b = ((t.cpu() @ mix) for t in (a, b))
-    a = a.sort().values
-    near = torch.searchsorted(a, b).clamp(max=len(a) - 1)
-    gaps = torch.minimum((a[near] - b).abs(), (a[(near - 1).clamp(min=0)] - b).abs())
-    return bool((gaps <= _LIMIT * a.abs().max() + 1e-12).all())
-
-
-def _apart(expected: list[Tensor], found: list[Tensor]) -> str:
-    """How `found` differs from `expected`; empty if it does not."""
-    shapes = [[tuple(t.shape) for t in tensors] for tensors in (expected, found)]
-    if shapes[0] != shapes[1]:
-        return f"its output has shapes {shapes[1]} in place of {shapes[0]}"
-    for a, b in zip(expected, found, strict=True):
-        a, b = a.detach().double(), b.detach().double()
-        known = a.isfinite()
-        a, b = a[known], b[known]
-        if a.numel():
-            gap, most = float((a - b).abs().max()), float(a.abs().max())
-            if not gap <= _LIMIT * most + 1e-12:
-                return f"its output is {gap / (most or 1):.1e} off"
-    return ""
 
 
 def _kept(groups: Sequence[Group], keep: Mapping[str, set[int]]) -> list[Tensor]:

@@ -117,4 +117,3 @@ def _require_geometry(geometry: Geometry) -> None:
     right = isinstance(geometry, dict) and set(geometry) == names
     if not (right or geometry in (None, "linear")):
         raise ValueError(f"geometry = {geometry!r}: what geometry_of gives")
-

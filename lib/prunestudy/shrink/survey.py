@@ -1,16 +1,17 @@
-"""A net run on random numbers in float64: what ran, where it failed, what it depends on."""
+"""A net run on random numbers: what ran, where it failed, what it depends on."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from prunestudy.errors import InputError, require
+from prunestudy.shrink.layers import is_one_node
 
 _READS = set(
     """__array__ __bool__ __complex__ __float__ __index__ __int__ allclose argwhere equal
@@ -79,7 +80,7 @@ class _Plain(TorchFunctionMode):
         super().__init__()
         self.strict, self.known = strict, known
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None):  # noqa: ARG002
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None):
         name = getattr(func, "__name__", "")
         if "dropout" in name:
             return args[0]
@@ -93,13 +94,13 @@ class _Plain(TorchFunctionMode):
 def outputs_of(
     net: nn.Module, example: tuple[Tensor, ...], strict: bool = False, seed: int = 0
 ) -> list[Tensor]:
-    """All tensors that `net` returns for `example`; in float64, without dropout, seeded.
+    """All tensors that `net` returns for `example`, without dropout, seeded.
 
     With `strict` the net may not read values of tensors but its own.
     """
     known = {t.untyped_storage().data_ptr() for t in net.state_dict().values()} if strict else set()
     usual = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
+    torch.set_default_dtype(dtype_of(net))
     try:
         with torch.random.fork_rng(devices=[]), _Plain(strict, known):
             torch.manual_seed(seed)
@@ -109,46 +110,52 @@ def outputs_of(
     return [t for t in found if isinstance(t, Tensor)]
 
 
-def fresh(plain: nn.Module) -> nn.Module:
-    """Make `plain` one of float64 with random parameters and batch-norm statistics; return it."""
+def dtype_of(net: nn.Module) -> torch.dtype:
+    """The precision of the first parameter or buffer of `net` that has one."""
+    kinds = (t.dtype for t in net.state_dict().values() if t.is_floating_point())
+    return next(kinds, torch.get_default_dtype())
+
+
+def fresh(net: nn.Module) -> nn.Module:
+    """Give `net` random parameters and batch-norm statistics, in place; return it.
+
+    Norms divide by no small number, so that rounding errors stay small in training mode.
+    """
     generator = torch.Generator().manual_seed(0)
-
-    def draw(like: Tensor, low: float | None, scale: float) -> None:
-        make = torch.randn if low is None else torch.rand
-        values = make(like.shape, generator=generator, dtype=like.dtype) * scale + (low or 0.0)
-        like.data.copy_(values)
-
-    plain.double()
-    for name, tensor in (*plain.named_parameters(), *plain.named_buffers()):
-        last = name.rpartition(".")[2]
+    for module in net.modules():
+        if isinstance(getattr(module, "eps", None), float):
+            module.eps = max(module.eps, 0.1)
+    for name, tensor in (*net.named_parameters(), *net.named_buffers()):
+        last, own = name.rpartition(".")[2], isinstance(tensor, nn.Parameter)
+        values = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
         if not tensor.is_floating_point():
             continue
-        if last == "running_mean" or (isinstance(tensor, nn.Parameter) and "bias" in last):
-            draw(tensor, None, 0.3)
-        elif last == "running_var" or (isinstance(tensor, nn.Parameter) and tensor.dim() < 2):
-            draw(tensor, 0.5, 1.0)
-        elif isinstance(tensor, nn.Parameter):
-            draw(tensor, None, math.sqrt(2 / max(tensor[0].numel(), 1)))
-    return plain
+        if last == "running_mean" or (own and "bias" in last):
+            tensor.data.copy_(0.3 * values)
+        elif last == "running_var" or (own and tensor.dim() < 2):
+            tensor.data.copy_(0.5 + values.abs())
+        elif own:
+            tensor.data.copy_(values * math.sqrt(2 / max(tensor[0].numel(), 1)))
+    return net
 
 
 def drawn(
-    example: tuple[Tensor, ...], net: nn.Module, batch: int = 2, seed: int = 0, positive: bool = False
+    example: tuple[Tensor, ...], net: nn.Module, positive: bool = False
 ) -> tuple[Tensor, ...]:
-    """`batch` inputs as those of `example`, on the device of `net`: random numbers in float64.
+    """Two inputs as those of `example`, random, on the device and in the precision of `net`.
 
     With `positive` uniform in 0-1, else normal; integers and booleans are those of `example`.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     device = next((t.device for t in net.state_dict().values()), torch.device("cpu"))
     made = []
     for x in example:
         if x.is_floating_point():
             draw = torch.rand if positive else torch.randn
-            new = draw((batch, *x.shape[1:]), generator=generator, dtype=torch.float64)
+            new = draw((2, *x.shape[1:]), generator=generator, dtype=torch.float64)
+            made.append(new.to(device, dtype_of(net)))
         else:
-            new = torch.cat([x.detach()] * batch)[:batch]
-        made.append(new.to(device))
+            made.append(torch.cat([x.detach(), x.detach()])[:2].to(device))
     return tuple(made)
 
 
@@ -156,28 +163,73 @@ def survey(net: nn.Module, example: tuple[Tensor, ...]) -> tuple[tuple[Tensor, .
     """Random inputs on which `net` gives finite numbers, and whether their last axis is channels.
 
     Raises `InputError` naming the module where the net fails, where it reads values of a tensor,
-    and for a net whose graph depends on its input or on the size of the batch.
+    and for a net whose graph depends on its inputs or on how many there are.
     """
     fails = f"cannot be traced on {[tuple(x.shape) for x in example]}"
     for positive in (False, True):
-        batch = drawn(example, net, positive=positive)
-        with watching(net, fails) as watch:
+        batch = drawn(example, net, positive)
+        with watching(net, fails) as watch, one_node_each(net):
             found = outputs_of(net, batch, strict=True)
         if all(bool(t.isfinite().all()) for t in found):
             break
-    others = [tuple(-x if x.is_floating_point() else x for x in batch)]
-    others.append(tuple(x[:1] for x in batch))
-    first = (list(watch.order), _operations(found))
-    for other, what in zip(others, ("the values of its input", "the size of the batch"), strict=True):
-        with watching(net, fails) as again:
-            done = _operations(outputs_of(net, other))
-        ran = (list(again.order), done)
-        apart = [a for a, b in zip(first[0], ran[0], strict=False) if a != b]
-        name = called(apart[0] if apart else "")
-        require(ran == first, "module", name, f"cannot be traced: what runs depends on {what}")
+    with watching(net, fails) as again, one_node_each(net):
+        other = tuple(-x[:1] if x.is_floating_point() else x[:1] for x in batch)
+        done = _operations(outputs_of(net, other))
+    differ = [a for a, b in zip(watch.order, again.order, strict=False) if a != b]
+    same = not differ and _operations(found) == done and len(watch.order) == len(again.order)
+    why = "cannot be traced: what runs depends on the values or the number of its inputs"
+    require(same, "module", called(differ[0] if differ else ""), why)
     layer, given = watch.first or (None, None)
     linear = isinstance(layer, nn.Linear | nn.LayerNorm) and given.dim() > 2
     return batch, linear and any(x.shape[-1] == given.shape[-1] for x in batch)
+
+
+class _Node(torch.autograd.Function):
+    """A call of a module as one node of autograd's graph, whatever operations it is made of."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Callable, anchor: Tensor, *tensors: Tensor) -> Any:  # noqa: ARG004
+        return call(tensors)
+
+
+@contextmanager
+def one_node_each(net: nn.Module, copies: Collection[nn.Module] = ()) -> Iterator[set]:
+    """Make a call of each layer one node of autograd's graph; gives the set of these nodes.
+
+    Those of `copies` only copy what they get.
+    """
+    nodes, anchor = set(), torch.zeros((), requires_grad=True)
+    changed = [m for m in net.modules() if is_one_node(m)]
+
+    def wrapped(before: Callable) -> Callable:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            flat, spec = tree_flatten((args, kwargs))
+            where = [i for i, x in enumerate(flat) if isinstance(x, Tensor)]
+            form = []
+
+            def call(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+                for i, tensor in zip(where, tensors, strict=True):
+                    flat[i] = tensor
+                inner_args, inner_kwargs = tree_unflatten(flat, spec)
+                form.append(tree_flatten(before(*inner_args, **inner_kwargs)))
+                leaves = form[0][0]
+                return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
+
+            made = iter(_Node.apply(call, anchor, *(flat[i] for i in where)))
+            leaves, out = form[0]
+            leaves = [next(made) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            nodes.update(leaf.grad_fn for leaf in leaves if isinstance(leaf, Tensor))
+            return tree_unflatten(leaves, out)
+
+        return forward
+
+    for module in changed:
+        module.forward = wrapped(Tensor.clone if module in copies else module.forward)
+    try:
+        yield nodes
+    finally:
+        for module in changed:
+            del module.forward
 
 
 def called(name: str) -> str:

@@ -120,7 +120,7 @@ class Runner:
         if made.status == "done":
             metrics["bytes"] = weights.stat().st_size
         record = job.record(made, metrics, time.perf_counter() - started)
-        self.store.write(record, weights, arrays=arrays)
+        self.store.write(record, weights, arrays)
         shutil.rmtree(work, ignore_errors=True)
 
     def _start(self, job: "_Job") -> nn.Module:
@@ -180,13 +180,14 @@ class _Job:
             validation=datasets.batches_of(held_out, info, len(held_out), device=self.device),
             loss=self.task.loss,
             metric=self.scores,
+            metrics=measure.task_metrics(self.task, info.num_classes),
             seed=settings.seed,
             device=self.device,
             precision=settings.precision,
             checkpoint=checkpoint,
             run=settings.run,
             show=show,
-            probe=methods.probe_of(settings.method),
+            probe=methods.probe_of(settings.method, self.task.pixels),
         )
 
     def scores(self, model: nn.Module, batches: Iterable[Any]) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,13 +10,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 from tqdm.auto import tqdm
 
 from prunestudy import methods, shrink
 from prunestudy.errors import InputError, require
+from prunestudy.measure import Metrics
 from prunestudy.measure.forward import device_of, evaluating
-from prunestudy.methods.base import Context, Method, call, moved
+from prunestudy.methods.base import Batch, Context, Method, call, mean_loss, moved
 from prunestudy.methods.probes import Probe
 from prunestudy.train.checkpoint import read_checkpoint
 from prunestudy.train.deterministic import full_precision
@@ -71,6 +72,7 @@ def prune(
     validation: Any = None,
     loss: Callable[..., Tensor] | None = None,
     metric: Metric | None = None,
+    metrics: Metrics | None = None,
     example: Tensor | tuple[Tensor, ...] | None = None,
     seed: int = 0,
     device: torch.device | str | None = None,
@@ -88,6 +90,7 @@ def prune(
     them. `loss(output, y)`, or `loss(output, x, y)`, is cross-entropy for labels that are whole
     numbers and mean squared error for others; `metric(model, batches)` gives a number, or several
     by name, the first of which judges: by default the share of right labels, if y are labels.
+    `metrics` is what component-aware pruning judges by in its place, with smooth forms.
     `example` is an input batch (by default the first of `train`); `seed` of all random draws;
     `device` by default that of the model; `precision`: "fp32", "tf32" or "bf16" (autocast).
 
@@ -114,8 +117,10 @@ def prune(
         loss = _loss(loss, net, x, y)
         generator = torch.Generator(device).manual_seed(seed)
         context = Context(example, loss, generator=generator, weight_decay=recipe.weight_decay)
-        context.train = lambda: train.epoch(0)
-        score = _Score(loss, metric or _default_metric(y), validation)
+        context.train = train.epoch
+        metric = metric or (metrics.values if metrics else _default_metric(y))
+        score = _Score(loss, metric, validation)
+        context.metrics = metrics or Metrics(score.on)
         if validation is not None:
             context.score, context.validation = score.judge, lambda: validation.ordered(512)
         method.check(net)
@@ -182,29 +187,26 @@ class _Score:
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
         """All numbers by name, the one to judge by first; {} without validation batches."""
-        if self.batches is None:
-            return {}
+        return {} if self.batches is None else self._of(model, lambda: self.batches.ordered(512))
+
+    def on(self, model: nn.Module, batches: Sequence[Batch]) -> dict[str, float]:
+        """The same on other batches."""
+        return self._of(model, lambda: batches)
+
+    def _of(self, model: nn.Module, read: Callable[[], Iterable[Batch]]) -> dict[str, float]:
         found = {}
         with evaluating(model), torch.inference_mode():
             if self.metric:
-                found = self.metric(model, self.batches.ordered(512))
+                found = self.metric(model, read())
                 found = dict(found) if isinstance(found, Mapping) else {"metric": float(found)}
                 self.name = next(iter(found))
             if "loss" not in found:
-                found["loss"] = self._mean_loss(model)
+                found["loss"] = mean_loss(model, self.loss, read())
         return found
 
     def judge(self, model: nn.Module) -> float:
         """The number to judge by."""
         return next(iter(self(model).values()))
-
-    def _mean_loss(self, model: nn.Module) -> float:
-        total, count = 0.0, 0
-        for x, y in self.batches.ordered(512):
-            size = len(tree_leaves(x)[0])
-            total += self.loss(call(model, x), x, y).item() * size
-            count += size
-        return total / count
 
 
 def top1(model: nn.Module, batches: Any) -> dict[str, float]:

@@ -1,0 +1,187 @@
+"""Channels that depend on each other, followed through torch-pruning's graph of a net."""
+
+import math
+from collections import defaultdict
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import torch_pruning
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from torch import nn
+from torch_pruning import ops
+from torch_pruning._helpers import _HybridIndex
+from torch_pruning.dependency import index_mapping
+
+from prunestudy.errors import require
+from prunestudy.shrink.layers import channels_of, is_depthwise, is_follower
+
+Slot = tuple[str, str, int]  # layer, side ("in" or "out"), channel number there
+
+
+class Graph(torch_pruning.DependencyGraph):
+    """A dependency graph that leaves reshapes alone until all else is known."""
+
+    _2d_4d = property(lambda self: "done" in vars(self), lambda *_: None)
+
+    def build_dependency(self, *arguments: Any, **options: Any) -> "Graph":
+        """Build it as torch-pruning does, reshapes last."""
+        super().build_dependency(*arguments, **options)
+        self.done = True
+        for node in self.module2node.values():
+            _map_reshape(self, node)
+        return self
+
+
+def classes_of(
+    graph: Graph, images: list, outputs: list, fixed: list, layers: dict[str, nn.Module]
+) -> list[list[Slot]]:
+    """Classes of the slots of `layers` that can only go together, as far as they may go.
+
+    The channels of the nodes `images` and `outputs` stay, and those of what is `fixed`:
+    parameters of the net's own, embeddings, attention, recurrent layers.
+    """
+    return _Channels(graph, images, outputs, fixed, layers).classes()
+
+
+class _Interleaved:
+    """Index mapping of a flatten whose channels lie on the last axis: channel c at c, c + n, ..."""
+
+    def __init__(self, channels: int, times: int, reverse: bool) -> None:
+        self.channels, self.times, self.reverse = channels, times, reverse
+
+    def __call__(self, pairs: list) -> list:
+        if self.reverse:
+            return [_HybridIndex(idx=p.idx % self.channels, root_idx=p.root_idx) for p in pairs]
+        return [
+            _HybridIndex(idx=p.idx + self.channels * k, root_idx=p.root_idx)
+            for p in pairs
+            for k in range(self.times)
+        ]
+
+
+def _map_reshape(graph: Any, node: Any) -> None:
+    """Say which channels a reshape makes of which, for inputs of any rank."""
+    if not isinstance(node.module, ops._ReshapeOp):
+        return
+    with suppress(ArithmeticError):  # of sizes it does not understand; the proof will find out
+        index_mapping.update_reshape_index_mapping(graph, node)
+    size = tuple(getattr(node.grad_fn, "_saved_self_sym_sizes", ()))
+    back = [edge for before in node.inputs for edge in before.dependencies if edge.target is node]
+    for edge in (*node.dependencies, *back):
+        flat = edge.index_mapping[0]
+        if len(size) > 2 and isinstance(flat, index_mapping._FlattenIndexMapping):
+            total, times = math.prod(size[1:]), flat._stride
+            if size[-1] * times == total != size[1] * times:
+                edge.index_mapping[0] = _Interleaved(size[-1], times, flat.reverse)
+
+
+class _Channels:
+    """Which slots of a dependency graph depend on each other: each a channel at a node's side.
+
+    torch-pruning's own groups keep one root where several channels meet in one slot (unflatten),
+    so its edges and index maps are followed here, each slot once.
+    """
+
+    def __init__(
+        self, graph: Any, images: list, outputs: list, fixed: list, layers: dict[str, nn.Module]
+    ) -> None:
+        self.graph, self.images, self.outputs, self.fixed = graph, images, outputs, fixed
+        self.name_of = {graph.module2node[layer]: name for name, layer in layers.items()}
+        sides = [channels_of(m, side) for m in layers.values() for side in ("in", "out")]
+        self.most = max([*(channels_of(image.module, "out") for image in images), *sides, 1])
+        self.seen: dict[tuple[Any, str], np.ndarray] = {}  # by node and side, `most` channels each
+        self.first: dict[tuple[Any, str], int] = {}  # number of the first of them
+        self.ties: list[tuple[np.ndarray, np.ndarray]] = []
+        for node in [*images, *(node for node in self.name_of if self._produces(node))]:
+            self._follow(node)
+        self._tie_groups()
+
+    def classes(self) -> list[list[Slot]]:
+        """See `classes_of`; each has a producer among its layers."""
+        if not self.ties:
+            return []
+        label = dict(zip(self.seen, self._labels(), strict=True))
+        ends = {(node, "out") for node in (*self.images, *self.outputs)}
+        ends |= {(node, side) for node in self.fixed for side in ("in", "out")}
+        kept = {int(i) for key in ends & set(label) for i in label[key][self.seen[key]]}
+        found, made = defaultdict(list), set()
+        for (node, side), labels in label.items():
+            for i in np.flatnonzero(self.seen[node, side]) if node in self.name_of else ():
+                found[int(labels[i])].append((self.name_of[node], side, int(i)))
+                if side == "out" and self._produces(node):
+                    made.add(int(labels[i]))
+        return [slots for number, slots in found.items() if number in made - kept]
+
+    def _follow(self, node: Any) -> None:
+        waiting = [(node, "out", self._new(node, "out", np.arange(self._size(node, "out"))))]
+        while waiting:
+            node, side, here = waiting.pop()
+            for edge in node.dependencies:
+                if len(here) and self._side(edge.trigger) == side:
+                    end = self._side(edge.handler)
+                    after = self._join((node, side), (edge.target, end), *_mapped(edge, here))
+                    waiting.append((edge.target, end, after))
+
+    def _join(
+        self, here: tuple[Any, str], there: tuple[Any, str], a: np.ndarray, b: np.ndarray
+    ) -> np.ndarray:
+        """Tie channels `a` here to `b` there; return those seen there for the first time."""
+        fits = b < self._size(*there)
+        new = self._new(*there, b[fits])
+        self.ties.append((self.first[here] + a[fits], self.first[there] + b[fits]))
+        return new
+
+    def _new(self, node: Any, side: str, channels: np.ndarray) -> np.ndarray:
+        self.first.setdefault((node, side), len(self.first) * self.most)
+        seen = self.seen.setdefault((node, side), np.zeros(self.most, bool))
+        new = np.unique(channels[~seen[channels]])
+        seen[new] = True
+        return new
+
+    def _labels(self) -> np.ndarray:
+        """The class of each slot, (nodes and sides, most)."""
+        a, b = (np.concatenate(ends) for ends in zip(*self.ties, strict=True))
+        size = len(self.seen) * self.most
+        graph = coo_array((np.ones(len(a), bool), (a, b)), (size, size))
+        return connected_components(graph, directed=False)[1].reshape(-1, self.most)
+
+    def _tie_groups(self) -> None:
+        """The groups of a grouped convolution must stay of one size: tie the same place of all."""
+        for node, name in self.name_of.items():
+            groups = getattr(node.module, "groups", 1)
+            if is_depthwise(node.module):
+                why = "cannot be traced: a depth-wise convolution that multiplies its channels"
+                require(node.module.out_channels == groups, "module", name, why)
+            elif groups > 1:
+                for side in ("in", "out"):
+                    channels = np.arange(self._size(node, side))
+                    first = channels % (len(channels) // groups)
+                    self._new(node, side, channels)
+                    self._join((node, side), (node, side), first, channels)
+
+    def _side(self, function: Any) -> str:
+        return "out" if self.graph.is_out_channel_pruning_fn(function) else "in"
+
+    def _size(self, node: Any, side: str) -> int:
+        known = node in self.name_of or node in self.images
+        return channels_of(node.module, side) if known else self.most
+
+    def _produces(self, node: Any) -> bool:
+        return node in self.images or (node in self.name_of and not is_follower(node.module))
+
+
+def _mapped(edge: Any, channels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The channels that an edge of the graph relates: of its source, and of its target."""
+    mappings = [mapping for mapping in edge.index_mapping if mapping is not None]
+    if not mappings:
+        return channels, channels
+    pairs = [_HybridIndex(idx=i, root_idx=i) for i in channels.tolist()]
+    try:
+        for mapping in mappings:
+            pairs = mapping(pairs)
+    except LookupError:  # a split into parts of unknown size; the proof will find out
+        return channels, channels
+    both = np.array([(p.root_idx, p.idx) for p in pairs if p.idx >= 0], int).reshape(-1, 2)
+    return both[:, 0], both[:, 1]
