@@ -5,6 +5,7 @@ import pytest
 import torch
 from conftest import BatchNormNet, apart, one_line, randomise
 from torch import nn
+from torch.nn.utils import prune
 
 from prunestudy import measure, models, shrink
 from prunestudy.errors import InputError
@@ -316,16 +317,17 @@ class Owners(nn.Module):
         self.tied, self.other = nn.Linear(8, 8), nn.Linear(8, 8)
         self.other.weight = self.tied.weight
         self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))
+        self.masked = prune.l1_unstructured(nn.Linear(8, 8), "weight", 0.5)
 
     def forward(self, x):
         x = self.encoder(self.attention(x, x, x, need_weights=False)[0])
-        return self.normed(self.other(self.tied(self.again(self.twice(x)))))
+        return self.masked(self.normed(self.other(self.tied(self.again(self.twice(x))))))
 
 
 def test_layers_that_others_read_are_left_out_and_those_with_two_names_replaced_once():
     torch.manual_seed(0)
     net = Owners().double().eval()
-    names = ["twice", "tied", "other", "normed"]
+    names = ["twice", "tied", "other", "normed", "masked"]
     assert list(factors.layers_to_factorise(net, ("*",))) == names
     small = shrink.factorise(net, {"twice": 8, "normed": 8})
     assert small.twice is small.again
@@ -344,6 +346,7 @@ def test_layers_that_others_read_are_left_out_and_those_with_two_names_replaced_
     [
         ("tied", "shares a parameter with another layer; factors cannot"),
         ("normed", "its weight is computed from other tensors; make it a plain parameter first"),
+        ("masked", "its weight is computed from other tensors; make it a plain parameter first"),
     ],
 )
 def test_weights_that_are_not_a_layers_own_are_refused(name, why):
