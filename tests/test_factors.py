@@ -9,7 +9,8 @@ from torch.nn.utils import prune
 
 from prunestudy import measure, models, shrink
 from prunestudy.errors import InputError
-from prunestudy.shrink import factors
+from prunestudy.methods import filter_probes
+from prunestudy.shrink import factors, ranks
 
 # conv1 and 18 block convolutions of ResNet-20: filters, channels, output positions.
 RESNET20 = (
@@ -87,7 +88,7 @@ def test_the_speed_up_of_resnet20_from_the_authors_ranks(found, derived):
     names = list(factors.layers_to_factorise(net))
     assert [net.get_submodule(n).weight.shape[:2] for n in names] == [r[:2] for r in RESNET20]
     macs = measure.layer_macs(net, torch.zeros(1, 3, 32, 32))
-    got = factors.speed_up_at(net, macs, dict(zip(names, found, strict=True)))
+    got = filter_probes.speed_up_at(net, macs, dict(zip(names, found, strict=True)))
     dense = sum(n * c * 9 * at for n, c, at in RESNET20)
     low = sum(m * (c * 9 + n) * at for (n, c, at), m in zip(RESNET20, found, strict=True))
     assert got == pytest.approx(dense / low, rel=1e-12)
@@ -173,7 +174,7 @@ def test_the_two_variants_are_one_product_in_different_halves():
 @pytest.mark.parametrize("ratio", [0.5, 0.8, 0.95, 0.99])
 def test_the_energy_lost_at_a_ratio_is_at_most_its_rest_and_one_rank_less_loses_more(ratio, groups):
     whole = layer(groups=groups, seed=3)
-    rank = factors.rank_at(whole, ratio)
+    rank = shrink.rank_at(whole, ratio)
     assert lost(whole, rank) <= 1 - ratio
     if rank > groups:
         assert lost(whole, rank - groups) > 1 - ratio
@@ -182,11 +183,11 @@ def test_the_energy_lost_at_a_ratio_is_at_most_its_rest_and_one_rank_less_loses_
 def test_rank_by_energy_on_known_singular_values():
     whole = diagonal([2.0, 1.0, 1.0, 0.0])[0]  # squares 4, 1, 1: shares 2/3, 5/6, 1
     shares = torch.tensor([2 / 3, 5 / 6, 1, 1], dtype=torch.float64)
-    assert torch.allclose(factors.energy_shares(whole), shares)
-    found = [factors.rank_at(whole, r) for r in (0.6, 0.7, 0.83, 0.84, 1)]
+    assert torch.allclose(shrink.energy_shares(whole), shares)
+    found = [shrink.rank_at(whole, r) for r in (0.6, 0.7, 0.83, 0.84, 1)]
     assert found == [1, 2, 2, 3, 4]
     # the norm reaches 0.7 where the energy reaches 0.49
-    assert [factors.rank_at(whole, r, "svd") for r in (0.7, 0.8, 0.85)] == [1, 1, 2]
+    assert [shrink.rank_at(whole, r, "svd") for r in (0.7, 0.8, 0.85)] == [1, 1, 2]
 
 
 def test_groups_share_a_rank_and_never_mix():
@@ -194,9 +195,9 @@ def test_groups_share_a_rank_and_never_mix():
     # the first group has one direction, the second has two of equal energy
     rows = [[1.0, 0.0], [2.0, 0.0], [1.0, 0.0], [0.0, 1.0]]
     whole.weight.data = torch.tensor(rows, dtype=torch.float64).view(4, 2, 1, 1)
-    assert factors.energy_shares(whole).tolist() == pytest.approx([6 / 7, 1])
-    assert factors.rank_at(whole, 0.85) == 2
-    assert factors.rank_at(whole, 0.9) == 4
+    assert shrink.energy_shares(whole).tolist() == pytest.approx([6 / 7, 1])
+    assert shrink.rank_at(whole, 0.85) == 2
+    assert shrink.rank_at(whole, 0.9) == 4
     pair = shrink.factorise_layer(whole, 2)
     assert [part.groups for part in pair] == [2, 2]
     assert torch.allclose(factors.merged(pair)[:2], whole.weight[:2])
@@ -205,11 +206,11 @@ def test_groups_share_a_rank_and_never_mix():
 
 def test_a_layer_of_zeros_has_rank_one_and_a_broken_one_none():
     net = diagonal([0.0, 0.0])
-    assert factors.rank_at(net[0], 0.95) == 1
+    assert shrink.rank_at(net[0], 0.95) == 1
     assert not factors.merged(shrink.factorise_layer(net[0], 1)).any()
     net[0].weight.data[0, 0] = math.nan
     with pytest.raises(InputError, match=r"^weight = 'not finite'"):
-        factors.rank_at(net[0], 0.95)
+        shrink.rank_at(net[0], 0.95)
 
 
 def test_narrowing_a_pair_keeps_what_its_basis_keeps():
@@ -285,9 +286,9 @@ def test_a_budget_of_macs_is_kept_and_shared_at_one_ratio_of_energy(share):
     x = torch.zeros(1, *shape)
     assert measure.macs(shrink.factorise(net, found), x) <= share * measure.macs(net, x)
     # all layers keep the same share of energy, and a little more of it breaks the budget
-    least = min(float(factors.energy_shares(net.get_submodule(n))[m - 1]) for n, m in found.items())
-    assert factors.cheaper(net, shrink.ranks_by_energy(net, least)) == found
-    more = factors.cheaper(net, shrink.ranks_by_energy(net, least + 1e-12))
+    least = min(float(shrink.energy_shares(net.get_submodule(n))[m - 1]) for n, m in found.items())
+    assert ranks.cheaper(net, shrink.ranks_by_energy(net, least)) == found
+    more = ranks.cheaper(net, shrink.ranks_by_energy(net, least + 1e-12))
     assert measure.macs(shrink.factorise(net, more), x) > share * measure.macs(net, x)
 
 
@@ -297,13 +298,13 @@ def test_speed_up_from_ranks_is_that_of_the_factors():
     whole, part = (measure.layer_macs(n, x) for n in (net, shrink.factorise(net, found)))
     low = sum(macs for name, macs in part.items() if name.count(".") == 2)
     expected = sum(whole[f"{n}.weight"] for n in found) / low
-    assert factors.speed_up_at(net, whole, found) == pytest.approx(expected, rel=1e-12)
+    assert filter_probes.speed_up_at(net, whole, found) == pytest.approx(expected, rel=1e-12)
 
 
 def test_layers_that_factors_would_not_help_stay_out():
     net = models.build("lenet5", (1, 16, 16), 10)  # conv1: 500 MACs a position, 45 for each rank
-    assert factors.cheaper(net, {"conv1": 11, "conv2": 50}) == {"conv1": 11}
-    assert factors.cheaper(net, {"conv1": 12, "conv2": 45}) == {"conv2": 45}
+    assert ranks.cheaper(net, {"conv1": 11, "conv2": 50}) == {"conv1": 11}
+    assert ranks.cheaper(net, {"conv1": 12, "conv2": 45}) == {"conv2": 45}
 
 
 class Owners(nn.Module):

@@ -339,12 +339,12 @@ def test_measures_are_those_of_the_net_before_and_of_its_factors():
     assert found["speed_up.conv2"] == shrink.layer_speed_up(net.conv2, at_error["conv2"])
     ratios = [at_error[n] / full for n, full in (("conv1", 25), ("conv2", 32), ("conv3", 64))]
     assert found["rank_ratio"] == pytest.approx(sum(ratios) / 3)
-    assert found["speed_up"] == pytest.approx(factors.speed_up_at(net, macs, at_error))
+    assert found["speed_up"] == pytest.approx(filter_probes.speed_up_at(net, macs, at_error))
     own = {"conv1": 6, "conv2": 8, "conv3": 16}
     assert {n: found[f"factor_rank.{n}"] for n in own} == own
     assert found["factor_rank_total"] == 30
     assert found["log2_rank_total"] == pytest.approx(math.log2(found["rank_total"]))
-    assert found["factor_speed_up"] == pytest.approx(factors.speed_up_at(net, macs, own))
+    assert found["factor_speed_up"] == pytest.approx(filter_probes.speed_up_at(net, macs, own))
     assert found["validation_factorised"] == result.score.judge(result.model)
     assert apart_from(result.probe.others()["whole"], net) == 0
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from prunestudy import measure, models, papers, shrink
 from prunestudy.errors import InputError
-from prunestudy.shrink import factors
+from prunestudy.methods import filter_probes
 from prunestudy.study.figures import papers as drawings
 from prunestudy.study.plan import plan
 from prunestudy.study.records import Store, repository
@@ -66,7 +66,7 @@ def test_ranks_of_the_card_fit_the_nets_that_we_have(method, derived):
         assert full == dict(zip(table.layers, table.full, strict=True))
         if table.model == "resnet20":
             found = dict(zip(table.layers, table.ranks, strict=True))
-            speed_up = factors.speed_up_at(net, measure.layer_macs(net, x), found)
+            speed_up = filter_probes.speed_up_at(net, measure.layer_macs(net, x), found)
             assert speed_up == pytest.approx(derived, abs=0.01)
 
 

@@ -14,7 +14,7 @@ from prunestudy.methods.base import At, Context
 from prunestudy.methods.low_rank import LowRank, is_finite
 from prunestudy.methods.probes import Probe
 from prunestudy.shrink import energy_shares, factorise_layer, fold, layer_speed_up, rank_at
-from prunestudy.shrink.factors import Layer, full_rank, merged, speed_up_at, weight_matrix
+from prunestudy.shrink.factors import Layer, full_rank, merged, weight_matrix
 
 BINS = 36
 _KEPT = 0.95  # the share of energy at which ranks are reported, whatever the target
@@ -141,6 +141,13 @@ class Filters(Probe):
             finally:
                 for name, layer in layers.items():
                     layer.weight.copy_(before[name])
+
+
+def speed_up_at(model: nn.Module, macs: Mapping[str, int], ranks: Mapping[str, int]) -> float:
+    """MACs of the layers in `ranks` over those of their factors; `macs` by `measure.layer_macs`."""
+    whole = {name: macs[f"{name}.weight"] for name in ranks}
+    low = (whole[n] / layer_speed_up(model.get_submodule(n), rank) for n, rank in ranks.items())
+    return sum(whole.values()) / sum(low)
 
 
 def angle_histogram(layer: Layer) -> Tensor:

@@ -34,14 +34,14 @@ from prunestudy.shrink import (
 )
 from prunestudy.shrink.factors import (
     Layer,
-    cheaper,
     factorise_in_place,
     full_rank,
     layers_to_factorise,
-    least_share,
     replace,
+    require_called,
     require_factorisable,
 )
+from prunestudy.shrink.ranks import cheaper, least_share
 
 
 class LowRank(Method):
@@ -86,11 +86,11 @@ class LowRank(Method):
         """Keep the model, whose layers are replaced later; refuse what would fail then."""
         self.check(model)
         layers = self.layers_of(model)
-        require_factorisable(model, layers, context.example)
+        require_called(model, layers, context.example)
         if self.of == "macs":
-            most = 1 - least_share(measure.layer_macs(model, context.example), layers)
-            allowed = f"at most {most:.4f}, the share of MACs that rank 1 everywhere removes"
-            require(1 - self.target >= 1 - most, "target", self.target, allowed)
+            least = least_share(measure.layer_macs(model, context.example), layers)
+            allowed = f"at most {1 - least:.4f}, the share of MACs that rank 1 everywhere removes"
+            require(1 - self.target >= least, "target", self.target, allowed)
         self._held = [model, context.example]
 
     def update(self, at: At) -> None:
