@@ -40,7 +40,8 @@ class Filters(Probe):
         self._whole: nn.Module | None = None
         self._measures: dict[str, float] = {}
         self._macs = measure.layer_macs(model, context.example)
-        self._arrays = portraits(method.layers_of(model), "before")
+        layers = method.layers_of(model)
+        self._names, self._arrays = list(layers), portraits(layers, "before")
 
     def leaving(self, at: At) -> None:
         """Note ranks, angles and filters of the net while it is whole."""
@@ -73,7 +74,8 @@ class Filters(Probe):
         """Score the factors and count what they cost."""
         if self._whole is not None:
             self._score(net)
-        ranks = self.method.ranks or {}
+        parts = {name: net.get_submodule(name) for name in self._names}
+        ranks = {n: len(p[0].weight) for n, p in parts.items() if isinstance(p, nn.Sequential)}
         self._measures |= {f"factor_rank.{name}": float(rank) for name, rank in ranks.items()}
         self._measures["factor_rank_total"] = float(sum(ranks.values()))
         if ranks:
