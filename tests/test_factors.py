@@ -335,10 +335,10 @@ def test_layers_that_others_read_are_left_out_and_those_with_two_names_replaced_
     assert list(pairs_of(small)) == ["twice", "normed"]
     x = torch.randn(2, 3, 8, dtype=torch.float64)
     assert apart(small(x), net(x)) < 1e-9
-    line = r"^layers = 'attention\.\*': a layer of the net: twice, tied"
+    line = r"^layers = 'attention\.\*': a layer for factors: twice, tied"
     with pytest.raises(InputError, match=line):
         shrink.ranks_by_energy(net, 0.9, ("attention.*",))
-    with pytest.raises(InputError, match=r"^ranks = 'attention.out_proj': a layer of the net"):
+    with pytest.raises(InputError, match=r"^ranks = 'attention.out_proj': a layer for factors"):
         shrink.factorise(net, {"attention.out_proj": 2})
 
 
@@ -398,8 +398,8 @@ def test_a_layer_that_does_not_exist_is_refused_and_the_net_is_left_alone():
     ):
         with pytest.raises(InputError) as caught:
             call()
-        assert one_line(caught).startswith("ranks = 'conv9': a layer of the net: conv1, conv2")
-    with pytest.raises(InputError, match=r"^layers = 'conv9\*': a layer of the net: conv1"):
+        assert one_line(caught).startswith("ranks = 'conv9': a layer for factors: conv1, conv2")
+    with pytest.raises(InputError, match=r"^layers = 'conv9\*': a layer for factors: conv1"):
         shrink.ranks_by_energy(net, 0.9, ("conv1", "conv9*"))
     with pytest.raises(InputError, match="a net with convolutions larger than 1x1"):
         shrink.ranks_by_energy(models.build("lenet300", (1, 8, 8), 10), 0.9)

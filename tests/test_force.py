@@ -516,14 +516,16 @@ def refused(make, line, **settings):
         refused(Owners, f"module = 'normed': {COMPUTED}", factorise="normed"),
         refused(Owners, f"module = 'masked': {COMPUTED}", factorise="twice", layers="m*"),
         refused(
-            Owners, "factorise = '*.out_proj': a layer of the net: twice", factorise="*.out_proj"
+            Owners, "factorise = '*.out_proj': a layer for factors: twice", factorise="*.out_proj"
         ),
-        refused(Owners, "layers = '*.linear2': a layer of", factorise="twice", layers="*.linear2"),
+        refused(Owners, "layers = '*.linear2': a layer for", factorise="twice", layers="*.linear2"),
         refused(Owners, "factorise = '': a net with convolutions larger than 1x1, or patterns"),
         refused(Reads, "module = 'body': fails as factors: 'Sequential' object has no attribute"),
-        refused(MyNet, "factorise = 'x*': a layer of the net: stem, body", factorise="body x*"),
-        refused(MyNet, "strengths = 'x': a layer of the net: stem, body", strengths={"x": 2.0}),
-        refused(nn.Identity, "factorise = '*': a layer of the net: it has none", factorise="*"),
+        refused(MyNet, "factorise = 'x*': a layer for factors: stem, body", factorise="body x*"),
+        refused(MyNet, "strengths = 'x': a layer for factors: stem, body", strengths={"x": 2.0}),
+        refused(
+            nn.Identity, "factorise = '*': a layer for factors: the net has none", factorise="*"
+        ),
     ],
 )
 def test_layers_that_cannot_become_factors_are_refused_before_any_training(make, settings, line):

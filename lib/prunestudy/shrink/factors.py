@@ -189,7 +189,8 @@ def replaceable(model: nn.Module) -> dict[Layer, list[str]]:
 
 
 def _allowed(every: Mapping[Layer, list[str]]) -> str:
-    return f"a layer of the net: {', '.join(names[0] for names in every.values()) or 'it has none'}"
+    names = ", ".join(first for first, *_ in every.values())
+    return f"a layer for factors: {names or 'the net has none'}"
 
 
 def _factors(matrix: Tensor, rank: int, variant: Variant) -> tuple[Tensor, Tensor]:
