@@ -7,8 +7,8 @@ from conftest import CARD, one_line, refused
 
 from prunestudy import datasets, models, papers
 from prunestudy.errors import InputError
-from prunestudy.study.tables import RUN_COLUMNS
 from prunestudy.papers import RunRecipe as Recipe
+from prunestudy.study.tables import RUN_COLUMNS
 
 CLAIMS, TESTS, QUICK = (
     CARD.index(f"    [{name}]") for name in ("[claims]", "[claims.tests]", "profiles.quick")

@@ -16,9 +16,9 @@ from PIL import Image
 from prunestudy import datasets, models, shrink
 from prunestudy.datasets import sources
 from prunestudy.errors import InputError, writable_file, written_whole
+from prunestudy.papers import RunRecipe as Recipe
 from prunestudy.study import settings
 from prunestudy.study.settings import own_settings
-from prunestudy.papers import RunRecipe as Recipe
 
 RANGE = "a number from 1e-18 to 1e+30, or 0 where that is allowed"
 AT_MOST = "input should be less than or equal to "

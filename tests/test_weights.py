@@ -289,13 +289,15 @@ def test_hooks_of_a_step_use_tensors_only(variant):
 def test_ten_lines_for_a_net_on_16_numbers(name):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(96, 16, generator=generator)
-    data = DataLoader(TensorDataset(x, (x[:, 0] > 0).long()), batch_size=16)
-    net = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 2))
+    data = DataLoader(TensorDataset(x, (x.sum(1) > 0).long()), batch_size=16)
+    torch.manual_seed(0)
+    # a last layer with large weights, of which one ranking over the untrained net keeps enough
+    net = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 2))
     start = copy.deepcopy(net.state_dict())
     method = methods.method_class(name)(target=0.75)
     made = prune(net, method, data, Recipe(epochs=20, lr=0.1), validation=data)
-    assert kept_of(made.model) == (144, 576)
-    assert made.history[-1]["validation_top1"] > 0.85
+    assert kept_of(made.model) == (36, 144)
+    assert made.history[-1]["validation_top1"] > 0.7
     assert all(torch.equal(start[key], value) for key, value in net.state_dict().items())
     made.model.train()(x).sum().backward()
 

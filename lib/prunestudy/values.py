@@ -97,6 +97,6 @@ def _first(error: ValidationError, kind: type[Values], within: str) -> str:
         return f"{where}: is missing"
     allowed = own or first["msg"].lower()
     if first["type"] == "extra_forbidden" and len(first["loc"]) == 1:
-        names = ", ".join(sorted(kind.model_fields))
+        names = ", ".join(sorted(f.alias or n for n, f in kind.model_fields.items()))
         allowed = f"allowed are {names}" if names else "none is allowed here"
     return f"{where} = {quoted(first['input'])}: {allowed}"

@@ -8,7 +8,7 @@ from prunestudy.shrink.files import about, load, save
 from prunestudy.shrink.fold import fold, require_ordinary
 from prunestudy.shrink.groups import Group, Member, find
 from prunestudy.shrink.narrow import Narrow, axis_of, narrow
-from prunestudy.shrink.proof import groups, groups_of, remove, remove_groups
+from prunestudy.shrink.proof import folded, groups, groups_of, remove, remove_groups
 from prunestudy.shrink.ranks import (
     energy_shares,
     rank_at,
@@ -39,6 +39,7 @@ __all__ = [
     "factorise_layer",
     "find",
     "fold",
+    "folded",
     "groups",
     "groups_of",
     "layer_speed_up",

@@ -23,8 +23,8 @@ from prunestudy.errors import InputError, require, written_whole
 from prunestudy.shrink.csr import CsrLinear, csr_arrays
 from prunestudy.shrink.factors import replace
 from prunestudy.shrink.fold import fold
-from prunestudy.shrink.remove import Constant, Nothing
 from prunestudy.shrink.layers import CONVOLUTIONS, TRANSPOSED
+from prunestudy.shrink.remove import Constant, Nothing
 
 FORMAT = "prunestudy-sparse-1"
 _OURS = ("format", "structure", "sha256")

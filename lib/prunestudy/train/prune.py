@@ -101,6 +101,8 @@ def prune(
     """
     recipe = recipe or Recipe(epochs=10, lr=0.05)
     _require_kinds(model, method, recipe, precision)
+    right = metrics is None or isinstance(metrics, Metrics)
+    require(right, "metrics", type(metrics).__name__, "a Metrics")
     device = torch.device(device or device_of(model))
     train = train if hasattr(train, "epoch") else Loader(train, seed, device, "train")
     if validation is not None and not hasattr(validation, "ordered"):
