@@ -34,10 +34,8 @@ def test_bad_input_is_one_line():
         (("lenet300", GREY, 10.0), "num_classes = 10.0"),
     ):
         refused(partial(models.build, *arguments), *words)
-    refused(lambda: models.ResNet(21), "depth = 21: 6 n + 2")
-    refused(lambda: models.WideResNet(20, 2), "depth = 20: 6 n + 4")
-    refused(lambda: models.WideResNet(28, 0), "width = 0: at least 1")
-    refused(lambda: models.TDMPC(3, 2, 4, 0), "latent = 0: a positive integer")
+    refused(lambda: models.resnet(21, COLOUR, 10), "depth = 21: 6 n + 2")
+    refused(lambda: models.wide_resnet(20, 2, COLOUR, 10), "depth = 20: 6 n + 4")
 
 
 @pytest.mark.parametrize("shape", [COLOUR, (1, 16, 16), (2, 17, 30)])
@@ -161,7 +159,7 @@ def test_maps_and_macs_of_caffes_cifar10_full():
     assert net.fc.in_features == 64 * 4 * 4
     # one product per weight and position
     macs = 1024 * 32 * 75 + 256 * 32 * 800 + 64 * 64 * 800 + 10 * 1024
-    assert measure.macs(net, COLOUR) == macs == 12_298_240
+    assert measure.macs(net, torch.zeros(1, *COLOUR)) == macs == 12_298_240
 
 
 def test_normalisation_is_within_a_channel_and_counts_the_border_as_zeros():
