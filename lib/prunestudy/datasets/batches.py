@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from prunestudy.datasets.catalogue import DatasetInfo
-from prunestudy.datasets.sources import ImageSet
+from prunestudy.datasets.sources import ImageSet, require_whole
 from prunestudy.errors import require
 
 
@@ -145,10 +145,3 @@ def mix(*numbers: int) -> int:
     digest = hashlib.sha256(" ".join(map(str, numbers)).encode()).digest()
     # 32 bits: torch's generator on the CPU uses no more of its seed
     return int.from_bytes(digest[:4], "big")
-
-
-def require_whole(parameter: str, value: int, least: int, most: int | None = None) -> None:
-    """Raise `InputError` unless `value` is a whole number from `least` to `most`."""
-    allowed = f"a whole number from {least}" + ("" if most is None else f" to {most}")
-    ok = type(value) is int and value >= least and (most is None or value <= most)
-    require(ok, parameter, value, allowed)

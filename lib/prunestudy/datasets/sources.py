@@ -20,12 +20,8 @@ from prunestudy.errors import InputError, require
 # Folders below the data root.
 _PLACES = {"cifar10_jpeg": "cifar10-jpeg", "imagenet": "imagenet", "voc": "VOCdevkit/VOC2012"}
 # Sets that torchvision reads and downloads, by its class.
-_CLASSES = {
-    "mnist": "MNIST",
-    "fashion_mnist": "FashionMNIST",
-    "cifar10": "CIFAR10",
-    "cifar100": "CIFAR100",
-}
+_CLASSES = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST"}
+_CLASSES |= {"cifar10": "CIFAR10", "cifar100": "CIFAR100"}
 # Fashion-MNIST, packed, of Debian's package dataset-fashion-mnist.
 _DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 _DIGITS_SEED = _VALIDATION_SEED = 0
@@ -78,13 +74,13 @@ def load(name: str, root: str | Path | None = None) -> Dataset:
       with class masks, trained on `train` and tested on `val`. Both stay on disk.
     - `folder:PATH`: see `info`; `mean` and `std` are computed here.
 
-    Raises `InputError` for an unknown name, for missing, damaged or changed files, for images that
-    cannot be read or differ in size, and for sets that do not fit into memory.
+    Raises `InputError` for an unknown name, for missing, damaged or changed files, for images in
+    memory that cannot be read or differ in size, and for sets that do not fit into memory.
     """
     details, place = info(name, root), data_root(root)
     try:
         data = _read(details, name, root)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         why = _one_line(error)
         raise InputError(f"data = {str(place)!r}: {name} cannot be read ({why})") from error
     except MemoryError as error:
@@ -103,9 +99,7 @@ def split(train: ImageSet, validation: int) -> tuple[ImageSet, ImageSet]:
     Returns the remaining training images and the validation images. Raises `InputError` unless
     1 <= `validation` < len(train).
     """
-    right = type(validation) is int and 1 <= validation < len(train)
-    allowed = f"a number of images from 1 to {len(train) - 1}"
-    require(right, "validation", validation, allowed)
+    require_whole("validation", validation, 1, len(train) - 1)
     generator = torch.Generator().manual_seed(_VALIDATION_SEED)
     order = torch.randperm(len(train), generator=generator)
     return train.subset(order[:-validation]), train.subset(order[-validation:])
@@ -123,22 +117,19 @@ def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, 
 
 
 def _read(details: DatasetInfo, name: str, root: str | Path | None) -> Dataset:
-    place = data_root(root) / _PLACES.get(name, "")
+    place = folder_path(name, root) if name.startswith(FOLDER) else data_root(root)
+    if name in _PLACES:
+        place /= _PLACES[name]
+        require(place.is_dir(), "data", str(place), f"{name} needs this folder")
     if name in ("imagenet", "voc"):
-        parts, digest = folders.find_streamed(details, place)
-        columns = [map(np.array, (list(part), list(part.values()))) for part in parts]
-        return Dataset(details, *(ImageSet(*column, place) for column in columns), digest)
+        return _listed(details, place)
     if name == "digits":
         arrays = _digits()
     elif name in _CLASSES:
         arrays = _read_files(name, place)
     else:
-        if name == "cifar10_jpeg":
-            there = f"{name} needs {place.name} in it"
-            require(place.is_dir(), "data", str(place.parent), there)
-        path = folder_path(name, root) if name.startswith(FOLDER) else place
-        shape = (details.height, details.width, details.channels)
-        arrays = folders.read(name, path, folders.list_images(name, path)[0], shape)
+        size = (details.channels, details.height, details.width)
+        arrays = folders.read(name, place, folders.list_images(name, place)[0], size)
     train, test = (ImageSet(*map(torch.as_tensor, part)) for part in arrays)
     if not details.mean:
         mean, std = channel_statistics(train.images)
@@ -149,6 +140,21 @@ def _read(details: DatasetInfo, name: str, root: str | Path | None) -> Dataset:
         digest.update(part.images.numpy())
         digest.update(part.labels.numpy())
     return Dataset(details, train, test, digest.hexdigest())
+
+
+def _listed(details: DatasetInfo, place: Path) -> Dataset:
+    """ImageNet or Pascal VOC: the names of the files."""
+    classes = details.num_classes
+    if details.masks:
+        parts, digest = folders.list_voc(place)
+    else:
+        parts, classes, digest = folders.list_images(details.name, place, ("train", "val"))
+    found = (classes, *map(len, parts))
+    wanted = (details.num_classes, details.train_images, details.test_images)
+    allowed = f"{found} classes, training and test images, {wanted} expected"
+    require(found == wanted, "data", str(place), allowed)
+    columns = [map(np.array, (list(part), list(part.values()))) for part in parts]
+    return Dataset(details, *(ImageSet(*column, place) for column in columns), digest)
 
 
 def _digits() -> list[tuple[np.ndarray, np.ndarray]]:
@@ -176,7 +182,7 @@ def _read_files(name: str, root: Path) -> list[tuple[Tensor, Tensor]]:
             (root / raw).mkdir(parents=True)
             for file in _DEBIAN.glob("*.gz"):
                 (root / raw / file.stem).write_bytes(gzip.decompress(file.read_bytes()))
-        require(root.is_dir(), "data", str(root), f"{name} needs it, and there is no such folder")
+        require(root.is_dir(), "data", str(root), f"{name} needs this folder")
         try:
             parts = [kind(root, train=train, download=True) for train in (True, False)]
         except Exception as error:  # no network, a full disk, a damaged file
@@ -186,6 +192,13 @@ def _read_files(name: str, root: Path) -> list[tuple[Tensor, Tensor]]:
     images = [torch.as_tensor(np.ascontiguousarray(part.data)) for part in parts]
     images = [pixels.view(*pixels.shape[:3], -1) for pixels in images]
     return list(zip(images, (torch.as_tensor(part.targets) for part in parts), strict=True))
+
+
+def require_whole(parameter: str, value: int, least: int, most: int | None = None) -> None:
+    """Raise `InputError` unless `value` is a whole number from `least` to `most`."""
+    allowed = f"a whole number from {least}" + ("" if most is None else f" to {most}")
+    ok = type(value) is int and value >= least and (most is None or value <= most)
+    require(ok, parameter, value, allowed)
 
 
 def _one_line(error: BaseException) -> str:
