@@ -18,10 +18,10 @@ from prunestudy.errors import require
 class Batches:
     """Normalised batches of `images`, augmented by random shifts and flips.
 
-    `batch_size`: images a batch. `shift`: each image moves by a whole number of pixels, uniform in
-    -shift..shift, in both directions, and black comes in from the border (torchvision's
-    RandomCrop(size, padding=shift)). `flip`: each is mirrored left to right with probability 1/2.
-    The images are copied to `device` once, as uint8.
+    `shift`: each image moves by a whole number of pixels, uniform in -shift..shift, in both
+    directions, and black comes in from the border (torchvision's RandomCrop(size, padding=shift)).
+    `flip`: each is mirrored left to right with probability 1/2. The images are copied to `device`
+    once, as uint8.
 
     Raises `InputError` unless 1 <= `batch_size` <= number of images, 0 <= `shift` < the image's
     size, and the images are as `info` says.

@@ -63,8 +63,6 @@ _FINGERPRINTS = {
     "fashion_mnist": "145c7cc693ba9309a106bf85524ac71e85fcfb2e7d8183008ef3c512c60b6793",
     "cifar10_jpeg": "de8d27527f9de4ddd178ee079501bb87b8a3a9a7c11584fd9600e8ece860fd7d",
 }
-
-
 _KNOWN = {}
 for _name, _sizes in _SIZES.items():
     _facts = (*_sizes, *_STATISTICS.get(_name, _PRETRAINED), _name == "voc")

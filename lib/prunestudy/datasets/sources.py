@@ -44,16 +44,13 @@ class ImageSet:
         return len(self.labels)
 
     def subset(self, indices: Tensor | slice) -> "ImageSet":
-        """Images and labels at `indices`, in their order; `IndexError` for an absent one."""
+        """Images and labels at `indices`, in their order."""
         return replace(self, images=self.images[indices], labels=self.labels[indices])
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set.
-
-    `fingerprint`: sha256 of all images and labels; on disk, of the names and sizes of the files.
-    """
+    """`fingerprint`: sha256 of images and labels; of files that stay on disk, names and sizes."""
 
     info: DatasetInfo
     train: ImageSet
@@ -64,30 +61,30 @@ class Dataset:
 def load(name: str, root: str | Path | None = None) -> Dataset:
     """Read the data set `name`, one of `names()` or `folder:PATH`, from below the data root.
 
-    - `digits`: scikit-learn's 8x8 images, their values 0..16 stretched to 0..255. The split is
-      ours: every fifth image of a class, in a fixed random order, is a test image. The two parts
-      share their writers.
-    - `mnist`, `fashion_mnist`, `cifar10`, `cifar100`: where torchvision has them below `<root>`,
-      Fashion-MNIST also in the folder of Debian's package; torchvision downloads what is missing.
+    - `digits`: scikit-learn's 8x8 images, their values 0..16 stretched to 0..255. Every fifth image
+      of a class, in a fixed random order, is a test image; the parts share their writers.
+    - `mnist`, `fashion_mnist`, `cifar10`, `cifar100`: as torchvision stores them below `<root>`,
+      Fashion-MNIST also as Debian's package does; torchvision downloads what is missing.
     - `cifar10_jpeg`: a copy of CIFAR-10 as JPEG files, an image folder `<root>/cifar10-jpeg`.
     - `imagenet`: `<root>/imagenet/{train,val}/<class>/*.JPEG`; `voc`: `<root>/VOCdevkit/VOC2012`
       with class masks, trained on `train` and tested on `val`. Both stay on disk.
     - `folder:PATH`: see `info`; `mean` and `std` are computed here.
 
-    Raises `InputError` for an unknown name, for missing, damaged or changed files, for images in
-    memory that cannot be read or differ in size, and for sets that do not fit into memory.
+    Raises `InputError` for an unknown name, for missing, damaged or changed files, and for images
+    in memory that cannot be read or differ in size.
     """
-    details, place = info(name, root), data_root(root)
+    details, place = info(name, root), str(data_root(root))
     try:
         data = _read(details, name, root)
-    except (OSError, UnicodeError) as error:
-        why = _one_line(error)
-        raise InputError(f"data = {str(place)!r}: {name} cannot be read ({why})") from error
-    except MemoryError as error:
-        raise InputError(f"dataset = {name!r}: does not fit into memory") from error
+    except InputError:
+        raise
+    except Exception as error:  # no network, a full disk, a damaged file, little memory
+        why = " ".join(str(error).split())[:300] or type(error).__name__
+        line = f"data = {place!r}: {name} cannot be read or downloaded ({why})"
+        raise InputError(line) from error
     right = details.fingerprint in ("", data.fingerprint)
     allowed = f"{name} has fingerprint {data.fingerprint}, {details.fingerprint} expected"
-    require(right, "data", str(place), f"{allowed}; delete its files to download them again")
+    require(right, "data", place, f"{allowed}; delete its files to download them again")
     return data
 
 
@@ -96,8 +93,8 @@ def split(train: ImageSet, validation: int) -> tuple[ImageSet, ImageSet]:
 
     The permutation depends on the number of images alone: all runs are tuned on the same
     validation images, whatever their seed, and a smaller validation set is part of a larger one.
-    Returns the remaining training images and the validation images. Raises `InputError` unless
-    1 <= `validation` < len(train).
+    Returns the remaining training images and the validation images. Raises `InputError` unless both
+    have images.
     """
     require_whole("validation", validation, 1, len(train) - 1)
     generator = torch.Generator().manual_seed(_VALIDATION_SEED)
@@ -175,7 +172,7 @@ def _read_files(name: str, root: Path) -> list[tuple[Tensor, Tensor]]:
     """Images and labels of both parts of a set that torchvision reads, and downloads if missing."""
     import torchvision.datasets
 
-    kind, raw = getattr(torchvision.datasets, _CLASSES[name]), Path("FashionMNIST/raw")
+    kind, raw = getattr(torchvision.datasets, _CLASSES[name]), "FashionMNIST/raw"
     with tempfile.TemporaryDirectory() as temporary:
         if name == "fashion_mnist" and _DEBIAN.is_dir() and not (root / raw).is_dir():
             root = Path(temporary)
@@ -183,13 +180,8 @@ def _read_files(name: str, root: Path) -> list[tuple[Tensor, Tensor]]:
             for file in _DEBIAN.glob("*.gz"):
                 (root / raw / file.stem).write_bytes(gzip.decompress(file.read_bytes()))
         require(root.is_dir(), "data", str(root), f"{name} needs this folder")
-        try:
-            parts = [kind(root, train=train, download=True) for train in (True, False)]
-        except Exception as error:  # no network, a full disk, a damaged file
-            why = f"{name} cannot be read or downloaded ({_one_line(error)})"
-            again = "delete its files to download them again"
-            raise InputError(f"data = {str(root)!r}: {why}; {again}") from error
-    images = [torch.as_tensor(np.ascontiguousarray(part.data)) for part in parts]
+        parts = [kind(root, train=train, download=True) for train in (True, False)]
+    images = [torch.as_tensor(part.data).contiguous() for part in parts]
     images = [pixels.view(*pixels.shape[:3], -1) for pixels in images]
     return list(zip(images, (torch.as_tensor(part.targets) for part in parts), strict=True))
 
@@ -199,8 +191,3 @@ def require_whole(parameter: str, value: int, least: int, most: int | None = Non
     allowed = f"a whole number from {least}" + ("" if most is None else f" to {most}")
     ok = type(value) is int and value >= least and (most is None or value <= most)
     require(ok, parameter, value, allowed)
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else f"{text[:300]}..."

@@ -87,10 +87,9 @@ class Stream(Batches):
 
 
 class _Decoded(torch.utils.data.Dataset):
-    """What a worker does: decode and transform one image, seeded by (seed, epoch, index).
+    """Pixels (H, W, C) uint8 and a label or a mask (H, W), seeded by (seed, epoch, index).
 
-    Gives pixels (H, W, C) uint8 and a label or a mask (H, W). An error is handed on as a value:
-    raised, it would grow a traceback.
+    An error is handed on as a value: raised in a worker, it would grow a traceback.
     """
 
     def __init__(self, images: ImageSet, info: DatasetInfo, transforms: Callable, seed: int):
@@ -131,8 +130,9 @@ def training_transforms(info: DatasetInfo, flip: bool) -> Callable:
     if not info.masks:
         return v2.Compose([v2.RandomResizedCrop(size), *mirrored])
     resized = v2.RandomResize(min(size) // 2, 2 * min(size))
-    cropped = v2.RandomCrop(size, pad_if_needed=True, fill=_fill(info))
-    return v2.Compose([resized, *mirrored, cropped])
+    return v2.Compose(
+        [resized, *mirrored, v2.RandomCrop(size, pad_if_needed=True, fill=_fill(info))]
+    )
 
 
 def plain_transforms(info: DatasetInfo) -> Callable:
