@@ -16,9 +16,9 @@ from PIL import Image
 from prunestudy import datasets, models, shrink
 from prunestudy.datasets import sources
 from prunestudy.errors import InputError, writable_file, written_whole
+from prunestudy.papers import RunRecipe as Recipe
 from prunestudy.study import settings
 from prunestudy.study.settings import own_settings
-from prunestudy.papers import RunRecipe as Recipe
 
 RANGE = "a number from 1e-18 to 1e+30, or 0 where that is allowed"
 AT_MOST = "input should be less than or equal to "
@@ -201,17 +201,17 @@ def loop(pets):
 
 def in_itself(pets):
     (pets / "train/eel").symlink_to("..")
-    return "not .png, .jpg, .jpeg, .bmp in a class's folder: train/eel/test, train/eel/train"
+    return "not .png, .jpg, .jpeg, .bmp in a class's folder: ['train/eel/test', 'train/eel/train']"
 
 
 def pipe(pets):
     os.mkfifo(pets / "train/cat/b.png")
-    return "not .png, .jpg, .jpeg, .bmp in a class's folder: train/cat/b.png"
+    return "not .png, .jpg, .jpeg, .bmp in a class's folder: ['train/cat/b.png']"
 
 
 def line_break(pets):
     (pets / "train/cat/a\nb").mkdir()
-    return "not .png, .jpg, .jpeg, .bmp in a class's folder: train/cat/a\\nb"
+    return "not .png, .jpg, .jpeg, .bmp in a class's folder: ['train/cat/a\\nb']"
 
 
 def file_for_a_split(pets):

@@ -213,7 +213,7 @@ def test_missing_classes_and_images(imagenet):
     folder = imagenet / "imagenet"
     held = (folder / "val/n01").rename(folder / "held")
     assert refused("imagenet", imagenet) == (
-        "dataset = 'imagenet': no images in val/n01; every class has images in train and in val"
+        "dataset = 'imagenet': no images in ['val/n01']; every class has images in train and in val"
     )
     held.rename(folder / "val/n01")
     (folder / "train/n02/3.JPEG").unlink()

@@ -7,19 +7,16 @@ set's folder, to its label or to the name of its mask.
 
 import hashlib
 import os
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from prunestudy.errors import InputError, require
+from prunestudy.errors import InputError, quoted, require
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
 UNLABELLED = 255  # in a mask
 _GREY, _COLOUR = ("1", "L", "LA"), ("RGB", "RGBA", "RGBX", "P", "PA", "CMYK", "YCbCr")
-_NAMED_AT_MOST = 10
 
 
 def list_images(
@@ -38,7 +35,7 @@ def list_images(
         strays = {*(folder for folder in folders if not folder.is_dir()), *entries} - {*files}
         named = sorted(stray.path.removeprefix(f"{path}/") for stray in strays)
         kinds = f"not {', '.join(SUFFIXES)} in a class's folder"
-        require(not strays, "dataset", dataset, f"{kinds}: {_some(named)}")
+        require(not strays, "dataset", dataset, f"{kinds}: {quoted(named)}")
         sizes = {file.path.removeprefix(f"{path}/"): file.stat().st_size for file in files}
     except OSError as error:
         raise InputError(f"dataset = {dataset!r}: {path} cannot be read ({error})") from error
@@ -46,7 +43,7 @@ def list_images(
     filled = {name.rpartition("/")[0] for name in sizes}
     empty = [f"{s}/{c}" for c in classes or ["*"] for s in splits if f"{s}/{c}" not in filled]
     each = f"every class has images in {splits[0]} and in {splits[1]}"
-    require(not empty, "dataset", dataset, f"no images in {_some(empty)}; {each}")
+    require(not empty, "dataset", dataset, f"no images in {quoted(empty)}; {each}")
     lines = sorted(f"{name} {size}\n" for name, size in sizes.items())
     digest = hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()
     labels = {name: label for label, name in enumerate(classes)}
@@ -105,13 +102,6 @@ def read(
             images[row] = pixels.reshape(height, width, channels)
         arrays.append((images, np.array(list(part.values()), dtype=np.int64)))
     return arrays
-
-
-def _some(items: Iterable[Any]) -> str:
-    """The first few items, and how many more there are."""
-    names = [str(item) for item in items]
-    rest = len(names) - _NAMED_AT_MOST
-    return ", ".join(names[:_NAMED_AT_MOST]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _visible(folder: Path | os.DirEntry) -> list[os.DirEntry]:

@@ -7,24 +7,10 @@ from typing import NamedTuple
 from torch import nn
 
 from prunestudy.errors import require, require_one_of
+from prunestudy.models import small
+from prunestudy.models import torchvision_nets as tv
 from prunestudy.models.multipart import TDMPC, Autoencoder
-from prunestudy.models.small import (
-    Shape,
-    convnet,
-    lenet5,
-    lenet300,
-    mlp,
-    resnet,
-    vgg16_cifar,
-    wide_resnet,
-)
-from prunestudy.models.torchvision_nets import (
-    DeepLabV3Plus,
-    alexnet_grouped,
-    mobilenet_v2_cifar,
-    torchvision_net,
-    use_pretrained,
-)
+from prunestudy.models.small import Shape, resnet, wide_resnet
 
 __all__ = ["TDMPC", "Autoencoder", "build", "describe", "has_pretrained", "names", "resnet"]
 __all__ += ["task_of", "wide_resnet"]
@@ -38,35 +24,38 @@ class _Net(NamedTuple):
 
 
 _convolutional = partial(Autoencoder, convolutional=True)
-_BOTH = "reconstruct_and_classify"
+_ONE, _BOTH = "reconstruct", "reconstruct_and_classify"
 _REGISTRY = {
-    "autoencoder": _Net(Autoencoder, "784-256-128-32 and back, 476,720 parameters", "reconstruct"),
+    "autoencoder": _Net(Autoencoder, "784-256-128-32 and back, 476,720 parameters", _ONE),
     "autoencoder_classifier": _Net(
         partial(Autoencoder, head=64), "the same with a classifier, 479,482 parameters", _BOTH
     ),
-    "conv_autoencoder": _Net(
-        _convolutional, "16 and 32 filters, latent 32, 117,377 parameters", "reconstruct"
-    ),
+    "conv_autoencoder": _Net(_convolutional, "with 16, 32 filters, 117,377 parameters", _ONE),
     "conv_autoencoder_classifier": _Net(
         partial(_convolutional, head=64), "the same with a classifier, 120,139 parameters", _BOTH
     ),
-    "lenet5": _Net(lenet5, "Caffe's LeNet-5 for MNIST, 431,080 parameters"),
-    "lenet300": _Net(lenet300, "LeNet-300-100 for MNIST, 266,610 parameters"),
-    "mlp": _Net(mlp, "784-512-256-128-10 for MNIST, 567,434 parameters"),
-    "convnet": _Net(convnet, "Caffe's cifar10_full for CIFAR, 89,578 parameters"),
+    "lenet5": _Net(small.lenet5, "Caffe's LeNet-5 for MNIST, 431,080 parameters"),
+    "lenet300": _Net(small.lenet300, "LeNet-300-100 for MNIST, 266,610 parameters"),
+    "mlp": _Net(small.mlp, "784-512-256-128-10 for MNIST, 567,434 parameters"),
+    "convnet": _Net(small.convnet, "Caffe's cifar10_full for CIFAR, 89,578 parameters"),
     "resnet20": _Net(partial(resnet, 20), "ResNet-20 for CIFAR, 272,282 parameters"),
     "resnet32": _Net(partial(resnet, 32), "ResNet-32 for CIFAR, 466,714 parameters"),
     "resnet56": _Net(partial(resnet, 56), "ResNet-56 for CIFAR, 855,578 parameters"),
     "wrn28_2": _Net(partial(wide_resnet, 28, 2), "WRN-28-2 for CIFAR, 1,467,610 parameters"),
-    "vgg16_cifar": _Net(vgg16_cifar, "VGG-16 with batch norm for CIFAR, 14,724,042 parameters"),
-    "mobilenet_v2_cifar": _Net(mobilenet_v2_cifar, "MobileNetV2 for CIFAR, 2,236,682 parameters"),
-    # With 1,000 classes (DeepLabV3+: 21).
-    "alexnet_grouped": _Net(alexnet_grouped, "AlexNet with groups, 60,965,224 parameters"),
+    "vgg16_cifar": _Net(small.vgg16_cifar, "VGG-16 for CIFAR, 14,724,042 parameters"),
+    "mobilenet_v2_cifar": _Net(
+        tv.mobilenet_v2_cifar, "MobileNetV2 for CIFAR, 2,236,682 parameters"
+    ),
+    # The others are for ImageNet, DeepLabV3+ for Pascal VOC.
+    "alexnet_grouped": _Net(tv.alexnet_grouped, "AlexNet with groups, 60,965,224 parameters"),
     "deeplabv3plus_resnet50": _Net(
-        DeepLabV3Plus, "DeepLabV3+ on ResNet-50, 40,352,181 parameters", "segment", "resnet50"
+        tv.DeepLabV3Plus,
+        "DeepLabV3+ on ResNet-50, 40,352,181 parameters",
+        "segment",
+        "resnet50",
     ),
 } | {
-    name: _Net(partial(torchvision_net, name), f"torchvision's {line} parameters", weights=name)
+    name: _Net(partial(tv.torchvision_net, name), f"torchvision's {line} parameters", weights=name)
     for name, line in (
         ("alexnet", "AlexNet, 61,100,840"),
         ("googlenet", "GoogLeNet with batch norm, 6,624,904"),
@@ -113,7 +102,7 @@ def build(name: str, shape: Shape, num_classes: int, pretrained: bool = False) -
     require(not pretrained or net.weights != "", "pretrained", pretrained, f"none for {name}")
     made = net.factory(tuple(shape), num_classes)
     if pretrained:
-        use_pretrained(made, net.weights)
+        tv.use_pretrained(made, net.weights)
     return made
 
 
