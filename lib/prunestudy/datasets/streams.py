@@ -56,22 +56,15 @@ class Stream(Batches):
     def _prepare(self) -> None:
         allowed = f"0: images of {self.info.name} are cropped at random"
         require(self.shift == 0, "shift", self.shift, allowed)
-
-    def _augmented(
-        self, epoch: int, order: Tensor, at: list[slice], _: torch.Generator
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        return self._read(epoch, order, at, training_transforms(self.info, self.flip))
-
-    def _plain(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         values = self.info.channels * self.info.height * self.info.width
-        size = min(size, max(1, _MOST_VALUES // values))
-        at = [slice(place, place + size) for place in range(0, len(self), size)]
-        return self._read(0, torch.arange(len(self)), at, plain_transforms(self.info))
+        self._most = max(1, _MOST_VALUES // values)
 
-    def _read(
-        self, epoch: int, order: Tensor, at: list[slice], transforms: Callable
+    def _made(
+        self, order: Tensor, at: list[slice], epoch: int = 0, generator: Any = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of the images `order`, decoded and transformed, at each of the places `at`."""
+        """Batches of images, at places `at` of `order`; with a `generator` they are augmented."""
+        info = self.info
+        transforms = training_transforms(info, self.flip) if generator else plain_transforms(info)
         loader = DataLoader(
             _Decoded(self.images, self.info, transforms, self.seed),
             batch_sampler=([(epoch, n) for n in order[batch].tolist()] for batch in at),
