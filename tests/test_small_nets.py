@@ -63,7 +63,7 @@ NETS = {
     "deeplabv3plus_resnet50": registered("deeplabv3plus_resnet50", 32, 8),
     "densenet": (densenet, (3, 32, 32)),
     "autoencoder": (Autoencoder, (1, 13, 13)),
-    "emptied_branches": (lambda: models.ResNet(14), (3, 8, 8)),
+    "emptied_branches": (lambda: models.resnet(14, (3, 32, 32), 10), (3, 8, 8)),
 }
 EMPTIED = {"emptied_branches": ("stage1.1.conv1", "stage2.0.conv1", "stage3.1.conv1")}
 IN_ONNX = ("lenet5", "autoencoder", "emptied_branches")
