@@ -209,6 +209,17 @@ def test_an_image_that_breaks_later_is_named_in_one_line(imagenet, workers):
     assert one_line(caught).startswith("dataset = 'imagenet': train/n01/2.JPEG cannot be read (")
 
 
+@pytest.mark.parametrize("rest", [b"no image", b"", None])
+def test_broken_images_are_counted_and_named_before_a_training(imagenet, rest):
+    for name in ("train/n01/2.JPEG", "val/n00/0.JPEG"):
+        file = imagenet / "imagenet" / name
+        file.write_bytes(file.read_bytes()[:-20] if rest is None else rest)
+    with pytest.raises(InputError) as caught:
+        datasets.load("imagenet", imagenet)
+    names = "['train/n01/2.JPEG', 'val/n00/0.JPEG']"
+    assert one_line(caught) == f"dataset = 'imagenet': 2 images cannot be read: {names}"
+
+
 def test_missing_classes_and_images(imagenet):
     folder = imagenet / "imagenet"
     held = (folder / "val/n01").rename(folder / "held")

@@ -7,6 +7,8 @@ set's folder, to its label or to the name of its mask.
 
 import hashlib
 import os
+from functools import partial
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +76,29 @@ def decode(dataset: str, folder: Path, name: str) -> Image.Image:
     right = image.mode in _GREY + _COLOUR
     require(right, "dataset", dataset, f"{name} has mode {image.mode}, not 8 bits a channel")
     return image
+
+
+def require_whole_files(dataset: str, folder: Path, names: list[str]) -> None:
+    """Raise `InputError` with the number and the first names of images that cannot be read.
+
+    A JPEG file with a header and an end is taken as whole; others are decoded.
+    """
+    with ThreadPool(32) as pool:
+        whole = pool.map(partial(_is_whole, folder), names)
+    broken = [name for name, right in zip(names, whole, strict=True) if not right]
+    allowed = f"{len(broken)} images cannot be read: {quoted(broken[:8])}"
+    require(not broken, "dataset", dataset, allowed)
+
+
+def _is_whole(folder: Path, name: str) -> bool:
+    try:
+        with Image.open(folder / name) as image, (folder / name).open("rb") as file:
+            file.seek(-2, os.SEEK_END)
+            if image.format != "JPEG" or file.read() != b"\xff\xd9":
+                image.load()
+            return image.mode in _GREY + _COLOUR
+    except Exception:  # Pillow's decoders raise many kinds
+        return False
 
 
 def size_of(image: Image.Image) -> tuple[int, int, int]:

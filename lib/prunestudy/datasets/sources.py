@@ -140,7 +140,7 @@ def _read(details: DatasetInfo, name: str, root: str | Path | None) -> Dataset:
 
 
 def _listed(details: DatasetInfo, place: Path) -> Dataset:
-    """ImageNet or Pascal VOC: the names of the files."""
+    """ImageNet or Pascal VOC: the names of the files, each seen on disk."""
     classes = details.num_classes
     if details.masks:
         parts, digest = folders.list_voc(place)
@@ -150,6 +150,9 @@ def _listed(details: DatasetInfo, place: Path) -> Dataset:
     wanted = (details.num_classes, details.train_images, details.test_images)
     allowed = f"{found} classes, training and test images, {wanted} expected"
     require(found == wanted, "data", str(place), allowed)
+    files = [*parts[0], *parts[1]]
+    masks = [mask for part in parts for mask in part.values()] if details.masks else []
+    folders.require_whole_files(details.name, place, [*files, *masks])
     columns = [map(np.array, (list(part), list(part.values()))) for part in parts]
     return Dataset(details, *(ImageSet(*column, place) for column in columns), digest)
 
