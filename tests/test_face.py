@@ -288,19 +288,6 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
         ps.prune(MyNet(), ps.Magnitude(target=0.9), **options)
 
 
-class Constants(nn.Module):
-    """Scales by numbers of its input that a trace takes for constants."""
-
-    def forward(self, x):
-        return x * torch.tensor(x.flatten()[:1].tolist())
-
-
-def test_what_export_takes_for_constant_is_refused(tmp_path):
-    with pytest.raises(ps.InputError, match="no ONNX of it"):
-        ps.export(Constants(), tmp_path / "net.onnx", torch.randn(3, 4))
-    assert not any(tmp_path.iterdir())
-
-
 def test_low_rank_twice_comes_back_from_the_file(tmp_path):
     net, x = MyNet(), torch.randn(3, 1, 8, 8)
     for _ in range(2):

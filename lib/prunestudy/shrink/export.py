@@ -30,8 +30,6 @@ def export(net: nn.Module, path: str | Path, example: Tensor | tuple[Tensor, ...
     plain, given = fold(net).cpu(), tuple(x.detach().cpu() for x in inputs(example))
     # With a batch of one, the exporter would take its size for constant.
     traced = tuple(torch.cat([x, x])[: max(2, len(x))] for x in given)
-    # Another order and size: what the exporter took for constant shows.
-    given = tuple(torch.cat([x.flip(0)[:1], x]) for x in given)
     with written_whole(path) as part:
         try:
             with torch.no_grad():
