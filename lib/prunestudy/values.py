@@ -48,7 +48,7 @@ def checked(kind: type[Kind], values: Any, within: str = "") -> Kind:
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise InputError(_first(error, kind, within)) from None
+        raise InputError(first_wrong(error, kind, within)) from None
 
 
 def inputs(example: "Tensor | tuple[Tensor, ...]") -> "tuple[Tensor, ...]":
@@ -87,7 +87,8 @@ def _require_in_range(value: Any) -> None:
         raise ValueError(f"a number from {_LEAST:g} to {_MOST:g}, or 0 where that is allowed")
 
 
-def _first(error: ValidationError, kind: type[Values], within: str) -> str:
+def first_wrong(error: ValidationError, kind: type[Values], within: str = "") -> str:
+    """The line for the first value that is wrong; see `checked`."""
     first = error.errors()[0]
     where = ".".join(str(part) for part in (within, *first["loc"]) if part != "")
     own = str(first["ctx"]["error"]) if first["type"] == "value_error" else ""
