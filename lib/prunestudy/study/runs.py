@@ -76,7 +76,7 @@ class Runner:
             return record
         # A missing device, and missing or damaged data, is refused before anything is written.
         device_of(self.device.type)
-        self._load(settings)
+        self._load(settings.dataset)
         if settings.parent:
             self.ensure(settings.parent, weights=True)
         with self.store.lock(settings.run):
@@ -93,23 +93,21 @@ class Runner:
         self.ensure(settings, weights=True)
         return stored_net(self.store.weights(settings.run))[0]
 
-    def _load(self, settings: RunSettings) -> datasets.Dataset:
-        today = datasets.fingerprint(settings.dataset, self.data)
-        return _data(settings.dataset, self.data, today)
+    def _load(self, dataset: str) -> datasets.Dataset:
+        return _data(dataset, self.data, datasets.fingerprint(dataset, self.data))
 
     def _train(self, settings: RunSettings) -> None:
         started, work = time.perf_counter(), self.store.work(settings.run)
-        job = _Job(settings, self._load(settings), self.device)
+        job = _Job(settings, self._load(settings.dataset), self.device)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         with deterministic(settings.threads):
             model = self._start(job)
-            start = {name: w.detach().clone() for name, w in measure.prunable_weights(model)}
             work.mkdir(parents=True, exist_ok=True)
             made = job.train(model, work / "checkpoint.pt", self.show)
             metrics, arrays = job.metrics(made), made.probe.arrays()
-            pruned = made.status == "done" and settings.parent
-            if pruned and measure.same_shapes(made.model, start):
+            start = {name: w.detach() for name, w in measure.prunable_weights(model)}
+            if made.status == "done" and settings.parent and measure.same_shapes(made.model, start):
                 metrics["kept_scale"] = measure.kept_scale(made.model, start)
                 arrays |= measure.kept_sample(made.model, start)
         weights = work / "weights.safetensors"
@@ -127,8 +125,7 @@ class Runner:
         """The parent's net, or the dense one, initialised by the run's seed or pretrained."""
         settings = job.settings
         if settings.parent:
-            parent = self.store.weights(settings.parent.run)
-            return stored_net(parent)[0]
+            return stored_net(self.store.weights(settings.parent.run))[0]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             return models.build(*job.like, settings.pretrained)
@@ -195,15 +192,15 @@ class _Job:
         scores = self.task.evaluate(model, batches, self.data.info.num_classes)
         return {self.task.metric_name: scores.metric, "loss": scores.loss}
 
-    def score(self, model: nn.Module) -> measure.Scores:
-        """Score of `model` on the images that the run is judged by."""
+    def judged(self, model: nn.Module) -> measure.Scores:
+        """Scores of `model` on the images that the run is judged by."""
         info, images = self.data.info, self.data.test
         if self.settings.evaluate == "validation":
             _, images = datasets.split(self.data.train, self.settings.validation)
-        looked_at = datasets.batches_of(images, info, len(images), device=self.device)
+        batches = datasets.batches_of(images, info, len(images), device=self.device)
         # The layout that it was trained in.
         net = copy.deepcopy(model).to(self.device, memory_format=torch.channels_last)
-        return self.task.evaluate(net, looked_at.ordered(512), info.num_classes)
+        return self.task.evaluate(net, batches.ordered(512), info.num_classes)
 
     def metrics(self, made: Result) -> dict[str, Any]:
         """Quality and cost of the finished net, of a diverged one the dense net's cost alone."""
@@ -213,7 +210,7 @@ class _Job:
         costs = {"dense_parameters": measure.parameters(dense), "dense_macs": dense_macs}
         if made.status != "done":
             return costs
-        scores, model = self.score(made.model), made.model.cpu()
+        scores, model = self.judged(made.model), made.model.cpu()
         nonzeros = measure.nonzeros(model)
         metrics = {
             "metric_name": self.task.metric_name,
@@ -233,7 +230,7 @@ class _Job:
         }
         metrics |= made.method.report() | made.probe.measures()
         others = {f"metric_{name}": other for name, other in made.probe.others().items()}
-        return metrics | costs | {name: self.score(net).metric for name, net in others.items()}
+        return metrics | costs | {name: self.judged(net).metric for name, net in others.items()}
 
     def record(self, made: Result, metrics: dict[str, Any], seconds: float) -> dict[str, Any]:
         settings, data, history = self.settings, self.data, made.history
