@@ -1,20 +1,16 @@
-import copy
 import shutil
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import child_run, small_run, tree
+from conftest import small_run
 
-from prunestudy.errors import InputError
 from prunestudy.papers import card
 from prunestudy.study import figures
 from prunestudy.study.figures import papers as drawings
-from prunestudy.study.lines import line_of
 from prunestudy.study.records import Store
 from prunestudy.study.runs import Runner
-from prunestudy.train import Recipe
 
 CUT = "magnitude_attention"
 
@@ -81,28 +77,3 @@ def test_a_legend_says_from_how_many_seeds_the_points_of_a_line_are():
     labels = [text.get_text() for text in axes.figure.legends[0].get_texts()]
     assert [label.rpartition(" (")[2] for label in labels[1:]] == ["n = 1 to 3)", "n = 2)"]
     plt.close("all")
-
-
-def test_a_record_from_before_a_parameter_existed_is_still_the_run(runner, store):
-    made = child_run("magnitude", 0.9)
-    record = runner.ensure(made)
-    path = store.path(made.run) / "record.json"
-    older = copy.deepcopy(record)
-    del older["settings"]["params"]["scope"]
-    path.write_text(line_of(older) + "\n", encoding="utf-8")
-    found = tree(store.folder)
-    assert store.read(made)["settings"] == older["settings"]
-    assert runner.ensure(made) == store.read(made)
-    assert tree(store.folder).keys() == found.keys()
-    older["settings"]["params"]["scope"] = "convolutions"
-    path.write_text(line_of(older) + "\n", encoding="utf-8")
-    with pytest.raises(InputError, match="was made with other settings"):
-        store.read(made)
-
-
-def test_new_settings_of_old_methods_leave_the_names_of_their_runs():
-    made = small_run("magnitude", 0.9)
-    assert "scope" in made.params
-    assert made.model_copy(update={"params": {}}).run == made.run
-    plain = made.recipe.model_dump(exclude={"warmup_from"})
-    assert made.model_copy(update={"recipe": Recipe(**plain)}).run == made.run

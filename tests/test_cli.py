@@ -113,11 +113,6 @@ def test_bad_commands(refused, words, message, monkeypatch):
     assert refused(*words).startswith(message)
 
 
-def test_without_a_command_there_is_help(capsys):
-    assert cli.main([]) == 0
-    assert capsys.readouterr().out.startswith("usage: prunestudy [-h] [--version] COMMAND ...")
-
-
 @pytest.mark.parametrize(
     ("plugin", "message"),
     [
@@ -154,13 +149,6 @@ def test_slurm_is_asked_for_where_it_is_not(refused, monkeypatch, plugin, messag
 def test_bad_settings(refused, pairs, message):
     words = [word for pair in pairs for word in ("--set", pair)]
     assert refused("train", *words).startswith(message)
-
-
-def test_nothing_changes_in_a_folder_with_results(call, refused, results):
-    assert call("run", "magnitude")[0] == 0
-    refused("run", "nope")
-    refused("train", "--set", "lr=-1")
-    assert len(list((results / "quick" / "runs").iterdir())) == 2
 
 
 @pytest.mark.parametrize("place", ["--data", "environment", "nowhere"])
@@ -276,13 +264,6 @@ def test_run_status_show_table(call, results):
     lines = (results / "quick" / "tables" / "runs.csv").read_text().splitlines()
     assert len(lines) == 3
     assert (results / "quick" / "tables" / "summary.csv").exists()
-
-
-def test_a_run_that_is_there_is_not_trained_again(call, results):
-    first = call("run", "magnitude")
-    before = tree(results)
-    assert call("run", "magnitude") == first
-    assert tree(results) == before
 
 
 def all_runs():

@@ -12,7 +12,7 @@ from prunestudy import datasets, methods, papers
 from prunestudy.errors import InputError
 from prunestudy.papers import RunRecipe as Recipe
 from prunestudy.study import settings as settings_module
-from prunestudy.study.plan import Planned, plan
+from prunestudy.study.plan import plan
 from prunestudy.study.settings import RunSettings, Target, own_settings, resolve
 
 PROFILES = [(c.id, p) for c in papers.cards() for p in c.profiles]
@@ -247,9 +247,9 @@ def test_counts_and_epochs_follow_from_the_card(paper, profile):
         count = max((e.seeds or experiment.seeds for e in started), default=0)
         for entry in experiment.methods:
             aims = entry
-            while aims.after and not methods.method_class(aims.method).target_kinds:
+            while aims.after and not methods.method_class(aims.method).counts:
                 aims = experiment.entry(aims.after)
-            prunes = methods.method_class(aims.method).target_kinds
+            prunes = methods.method_class(aims.method).counts
             targets = len(aims.targets or experiment.targets) if prunes else 1
             count += targets * (entry.seeds or experiment.seeds)
         assert len(mine) == count
@@ -341,14 +341,6 @@ def test_entries_may_differ_from_their_experiment(card_file):
     assert last.recipe.lr == 0.05
 
 
-def test_unknown_profiles_and_papers_are_refused(toy_card):
-    for name in ("fast", ""):
-        allowed = "allowed are cpu, cpu-long, paper, quick"
-        refused(partial(plan, name), f"profile = {name!r}: {allowed}")
-    refused(lambda: plan("cpu"), "profile = 'cpu': the chosen papers have quick")
-    refused(lambda: plan("quick", ("toy", "nope")), "paper = 'nope': allowed are toy")
-
-
 RANDOM = '{ method = "random" }'
 
 
@@ -386,13 +378,6 @@ def test_tiny_is_smaller_than_the_card(card_file):
         assert {p.settings.seed for p in planned} == set(range(seeds))
         assert {p.settings.recipe.epochs for p in planned} == {epochs}
     assert plan("quick", epochs=7) == plan("quick")
-
-
-def test_tiny_never_has_more_seeds_than_the_card(card_file):
-    text = CARD.replace("seeds = 1", "seeds = 3")
-    card_file(text.replace('{ method = "random" }', '{ method = "random", seeds = 1 }'))
-    planned = plan("quick", seeds=2)
-    assert [p.settings.seed for p in planned if p.settings.method == "random"] == [0]
 
 
 @pytest.mark.parametrize("key", ["seeds", "epochs"])
@@ -524,7 +509,7 @@ def test_whatever_changes_changes_the_name():
 
 def test_a_kind_of_target_that_the_method_does_not_take_is_refused():
     wrong = partial(example, target=Target(kind="macs", value=0.9))
-    refused(wrong, "target_kind = 'macs': gradual_magnitude takes sparsity")
+    refused(wrong, "target_kind = 'macs': gradual_magnitude takes weights")
     wrong = {"method": "magnitude", "target": 0.9, "target_kind": "weight"}
     refused(partial(own_settings, wrong), "target_kind = 'weight': allowed are energy, macs")
 
@@ -569,53 +554,6 @@ def test_own_settings():
     assert own_settings({"batch_size": 1237}).recipe.batch_size == 1237
     assert own_settings({"validation": 1436, "batch_size": 1}).validation == 1436
     assert own_settings({"milestones": [0.5], "schedule": "step"}).recipe.milestones == (0.5,)
-
-
-BAD = [
-    ({"colour": "red"}, "setting = 'colour': allowed are batch_size"),
-    ({"model": "vgg"}, "model = 'vgg': allowed are alexnet"),
-    ({"model": 5}, "model = 5: allowed are alexnet"),
-    ({"method": "lasso"}, "method = 'lasso': allowed are component_aware, dense"),
-    ({"dataset": "cifar"}, "dataset = 'cifar': allowed are digits"),
-    ({"dataset": 5}, "dataset = 5: allowed are digits"),
-    ({"lr": -1.0}, "lr = -1.0: "),
-    ({"lr": "abc"}, "lr = 'abc': "),
-    ({"epochs": 0}, "epochs = 0: "),
-    ({"epochs": 1.5}, "epochs = 1.5: "),
-    ({"epochs": True}, "epochs = True: "),
-    ({"seed": -1}, "seed = -1: "),
-    ({"seed": 2**32}, f"seed = {2**32}: "),
-    ({"threads": 0}, "threads = 0: "),
-    ({"precision": "fp16"}, "precision = 'fp16': "),
-    ({"validation": 0}, "validation = 0: "),
-    ({"validation": 1437}, "validation = 1437: below 1437, the training images"),
-    ({"batch_size": 8, "pieces": 9}, "pieces = 9: at most 8, the images of a batch"),
-    ({"batch_size": 1238}, "batch_size = 1238: at most 1237, the training images left"),
-    ({"shift": 8}, "shift = 8: "),
-    ({"pretrained": True}, "pretrained = True: for a run without a parent, of a net that"),
-    ({"pretrained": 1}, "pretrained = 1: "),
-    ({"model": "lenet5"}, "model = 'lenet5': not for digits: .* needs images of at least 16x16"),
-    ({"target": 0.5}, "target = 0.5: dense takes no target"),
-    ({"method": "magnitude"}, "target = None: magnitude takes the share"),
-    ({"method": "l1", "target": 0.5, "params.ramp": 2.0}, "params.ramp = 2.0: "),
-    ({"params.ramp": 0.5}, "params.ramp = 0.5: none is allowed"),
-    *(
-        ({"method": "magnitude", "target": t}, f"target = {t!r}: the share of weights to remove")
-        for t in (0, 1, -0.1, 1.5, "a", float("nan"), True)
-    ),
-]
-
-
-@pytest.mark.parametrize(("values", "message"), BAD)
-def test_bad_settings_are_refused_in_one_line_before_anything_starts(values, message):
-    with pytest.raises(InputError, match=f"^{message}") as caught:
-        own_settings(values)
-    assert one_line(caught)
-
-
-def test_plans_compare_by_value_and_a_paper_named_twice_counts_once(toy_card):
-    assert plan("quick") == plan("quick", ("toy", "toy"))
-    assert isinstance(plan("quick")[0], Planned)
 
 
 def test_epochs_are_what_was_asked_for_wherever_something_is_trained(card_file):

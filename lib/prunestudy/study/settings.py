@@ -100,6 +100,8 @@ def resolve(
     takes = " or ".join(methods.TARGETS[name] for name in kind.counts)
     allowed = f"{method} takes {_SHARE.format(takes) if takes else 'no target'}"
     require(bool(target) == bool(takes), "target", target and target.value, allowed)
+    if target:
+        require(target.kind in kind.counts, "target_kind", target.kind, f"{method} takes {takes}")
     allowed = f"{method} needs the run whose shape it takes; see a card"
     require(bool(parent) or not kind.from_scratch, "parent", None, allowed)
     own = methods.params_of(method, params or {}).model_dump(mode="json")
