@@ -509,7 +509,7 @@ def test_whatever_changes_changes_the_name():
 
 def test_a_kind_of_target_that_the_method_does_not_take_is_refused():
     wrong = partial(example, target=Target(kind="macs", value=0.9))
-    refused(wrong, "target_kind = 'macs': gradual_magnitude takes weights")
+    refused(wrong, "target_kind = 'macs': gradual_magnitude takes sparsity")
     wrong = {"method": "magnitude", "target": 0.9, "target_kind": "weight"}
     refused(partial(own_settings, wrong), "target_kind = 'weight': allowed are energy, macs")
 

@@ -256,7 +256,7 @@ def test_a_run_asked_for_twice_is_trained_once(runner, store, count):
 def script(body, folder, settings):
     """The command of a process that has `store` below `folder`, and `settings`."""
     head = """
-        import json, os, signal, sys
+        import json, os, signal, sys, time
         from pathlib import Path
         from prunestudy.study.records import Store
         from prunestudy.study.runs import Runner
@@ -278,7 +278,7 @@ def test_two_processes_at_the_same_time_train_once(store):
         def read(self, settings, *words):
             Path(self.folder.parent, me).touch()
             while not Path(self.folder.parent, other).exists():
-                pass
+                time.sleep(0.01)
             return real(self, settings, *words)
         Store.read = read
         import prunestudy.study.runs as runs
@@ -440,7 +440,7 @@ def test_lost_weights_are_trained_again_and_reproduce(runner, store, count, dama
         shutil.copy(store.weights(small_run(seed=1).run), path)
     else:
         path.write_bytes(damage(path.read_bytes()))
-    line = refused(store.kept, parent.run, "weights")
+    line = refused(store.require_file, parent.run, "weights")
     assert line.startswith(f"weights = {parent.run}: missing, or not as its record says, in ")
     count.clear()
     assert runner.ensure(parent) == first
@@ -448,7 +448,7 @@ def test_lost_weights_are_trained_again_and_reproduce(runner, store, count, dama
     runner.ensure(settings)
     assert count == [parent.run, settings.run]
     assert lines.noted(load_file(path), "weights") == lines.noted(before, "weights")
-    store.kept(parent.run, "weights")
+    store.require_file(parent.run, "weights")
     assert store.has_all(parent.run)
     assert store.load(parent.run) == first
     assert not store.work(parent.run).exists()

@@ -41,15 +41,6 @@ class RunSettings(Values):
     evaluate: Literal["test", "validation"] = "test"
     parent: "RunSettings | None" = None
 
-    def filled(self) -> "RunSettings":
-        """The same with today's defaults for parameters that did not exist when it was written.
-
-        Raises `InputError` for parameters that are not valid any more.
-        """
-        params = methods.params_of(self.method, self.params).model_dump(mode="json")
-        parent = self.parent.filled() if self.parent else None
-        return self.model_copy(update={"params": params, "parent": parent})
-
     def model_copy(self, **values: Any) -> "RunSettings":
         """The same with `update`, as of any model; its name is another."""
         copied = super().model_copy(**values)
@@ -101,7 +92,8 @@ def resolve(
     allowed = f"{method} takes {_SHARE.format(takes) if takes else 'no target'}"
     require(bool(target) == bool(takes), "target", target and target.value, allowed)
     if target:
-        require(target.kind in kind.counts, "target_kind", target.kind, f"{method} takes {takes}")
+        allowed = f"{method} takes {' or '.join(kind.counts)}"
+        require(target.kind in kind.counts, "target_kind", target.kind, allowed)
     allowed = f"{method} needs the run whose shape it takes; see a card"
     require(bool(parent) or not kind.from_scratch, "parent", None, allowed)
     own = methods.params_of(method, params or {}).model_dump(mode="json")
