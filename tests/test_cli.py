@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CARD, put_record, small_run, tree
+from conftest import put_record, small_run, tree
 
 import prunestudy
 from prunestudy import shrink
@@ -143,17 +143,6 @@ def test_missing_data(refused, no_data, place, results):
     assert not results.exists()
 
 
-def test_missing_data_of_a_planned_run(refused, no_data, card_file, results):
-    head, profile = CARD.split("    [profiles.quick]")
-    card_file(
-        head + "    [profiles.quick]" + profile.replace('"digits"\n    model', '"mnist"\n    model')
-    )
-    assert "mnist" in plan("quick")[0].settings.dataset
-    for words in (["run", "magnitude"], ["study"]):
-        assert refused(*words).startswith("data = ")
-    assert not results.exists()
-
-
 def test_edited_records_stop_every_command(call, refused, results):
     assert call("run", *names_of("start"))[0] == 0
     path = results / "quick" / "runs" / names_of("start")[0] / "record.json"
@@ -273,16 +262,6 @@ def test_latency(call, results):
     before = tree(results)
     assert call("latency")[0] == 0
     assert tree(results) == before
-
-
-def test_nets_from_random_weights_are_timed_too_but_not_the_dense_ones(call, results, card_file):
-    fresh = '{ method = "dense", fresh = true }, { method = "magnitude", fresh = true }'
-    card_file(CARD.replace('{ method = "dense" }, { method = "magnitude" }', fresh))
-    call("run", *all_runs())
-    assert call("latency")[0] == 0
-    assert list(timed(results)) == [
-        p.settings.run for p in plan("quick") if p.settings.method != "dense"
-    ]
 
 
 def test_collect_says_what_it_left_out(call, results, tmp_path):

@@ -234,11 +234,6 @@ def test_a_folder_without_records_and_an_unknown_profile_are_refused(stores, tmp
     assert not stores[0].folder.exists()
 
 
-def test_nothing_finished_leaves_no_file(stores, settings):
-    assert run_collect(stores[0]) == []
-    assert tracked(stores[0]) == {}
-
-
 @pytest.mark.parametrize("where", ["here", "there", "folder", "wrong folder"])
 def test_damaged_records_stop_it_with_nothing_changed(stores, settings, where):
     here, there = stores

@@ -16,7 +16,6 @@ from PIL import Image
 from prunestudy import datasets, models, shrink
 from prunestudy.datasets import sources
 from prunestudy.errors import InputError, writable_file, written_whole
-from prunestudy.papers import RunRecipe as Recipe
 from prunestudy.study import settings
 from prunestudy.study.settings import own_settings
 
@@ -143,14 +142,6 @@ def test_scalars_of_numpy_and_torch_are_plain_numbers(scalar):
     assert type(given.seed) is int
     aim = own_settings({"method": "magnitude", "target": torch.tensor(0.5)})
     assert aim.run == own_settings({"method": "magnitude", "target": 0.5}).run
-
-
-def test_a_recipe_that_is_no_table():
-    says(lambda: settings.checked(Recipe, 5, "recipe"), "recipe = 5: " + NO_TABLE)
-    says(lambda: settings.checked(Recipe, {"epochs": 1}), "lr: is missing")
-
-
-NO_TABLE = "input should be a valid dictionary or instance of recipe"
 
 
 def test_a_long_path_of_a_folder_gives_a_name_that_a_folder_can_have():

@@ -45,25 +45,6 @@ def rule_key(rule):
     return rule.model_dump_json()
 
 
-def test_a_rule_holds_for_every_net_data_set_and_target():
-    """The pairs that look bad are judged like the others."""
-    for profile, found in comparisons_of(papers.card("gdp")).items():
-        runs = [p.settings for p in plan(profile, ("gdp",)) if p.purpose == "results"]
-        for name in ("random", "l1_filter", "group_l2"):
-            ours, theirs = (
-                {(s.model, s.dataset, s.aim) for s in runs if s.method == method}
-                for method in ("gdp", name)
-            )
-            sides = ("gdp", name, "metric")
-            both = [c for c in found if (c.rule.method, c.against, c.rule.metric) == sides]
-            judged = Counter((c.model, c.dataset, c.target) for c in both)
-            assert judged == dict.fromkeys(ours & theirs, 1)
-    gdp = comparisons_of(papers.card("gdp"))["cpu"]
-    targets = (("macs", 0.7), ("macs", 0.9), ("parameters", 0.8))
-    found = {(c.dataset, c.target.kind, c.target.value) for c in gdp if c.against == "l1_filter"}
-    assert found == {(data, *target) for data in ("mnist", "fashion_mnist") for target in targets}
-
-
 def test_pairs_share_seed_and_total_epochs_and_a_control_without_target_is_there(card_file):
     text = with_methods(
         'method = "dense", seeds = 2',
@@ -236,32 +217,6 @@ def test_plans_need_no_data_and_list_parents_first(paper, profile, no_data, monk
     precision = {e.precision or size.precision for e in size.experiments}
     assert {p.settings.precision for p in planned} == precision
     assert {p.settings.threads for p in planned} == {size.threads}
-
-
-@pytest.mark.parametrize(("paper", "profile"), PROFILES)
-def test_counts_and_epochs_follow_from_the_card(paper, profile):
-    planned = plan(profile, (paper,))
-    for experiment in papers.card(paper).profiles[profile].experiments:
-        mine = [p for p in planned if p.experiment == experiment.name]
-        started = [e for e in experiment.methods if not e.fresh] if experiment.start else []
-        count = max((e.seeds or experiment.seeds for e in started), default=0)
-        for entry in experiment.methods:
-            aims = entry
-            while aims.after and not methods.method_class(aims.method).counts:
-                aims = experiment.entry(aims.after)
-            prunes = methods.method_class(aims.method).counts
-            targets = len(aims.targets or experiment.targets) if prunes else 1
-            count += targets * (entry.seeds or experiment.seeds)
-        assert len(mine) == count
-        # controls beside each method, at the same total epochs
-        epochs = experiment.recipe.epochs + (experiment.start.epochs if experiment.start else 0)
-        alone = [e for e in experiment.methods if not (e.after or e.epochs)]
-        words = {(e.method, e.variant, e.stage) for e in alone}
-        planned_alone = [p for p in mine if (p.settings.method, p.reading, p.stage) in words]
-        assert {p.settings.epochs for p in planned_alone} == {epochs}
-        where = "validation" if experiment.purpose == "search" else "test"
-        assert {p.settings.evaluate for p in mine} == {where}
-        assert {p.settings.validation for p in mine} == {experiment.validation}
 
 
 def test_an_entry_after_another_has_its_run_as_parent(card_file):

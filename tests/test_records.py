@@ -94,17 +94,6 @@ def test_a_line_and_back():
     assert "\n" not in text
 
 
-def test_write_text_is_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = tmp_path / "folder" / "file"
-    lines.write_text(path, "one")
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", full)
-        with pytest.raises(OSError, match="No space"):
-            lines.write_text(path, "two")
-    assert tree(tmp_path).keys() == {"folder", "folder/file"}
-    assert path.read_text() == "one"
-
-
 # --- what a record says
 
 
