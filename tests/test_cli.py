@@ -169,7 +169,8 @@ def test_a_disk_without_space(call, results, monkeypatch):
     monkeypatch.setattr(Path, "write_bytes", full)
     code, out, err = call("run", "magnitude")
     assert (code, out) == (2, "")
-    assert err == "prunestudy: file = the/file: No space left on device\n"
+    assert err.startswith("prunestudy: file = ")
+    assert err.endswith(": No space left on device\n")
     assert not (results / "quick" / "runs").exists()
 
 

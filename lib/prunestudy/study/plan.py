@@ -91,7 +91,8 @@ def _of_experiment(
                 )
                 parents = trained[before]
             if methods.method_class(entry.method).counts:
-                own["target"] = target_of(entry.target_kind or experiment.target_kind, target)
+                kind = entry.target_kind or experiment.target_kind
+                own["target"] = target_of(entry.method, target, kind)
             trained[entry.label, target] = _by_seed(most, parents, **common, **own)
         for seed, target in itertools.product(range(counts[entry.label]), targets):
             found = [(trained[entry.label, target][seed], entry.variant, entry.stage, after)]

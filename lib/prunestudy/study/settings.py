@@ -87,13 +87,7 @@ def resolve(
     """
     require_one_of("model", model, models.names())
     kind, known = methods.method_class(method), datasets.info(dataset, root or None)
-    target, parent = rest.get("target"), rest.get("parent")
-    takes = " or ".join(methods.TARGETS[name] for name in kind.counts)
-    allowed = f"{method} takes {_SHARE.format(takes) if takes else 'no target'}"
-    require(bool(target) == bool(takes), "target", target and target.value, allowed)
-    if target:
-        allowed = f"{method} takes {' or '.join(kind.counts)}"
-        require(target.kind in kind.counts, "target_kind", target.kind, allowed)
+    parent = rest.get("parent")
     allowed = f"{method} needs the run whose shape it takes; see a card"
     require(bool(parent) or not kind.from_scratch, "parent", None, allowed)
     own = methods.params_of(method, params or {}).model_dump(mode="json")
@@ -111,7 +105,6 @@ def resolve(
     return settings
 
 
-_SHARE = "the share of {} to remove, above 0 and below 1"
 _OWN = ("dataset", "model", "pretrained", "method", "seed", "precision", "threads", "validation")
 
 
@@ -129,22 +122,22 @@ def own_settings(values: dict[str, Any], root: str = "") -> RunSettings:
     for name in sorted(rest):
         require(name in allowed, "setting", name, f"allowed are {', '.join(allowed)}")
     own = {name: rest.pop(name) for name in _OWN if name in rest}
-    target, kind = rest.pop("target", None), rest.pop("target_kind", None)
+    target = target_of(own["method"], rest.pop("target", None), rest.pop("target_kind", None))
     recipe = checked(RunRecipe, rest)
-    if target is not None:
-        kinds = methods.method_class(own["method"]).counts or ("sparsity",)
-        target = target_of(kind or kinds[0], target)
     return resolve(params=params, recipe=recipe, target=target, root=root, **own)
 
 
-def target_of(kind: str, value: Any) -> Target:
-    """Return the checked target of removing the share `value` of what `kind` counts."""
-    require_one_of("target_kind", kind, methods.TARGETS)
-    try:
-        return checked(Target, {"kind": kind, "value": value})
-    except InputError:
-        allowed = _SHARE.format(methods.TARGETS[kind])
-        raise InputError(f"target = {value!r}: {allowed}") from None
+def target_of(method: str, value: Any, kind: str | None = None) -> Target | None:
+    """The checked target of a run of `method`: to remove the share `value` of what `kind` counts.
+
+    `kind` is by default what the method counts first. Raises `InputError` for a wrong one, and for
+    a value that is missing, wrong or too much.
+    """
+    counts = methods.method_class(method).counts
+    allowed = f"{method} takes {' or '.join(counts) or 'no target'}"
+    require(kind is None or kind in counts, "target_kind", kind, allowed)
+    made = methods.build(method, {}, value, kind)
+    return None if made.target is None else Target(kind=made.of, value=made.target)
 
 
 @functools.lru_cache(maxsize=32)
