@@ -59,7 +59,7 @@ def test_a_card_without_a_citation_has_runs_and_no_claims_and_comes_last(card_fi
     assert papers.card("sum").year is None
 
 
-AGAINST, JOB, DENSE = 'against = ["random"]', 'job = "seed"', '{ method = "dense" }'
+AGAINST, TIME, DENSE = 'against = ["random"]', 'time = "a second"', '{ method = "dense" }'
 EXTRA = "extra inputs are not permitted"
 
 
