@@ -86,10 +86,15 @@ EXTRA = "extra inputs are not permitted"
         (AGAINST, "where = { nets = [] }", "claims.0.tests.0.where.nets.[key]", "'models', "),
         (AGAINST, "at_least = { digits = 0.1 }", "claims.0.tests.0", "needs one for all other"),
         ("[profiles.quick]", "[profiles.fast]", "profiles.fast.[key]", "input should be 'quick'"),
-        (TIME, 'jobs = "seed"', "profiles.quick.jobs", EXTRA),
-        (TIME, 'precision = "fp16"', "profiles.quick.precision", "input should be 'fp32'"),
-        (TIME, "threads = 0", "profiles.quick.threads", "greater than or equal to 1"),
-        (TIME, "start = 3", "profiles.quick.start", EXTRA),
+        (TIME, f"{TIME}\n    jobs = 'seed'", "profiles.quick.jobs", EXTRA),
+        (
+            TIME,
+            f"{TIME}\n    precision = 'fp16'",
+            "profiles.quick.precision",
+            "input should be 'fp32'",
+        ),
+        (TIME, f"{TIME}\n    threads = 0", "profiles.quick.threads", "greater than or equal to 1"),
+        (TIME, f"{TIME}\n    start = 3", "profiles.quick.start", EXTRA),
         ("validation = 200", "valid = 3", f"{FIRST}.valid", EXTRA),
         ("recipe = { epochs = 1,", "recipe = { epoch = 1,", f"{FIRST}.recipe.epochs", "required"),
         ("seeds = 1", "seeds = 0", f"{FIRST}.seeds", "greater than or equal to 1"),
@@ -222,5 +227,5 @@ def test_defaults_sets_rows_and_readings_are_written_out(card_file):
 
 
 def test_a_profiles_default_is_checked_in_its_experiments(card_file):
-    text = CARD.replace("    seeds = 1\n", "").replace(TIME, "seeds = 0")
+    text = CARD.replace("    seeds = 1\n", "").replace(TIME, f"{TIME}\n    seeds = 0")
     refused(lambda: papers.read_card(card_file(text)), f"card toy.toml: {FIRST}.seeds: ")
