@@ -23,7 +23,7 @@ from prunestudy import datasets, measure, methods, models, places, shrink
 from prunestudy.errors import InputError, require, require_one_of
 from prunestudy.study.lines import FORMAT
 from prunestudy.study.records import Store
-from prunestudy.study.settings import RunSettings
+from prunestudy.study.settings import RunSettings, dense_macs, dense_net
 from prunestudy.train import Result, deterministic, prune
 
 
@@ -113,8 +113,8 @@ class Runner:
         weights = work / "weights.safetensors"
         name, shape, num_classes = job.like
         sizes = " ".join(map(str, (*shape, num_classes)))
-        like = _dense(*job.like)[0]
-        shrink.save(made.model, weights, like=like, about={"factory": name, "sizes": sizes})
+        like, about = dense_net(name, job.data.info), {"factory": name, "sizes": sizes}
+        shrink.save(made.model, weights, like=like, about=about)
         if made.status == "done":
             metrics["bytes"] = weights.stat().st_size
         record = job.record(made, metrics, time.perf_counter() - started)
@@ -134,15 +134,6 @@ class Runner:
 @functools.lru_cache(maxsize=2)
 def _data(name: str, root: str | None, _: str) -> datasets.Dataset:
     return datasets.load(name, root)
-
-
-@functools.lru_cache(maxsize=8)
-def _dense(model: str, shape: tuple[int, int, int], num_classes: int) -> tuple[nn.Module, int]:
-    """The dense net, without its numbers, and its MACs."""
-    with torch.random.fork_rng(devices=[]):
-        net = models.build(model, shape, num_classes)
-    macs = measure.macs(net, torch.zeros(1, *shape))
-    return net.to("meta"), macs
 
 
 @dataclass
@@ -204,14 +195,13 @@ class _Job:
 
     def metrics(self, made: Result) -> dict[str, Any]:
         """Quality and cost of the finished net, of a diverged one the dense net's cost alone."""
-        _, shape, _ = self.like
-        example = torch.zeros(128, *shape)
-        dense, dense_macs = _dense(*self.like)
-        costs = {"dense_parameters": measure.parameters(dense), "dense_macs": dense_macs}
+        name, shape, _ = self.like
+        dense, macs = dense_net(name, self.data.info), dense_macs(name, self.data.info)
+        costs = {"dense_parameters": measure.parameters(dense), "dense_macs": macs}
         if made.status != "done":
             return costs
         scores, model = self.judged(made.model), made.model.cpu()
-        nonzeros = measure.nonzeros(model)
+        nonzeros, example = measure.nonzeros(model), torch.zeros(128, *shape)
         metrics = {
             "metric_name": self.task.metric_name,
             "metric": scores.metric,

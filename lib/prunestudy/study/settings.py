@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field
 
-from prunestudy import datasets, methods, models
+from prunestudy import datasets, measure, methods, models
 from prunestudy.errors import InputError, require, require_one_of
 from prunestudy.papers import RunRecipe
 from prunestudy.values import Values, checked
@@ -140,10 +140,18 @@ def target_of(method: str, value: Any, kind: str | None = None) -> Target | None
     return None if made.target is None else Target(kind=made.of, value=made.target)
 
 
-@functools.lru_cache(maxsize=32)
-def _shapes_of(model: str, shape: tuple[int, int, int]) -> torch.nn.Module:
-    with torch.device("meta"):  # without numbers, to be looked at only
-        return models.build(model, shape, 1)
+@functools.lru_cache(maxsize=64)
+def dense_net(model: str, known: datasets.DatasetInfo) -> torch.nn.Module:
+    """The dense net for images as in `known`; without numbers, to be looked at only."""
+    with torch.device("meta"):
+        return models.build(model, (known.channels, known.height, known.width), known.num_classes)
+
+
+@functools.lru_cache(maxsize=64)
+def dense_macs(model: str, known: datasets.DatasetInfo) -> int:
+    """MACs of that net, of one image."""
+    image = torch.zeros(1, known.channels, known.height, known.width, device="meta")
+    return measure.macs(dense_net(model, known), image)
 
 
 def _require_fit(settings: RunSettings, known: datasets.DatasetInfo) -> None:
@@ -154,7 +162,7 @@ def _require_fit(settings: RunSettings, known: datasets.DatasetInfo) -> None:
     target = (settings.target.value, settings.target.kind) if settings.target else ()
     method = methods.build(settings.method, settings.params, *target)
     try:
-        net = _shapes_of(settings.model, (known.channels, known.height, known.width))
+        net = dense_net(settings.model, known)
     except InputError as error:
         raise InputError(f"model = {settings.model!r}: not for {known.name}: {error}") from None
     method.check(net)
