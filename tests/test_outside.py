@@ -1,11 +1,9 @@
 """What comes in from outside: numbers, names, files and folders; each refusal is one line."""
 
 import os
-import resource
 import socket
 import stat
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -343,28 +341,3 @@ def test_paths_that_no_file_can_have(tmp_path):
 IN_A_FOLDER = "a file in a folder that exists"
 LONG = "File name too long"
 NO_FILE = "a regular file, or a name that is not in use"
-
-
-@pytest.fixture
-def little_disk():
-    """Files may grow to 2,000 bytes only."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
-def test_a_full_disk_leaves_the_old_file_and_no_half_one(tmp_path, little_disk, monkeypatch):
-    path = tmp_path / "net"
-    path.write_text("old")
-    net = models.build("lenet5", (1, 16, 16), 10)
-    with pytest.raises(OSError, match=f"too large: '{path}'"):
-        shrink.save(net, path)
-    # torch's exporter takes ten seconds, and it is the writing that counts here
-    graph = SimpleNamespace(inputs=[SimpleNamespace(shape=["batch"])], outputs=[])
-    program = SimpleNamespace(model=SimpleNamespace(graph=graph))
-    program.save = lambda part: part.write_bytes(bytes(3000))
-    monkeypatch.setattr("torch.onnx.export", lambda *_, **__: program)
-    with pytest.raises(OSError, match=f"too large: '{path}'"):
-        shrink.export(net, path, torch.rand(2, 1, 16, 16))
-    assert tree(tmp_path) == {"net": (b"old", path.stat().st_mtime_ns)}

@@ -122,9 +122,8 @@ def test_record_of_a_dense_run(runner, store):
         assert environment[name] == version(name)
     assert environment["python"] == sys.version.split()[0]
     assert (environment["device"], environment["commit"]) == ("cpu", runs.commit())
-    assert sorted(record["cost"]) == ["process_peak_mb", "seconds", "train_seconds"]
+    assert sorted(record["cost"]) == ["seconds", "train_seconds"]
     assert 0 < record["cost"]["train_seconds"] <= record["cost"]["seconds"]
-    assert record["cost"]["process_peak_mb"] > 100
     (last,) = store.history(settings.run)
     assert record["validation"] == {k: last[f"validation_{k}"] for k in ("top1", "loss")}
     files = sorted(p.name for p in store.path(settings.run).iterdir())
@@ -205,17 +204,6 @@ def test_a_diverged_run_has_a_record_and_is_not_trained_again(runner, store, cou
     child = runner.ensure(child_run(parent=settings))
     assert child["status"] == "diverged"
     assert count == [settings.run, child["run"]]
-
-
-def test_bf16_and_two_threads_are_runs_of_their_own(runner):
-    names = set()
-    for values in ({}, {"precision": "bf16"}, {"threads": 2}):
-        record = runner.ensure(small_run(**values))
-        assert record["status"] == "done"
-        names.add(record["run"])
-    assert len(names) == 3
-    assert torch.get_num_threads() == 1
-    assert not torch.are_deterministic_algorithms_enabled()
 
 
 # --- asked twice

@@ -5,10 +5,8 @@ import functools
 import os
 import platform
 import re
-import resource
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -226,12 +224,7 @@ class _Job:
         settings, data, history = self.settings, self.data, made.history
         last = history[-1] if history else {}
         columns = dict.fromkeys(name for row in history for name in row)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kB, on macOS bytes
-        cost = {
-            "train_seconds": round(made.seconds, 3),
-            "seconds": round(seconds, 3),
-            "process_peak_mb": round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1),
-        }
+        cost = {"train_seconds": round(made.seconds, 3), "seconds": round(seconds, 3)}
         if self.device.type == "cuda":
             cost["device_peak_mb"] = round(torch.cuda.max_memory_allocated(self.device) / 1e6, 1)
         return {
