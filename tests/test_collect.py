@@ -92,7 +92,7 @@ def test_a_clone_reads_everything_and_trains_nothing(stores, settings, tmp_path,
         (clone.folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(here.folder / name, clone.folder / name)
     before = tree(clone.folder)
-    monkeypatch.setattr(runs, "train", None)
+    monkeypatch.setattr(runs, "prune", None)
     runner = Runner(clone)
     assert runner.device.type == "cpu"
     assert [runner.ensure(s) for s in settings] == made
@@ -106,27 +106,18 @@ def test_a_clone_reads_everything_and_trains_nothing(stores, settings, tmp_path,
     assert tree(clone.folder) == before
 
 
-@pytest.mark.parametrize("way", ["profile", "results", "file", "collected", "collected file"])
-def test_records_of_another_machine_are_added(stores, settings, way, tmp_path):
+@pytest.mark.parametrize("way", ["profile", "results", "collected"])
+def test_records_of_another_machine_are_added(stores, settings, way):
     here, there = stores
     fill(here, settings[:3])
     fill(there, settings[2:])
-    if way.startswith("collected"):
+    if way == "collected":
         run_collect(there)
         shutil.rmtree(there.runs)
-    source = {"results": there.folder.parent, "file": tmp_path / "brought.txt"}
-    if way == "file":
-        records = (there.load(s.run) for s in settings[2:])
-        source["file"].write_text("".join(line_of(record) + "\n" for record in records))
-    source["collected file"] = there.collected
-    left = run_collect(here, source.get(way, there.folder))
+    source = there.folder.parent if way == "results" else there.folder
+    assert run_collect(here, source) == []
     assert list(read_lines(here.collected)) == sorted(s.run for s in settings)
-    ours = magnitude(settings)
-    if way == "file":  # it has no arrays
-        assert left == lost(s for s in settings if s not in settings[:3])
-        assert run_collect(here, there.folder) == []  # which come later
-    assert here.arrays(ours.run)["energy_before"].tolist() == [0.0, 1.0, 2.0]
-    assert left == [] or way == "file"
+    assert here.arrays(magnitude(settings).run)["energy_before"].tolist() == [0.0, 1.0, 2.0]
 
 
 def test_a_stored_record_stays_and_the_newcomer_is_named(stores, settings):
@@ -232,11 +223,6 @@ def test_a_folder_without_records_and_an_unknown_profile_are_refused(stores, tmp
     assert line == f"folder = {str(tmp_path / name)!r}: has neither records.jsonl nor runs/"
     assert refused("quik", results=stores[0].folder.parent).startswith("profile = 'quik': allowed")
     assert not stores[0].folder.exists()
-
-
-def test_nothing_finished_leaves_no_file(stores, settings):
-    assert run_collect(stores[0]) == []
-    assert tracked(stores[0]) == {}
 
 
 @pytest.mark.parametrize("where", ["here", "there", "folder", "wrong folder"])

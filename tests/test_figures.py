@@ -5,7 +5,7 @@ import io
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import one_line
+from conftest import one_line, small_run
 from IPython.core.pylabtools import retina_figure
 from matplotlib import pyplot as plt
 from PIL import Image
@@ -160,6 +160,42 @@ def test_gates_before_removal_say_how_many_are_in_between():
     assert axes.get_title() == "GDP (ours): 25% in (0, 0.5]"
     shares = axes.patches[0].get_data().values
     assert [shares[0], shares[12], shares[-1]] == [0.5, 0.25, 0.25]
+
+
+def test_what_leaves_and_comes_back_and_how_attention_is_spread(runner, store):
+    run = runner.ensure(small_run("magnitude_attention", 0.9, epochs=3, p_period=4))["run"]
+    arrays = store.arrays(run)
+    (panel,) = papers.flow(store, {"magnitude_attention": run}).axes
+    steps = [part.get_data() for part in panel.patches]
+    assert [s.edges.tolist() for s in steps] == [[0, *arrays["trail_step"].tolist()]] * 2
+    heights = np.array([s.values for s in steps]) * arrays["trail_size"].sum() / 100
+    returned, cut = heights.round().astype(int)
+    assert returned.tolist() == arrays["trail_returned"].sum(1).tolist()
+    assert (-cut).tolist() == arrays["trail_cut"].sum(1).tolist()
+    start, *_, end = papers.attention_histograms(store, run).axes
+    assert (start.get_title(), end.get_title()) == ("at the start", "after epoch 3")
+    of_all, of_kept = (part.get_data().values for part in end.patches)
+    assert (of_all.sum(), of_kept.sum()) == pytest.approx((1, 0.1), abs=1e-3)
+
+
+@pytest.mark.parametrize(("random", "cut"), [(0.82, False), (0.1, True)])
+def test_the_legend_says_what_is_cut_off_and_how_many_seeds_a_line_has(random, cut):
+    row = ROW | {"model": "lenet5", "dataset": "mnist", "target_kind": "sparsity"}
+    row |= {"metric_name": "top1", "metric_sd": 0.0, "dense_metric": 0.9}
+    name, lines = "magnitude_attention", []
+    for method, target, metric, n in (
+        (name, 0.95, 0.88, 1),
+        (name, 0.98, 0.8, 3),
+        ("random", 0.95, random, 2),
+    ):
+        own = {"method": method, "target": target, "sparsity": target, "metric": metric, "n": n}
+        lines.append(row | own)
+    figure = figures.metric_against_target(pd.DataFrame(lines), card(name), "lenet5", "mnist")
+    assert figure.axes[0].get_ylim() == pytest.approx((79, 90.5))
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert ("(values below the frame are cut off)" in labels) == cut
+    ends = {label.rpartition(" (")[2] for label in labels}
+    assert {"n = 1 to 3)", "n = 2)"} <= ends
 
 
 def test_angles_before_and_after_stand_in_one_panel_per_layer():

@@ -4,6 +4,7 @@ import base64
 
 import nbformat
 import papermill
+import psutil
 import pytest
 from conftest import one_line
 
@@ -79,11 +80,11 @@ def test_a_damaged_notebook_is_refused_and_a_damaged_copy_made_again(text, tmp_p
     source = tmp_path / "source.ipynb"
     monkeypatch.setattr(notebooks, "source_of", lambda _: source)
 
-    def run_cells(_, notebook):
+    def run_cells(notebook):
         assert [cell.source.split()[0] for cell in notebook.cells] == ["x", "profile", "1"]
 
     def execute():
-        return notebooks.execute(None, store, "quick", paper, "some where")
+        return notebooks.execute(store, "quick", paper, "some where")
 
     def refusal():
         with pytest.raises(InputError) as caught:
@@ -111,40 +112,20 @@ def test_a_damaged_notebook_is_refused_and_a_damaged_copy_made_again(text, tmp_p
     assert target.read_text() == whole
 
 
-DIRTY = """
-import matplotlib.pyplot as plt
-import pandas as pd
-import torch
-clean = [
-    not set(dir()) & {"left", "clean_before"}, not plt.get_fignums(), len(In) == 2, Out == {},
-    plt.rcParams["lines.linewidth"] == 1.5, pd.get_option("display.max_rows") == 60,
-    float(torch.rand(1)),
-]
-clean_before = left = 1
-plt.figure(), plt.rc("lines", linewidth=9)
-pd.set_option("display.max_rows", 7)
-print(clean)
-"""
-
-
 @pytest.mark.filterwarnings("ignore")
-def test_on_one_kernel_nothing_of_a_notebook_is_left_for_the_next():
-    number, said = "import os\nprint(os.getpid())", []
-    with notebooks.kernel() as client:
-        for source in (DIRTY, DIRTY, number, number, f"{number}\n1 / 0", number, DIRTY):
-            (cell,) = cells = [nbformat.v4.new_code_cell(source)]
-            notebook = nbformat.v4.new_notebook(cells=cells)
-            if "1 / 0" in source:
-                with pytest.raises(InputError, match=r"^ZeroDivisionError: division by zero$"):
-                    notebooks.run_cells(client, notebook)
-            else:
-                notebooks.run_cells(client, notebook)
-            assert cell.execution_count == 1
-            said.append(cell.outputs[0].text)
-    first, second, *numbers, last = said
-    assert first.startswith(f"[{', '.join(['True'] * 6)}, 0.")
-    assert first == second == last
-    assert len(set(numbers)) == 1
+def test_each_notebook_has_a_kernel_of_its_own_and_a_failing_cell_is_named():
+    pids = []
+    for end in ("", "\n1 / 0"):
+        cell = nbformat.v4.new_code_cell(f"import os\nprint(os.getpid()){end}")
+        notebook = nbformat.v4.new_notebook(cells=[cell])
+        if end:
+            with pytest.raises(InputError, match=r"^ZeroDivisionError: division by zero$"):
+                notebooks.run_cells(notebook)
+        else:
+            notebooks.run_cells(notebook)
+        pids.append(int(cell.outputs[0].text))
+    assert len(set(pids)) == 2
+    assert not any(psutil.pid_exists(pid) for pid in pids)
 
 
 def test_colab_badge_waits_for_the_repository(tmp_path, monkeypatch):

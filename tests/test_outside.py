@@ -1,11 +1,9 @@
 """What comes in from outside: numbers, names, files and folders; each refusal is one line."""
 
 import os
-import resource
 import socket
 import stat
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +14,6 @@ from PIL import Image
 from prunestudy import datasets, models, shrink
 from prunestudy.datasets import sources
 from prunestudy.errors import InputError, writable_file, written_whole
-from prunestudy.papers import RunRecipe as Recipe
 from prunestudy.study import settings
 from prunestudy.study.settings import own_settings
 
@@ -35,102 +32,83 @@ def says(call, line):
 
 # --- numbers and keys
 
+SHARES = (None, 0, 1, -0.1, "half", float("nan"), True)
 REFUSED = [
     ({"lr": 1e308}, f"lr = 1e+308: {RANGE}"),
-    ({"lr": 1e-308}, f"lr = 1e-308: {RANGE}"),
     ({"lr": 10**40}, f"lr = {10**40}: {RANGE}"),
     ({"lr": float("nan")}, "lr = nan: input should be a finite number"),
     ({"lr": 0}, "lr = 0: input should be greater than 0"),
-    ({"lr": [0.1]}, "lr = [0.1]: input should be a valid number"),
-    ({"weight_decay": 1e39}, f"weight_decay = 1e+39: {RANGE}"),
-    ({"power": 5e-324}, f"power = 5e-324: {RANGE}"),
+    ({"lr": "abc"}, "lr = 'abc': input should be a valid number"),
     ({"milestones": [0.5, 1e-300]}, f"milestones = [0.5, 1e-300]: {RANGE}"),
     ({"milestones": [0.5, 2]}, "milestones.1 = 2: input should be less than 1"),
+    ({"epochs": 0}, "epochs = 0: at least 1 for a run without a parent or pretrained weights"),
+    ({"epochs": True}, "epochs = True: input should be a valid integer"),
     ({"epochs": 10**12}, f"epochs = {10**12}: {AT_MOST}1000000"),
     ({"epochs": 10**5000}, f"epochs = a number of thousands of digits: {AT_MOST}1000000"),
     ({"precision": "x" * 5000}, f"precision = '{'x' * 999}...: input should be 'fp32' or 'bf16'"),
-    ({"epochs": None}, "epochs = None: input should be a valid integer"),
-    ({"steps": 2**31}, f"steps = {2**31}: {AT_MOST}1000000000"),
     ({"batch_size": 10**30}, f"batch_size = {10**30}: {WHOLE}"),
-    ({"batch_size": 10**9}, f"batch_size = {10**9}: at most 1237, the training images left"),
+    ({"batch_size": 1238}, "batch_size = 1238: at most 1237, the training images left"),
+    ({"batch_size": 8, "pieces": 9}, "pieces = 9: at most 8, the images of a batch"),
     ({"threads": 99999999999}, f"threads = 99999999999: {AT_MOST}1024"),
     ({"seed": 2**32}, f"seed = {2**32}: input should be less than {2**32}"),
     ({"seed": np.int64(-3)}, "seed = -3: input should be greater than or equal to 0"),
-    ({"seed": 1.0}, "seed = 1.0: input should be a valid integer"),
-    ({"threads": 0}, "threads = 0: input should be greater than or equal to 1"),
-    ({"batch_size": 0}, "batch_size = 0: input should be greater than or equal to 1"),
     ({"shift": 8}, "shift = 8: below 8, the images' size in pixels"),
     ({"validation": 1437}, "validation = 1437: below 1437, the training images"),
-    ({"validation": 2**40}, f"validation = {2**40}: {WHOLE}"),
-    (
-        {"nesterov": True, "momentum": 0},
-        "nesterov = True: needs a momentum above 0",
-    ),
+    ({"nesterov": True, "momentum": 0}, "nesterov = True: needs a momentum above 0"),
     ({"target": 0.5}, "target = 0.5: dense takes no target"),
     *(
-        (
-            {"method": "magnitude", "target": target},
-            f"target = {target!r}: {'magnitude takes ' * (target is None)}{OF_WEIGHTS}",
-        )
-        for target in (None, 0, 1, -0.1, 1.5, "half", float("nan"), True)
+        ({"method": "magnitude", "target": target}, f"target = {target!r}: {OF_WEIGHTS}")
+        for target in SHARES
     ),
     (
         {"method": "scratch"},
         "parent = None: scratch needs the run whose shape it takes; see a card",
     ),
     (
-        {"method": "l1", "target": 0.5, "params.ramp": 2},
-        "params.ramp = 2: input should be less than or equal to 1",
-    ),
-    (
-        {"method": "magnitude", "target": 1e-300},
-        "target = 1e-300: the share of weights to remove, above 0 and below 1",
+        {"pretrained": True},
+        "pretrained = True: for a run without a parent, of a net that torchvision has weights of",
     ),
     (
         {"method": "gdp", "target": 50, "target_kind": "macs"},
         "target = 50: the share of MACs to remove, above 0 and below 1",
     ),
     (
-        {"method": "gdp", "target": 0.5, "params.gate_lr": 1e-308},
-        f"params.gate_lr = 1e-308: {RANGE}",
-    ),
-    (
         {"method": "gdp", "target": 0.5, "params.eps_end": 1.0},
-        "params.eps_end = 1.0: at most eps_start, 0.1",
+        "eps_end = 1.0: at most eps_start, 0.1",
     ),
     (
         {"method": "gdp", "target": 0.5, "params.lr": 1},
         "params.lr = 1: allowed are eps_end, eps_share, eps_start, gate_lr, groups, pace, ramp",
     ),
     (
-        {"method": "dpf", "target": 0.5, "params.period": 10**20},
-        f"params.period = {10**20}: {WHOLE}",
-    ),
-    (
-        {"method": "force", "target": 0.5, "params.strengths": {"fc1": 1e300}},
-        f"params.strengths = {{'fc1': 1e+300}}: {RANGE}",
-    ),
-    (
         {"method": "force", "target": 0.5, "params.strengths": {"fc1": "a"}},
         "params.strengths.fc1 = 'a': input should be a valid number",
     ),
-    (
-        {"method": "force", "target": 0.5, "params.rounds": 10**6},
-        f"params.rounds = {10**6}: {AT_MOST}1000",
-    ),
     ({"params.gate_lr": 1}, "params.gate_lr = 1: none is allowed here"),
-    ({"dataset": "folder:caf\udce9"}, None),
 ]
+# Of these the beginning: what follows lists all names that are allowed.
+BEGIN = [
+    ({"colour": "red"}, "setting = 'colour': allowed are batch_size"),
+    ({"evaluate": "validation"}, "setting = 'evaluate': allowed are batch_size"),
+    ({"model": "vgg"}, "model = 'vgg': allowed are alexnet"),
+    ({"model": 5}, "model = 5: allowed are alexnet"),
+    ({"model": "lenet5"}, "model = 'lenet5': not for digits: "),
+    ({"method": "lasso"}, "method = 'lasso': allowed are component_aware, dense"),
+    ({"dataset": "cifar"}, "dataset = 'cifar': allowed are digits"),
+    ({"dataset": "folder:caf\udce9"}, "dataset = 'folder:caf\\udce9': "),
+]
+
+
+@pytest.mark.parametrize(("values", "start"), BEGIN)
+def test_names_that_are_unknown_are_refused(values, start):
+    with pytest.raises(InputError) as caught:
+        own_settings(values)
+    assert one_line(caught).startswith(start)
 
 
 @pytest.mark.parametrize(("values", "line"), REFUSED)
 def test_what_cannot_be_used_is_refused_as_it_was_typed(values, line):
-    if line is None:
-        with pytest.raises(InputError, match=r"^dataset = 'folder:caf\\udce9': ") as caught:
-            own_settings(values)
-        assert one_line(caught)
-    else:
-        says(lambda: own_settings(values), line)
+    says(lambda: own_settings(values), line)
 
 
 @pytest.mark.parametrize(
@@ -159,14 +137,6 @@ def test_scalars_of_numpy_and_torch_are_plain_numbers(scalar):
     assert type(given.seed) is int
     aim = own_settings({"method": "magnitude", "target": torch.tensor(0.5)})
     assert aim.run == own_settings({"method": "magnitude", "target": 0.5}).run
-
-
-def test_a_recipe_that_is_no_table():
-    says(lambda: settings.checked(Recipe, 5, "recipe"), "recipe = 5: " + NO_TABLE)
-    says(lambda: settings.checked(Recipe, {"epochs": 1}), "lr: is missing")
-
-
-NO_TABLE = "input should be a valid dictionary or instance of runrecipe"
 
 
 def test_a_long_path_of_a_folder_gives_a_name_that_a_folder_can_have():
@@ -228,10 +198,10 @@ def giant(pets):
     return "train/cat/a.png cannot be read ("
 
 
-DAMAGE = [loop, in_itself, pipe, line_break, file_for_a_split, giant]
+DAMAGES = (loop, in_itself, pipe, line_break, file_for_a_split, giant)
 
 
-@pytest.mark.parametrize("damage", DAMAGE, ids=lambda d: d.__name__)
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda d: d.__name__)
 def test_a_folder_that_cannot_be_used(pets, damage):
     words = damage(pets)
     for ask in (datasets.info, datasets.load, datasets.fingerprint):
@@ -363,28 +333,3 @@ def test_paths_that_no_file_can_have(tmp_path):
 IN_A_FOLDER = "a file in a folder that exists"
 LONG = "File name too long"
 NO_FILE = "a regular file, or a name that is not in use"
-
-
-@pytest.fixture
-def little_disk():
-    """Files may grow to 2,000 bytes only."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
-def test_a_full_disk_leaves_the_old_file_and_no_half_one(tmp_path, little_disk, monkeypatch):
-    path = tmp_path / "net"
-    path.write_text("old")
-    net = models.build("lenet5", (1, 16, 16), 10)
-    with pytest.raises(OSError, match=f"too large: '{path}'"):
-        shrink.save(net, path)
-    # torch's exporter takes ten seconds, and it is the writing that counts here
-    graph = SimpleNamespace(inputs=[SimpleNamespace(shape=["batch"])], outputs=[])
-    program = SimpleNamespace(model=SimpleNamespace(graph=graph))
-    program.save = lambda part: part.write_bytes(bytes(3000))
-    monkeypatch.setattr("torch.onnx.export", lambda *_, **__: program)
-    with pytest.raises(OSError, match=f"too large: '{path}'"):
-        shrink.export(net, path, torch.rand(2, 1, 16, 16))
-    assert tree(tmp_path) == {"net": (b"old", path.stat().st_mtime_ns)}

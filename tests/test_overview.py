@@ -114,12 +114,6 @@ def test_training_counts_what_had_to_be_trained_before(runs, rows):
     assert row_of(overview.settings_table(runs), "gdp").training == pytest.approx(1.7)
 
 
-def test_times_are_those_of_the_seed_that_was_timed(runs):
-    timed = (runs.method == "group_l2") & (runs.seed == 0)
-    runs.loc[timed, ["latency_b1_ms", "dense_latency_b1_ms"]] = [0.6, 0.8]
-    assert row_of(overview.settings_table(runs), "group_l2").time_b1 == pytest.approx(0.75)
-
-
 def test_what_did_not_finish_is_left_out(runs):
     runs.loc[runs.method == "gdp", "status"] = "diverged"
     assert "gdp" not in set(overview.settings_table(runs).method)
@@ -308,17 +302,6 @@ def test_verdicts_are_counted():
     widths = [[bar.get_width() for bar in bars] for bars in axes.containers]
     assert widths == [[1, 1], [0, 1]]  # of B and A
     assert [text.get_text() for text in axes.texts] == ["1 / 0", "1 / 1"]
-
-
-def test_the_drawing_has_a_panel_for_each_paper():
-    figure = drawings.five_ways()
-    assert len([a for a in figure.axes if a.images]) == 1 + sum(c.is_paper for c in papers.cards())
-
-
-def test_a_figure_of_nothing_is_refused_in_one_line(rows):
-    with pytest.raises(InputError) as caught:
-        drawings.pareto(rows, "fashion_mnist")
-    assert one_line(caught) == "figure = costs on fashion_mnist: no finished run"
 
 
 def test_methods_that_a_profile_has_at_a_target_are_found():

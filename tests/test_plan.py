@@ -12,7 +12,7 @@ from prunestudy import datasets, methods, papers
 from prunestudy.errors import InputError
 from prunestudy.papers import RunRecipe as Recipe
 from prunestudy.study import settings as settings_module
-from prunestudy.study.plan import Planned, plan
+from prunestudy.study.plan import plan
 from prunestudy.study.settings import RunSettings, Target, own_settings, resolve
 
 PROFILES = [(c.id, p) for c in papers.cards() for p in c.profiles]
@@ -43,25 +43,6 @@ def test_every_rule_and_opponent_is_compared_in_some_profile(card):
 
 def rule_key(rule):
     return rule.model_dump_json()
-
-
-def test_a_rule_holds_for_every_net_data_set_and_target():
-    """The pairs that look bad are judged like the others."""
-    for profile, found in comparisons_of(papers.card("gdp")).items():
-        runs = [p.settings for p in plan(profile, ("gdp",)) if p.purpose == "results"]
-        for name in ("random", "l1_filter", "group_l2"):
-            ours, theirs = (
-                {(s.model, s.dataset, s.aim) for s in runs if s.method == method}
-                for method in ("gdp", name)
-            )
-            sides = ("gdp", name, "metric")
-            both = [c for c in found if (c.rule.method, c.against, c.rule.metric) == sides]
-            judged = Counter((c.model, c.dataset, c.target) for c in both)
-            assert judged == dict.fromkeys(ours & theirs, 1)
-    gdp = comparisons_of(papers.card("gdp"))["cpu"]
-    targets = (("macs", 0.7), ("macs", 0.9), ("parameters", 0.8))
-    found = {(c.dataset, c.target.kind, c.target.value) for c in gdp if c.against == "l1_filter"}
-    assert found == {(data, *target) for data in ("mnist", "fashion_mnist") for target in targets}
 
 
 def test_pairs_share_seed_and_total_epochs_and_a_control_without_target_is_there(card_file):
@@ -158,54 +139,6 @@ def test_defaults_sets_rows_and_readings_are_written_out(card_file):
     ]
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "message"),
-    [
-        (
-            'name = "digits"',
-            'columns = ["name"]\n    rows = [["one", "two"]]',
-            "row = ['one', 'two']: at most 1 values, one for each of columns",
-        ),
-        (
-            'time = "a second"',
-            'time = "a second"\n    sedes = 3',
-            "profiles.quick.sedes: extra inputs are not permitted",
-        ),
-        (
-            'time = "a second"',
-            'time = "a second"\n    start = 3',
-            "profiles.quick.start: extra inputs are not permitted",
-        ),
-        (
-            'time = "a second"',
-            'time = "a second"\n    seeds = 0',
-            "profiles.quick.experiments.0.seeds: input should be greater than or equal to 1",
-        ),
-    ],
-)
-def test_wrong_shorthand_is_refused_in_one_line(card_file, old, new, message):
-    text = CARD if "seeds = 0" not in new else CARD.replace("    seeds = 1\n", "")
-    with pytest.raises(InputError) as caught:
-        papers.read_card(card_file(text.replace(old, new, 1)))
-    assert one_line(caught) == f"card toy.toml: {message}"
-
-
-def test_a_rule_is_on_one_method(card_file):
-    text = CARD.replace('    method = "magnitude"', '    method = "two"')
-    sets = '    [sets]\n    two = ["magnitude", "random"]\n    [profiles.quick]'
-    with pytest.raises(InputError) as caught:
-        papers.read_card(card_file(text.replace("    [profiles.quick]", sets)))
-    assert one_line(caught) == "card toy.toml: method = 'two': a method, or a set of one"
-
-
-def test_an_unknown_set_is_refused_in_one_line(card_file):
-    text = CARD.replace('{ method = "random" }', '{ set = "chance" }')
-    path = card_file(text.replace("    [profiles.quick]", "    [sets]\n    [profiles.quick]"))
-    with pytest.raises(InputError) as caught:
-        papers.read_card(path)
-    assert one_line(caught).startswith("card toy.toml: set = 'chance'")
-
-
 @pytest.mark.parametrize(("paper", "profile"), PROFILES)
 def test_every_setting_of_an_experiment_has_a_label_of_its_own(paper, profile):
     """Two settings under one label would be averaged as seeds of one."""
@@ -236,32 +169,6 @@ def test_plans_need_no_data_and_list_parents_first(paper, profile, no_data, monk
     precision = {e.precision or size.precision for e in size.experiments}
     assert {p.settings.precision for p in planned} == precision
     assert {p.settings.threads for p in planned} == {size.threads}
-
-
-@pytest.mark.parametrize(("paper", "profile"), PROFILES)
-def test_counts_and_epochs_follow_from_the_card(paper, profile):
-    planned = plan(profile, (paper,))
-    for experiment in papers.card(paper).profiles[profile].experiments:
-        mine = [p for p in planned if p.experiment == experiment.name]
-        started = [e for e in experiment.methods if not e.fresh] if experiment.start else []
-        count = max((e.seeds or experiment.seeds for e in started), default=0)
-        for entry in experiment.methods:
-            aims = entry
-            while aims.after and not methods.method_class(aims.method).target_kinds:
-                aims = experiment.entry(aims.after)
-            prunes = methods.method_class(aims.method).target_kinds
-            targets = len(aims.targets or experiment.targets) if prunes else 1
-            count += targets * (entry.seeds or experiment.seeds)
-        assert len(mine) == count
-        # controls beside each method, at the same total epochs
-        epochs = experiment.recipe.epochs + (experiment.start.epochs if experiment.start else 0)
-        alone = [e for e in experiment.methods if not (e.after or e.epochs)]
-        words = {(e.method, e.variant, e.stage) for e in alone}
-        planned_alone = [p for p in mine if (p.settings.method, p.reading, p.stage) in words]
-        assert {p.settings.epochs for p in planned_alone} == {epochs}
-        where = "validation" if experiment.purpose == "search" else "test"
-        assert {p.settings.evaluate for p in mine} == {where}
-        assert {p.settings.validation for p in mine} == {experiment.validation}
 
 
 def test_an_entry_after_another_has_its_run_as_parent(card_file):
@@ -341,14 +248,6 @@ def test_entries_may_differ_from_their_experiment(card_file):
     assert last.recipe.lr == 0.05
 
 
-def test_unknown_profiles_and_papers_are_refused(toy_card):
-    for name in ("fast", ""):
-        allowed = "allowed are cpu, cpu-long, paper, quick"
-        refused(partial(plan, name), f"profile = {name!r}: {allowed}")
-    refused(lambda: plan("cpu"), "profile = 'cpu': the chosen papers have quick")
-    refused(lambda: plan("quick", ("toy", "nope")), "paper = 'nope': allowed are toy")
-
-
 RANDOM = '{ method = "random" }'
 
 
@@ -386,13 +285,6 @@ def test_tiny_is_smaller_than_the_card(card_file):
         assert {p.settings.seed for p in planned} == set(range(seeds))
         assert {p.settings.recipe.epochs for p in planned} == {epochs}
     assert plan("quick", epochs=7) == plan("quick")
-
-
-def test_tiny_never_has_more_seeds_than_the_card(card_file):
-    text = CARD.replace("seeds = 1", "seeds = 3")
-    card_file(text.replace('{ method = "random" }', '{ method = "random", seeds = 1 }'))
-    planned = plan("quick", seeds=2)
-    assert [p.settings.seed for p in planned if p.settings.method == "random"] == [0]
 
 
 @pytest.mark.parametrize("key", ["seeds", "epochs"])
@@ -524,9 +416,9 @@ def test_whatever_changes_changes_the_name():
 
 def test_a_kind_of_target_that_the_method_does_not_take_is_refused():
     wrong = partial(example, target=Target(kind="macs", value=0.9))
-    refused(wrong, "target_kind = 'macs': gradual_magnitude takes sparsity")
+    refused(wrong, "of = 'macs': gradual_magnitude takes sparsity")
     wrong = {"method": "magnitude", "target": 0.9, "target_kind": "weight"}
-    refused(partial(own_settings, wrong), "target_kind = 'weight': allowed are energy, macs")
+    refused(partial(own_settings, wrong), "target_kind = 'weight': magnitude takes sparsity")
 
 
 def test_the_methods_revision_and_the_datas_version_are_in_the_name(monkeypatch):
@@ -569,53 +461,6 @@ def test_own_settings():
     assert own_settings({"batch_size": 1237}).recipe.batch_size == 1237
     assert own_settings({"validation": 1436, "batch_size": 1}).validation == 1436
     assert own_settings({"milestones": [0.5], "schedule": "step"}).recipe.milestones == (0.5,)
-
-
-BAD = [
-    ({"colour": "red"}, "setting = 'colour': allowed are batch_size"),
-    ({"model": "vgg"}, "model = 'vgg': allowed are alexnet"),
-    ({"model": 5}, "model = 5: allowed are alexnet"),
-    ({"method": "lasso"}, "method = 'lasso': allowed are component_aware, dense"),
-    ({"dataset": "cifar"}, "dataset = 'cifar': allowed are digits"),
-    ({"dataset": 5}, "dataset = 5: allowed are digits"),
-    ({"lr": -1.0}, "lr = -1.0: "),
-    ({"lr": "abc"}, "lr = 'abc': "),
-    ({"epochs": 0}, "epochs = 0: "),
-    ({"epochs": 1.5}, "epochs = 1.5: "),
-    ({"epochs": True}, "epochs = True: "),
-    ({"seed": -1}, "seed = -1: "),
-    ({"seed": 2**32}, f"seed = {2**32}: "),
-    ({"threads": 0}, "threads = 0: "),
-    ({"precision": "fp16"}, "precision = 'fp16': "),
-    ({"validation": 0}, "validation = 0: "),
-    ({"validation": 1437}, "validation = 1437: below 1437, the training images"),
-    ({"batch_size": 8, "pieces": 9}, "pieces = 9: at most 8, the images of a batch"),
-    ({"batch_size": 1238}, "batch_size = 1238: at most 1237, the training images left"),
-    ({"shift": 8}, "shift = 8: "),
-    ({"pretrained": True}, "pretrained = True: for a run without a parent, of a net that"),
-    ({"pretrained": 1}, "pretrained = 1: "),
-    ({"model": "lenet5"}, "model = 'lenet5': not for digits: .* needs images of at least 16x16"),
-    ({"target": 0.5}, "target = 0.5: dense takes no target"),
-    ({"method": "magnitude"}, "target = None: magnitude takes the share"),
-    ({"method": "l1", "target": 0.5, "params.ramp": 2.0}, "params.ramp = 2.0: "),
-    ({"params.ramp": 0.5}, "params.ramp = 0.5: none is allowed"),
-    *(
-        ({"method": "magnitude", "target": t}, f"target = {t!r}: the share of weights to remove")
-        for t in (0, 1, -0.1, 1.5, "a", float("nan"), True)
-    ),
-]
-
-
-@pytest.mark.parametrize(("values", "message"), BAD)
-def test_bad_settings_are_refused_in_one_line_before_anything_starts(values, message):
-    with pytest.raises(InputError, match=f"^{message}") as caught:
-        own_settings(values)
-    assert one_line(caught)
-
-
-def test_plans_compare_by_value_and_a_paper_named_twice_counts_once(toy_card):
-    assert plan("quick") == plan("quick", ("toy", "toy"))
-    assert isinstance(plan("quick")[0], Planned)
 
 
 def test_epochs_are_what_was_asked_for_wherever_something_is_trained(card_file):

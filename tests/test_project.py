@@ -13,7 +13,6 @@ import pytest
 
 from prunestudy import datasets, places
 from prunestudy.errors import InputError
-from prunestudy.papers import cards
 from prunestudy.study import tables
 from prunestudy.study.collect import drawn_arrays
 from prunestudy.study.exercises import exercise
@@ -147,11 +146,6 @@ def test_exercises_take_their_solution_and_refuse_a_wrong_answer(path):
             )
 
 
-def test_every_card_has_its_notebook():
-    for each in cards():
-        assert (ROOT / "notebooks" / f"{each.notebook}.ipynb").exists()
-
-
 def test_readme_table_is_made_from_the_committed_summary():
     page = (ROOT / "README.md").read_text()
     filled = runpy.run_path(str(ROOT / "docs/readme.py"))["filled"]
@@ -230,12 +224,6 @@ def test_tracked_results_hold_no_path_or_name_of_a_machine():
         if path.suffix in (".json", ".csv", ".md", ".ipynb", ".svg"):
             text = path.read_text(encoding="utf-8")
             assert not re.search(r"(/home/|/root/|/Users/|/tmp/|[A-Z]:\\\\Users)", text), name
-
-
-def test_make_help_lists_the_targets():
-    said = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
-    for target in ("study", "test", "lab", "report", "slides", "bench"):
-        assert re.search(rf"^{target}\s+\w", said.stdout, re.MULTILINE)
 
 
 def test_killed_job_ends_with_the_records_of_an_undisturbed_one(tmp_path):

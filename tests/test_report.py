@@ -128,27 +128,6 @@ def test_slides_are_whole_with_the_network_off(pages, browser):
     assert sum("def " in text and "Solution" in text for text in texts) == 5
 
 
-@chromium
-def test_the_browser_sees_what_is_wrong(pages, browser, tmp_path):
-    page = tmp_path / "bad.html"
-    page.write_text(
-        f"""<!DOCTYPE html><meta name="viewport" content="width=device-width">
-        <script src="{(pages / "slides/tex-svg.js").as_uri()}"></script>
-        <p>$x$ and \\[y</p><p>\\(\\frac{{a}}\\)</p><code>$$code$$</code>
-        <img src="none.png" alt=" "><img src="https://elsewhere.test/x.png" alt="x">
-        <div style="width: 500px">wide</div>
-        <script>console.error("oh")</script>"""
-    )
-    seen = browser.open(page, 390, dark=True)
-    assert seen["marks"] == ["$x$ and \\[y"]
-    assert len(seen["wrong"]) == seen["drawn"] == 1
-    assert seen["unloaded"] == [f"{tmp_path.as_uri()}/none.png", "https://elsewhere.test/x.png"]
-    assert seen["silent"] == [f"{tmp_path.as_uri()}/none.png"]
-    assert seen["outside"] == ["https://elsewhere.test/x.png"]
-    assert any("oh" in line for line in seen["console"])
-    assert browser.overflow() > 100
-
-
 # --- without one
 
 

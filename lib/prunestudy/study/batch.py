@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
@@ -190,38 +190,29 @@ def do_job(kind: str, names: list[str], stage: Path) -> None:
         os.dup2(log.fileno(), 2)
     batch = json.loads((stage / "batch.json").read_text(encoding="ascii"))
     os.chdir(batch["folder"])
-    with ExitStack() as stack:
-        do = _doing(kind, batch, stack)
-        for name in names:
-            failed = stage / f"{name}.failed"
-            with suppress(Timeout), FileLock(stage / f"{name}.taken", timeout=0):
-                try:
-                    if not failed.exists():
-                        (stage / f"{kind}.{name}.ready").write_text(do(name), encoding="utf-8")
-                except InputError as error:
-                    failed.touch()
-                    print(f"{name}: {error}", file=sys.stderr)
+    do = _doing(kind, batch)
+    for name in names:
+        failed = stage / f"{name}.failed"
+        with suppress(Timeout), FileLock(stage / f"{name}.taken", timeout=0):
+            try:
+                if not failed.exists():
+                    (stage / f"{kind}.{name}.ready").write_text(do(name), encoding="utf-8")
+            except InputError as error:
+                failed.touch()
+                print(f"{name}: {error}", file=sys.stderr)
     sys.exit(bool(list(stage.glob("*.failed"))))
 
 
-def _doing(kind: str, batch: dict[str, Any], stack: ExitStack) -> Callable[[str], str]:
+def _doing(kind: str, batch: dict[str, Any]) -> Callable[[str], str]:
     """The function that does one name of `kind`, and returns a line for the progress."""
     profile, data = batch["profile"], batch["data"]
     store, planned = Store(profile, batch["results"]), plan(profile, tuple(batch["papers"]))
-    if kind == "train":
-        runner = Runner(store, data or None)
-        settings = {item.settings.run: item.settings for item in planned}
-        return lambda run: line_of_run(runner.ensure(settings[run]))
-    if kind == "latency":
-        return lambda _: f"{measure_latency(store, planned)} nets timed"
-    client = stack.enter_context(notebooks.kernel())
-
-    def execute(paper: str) -> str:
-        if notebooks.is_current(store, profile, paper):
-            return paper
-        return notebooks.execute(client, store, profile, paper, data).name
-
-    return execute
+    runner, settings = Runner(store, data or None), {p.settings.run: p.settings for p in planned}
+    return {
+        "train": lambda run: line_of_run(runner.ensure(settings[run])),
+        "latency": lambda _: f"{measure_latency(store, planned)} nets timed",
+        "notebooks": lambda paper: notebooks.execute(store, profile, paper, data).name,
+    }[kind]
 
 
 def line_of_run(record: dict[str, Any]) -> str:

@@ -23,11 +23,10 @@ def collect(
     """Merge finished runs into `records.jsonl` and `arrays/`; return a line per run left out.
 
     `folders` are results of the same profile that another machine brought back: a folder with
-    records.jsonl and arrays/, one that has such a folder of the profile's name, or a file of
-    records alone. A stored record stays, though it may gain a missing latency; with `replace` the
-    newcomer takes its place (one of `folders` if there are any, else one trained here). Raises
-    `InputError`, with nothing changed, where the two were made with different settings or from
-    different data.
+    records.jsonl and arrays/, or one that has such a folder of the profile's name. A stored record
+    stays, though it may gain a missing latency; with `replace` the newcomer takes its place (one of
+    `folders` if there are any, else one trained here). Raises `InputError`, with nothing changed,
+    where the two were made with different settings or from different data.
     """
     require_one_of("profile", profile, (*PROFILES, "custom"))
     store, drawn = Store(profile, results or None), drawn_arrays(profile)
@@ -60,15 +59,11 @@ def collect(
 
 
 def _source(profile: str, path: Path) -> Store:
-    """The records below `path`, or in that file."""
+    """The store whose folder is `path`, or that of the profile in it."""
     for folder in (path, path / profile):
         if (folder / "records.jsonl").is_file() or (folder / "runs").is_dir():
             return Store(folder.name, folder.parent)
-    if not path.is_file():
-        raise InputError(f"folder = {str(path)!r}: has neither records.jsonl nor runs/")
-    store = Store(path.parent.name, path.parent.parent)
-    store.collected = path
-    return store
+    raise InputError(f"folder = {str(path)!r}: has neither records.jsonl nor runs/")
 
 
 def _write(path: Path, data: bytes) -> None:

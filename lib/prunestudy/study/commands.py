@@ -38,7 +38,7 @@ def _planned(a: Namespace) -> list[Planned]:
     require(not a.paper, "paper", "".join(a.paper[:1]), "none with --profile custom")
     store = _store(a)
     texts = (json.dumps(store.require(name)["settings"]) for name in store.names())
-    own = [RunSettings.model_validate_json(text).filled() for text in texts]
+    own = [RunSettings.model_validate_json(text) for text in texts]
     return [Planned("custom", "train", "results", "", settings) for settings in own]
 
 
@@ -223,7 +223,7 @@ def differences(store: Store, a: str, b: str) -> pd.DataFrame:
 
 def do_export(a: Namespace) -> None:
     store, name = _done(a, a.first)
-    store.kept(name, "weights")
+    store.require_file(name, "weights")
     net, shape = stored_net(store.weights(name))
     shrink.export(net, a.file, torch.rand(2, *shape))
     print(a.file)

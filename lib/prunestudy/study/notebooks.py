@@ -1,13 +1,10 @@
-"""Notebooks: executed one after the other on one kernel, kept only when whole."""
+"""Notebooks: executed each on a kernel of its own, kept only when whole."""
 
 import hashlib
 import json
 import subprocess
 import tempfile
 import tomllib
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,53 +49,25 @@ def is_current(store: Store, profile: str, paper: str) -> bool:
     return found == stamp(store, profile, paper, cells)
 
 
-def start_afresh() -> None:
-    """In a kernel: forget the notebook before; what is slow to import stays imported."""
-    import matplotlib.pyplot as plt
-    import pandas as pd
-    import torch
-    from IPython import get_ipython
-
-    plt.close("all")
-    with warnings.catch_warnings(action="ignore"):
-        plt.matplotlib.rc_file_defaults()
-        pd.reset_option("all")
-    torch.manual_seed(0)
-    get_ipython().reset(new_session=True)
-
-
-@contextmanager
-def kernel() -> Iterator[Any]:
-    """A client of a Python kernel for one notebook after the other; it starts with the first."""
+def run_cells(notebook: Any) -> None:
+    """Execute `notebook` in place, on a kernel of its own; `InputError` where a cell fails."""
     from jupyter_client import AsyncKernelManager
     from nbclient import NotebookClient
-    from nbformat import v4
+    from nbclient.exceptions import CellExecutionError
 
     # Sockets in a folder: kernels that start at the same time race for network ports.
     with tempfile.TemporaryDirectory() as folder:
-        file = str(Path(folder) / "kernel.json")
-        manager = AsyncKernelManager(transport="ipc", connection_file=file)
-        client = NotebookClient(v4.new_notebook(), km=manager)
+        manager = AsyncKernelManager(transport="ipc", connection_file=f"{folder}/kernel.json")
+        client = NotebookClient(notebook, km=manager)
         try:
-            yield client
+            client.execute(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        except CellExecutionError as error:
+            raise InputError(f"{error.ename}: {error.evalue}") from None
         finally:
             client._cleanup_kernel()
 
 
-def run_cells(client: Any, notebook: Any) -> None:
-    """Execute `notebook` in place, from a fresh start; `InputError` where a cell fails."""
-    from nbclient.exceptions import CellExecutionError
-    from nbformat import v4
-
-    first = "from prunestudy.study.notebooks import start_afresh; start_afresh()"
-    try:
-        for client.nb in (v4.new_notebook(cells=[v4.new_code_cell(first)]), notebook):
-            client.execute(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    except CellExecutionError as error:
-        raise InputError(f"{error.ename}: {error.evalue}") from None
-
-
-def execute(client: Any, store: Store, profile: str, paper: str, data: str) -> Path:
+def execute(store: Store, profile: str, paper: str, data: str) -> Path:
     """Run the notebook of `paper` in `profile`; return the path of the executed copy.
 
     A failed run leaves the earlier copy as it was. Raises `InputError` for what the notebook
@@ -120,7 +89,7 @@ def execute(client: Any, store: Store, profile: str, paper: str, data: str) -> P
     given.metadata["tags"] = ["injected-parameters"]  # as papermill calls it
     notebook.cells.insert(place, given)
     try:
-        run_cells(client, notebook)
+        run_cells(notebook)
     except InputError as error:
         raise InputError(f"notebook {source.stem}: {error}") from None
     given.source = lines[0]  # what names folders of this machine goes, and what names the time

@@ -1,17 +1,15 @@
 """From cards to the list of runs, and what they would cost; needs no data on disk."""
 
-import functools
 import itertools
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
-import torch
 
-from prunestudy import datasets, measure, methods, models
+from prunestudy import datasets, measure, methods
 from prunestudy.errors import InputError, require, require_one_of
 from prunestudy.papers import PROFILES, Entry, Experiment, Profile, RunRecipe, card, cards
-from prunestudy.study.settings import RunSettings, resolve, target_of
+from prunestudy.study.settings import RunSettings, dense_macs, dense_net, resolve, target_of
 
 # Assumed, not measured here: 10^12 MACs of training a second.
 RATE = 3.0
@@ -91,7 +89,8 @@ def _of_experiment(
                 )
                 parents = trained[before]
             if methods.method_class(entry.method).counts:
-                own["target"] = target_of(entry.target_kind or experiment.target_kind, target)
+                kind = entry.target_kind or experiment.target_kind
+                own["target"] = target_of(entry.method, target, kind)
             trained[entry.label, target] = _by_seed(most, parents, **common, **own)
         for seed, target in itertools.product(range(counts[entry.label]), targets):
             found = [(trained[entry.label, target][seed], entry.variant, entry.stage, after)]
@@ -161,19 +160,10 @@ def forecast(planned: list[Planned]) -> pd.DataFrame:
 def _cost(item: Planned) -> tuple[int, int, int, float, float, float]:
     """`_COLUMNS` of one run without its parents; its arrays count as 1 MiB."""
     settings, info = item.settings, datasets.info(item.settings.dataset)
-    macs, parameters = _dense(
-        settings.model, (info.channels, info.height, info.width), info.num_classes
-    )
-    recipe = settings.recipe
+    recipe, parameters = settings.recipe, measure.parameters(dense_net(settings.model, info))
     samples = recipe.epochs * (info.train_images - settings.validation)
     if recipe.steps:
         samples = min(samples, recipe.steps * recipe.batch_size)
-    trained = 3 * float(samples) * macs
+    trained = 3 * float(samples) * dense_macs(settings.model, info)
     hours, disk = trained / (RATE * 1e12) / 3600, (4 * parameters + 2**20) / 1e9
     return 1, recipe.epochs, samples, trained / 1e15, hours, disk
-
-
-@functools.lru_cache(maxsize=64)
-def _dense(model: str, shape: tuple[int, int, int], num_classes: int) -> tuple[int, int]:
-    net = models.build(model, shape, num_classes)
-    return measure.macs(net, torch.zeros(1, *shape)), measure.parameters(net)

@@ -61,9 +61,12 @@ class Store:
         """Folder of the unfinished run `run`."""
         return self.folder / "work" / self.place(run)
 
+    def _file(self, run: str, kind: str) -> Path:
+        return self.path(run) / f"{kind}.safetensors"
+
     def weights(self, run: str) -> Path:
         """File of the finished net of `run`."""
-        return self.path(run) / "weights.safetensors"
+        return self._file(run, "weights")
 
     def lock(self, run: str) -> FileLock:
         """Lock to hold while `run` is trained, so that of two processes only one trains it."""
@@ -151,7 +154,8 @@ class Store:
     ) -> None:
         """Raise `InputError` if `record` of this store was made with other settings or data."""
         why = ""
-        if record["settings"] != settings and meaning(record["settings"]) != meaning(settings):
+        # A setting that is newer than the record has its default: the name is the same.
+        if record["settings"] != settings and name_of(record["settings"]) != name_of(settings):
             why = "was made with other settings"
         elif fingerprint not in ("", record["data"]["fingerprint"]):
             why = "was made from other data"
@@ -193,26 +197,19 @@ class Store:
 
     def has_all(self, run: str) -> bool:
         """Whether all files that training `run` leaves are here, and unharmed."""
-        return all(self._unharmed(run, kind) is not None for kind in _KINDS)
+        return all(self._is_unharmed(run, kind) for kind in _KINDS)
 
-    def _unharmed(self, run: str, kind: str) -> dict[str, np.ndarray] | None:
-        arrays = read_arrays(self.path(run) / f"{kind}.safetensors")
-        record = self.trained(self.place(run))
-        return arrays if record and lines.noted(arrays, kind) == record["files"][kind] else None
+    def _is_unharmed(self, run: str, kind: str) -> bool:
+        record, arrays = self.trained(self.place(run)), read_arrays(self._file(run, kind))
+        return record is not None and lines.noted(arrays, kind) == record["files"][kind]
 
-    def kept(self, run: str, kind: str) -> dict[str, np.ndarray]:
-        """What is in the file `kind` ("arrays", "weights") that training `run` left here.
-
-        Raises `InputError` if the file is missing or not the one that it was left with.
-        """
-        arrays = self._unharmed(run, kind)
-        if not arrays:
+    def require_file(self, run: str, kind: str) -> None:
+        """Raise `InputError` unless the file `kind` ("arrays", "weights") of `run` is unharmed."""
+        if not self._is_unharmed(run, kind):
             raise InputError(
-                f"{kind} = {run}: missing, or not as its record says,"
-                f" in {self.path(run) / f'{kind}.safetensors'};"
+                f"{kind} = {run}: missing, or not as its record says, in {self._file(run, kind)};"
                 " `prunestudy run RUN --weights` trains the run again"
             )
-        return arrays
 
     def write(self, record: dict[str, Any], weights: Path, arrays: dict[str, np.ndarray]) -> None:
         """Put a finished run's folder in place: write it under a temporary name, rename it.
@@ -249,9 +246,9 @@ class Store:
         write_text(self._own(name), lines.line_of(record | {"latency": latency}) + "\n")
 
 
-def meaning(settings: dict[str, Any]) -> RunSettings | dict[str, Any]:
-    """A record's settings with today's defaults; as they are if they are no longer valid."""
+def name_of(settings: dict[str, Any]) -> str:
+    """The name of the run of a record's `settings`; "" if they are no longer valid."""
     try:
-        return RunSettings.model_validate_json(json.dumps(settings)).filled()
+        return RunSettings.model_validate_json(json.dumps(settings)).run
     except ValueError:
-        return settings
+        return ""

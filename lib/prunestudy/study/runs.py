@@ -5,10 +5,8 @@ import functools
 import os
 import platform
 import re
-import resource
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -23,7 +21,7 @@ from prunestudy import datasets, measure, methods, models, places, shrink
 from prunestudy.errors import InputError, require, require_one_of
 from prunestudy.study.lines import FORMAT
 from prunestudy.study.records import Store
-from prunestudy.study.settings import RunSettings
+from prunestudy.study.settings import RunSettings, dense_macs, dense_net
 from prunestudy.train import Result, deterministic, prune
 
 
@@ -76,7 +74,7 @@ class Runner:
             return record
         # A missing device, and missing or damaged data, is refused before anything is written.
         device_of(self.device.type)
-        self._load(settings)
+        self._load(settings.dataset)
         if settings.parent:
             self.ensure(settings.parent, weights=True)
         with self.store.lock(settings.run):
@@ -93,30 +91,28 @@ class Runner:
         self.ensure(settings, weights=True)
         return stored_net(self.store.weights(settings.run))[0]
 
-    def _load(self, settings: RunSettings) -> datasets.Dataset:
-        today = datasets.fingerprint(settings.dataset, self.data)
-        return _data(settings.dataset, self.data, today)
+    def _load(self, dataset: str) -> datasets.Dataset:
+        return _data(dataset, self.data, datasets.fingerprint(dataset, self.data))
 
     def _train(self, settings: RunSettings) -> None:
         started, work = time.perf_counter(), self.store.work(settings.run)
-        job = _Job(settings, self._load(settings), self.device)
+        job = _Job(settings, self._load(settings.dataset), self.device)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         with deterministic(settings.threads):
             model = self._start(job)
-            start = {name: w.detach().clone() for name, w in measure.prunable_weights(model)}
             work.mkdir(parents=True, exist_ok=True)
             made = job.train(model, work / "checkpoint.pt", self.show)
             metrics, arrays = job.metrics(made), made.probe.arrays()
-            pruned = made.status == "done" and settings.parent
-            if pruned and measure.same_shapes(made.model, start):
+            start = {name: w.detach() for name, w in measure.prunable_weights(model)}
+            if made.status == "done" and settings.parent and measure.same_shapes(made.model, start):
                 metrics["kept_scale"] = measure.kept_scale(made.model, start)
                 arrays |= measure.kept_sample(made.model, start)
         weights = work / "weights.safetensors"
         name, shape, num_classes = job.like
         sizes = " ".join(map(str, (*shape, num_classes)))
-        like = _dense(*job.like)[0]
-        shrink.save(made.model, weights, like=like, about={"factory": name, "sizes": sizes})
+        like, about = dense_net(name, job.data.info), {"factory": name, "sizes": sizes}
+        shrink.save(made.model, weights, like=like, about=about)
         if made.status == "done":
             metrics["bytes"] = weights.stat().st_size
         record = job.record(made, metrics, time.perf_counter() - started)
@@ -127,8 +123,7 @@ class Runner:
         """The parent's net, or the dense one, initialised by the run's seed or pretrained."""
         settings = job.settings
         if settings.parent:
-            parent = self.store.weights(settings.parent.run)
-            return stored_net(parent)[0]
+            return stored_net(self.store.weights(settings.parent.run))[0]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             return models.build(*job.like, settings.pretrained)
@@ -137,15 +132,6 @@ class Runner:
 @functools.lru_cache(maxsize=2)
 def _data(name: str, root: str | None, _: str) -> datasets.Dataset:
     return datasets.load(name, root)
-
-
-@functools.lru_cache(maxsize=8)
-def _dense(model: str, shape: tuple[int, int, int], num_classes: int) -> tuple[nn.Module, int]:
-    """The dense net, without its numbers, and its MACs."""
-    with torch.random.fork_rng(devices=[]):
-        net = models.build(model, shape, num_classes)
-    macs = measure.macs(net, torch.zeros(1, *shape))
-    return net.to("meta"), macs
 
 
 @dataclass
@@ -195,26 +181,25 @@ class _Job:
         scores = self.task.evaluate(model, batches, self.data.info.num_classes)
         return {self.task.metric_name: scores.metric, "loss": scores.loss}
 
-    def score(self, model: nn.Module) -> measure.Scores:
-        """Score of `model` on the images that the run is judged by."""
+    def judged(self, model: nn.Module) -> measure.Scores:
+        """Scores of `model` on the images that the run is judged by."""
         info, images = self.data.info, self.data.test
         if self.settings.evaluate == "validation":
             _, images = datasets.split(self.data.train, self.settings.validation)
-        looked_at = datasets.batches_of(images, info, len(images), device=self.device)
+        batches = datasets.batches_of(images, info, len(images), device=self.device)
         # The layout that it was trained in.
         net = copy.deepcopy(model).to(self.device, memory_format=torch.channels_last)
-        return self.task.evaluate(net, looked_at.ordered(512), info.num_classes)
+        return self.task.evaluate(net, batches.ordered(512), info.num_classes)
 
     def metrics(self, made: Result) -> dict[str, Any]:
         """Quality and cost of the finished net, of a diverged one the dense net's cost alone."""
-        _, shape, _ = self.like
-        example = torch.zeros(128, *shape)
-        dense, dense_macs = _dense(*self.like)
-        costs = {"dense_parameters": measure.parameters(dense), "dense_macs": dense_macs}
+        name, shape, _ = self.like
+        dense, macs = dense_net(name, self.data.info), dense_macs(name, self.data.info)
+        costs = {"dense_parameters": measure.parameters(dense), "dense_macs": macs}
         if made.status != "done":
             return costs
-        scores, model = self.score(made.model), made.model.cpu()
-        nonzeros = measure.nonzeros(model)
+        scores, model = self.judged(made.model), made.model.cpu()
+        nonzeros, example = measure.nonzeros(model), torch.zeros(128, *shape)
         metrics = {
             "metric_name": self.task.metric_name,
             "metric": scores.metric,
@@ -233,18 +218,13 @@ class _Job:
         }
         metrics |= made.method.report() | made.probe.measures()
         others = {f"metric_{name}": other for name, other in made.probe.others().items()}
-        return metrics | costs | {name: self.score(net).metric for name, net in others.items()}
+        return metrics | costs | {name: self.judged(net).metric for name, net in others.items()}
 
     def record(self, made: Result, metrics: dict[str, Any], seconds: float) -> dict[str, Any]:
         settings, data, history = self.settings, self.data, made.history
         last = history[-1] if history else {}
         columns = dict.fromkeys(name for row in history for name in row)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kB, on macOS bytes
-        cost = {
-            "train_seconds": round(made.seconds, 3),
-            "seconds": round(seconds, 3),
-            "process_peak_mb": round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1),
-        }
+        cost = {"train_seconds": round(made.seconds, 3), "seconds": round(seconds, 3)}
         if self.device.type == "cuda":
             cost["device_peak_mb"] = round(torch.cuda.max_memory_allocated(self.device) / 1e6, 1)
         return {

@@ -133,7 +133,7 @@ def is_untimed(store: Store, item: Planned) -> bool:
 
 
 def _milliseconds(store: Store, settings: RunSettings, rounds: int) -> dict[str, float]:
-    store.kept(settings.run, "weights")
+    store.require_file(settings.run, "weights")
     info = datasets.info(settings.dataset)
     shape = (info.channels, info.height, info.width)
     small, _ = stored_net(store.weights(settings.run))

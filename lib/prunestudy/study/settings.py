@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field
 
-from prunestudy import datasets, methods, models
+from prunestudy import datasets, measure, methods, models
 from prunestudy.errors import InputError, require, require_one_of
 from prunestudy.papers import RunRecipe
 from prunestudy.values import Values, checked
@@ -40,15 +40,6 @@ class RunSettings(Values):
     validation: Annotated[int, Field(ge=1)] = 5000
     evaluate: Literal["test", "validation"] = "test"
     parent: "RunSettings | None" = None
-
-    def filled(self) -> "RunSettings":
-        """The same with today's defaults for parameters that did not exist when it was written.
-
-        Raises `InputError` for parameters that are not valid any more.
-        """
-        params = methods.params_of(self.method, self.params).model_dump(mode="json")
-        parent = self.parent.filled() if self.parent else None
-        return self.model_copy(update={"params": params, "parent": parent})
 
     def model_copy(self, **values: Any) -> "RunSettings":
         """The same with `update`, as of any model; its name is another."""
@@ -96,10 +87,7 @@ def resolve(
     """
     require_one_of("model", model, models.names())
     kind, known = methods.method_class(method), datasets.info(dataset, root or None)
-    target, parent = rest.get("target"), rest.get("parent")
-    takes = " or ".join(methods.TARGETS[name] for name in kind.counts)
-    allowed = f"{method} takes {_SHARE.format(takes) if takes else 'no target'}"
-    require(bool(target) == bool(takes), "target", target and target.value, allowed)
+    parent = rest.get("parent")
     allowed = f"{method} needs the run whose shape it takes; see a card"
     require(bool(parent) or not kind.from_scratch, "parent", None, allowed)
     own = methods.params_of(method, params or {}).model_dump(mode="json")
@@ -117,7 +105,6 @@ def resolve(
     return settings
 
 
-_SHARE = "the share of {} to remove, above 0 and below 1"
 _OWN = ("dataset", "model", "pretrained", "method", "seed", "precision", "threads", "validation")
 
 
@@ -135,28 +122,36 @@ def own_settings(values: dict[str, Any], root: str = "") -> RunSettings:
     for name in sorted(rest):
         require(name in allowed, "setting", name, f"allowed are {', '.join(allowed)}")
     own = {name: rest.pop(name) for name in _OWN if name in rest}
-    target, kind = rest.pop("target", None), rest.pop("target_kind", None)
+    target = target_of(own["method"], rest.pop("target", None), rest.pop("target_kind", None))
     recipe = checked(RunRecipe, rest)
-    if target is not None:
-        kinds = methods.method_class(own["method"]).counts or ("sparsity",)
-        target = target_of(kind or kinds[0], target)
     return resolve(params=params, recipe=recipe, target=target, root=root, **own)
 
 
-def target_of(kind: str, value: Any) -> Target:
-    """Return the checked target of removing the share `value` of what `kind` counts."""
-    require_one_of("target_kind", kind, methods.TARGETS)
-    try:
-        return checked(Target, {"kind": kind, "value": value})
-    except InputError:
-        allowed = _SHARE.format(methods.TARGETS[kind])
-        raise InputError(f"target = {value!r}: {allowed}") from None
+def target_of(method: str, value: Any, kind: str | None = None) -> Target | None:
+    """The checked target of a run of `method`: to remove the share `value` of what `kind` counts.
+
+    `kind` is by default what the method counts first. Raises `InputError` for a wrong one, and for
+    a value that is missing, wrong or too much.
+    """
+    counts = methods.method_class(method).counts
+    allowed = f"{method} takes {' or '.join(counts) or 'no target'}"
+    require(kind is None or kind in counts, "target_kind", kind, allowed)
+    made = methods.build(method, {}, value, kind)
+    return None if made.target is None else Target(kind=made.of, value=made.target)
 
 
-@functools.lru_cache(maxsize=32)
-def _shapes_of(model: str, shape: tuple[int, int, int]) -> torch.nn.Module:
-    with torch.device("meta"):  # without numbers, to be looked at only
-        return models.build(model, shape, 1)
+@functools.lru_cache(maxsize=64)
+def dense_net(model: str, known: datasets.DatasetInfo) -> torch.nn.Module:
+    """The dense net for images as in `known`; without numbers, to be looked at only."""
+    with torch.device("meta"):
+        return models.build(model, (known.channels, known.height, known.width), known.num_classes)
+
+
+@functools.lru_cache(maxsize=64)
+def dense_macs(model: str, known: datasets.DatasetInfo) -> int:
+    """MACs of that net, of one image."""
+    image = torch.zeros(1, known.channels, known.height, known.width, device="meta")
+    return measure.macs(dense_net(model, known), image)
 
 
 def _require_fit(settings: RunSettings, known: datasets.DatasetInfo) -> None:
@@ -167,7 +162,7 @@ def _require_fit(settings: RunSettings, known: datasets.DatasetInfo) -> None:
     target = (settings.target.value, settings.target.kind) if settings.target else ()
     method = methods.build(settings.method, settings.params, *target)
     try:
-        net = _shapes_of(settings.model, (known.channels, known.height, known.width))
+        net = dense_net(settings.model, known)
     except InputError as error:
         raise InputError(f"model = {settings.model!r}: not for {known.name}: {error}") from None
     method.check(net)
