@@ -185,6 +185,18 @@ def test_several_inputs_and_a_regression(name, form):
     assert result.model(a, b).shape == (64, 1)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("hook", [nn.utils.weight_norm, nn.utils.spectral_norm])
+def test_a_weight_made_by_a_hook_is_folded_or_refused(hook):
+    net = MyNet()
+    hook(net.body)
+    recipe = ps.Recipe(epochs=0, lr=0.1)
+    assert ps.prune(net, ps.GroupL2(target=0.4), loader(), recipe).model.body.out_channels < 16
+    for method in (ps.GDP(target=0.4), ps.SparseGates(target=0.4)):
+        with pytest.raises(ps.InputError, match=r"^module = 'body': its weight is made"):
+            ps.prune(net, method, loader(), recipe)
+
+
 class Short:
     """Says that it has more batches than it gives."""
 
