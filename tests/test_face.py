@@ -84,6 +84,31 @@ def test_the_loop_of_readme_runs_as_it_stands():
 
 
 @pytest.mark.parametrize("name", METHODS)
+def test_the_loop_of_readme_takes_every_method(name):
+    net, batches = MyNet(), [batch for _ in range(4) for batch in loader()]
+    method = getattr(ps, name)(**METHODS[name])
+    method.check(net)
+    names = {"net": net, "batches": batches, "steps": len(batches), "x": batches[0][0]}
+    namespace = names | {"ps": ps, "torch": torch, "F": F, "method": method}
+    more = "(x,), train=lambda epoch: batches, loss=lambda o, x, y: F.cross_entropy(o, y)"
+    code = blocks()[1].replace("(x,)", more, 1).replace("ps.SparseGates(target=0.9)", "method", 1)
+    exec(code, namespace)
+    small = namespace["small"]
+    left = sum(int((p != 0).sum()) for p in small.parameters())
+    assert left < 0.8 * sum(p.numel() for p in MyNet().parameters())
+    assert torch.isfinite(small(torch.randn(2, 1, 8, 8))).all()
+
+
+@pytest.mark.parametrize("name", ["Snip", "TaylorChannels", "ComponentAware"])
+def test_what_a_method_looks_at_is_asked_for(name):
+    method, x = getattr(ps, name)(target=0.4), torch.randn(2, 1, 8, 8)
+    loss = lambda output, x, y: F.cross_entropy(output, y)  # noqa: E731
+    for given in ({}, {"loss": loss}):
+        with pytest.raises(ps.InputError, match=r"^context\.(loss|train) = "):
+            method.attach(MyNet(), ps.Context(example=(x,), **given))
+
+
+@pytest.mark.parametrize("name", METHODS)
 def test_every_method_takes_a_net_and_loaders_in_the_same_lines(name, tmp_path):
     torch.manual_seed(0)
     net, before = MyNet(), None
