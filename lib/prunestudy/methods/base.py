@@ -233,7 +233,7 @@ class Method(nn.Module):
         """Decide on the host: new masks, closing, steering; and what the end of a phase needs."""
 
     def finish(self, model: nn.Module, context: Context) -> nn.Module:  # noqa: ARG002
-        """Return an ordinary, frozen module without gates, masks or hooks that equals `model` in eval.
+        """Return an ordinary, frozen module without gates or masks that equals `model` in eval.
 
         What the training had no step for is done here, so that the target is met without any.
         """
