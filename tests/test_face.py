@@ -225,7 +225,7 @@ def test_a_weight_made_by_a_hook_is_folded_or_refused(hook):
 def test_a_method_prunes_one_net():
     method, recipe = ps.Dpf(target=0.5), ps.Recipe(epochs=1, lr=0.1)
     ps.prune(MyNet(), method, loader(), recipe)
-    with pytest.raises(ps.InputError, match="^method = 'dpf': has pruned a net already"):
+    with pytest.raises(ps.InputError, match=r"^method = 'dpf': has pruned a net already"):
         ps.prune(MyNet(), method, loader(), recipe)
 
 
