@@ -84,6 +84,31 @@ def test_the_loop_of_readme_runs_as_it_stands():
 
 
 @pytest.mark.parametrize("name", METHODS)
+def test_the_loop_of_readme_takes_every_method(name):
+    net, batches = MyNet(), [batch for _ in range(4) for batch in loader()]
+    method = getattr(ps, name)(**METHODS[name])
+    method.check(net)
+    names = {"net": net, "batches": batches, "steps": len(batches), "x": batches[0][0]}
+    namespace = names | {"ps": ps, "torch": torch, "F": F, "method": method}
+    more = "(x,), train=lambda epoch: batches, loss=lambda o, x, y: F.cross_entropy(o, y)"
+    code = blocks()[1].replace("(x,)", more, 1).replace("ps.SparseGates(target=0.9)", "method", 1)
+    exec(code, namespace)
+    small = namespace["small"]
+    left = sum(int((p != 0).sum()) for p in small.parameters())
+    assert left < 0.8 * sum(p.numel() for p in MyNet().parameters())
+    assert torch.isfinite(small(torch.randn(2, 1, 8, 8))).all()
+
+
+@pytest.mark.parametrize("name", ["Snip", "TaylorChannels", "ComponentAware"])
+def test_what_a_method_looks_at_is_asked_for(name):
+    method, x = getattr(ps, name)(target=0.4), torch.randn(2, 1, 8, 8)
+    loss = lambda output, x, y: F.cross_entropy(output, y)  # noqa: E731
+    for given in ({}, {"loss": loss}):
+        with pytest.raises(ps.InputError, match=r"^context\.(loss|train) = "):
+            method.attach(MyNet(), ps.Context(example=(x,), **given))
+
+
+@pytest.mark.parametrize("name", METHODS)
 def test_every_method_takes_a_net_and_loaders_in_the_same_lines(name, tmp_path):
     torch.manual_seed(0)
     net, before = MyNet(), None
@@ -183,6 +208,25 @@ def test_several_inputs_and_a_regression(name, form):
     result = ps.prune(Two(), method, batches, recipe, validation=batches)
     assert list(result.history[-1])[:4] == ["epoch", "phase", "train_loss", "validation_loss"]
     assert result.model(a, b).shape == (64, 1)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("hook", [nn.utils.weight_norm, nn.utils.spectral_norm])
+def test_a_weight_made_by_a_hook_is_folded_or_refused(hook):
+    net = MyNet()
+    hook(net.body)
+    recipe = ps.Recipe(epochs=0, lr=0.1)
+    assert ps.prune(net, ps.GroupL2(target=0.4), loader(), recipe).model.body.out_channels < 16
+    for method in (ps.GDP(target=0.4), ps.SparseGates(target=0.4)):
+        with pytest.raises(ps.InputError, match=r"^module = 'body': its weight is made"):
+            ps.prune(net, method, loader(), recipe)
+
+
+def test_a_method_prunes_one_net():
+    method, recipe = ps.Dpf(target=0.5), ps.Recipe(epochs=1, lr=0.1)
+    ps.prune(MyNet(), method, loader(), recipe)
+    with pytest.raises(ps.InputError, match=r"^method = 'dpf': has pruned a net already"):
+        ps.prune(MyNet(), method, loader(), recipe)
 
 
 class Short:

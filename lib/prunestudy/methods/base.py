@@ -233,7 +233,7 @@ class Method(nn.Module):
         """Decide on the host: new masks, closing, steering; and what the end of a phase needs."""
 
     def finish(self, model: nn.Module, context: Context) -> nn.Module:  # noqa: ARG002
-        """Return an ordinary module without gates, masks or hooks that equals `model` in eval.
+        """Return an ordinary, frozen module without gates or masks that equals `model` in eval.
 
         What the training had no step for is done here, so that the target is met without any.
         """
@@ -247,8 +247,8 @@ class Method(nn.Module):
         """What the finished method says of itself, for the record."""
         return {}
 
-    def at(self, step: int, total: int, loss: Tensor, lr: float = 0.0) -> At:
-        """Where step number `step` (from 1) of `total` lies, for a training loop of one's own."""
+    def at(self, step: int, total: int, loss: Tensor, lr: float = 1.0) -> At:
+        """Where step `step` (from 1) of `total` lies, for a loop of one's own."""
         ends = boundaries(self.phases(), total)
         index = next(i for i, end in enumerate(ends) if step <= end)
         begin = ends[index - 1] if index else 0

@@ -93,8 +93,10 @@ class TaylorChannels(_Removal):
 
     def scores(self, model: nn.Module, context: Context) -> Tensor:
         """Importance by the gradient of the summed loss of the first batches."""
-        net = fold(model).requires_grad_(True)
-        for x, y in context.batches(self.batches):
+        require(context.loss is not None, "context.loss", None, "Taylor needs the task's loss")
+        net, batches = fold(model).requires_grad_(True), list(context.batches(self.batches))
+        require(bool(batches), "context.train", "no batch", "batches (x, y)")
+        for x, y in batches:
             context.loss(call(net, x), x, y).backward()
         return _ranking(self.channels, net, self.measure)
 

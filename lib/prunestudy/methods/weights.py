@@ -142,10 +142,11 @@ class Snip(Masked):
         """Put masks on the weights; measure the sensitivity and cut at once."""
         require(context.loss is not None, "context.loss", None, "SNIP needs the task's loss")
         # A copy: batch norm must not count these batches.
-        net = copy.deepcopy(model).train()
+        net, batches = copy.deepcopy(model).train(), list(context.batches(self.batches))
+        require(bool(batches), "context.train", "no batch", "batches (x, y)")
         weights = [layer.weight for layer in layers_in(net, self.scope).values()]
         sums = [torch.zeros_like(weight) for weight in weights]
-        for x, y in context.batches(self.batches):
+        for x, y in batches:
             loss = context.loss(call(net, x), x, y)
             gradients = torch.autograd.grad(loss, weights, materialize_grads=True)
             for total, gradient in zip(sums, gradients, strict=True):

@@ -129,6 +129,9 @@ def prune(
         if validation is not None:
             context.score, context.validation = score.judge, lambda: validation.ordered(512)
         method.check(net)
+        used = getattr(method, "used", False)
+        require(not used, "method", method.name, "has pruned a net already: make a new one")
+        method.used = True
         loop = Loop(
             net, method, recipe, train, context, score, probe, seed=seed, precision=precision
         )
