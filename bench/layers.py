@@ -96,7 +96,7 @@ def forward(
 def _half() -> tuple[dict[str, nn.Module], float]:
     """VGG-16, dense and with every other channel, and how many times fewer MACs that is."""
     dense = models.build("vgg16_cifar", (3, 32, 32), 10).eval()
-    channels = Channels(dense, (3, 32, 32), "macs")
+    channels = Channels(dense, torch.zeros(2, 3, 32, 32), "macs")
     kept = torch.cat([torch.arange(group.channels) % 2 == 0 for group in channels.groups])
     gain = channels.dense / float(channels.cost(kept))
     return {"dense": dense, "half": channels.smaller(dense, kept)}, gain

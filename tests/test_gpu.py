@@ -73,7 +73,7 @@ def test_a_run_on_cuda_ends_as_on_the_cpu(tmp_path, method, target, model):
 def test_outputs_on_cuda_are_those_of_the_cpu(name):
     """Dense, without every other channel, and in half its rank; in float64."""
     dense = models.build(name, SHAPE, 10).eval()
-    channels = Channels(dense, SHAPE, "macs")
+    channels = Channels(dense, torch.zeros(2, *SHAPE), "macs")
     kept = torch.cat([torch.arange(group.channels) % 2 == 0 for group in channels.groups])
     ranks = {layer: max(1, full // 2) for layer, full in shrink.ranks_by_share(dense, 1.0).items()}
     x = torch.randn(4, *SHAPE, dtype=torch.float64)

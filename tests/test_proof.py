@@ -355,8 +355,7 @@ REFUSED = {
 
 def small_and_gated(model, example, seed):
     """Random channels of every layer gone: the small net, and the given one without them."""
-    generator, gated, keep = torch.Generator().manual_seed(seed), copy.deepcopy(model), {}
-    gated = shrink.fold(gated)
+    generator, gated, keep = torch.Generator().manual_seed(seed), shrink.fold(model), {}
     for group in shrink.groups(model, example):
         n = group.channels
         count = int(torch.randint(1, max(n, 2), (), generator=generator))
@@ -434,6 +433,7 @@ def test_weights_made_of_others_are_folded_or_refused(how):
     assert apart(small(x), gated(x)) < 1e-9
     refused(lambda: shrink.require_ordinary(model), "module = '0'", "fold the net first")
     shrink.require_ordinary(plain)
+    assert torch.equal(shrink.folded(model, x)(x), model(x))
     for number, name in ((tied(), "3"), (tied_by_memory(), "2")):
         refused(lambda net=number: shrink.require_ordinary(net), f"module = '{name}'", "'0'")
 
@@ -488,3 +488,17 @@ def test_a_branch_that_cannot_be_emptied_keeps_a_channel():
     made = plain()
     made.a, made.c = conv(1, 4), conv(4, 3)
     assert [g.skippable for g in shrink.groups(made, IMAGE)] == [False, True]
+
+
+class Moody(nn.Module):
+    """A parametrisation whose value is another each time."""
+
+    def forward(self, weight):
+        return weight * torch.rand(1)
+
+
+def test_a_fold_that_computes_something_else_is_refused():
+    model = nn.Sequential(conv(1, 6), nn.ReLU(), conv(6, 3)).train()
+    nn.utils.parametrize.register_parametrization(model[0], "weight", Moody())
+    refused(lambda: shrink.folded(model, IMAGE), "model = 'Sequential': cannot be folded", "off")
+    assert model.training

@@ -132,8 +132,11 @@ def test_a_smaller_net_may_be_made_smaller_again_unless_a_branch_is_gone(tmp_pat
     shrink.save(net, tmp_path / "net")
     block = shrink.load(tmp_path / "net", resnet(torch.float32)).stage1[1]
     assert (block.conv1.in_channels, block.conv1.out_channels) == (2, 1)
-    for again in (shrink.remove, lambda *settings: Channels(settings[0], (1, 8, 8), "macs")):
+    for again in (
+        lambda net: shrink.remove(net, {"conv1": [0]}, x),
+        lambda net: Channels(net, x, "macs"),
+    ):
         with pytest.raises(InputError) as caught:
-            again(smaller(), (1, 8, 8), {"conv1": [0]})
+            again(smaller())
         why = "a branch was removed here, no more can be"
         assert one_line(caught) == f"module = 'stage1.1.conv1': {why}"

@@ -95,7 +95,7 @@ def case(name):
     torch.manual_seed(0)
     build, shape = NETS[name]
     dense = lively(build().double(), shape)
-    channels = Channels(dense, shape, "macs")
+    channels = Channels(dense, torch.zeros(2, *shape).double(), "macs")
     gates = random_gates(channels, EMPTIED.get(name, ()))
     gated = shrink.fold(dense)
     scale_consumers(gated, channels, Gates(gates))
@@ -163,7 +163,7 @@ def test_the_small_net_is_the_gated_one(name):
 @pytest.mark.parametrize("name", NETS)
 def test_its_cost_is_the_closed_form_of_the_gates(name):
     it = case(name)
-    parameters = Channels(it.dense, it.shape, "parameters")
+    parameters = Channels(it.dense, torch.zeros(2, *it.shape).double(), "parameters")
     for channels, count in [
         (it.macs, measure.macs(it.small, torch.zeros(1, *it.shape))),
         (parameters, measure.parameters(it.small)),

@@ -146,7 +146,7 @@ class ConcretePaths(_Watch):
         super().attach(method, model, context)
         self.paths, self.undecided, self.found = [], None, {}
 
-    def before(self, at: At) -> None:
+    def leaving(self, at: At) -> None:
         """Keep the gates and the net as they are before they are decided."""
         if at.phase == "gates":
             self.undecided = self.method.gates.at_test().detach()

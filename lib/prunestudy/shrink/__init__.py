@@ -18,7 +18,7 @@ from prunestudy.shrink.files import about, load, save
 from prunestudy.shrink.fold import fold, require_ordinary
 from prunestudy.shrink.groups import Group, Member, find
 from prunestudy.shrink.narrow import Narrow, axis_of, narrow
-from prunestudy.shrink.proof import groups, groups_of, remove, remove_groups
+from prunestudy.shrink.proof import folded, groups, groups_of, remove, remove_groups
 from prunestudy.shrink.remove import Constant, Nothing
 from prunestudy.shrink.view import describe, draw
 
@@ -42,6 +42,7 @@ __all__ = [
     "factorise_layer",
     "find",
     "fold",
+    "folded",
     "groups",
     "groups_of",
     "layer_speed_up",

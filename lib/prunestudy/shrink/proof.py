@@ -66,7 +66,7 @@ def remove(model: nn.Module, keep: Mapping[str, Sequence[int]], example: Inputs)
     emptied = [group for group, stay in zip(found, kept, strict=True) if not len(stay)]
     names = ", ".join(group.name for group in emptied)
     possible = all(g.skippable for g in emptied) and signal_remains(traced, emptied)
-    require(possible, "keep", names, "without these no signal is left")
+    require(possible or not emptied, "keep", names, "without these no signal is left")
     small, learns = remove_groups(model, found, kept, example), {}
     for name, parameter in model.named_parameters():
         learns[name.replace("parametrizations.", "").partition(".original")[0]] = parameter
@@ -90,6 +90,20 @@ def remove_groups(
         gap = apart(expected, outputs_of(fold(small).double(), batch))
     require(not gap, "model", type(model).__name__, f"the smaller net differs: {gap}")
     return small
+
+
+def folded(model: nn.Module, example: Inputs) -> nn.Module:
+    """Return `fold(model)`, compared with `model` in eval mode; `InputError` if they differ."""
+    plain = fold(model)
+    batch, modes = drawn(inputs(example), plain), [(m, m.training) for m in model.modules()]
+    try:
+        with torch.no_grad():
+            gap = apart(outputs_of(model.eval(), batch), outputs_of(plain, batch))
+    finally:
+        for module, training in modes:
+            module.training = training
+    require(not gap, "model", type(model).__name__, f"cannot be folded: {gap}")
+    return plain
 
 
 class _Proof:
@@ -148,10 +162,11 @@ class _Proof:
     def _differs(self, kept: list[Tensor], training: bool = True) -> str:
         """How the small net differs from the gated one, or fails; empty if it does not.
 
-        In eval mode on one input, and with `training` on two, in that mode if it is defined.
+        In eval mode on one input; with `training` on two as well, and in that mode if defined.
         """
         small = self.narrow(kept)
-        for batch, train in [(self.one, False), (self.two, self.trains)][: 1 + training]:
+        modes = [(self.one, False), (self.two, False), (self.two, True)]
+        for batch, train in modes[: 2 + self.trains if training else 1]:
             with gated(self.net, self.groups, kept), mode(self.net, train):
                 expected = outputs_of(self.net, batch)
             try:

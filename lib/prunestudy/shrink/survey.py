@@ -172,6 +172,8 @@ def survey(net: nn.Module, example: tuple[Tensor, ...]) -> tuple[tuple[Tensor, .
             found = outputs_of(net, batch, strict=True)
         if all(bool(t.isfinite().all()) for t in found):
             break
+    finite = any(bool(t.isfinite().any()) for t in found)
+    require(finite, "module", called(""), "cannot be traced: on random inputs nothing is finite")
     with watching(net, fails) as again, one_node_each(net):
         other = tuple(-x[:1] if x.is_floating_point() else x[:1] for x in batch)
         done = _operations(outputs_of(net, other))

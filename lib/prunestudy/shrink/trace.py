@@ -77,7 +77,8 @@ def trace(model: nn.Module, example: Tensor | tuple[Tensor, ...]) -> Trace:
     require_untied(model)
     # In channels_last some operations go by other names.
     plain = fresh(fold(model).to(memory_format=torch.contiguous_format)).requires_grad_(True)
-    batch, last = survey(plain, given)
+    with torch.enable_grad():
+        batch, last = survey(plain, given)
     probe = _Probe(plain, batch, last)
     graph, outputs, watch, opaque = _build(probe, batch)
     _refuse_lost(plain, graph, watch)
@@ -88,7 +89,9 @@ def trace(model: nn.Module, example: Tensor | tuple[Tensor, ...]) -> Trace:
     }
     number = {node: i for i, node in enumerate(graph.module2node.values())}
     images = [graph.module2node[m] for m in probe.images if m in graph.module2node]
-    sources = [node for node in number if isinstance(node.module, nn.Embedding)]
+    # what reads integers, or their one-hot codes, begins a path as well
+    begin = (nn.Embedding, *LAYERS)
+    sources = [n for n in number if isinstance(n.module, begin) and not n.inputs]
     fixed = [
         node for node in number if node.grad_fn in opaque and node.module not in layers.values()
     ]
