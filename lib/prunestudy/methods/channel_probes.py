@@ -1,7 +1,7 @@
 """What is observed of the methods on channels: gates, the loss, an autoencoder's images."""
 
 import math
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ class _Watch(Probe):
     Losses are averaged over windows so that at most 20,000 are kept.
     """
 
-    kept: ClassVar[tuple[str, ...]] = ("sums", "window", "done")
+    noted = ("sums", "window", "done")
 
     def attach(self, method: Method, model: nn.Module, context: Context) -> None:
         """Begin with no loss."""
@@ -71,19 +71,11 @@ class _Watch(Probe):
                 found.append(after.mean() - before.mean())
         return float(np.mean(found)) if found else math.nan
 
-    def state(self) -> dict[str, Any]:
-        """What a resumed run needs."""
-        return {name: getattr(self, name) for name in self.kept}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Take back what `state` returned."""
-        vars(self).update(state)
-
 
 class GatePaths(_Watch):
     """Of GDP: paths of all gates and of the cost, which closed when, and what removal changed."""
 
-    kept: ClassVar[tuple[str, ...]] = (*_Watch.kept, "steps", "paths", "costs", "closed", "open")
+    noted = (*_Watch.noted, "steps", "paths", "costs", "closed", "open")
 
     def attach(self, method: Method, model: nn.Module, context: Context) -> None:
         """Begin with no path."""
@@ -139,7 +131,7 @@ class GatePaths(_Watch):
 class ConcretePaths(_Watch):
     """Of hard concrete gates: their paths, and what deciding them and removal changed."""
 
-    kept: ClassVar[tuple[str, ...]] = (*_Watch.kept, "paths", "undecided", "found")
+    noted = (*_Watch.noted, "paths", "undecided", "found")
 
     def attach(self, method: Method, model: nn.Module, context: Context) -> None:
         """Begin with no path."""

@@ -30,7 +30,7 @@ exploitation begins, and that n and the values of cut weights freeze together wi
 a cut weight does reaches the output any more. `passes` leaves A out of one of the two passes.
 """
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -79,8 +79,7 @@ class MagnitudeAttention(Masked):
     used; `differentiate`: the derivative through A, too.
     """
 
-    name: ClassVar[str] = "magnitude_attention"
-    title: ClassVar[str] = "magnitude attention (ours)"
+    name, title = "magnitude_attention", "magnitude attention (ours)"
     scope: Scope = "auto"
     ramp: Annotated[float, Field(gt=0, le=1)] = 0.75
     period: Annotated[int, Field(ge=1)] = 16
@@ -93,15 +92,14 @@ class MagnitudeAttention(Masked):
 
     def __init__(self, target: float | None = None, of: str | None = None, **settings: Any) -> None:
         super().__init__(target, of, **settings)
-        ramp, own = self.ramp, self.exploit_from
+        ramp, own, name = self.ramp, self.exploit_from, "exploit_from"
         if not self.exploitation:
-            allowed = "nothing where exploitation is off"
-            require(own is None, "exploit_from", own, allowed)
+            require(own is None, name, own, "nothing where exploitation is off")
         elif own is None:
             require(ramp < 1, "ramp", ramp, "below 1, where exploitation begins then")
         else:
             allowed = f"from ramp = {ramp:g} on and before the last epoch (below 1)"
-            require(ramp <= own < 1, "exploit_from", own, allowed)
+            require(ramp <= own < 1, name, own, allowed)
         self.begin = ramp if own is None else own
         self.frozen_weights: list[Tensor] = []
 

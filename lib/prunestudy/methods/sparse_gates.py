@@ -31,13 +31,13 @@ to a target share, the ramp of lambda1, and that at `harden` (share of the steps
 top-k gates are kept (ties by |w|) and the kept weights fine-tuned.
 """
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from prunestudy.methods.base import At, Context, Phase
+from prunestudy.methods.base import At, Context, Phase, then_fine_tune
 from prunestudy.methods.masks import Mask, Masked, product
 from prunestudy.methods.steering import Steering
 
@@ -100,8 +100,7 @@ class SparseGates(Masked):
     then, times the recipe's.
     """
 
-    name: ClassVar[str] = "sparse_gates"
-    title: ClassVar[str] = "gate variables (ours)"
+    name, title = "sparse_gates", "gate variables (ours)"
     draw: Literal[
         "bernoulli", "deterministic", "bernoulli_then_deterministic", "deterministic_then_bernoulli"
     ] = "bernoulli"
@@ -119,8 +118,7 @@ class SparseGates(Masked):
 
     def phases(self) -> tuple[Phase, ...]:
         """Gates and weights together, then the kept weights alone."""
-        gates = Phase("gates", self.harden, lr_scale=self.gate_phase_lr, schedule="constant")
-        return gates, Phase("fine_tune", 1 - self.harden, restart=True)
+        return then_fine_tune("gates", self.harden, self.gate_phase_lr)
 
     def attach(self, model: nn.Module, context: Context) -> None:
         """Put a gate on every weight in the scope."""
@@ -171,8 +169,7 @@ class SparseGates(Masked):
         """Steer lambda2; change the draw when it is time; decide the gates at the end."""
         if self.hard:
             return
-        if self.steering.due(at):
-            self.steering.update(self.kept(), at)
+        self.steering.update(self.kept, at)
         if 2 * at.step >= at.steps:
             self._set_draw(self.draw.split("_then_")[-1])
         if at.last:

@@ -21,6 +21,8 @@ _MOST = 50_000
 class Gates(Probe):
     """Histograms of the gates by epoch, and the validation of a sampled net while they are open."""
 
+    noted = ("histograms",)
+
     def __init__(self) -> None:
         self.histograms: list[Tensor] = []
 
@@ -37,14 +39,6 @@ class Gates(Probe):
     def arrays(self) -> dict[str, np.ndarray]:
         """`gate_histograms` (epochs, 40 bins over 0-1)."""
         return {"gate_histograms": torch.stack(self.histograms).numpy()} if self.histograms else {}
-
-    def state(self) -> dict[str, Any]:
-        """The histograms so far."""
-        return {"histograms": self.histograms}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Take back what `state` returned."""
-        vars(self).update(state)
 
     @contextlib.contextmanager
     def _sampled(self):
@@ -69,6 +63,8 @@ class Trail(Probe):
     |change| of each layer's weights, sampled every `period` steps, of all of them and of those
     kept in the end. `explored`: the steps in which cut weights were updated.
     """
+
+    noted = tuple("step explored moved_at told threshold changes parts last moved masks".split())
 
     def attach(self, method: Method, model: Any, context: Context) -> None:
         """Look at weights and masks; count the layers' MACs, for the cost of training."""
@@ -196,20 +192,11 @@ class Trail(Probe):
         found = {"trail_step": steps, "trail_size": self.sizes.astype(np.int32)}
         return found | {"trail_cut": cut, "trail_returned": returned}
 
-    def state(self) -> dict[str, Any]:
-        """The trail, and where the training is."""
-        return {key: getattr(self, key) for key in _STATE}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Take back what `state` returned."""
-        vars(self).update(state)
-
-
-_STATE = tuple("step explored moved_at told threshold changes parts last moved masks".split())
-
 
 class AttentionTrail(Trail):
     """The trail, and histograms of the attention by epoch, of all and of kept weights."""
+
+    noted = (*Trail.noted, "histograms")
 
     def attach(self, method: Method, model: Any, context: Context) -> None:
         """Count the attention at the start."""
@@ -225,10 +212,6 @@ class AttentionTrail(Trail):
         """The trail; `attention` (epochs + 1, 2, 80): how often A takes each value."""
         counts = torch.stack(self.histograms).numpy().astype(np.int32)
         return super().arrays() | {"attention": counts}
-
-    def state(self) -> dict[str, Any]:
-        """The trail's state and the histograms so far."""
-        return super().state() | {"histograms": self.histograms}
 
     @torch.no_grad()
     def _histogram(self) -> Tensor:
