@@ -13,13 +13,14 @@ from torch import nn
 from prunestudy import methods
 from prunestudy.datasets import Batches, DatasetInfo, ImageSet
 from prunestudy.errors import InputError
+from prunestudy.measure.forward import evaluating
 from prunestudy.methods import Context, Method, Phase
 from prunestudy.train import (
     Loop,
     Recipe,
     keep_freed_memory,
     loop,
-    memory,
+    process,
     prune,
     read_checkpoint,
     write_checkpoint,
@@ -27,10 +28,7 @@ from prunestudy.train import (
 from prunestudy.values import checked
 
 EPOCHS = 4  # of 4 steps
-
-
-def dense():
-    return methods.build("dense", {})
+MOVED = {"shift": 1, "flip": True}
 
 
 def fit(method=None, recipe=None, batches=None, net=None, seed=3, **options):
@@ -39,7 +37,7 @@ def fit(method=None, recipe=None, batches=None, net=None, seed=3, **options):
     net = net or randomise(BatchNormNet())
     recipe = recipe or Recipe(epochs=EPOCHS, lr=0.01, weight_decay=1e-3, period=1)
     options = {"validation": toy_batches(seed=9), "seed": seed} | options
-    return prune(net, method or dense(), batches, recipe, **options)
+    return prune(net, method or Method(), batches, recipe, **options)
 
 
 class Recorder(Method):
@@ -106,46 +104,33 @@ def test_a_phase_may_have_a_schedule_of_its_own():
 
 
 @pytest.mark.parametrize(
-    ("key", "value"),
+    ("key", "values"),
     [
-        ("epochs", -1),
-        ("epochs", 1.0),
-        ("epochs", "3"),
-        ("epochs", True),
-        ("lr", 0.0),
-        ("lr", -0.1),
-        ("lr", math.inf),
-        ("lr", "fast"),
-        ("batch_size", 0),
-        ("pieces", 0),
-        ("momentum", 1.0),
-        ("momentum", -0.1),
-        ("nesterov", 1),
-        ("weight_decay", -1e-4),
-        ("schedule", "linear"),
-        ("warmup_steps", -1),
-        ("warmup_from", -0.1),
-        ("warmup_from", 1.1),
-        ("steps", -1),
-        ("gamma", 0.0),
-        ("gamma", 1.1),
-        ("power", 0.0),
-        ("shift", -1),
-        ("flip", "yes"),
-        ("learning_rate", 0.1),
+        ("epochs", [-1, 1.0, "3", True]),
+        ("lr", [0.0, -0.1, math.inf, "fast"]),
+        ("batch_size", [0]),
+        ("pieces", [0]),
+        ("momentum", [1.0, -0.1]),
+        ("nesterov", [1]),
+        ("weight_decay", [-1e-4]),
+        ("schedule", ["linear"]),
+        ("warmup_steps", [-1]),
+        ("warmup_from", [-0.1, 1.1]),
+        ("milestones", [(0.0,), (0.5, 1.0), (-0.5,)]),
+        ("steps", [-1]),
+        ("gamma", [0.0, 1.1]),
+        ("power", [0.0]),
+        ("shift", [-1]),
+        ("flip", ["yes"]),
+        ("learning_rate", [0.1]),
     ],
 )
-def test_bad_recipes_are_refused_in_one_line(key, value):
-    with pytest.raises(InputError) as caught:
-        checked(Recipe, {"epochs": 1, "lr": 0.1} | {key: value})
-    assert one_line(caught).startswith(f"{key} = {value!r}: ")
-
-
-@pytest.mark.parametrize("milestones", [(0.0,), (0.5, 1.0), (-0.5,)])
-def test_bad_milestones_are_refused_in_one_line(milestones):
-    with pytest.raises(InputError) as caught:
-        checked(Recipe, {"epochs": 1, "lr": 0.1, "milestones": milestones})
-    assert one_line(caught).startswith("milestones.")
+def test_bad_recipes_are_refused_in_one_line(key, values):
+    for value in values:
+        with pytest.raises(InputError) as caught:
+            checked(Recipe, {"epochs": 1, "lr": 0.1} | {key: value})
+        said = "milestones." if key == "milestones" else f"{key} = {value!r}: "
+        assert one_line(caught).startswith(said)
 
 
 # --- one step
@@ -164,7 +149,7 @@ def test_steps_of_sgd_by_hand():
     net[1].weight.data.copy_(torch.tensor([[0.5], [-0.25]]))
     recipe = Recipe(epochs=3, lr=0.1, momentum=0.9, weight_decay=0.01, schedule="poly")
     batches = one_pixel()
-    made = prune(net, dense(), batches, recipe, validation=batches)
+    made = prune(net, Method(), batches, recipe, validation=batches)
     w, velocity, losses, right = [0.5, -0.25], [0.0, 0.0], [], []
     for lr in (0.1, 0.1 * 2 / 3, 0.1 / 3):
         p = 1 / (1 + math.exp(2 * (w[0] - w[1])))  # softmax of class 1 on the logits 2 w
@@ -188,7 +173,7 @@ def test_steps_of_adam_by_hand():
     net[1].weight.data.copy_(torch.tensor([[0.5], [-0.25]]))
     recipe = Recipe(epochs=2, lr=0.1, momentum=0.8, optimizer="adam", schedule="constant")
     batches = one_pixel()
-    made = prune(net, dense(), batches, recipe, validation=batches)
+    made = prune(net, Method(), batches, recipe, validation=batches)
     w, m, v = [0.5, -0.25], [0.0, 0.0], [0.0, 0.0]
     for step in (1, 2):
         p = 1 / (1 + math.exp(2 * (w[0] - w[1])))
@@ -203,7 +188,7 @@ def test_steps_of_adam_by_hand():
 def test_no_epoch_leaves_the_net_and_one_row_of_validation():
     net = nn.Sequential(nn.Flatten(), nn.Linear(1, 2, bias=False))
     before = net[1].weight.detach().clone()
-    made = prune(net, dense(), one_pixel(), Recipe(epochs=0, lr=0.1), validation=one_pixel())
+    made = prune(net, Method(), one_pixel(), Recipe(epochs=0, lr=0.1), validation=one_pixel())
     assert torch.equal(made.model[1].weight, before)
     assert (made.status, [row["epoch"] for row in made.history]) == ("done", [0])
 
@@ -256,7 +241,7 @@ def test_order_of_the_hooks_and_where_they_are(period):
 def test_the_host_looks_every_sixteen_steps_and_in_short_runs_more_often(epochs, period):
     context = Context(tuple(torch.zeros(1, 2, 1, 8, 8)), scored, score=None)
     net, recipe = randomise(BatchNormNet()), Recipe(epochs=epochs, lr=0.1)
-    Loop(net, dense(), recipe, toy_batches(), context, dict)
+    Loop(net, Method(), recipe, toy_batches(), context, dict)
     assert context.period == period
 
 
@@ -345,60 +330,33 @@ class Fragile:
             yield batch
 
 
-ALL = {
-    "dense": {},
-    "magnitude": {},
-    "random": {},
-    "gradual_magnitude": {"harden": 0.6, "period": 3},
-    "l1": {"harden": 0.6},
-    "magnitude_attention": {"period": 3, "ramp": 0.6},
-    "dpf": {"period": 3},
-    "sparse_gates": {"harden": 0.6, "draw": "bernoulli_then_deterministic"},
-    "sparse_gates sgd": {"harden": 0.6, "gate_optimizer": "sgd", "gate_lr": 1.0},
-}
-VARIANTS = {"dense": {}}
-
-
-def made_of(variant):
-    name = variant.split()[0]
-    target = 0.8 if methods.method_class(name).counts else None
-    return methods.build(name, VARIANTS[variant], target)
-
-
-MOVED = {"shift": 1, "flip": True}
-
-
 @cache
-def undisturbed(variant, moved=False):
-    return fit(made_of(variant), batches=toy_batches(**MOVED if moved else {}))
+def undisturbed(moved=False):
+    return fit(batches=toy_batches(**MOVED if moved else {}))
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_the_same_seed_is_the_same_run_and_another_is_not(variant):
-    batches, first = MOVED, undisturbed(variant, moved=True)
-    same(first, fit(made_of(variant), batches=toy_batches(**batches)))
-    assert differ(first, fit(made_of(variant), batches=toy_batches(seed=1, **batches)))
-    if variant in ("random", "sparse_gates"):
-        assert differ(first, fit(made_of(variant), batches=toy_batches(**batches), seed=4))
+def options_in(folder):
+    return {"checkpoint": folder / "c", "checkpoint_seconds": 0.0, "run": "r"}
 
 
-@pytest.mark.parametrize("step", [1, 4, 10, 11, 15])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_an_interrupted_run_ends_like_an_undisturbed_one(variant, step, tmp_path):
-    """16 steps; where there are phases the first ends after 10."""
-    straight = undisturbed(variant, moved=True)
-    path = tmp_path / "checkpoint.pt"
-    options = {"checkpoint": path, "checkpoint_seconds": 0.0, "run": "r"}
-    looked_at = 1 if variant == "snip" else 0  # batches, before the first step
+def test_the_same_seed_is_the_same_run_and_another_is_not():
+    first = undisturbed(moved=True)
+    same(first, fit(batches=toy_batches(**MOVED)))
+    assert differ(first, fit(batches=toy_batches(seed=1, **MOVED)))
+
+
+@pytest.mark.parametrize("step", [1, 4, 10, 15])
+def test_an_interrupted_run_ends_like_an_undisturbed_one(step, tmp_path):
+    """Of 16 steps; what the new process starts with does not matter."""
+    options = options_in(tmp_path)
     with pytest.raises(KilledError):
-        fit(made_of(variant), batches=Fragile(step + looked_at, **MOVED), **options)
-    assert read_checkpoint(path, "r")["state"]["step"] == step
-    # what the new process starts with does not matter: other weights, other random states
+        fit(batches=Fragile(step, **MOVED), **options)
+    assert read_checkpoint(options["checkpoint"], "r")["state"]["step"] == step
     torch.manual_seed(step)
-    net = randomise(BatchNormNet(), seed=99)
     resumed = Fragile(10**9, **MOVED)
-    same(straight, fit(made_of(variant), batches=resumed, net=net, **options))
-    assert resumed.left == 10**9 - (16 - step) - looked_at
+    net = randomise(BatchNormNet(), seed=99)
+    same(undisturbed(moved=True), fit(batches=resumed, net=net, **options))
+    assert resumed.left == 10**9 - (16 - step)
 
 
 def dropping():
@@ -412,26 +370,27 @@ def test_a_net_with_dropout_is_resumed_as_exactly(step, tmp_path):
     straight = fit(net=dropping())
     same(straight, fit(net=dropping()))
     assert differ(straight, fit(net=dropping(), seed=4))
-    options = {"checkpoint": tmp_path / "c", "checkpoint_seconds": 0.0, "run": "r"}
+    options = options_in(tmp_path)
     with pytest.raises(KilledError):
         fit(net=dropping(), batches=Fragile(step), **options)
     torch.manual_seed(step)
     same(straight, fit(net=dropping(), **options))
 
 
+def gated():
+    return methods.build("sparse_gates", {"harden": 0.6}, 0.8)
+
+
 def test_a_run_interrupted_at_every_step(tmp_path):
-    options = {"checkpoint": tmp_path / "c", "checkpoint_seconds": 0.0, "run": "r"}
     for _ in range(15):
         with pytest.raises(KilledError):
-            fit(made_of("sparse_gates"), batches=Fragile(1), **options)
-    made = fit(made_of("sparse_gates"), batches=Fragile(1), **options)
-    same(made, undisturbed("sparse_gates"))
+            fit(gated(), batches=Fragile(1), **options_in(tmp_path))
+    same(fit(gated(), batches=Fragile(1), **options_in(tmp_path)), fit(gated()))
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path):
-    options = {"checkpoint": tmp_path / "c", "checkpoint_seconds": 0.0, "run": "r"}
-    first = fit(made_of("l1"), **options)
-    again = fit(made_of("l1"), batches=Fragile(0), **options)
+    first = fit(gated(), **options_in(tmp_path))
+    again = fit(gated(), batches=Fragile(0), **options_in(tmp_path))
     same(first, again)
     assert again.seconds == first.seconds
 
@@ -470,7 +429,7 @@ def test_steps_end_a_training_within_an_epoch(steps, made, epochs):
 @pytest.mark.parametrize("step", [2, 4, 5])
 def test_a_run_counted_in_steps_resumes(step, tmp_path):
     recipe = Recipe(epochs=EPOCHS, steps=6, lr=0.01, weight_decay=1e-3, period=1)
-    options = {"checkpoint": tmp_path / "c", "checkpoint_seconds": 0.0, "run": "r"}
+    options = options_in(tmp_path)
     with pytest.raises(KilledError):
         fit(recipe=recipe, batches=Fragile(step), **options)
     same(fit(recipe=recipe), fit(recipe=recipe, **options))
@@ -479,27 +438,21 @@ def test_a_run_counted_in_steps_resumes(step, tmp_path):
 def test_no_checkpoint_stands_between_an_epoch_and_its_row(tmp_path, monkeypatch):
     """Killed there, a run would never write the row."""
     seen = []
-    monkeypatch.setattr(
-        loop, "write_checkpoint", lambda path, run, state: seen.append(_rows(state))
-    )
-    fit(checkpoint=tmp_path / "c", checkpoint_seconds=0.0, run="r")
+
+    def write(path, run, state):
+        seen.append((state["state"]["step"], len(state["state"]["history"])))
+
+    monkeypatch.setattr(loop, "write_checkpoint", write)
+    fit(**options_in(tmp_path))
     assert seen == [(step, step // 4) for step in range(1, 17)]
 
 
-def _rows(state):
-    return state["state"]["step"], len(state["state"]["history"])
-
-
 def test_global_random_states_are_left_alone():
+    net = randomise(BatchNormNet())
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    fit(made_of("sparse_gates"), net=randomise_alone())
+    fit(gated(), net=net)
     assert torch.equal(before, torch.get_rng_state())
-
-
-def randomise_alone():
-    with torch.random.fork_rng(devices=[]):
-        return randomise(BatchNormNet())
 
 
 # --- checkpoints
@@ -615,21 +568,17 @@ def test_a_net_that_breaks_in_the_last_step_is_diverged():
     assert made.status == "diverged"
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_a_diverged_run_still_gives_a_plain_net(variant):
-    made = fit(made_of(variant), recipe=Recipe(epochs=3, lr=1e18))
+def test_a_diverged_run_still_gives_a_plain_net():
+    made = fit(gated(), recipe=Recipe(epochs=3, lr=1e18))
     assert made.status == "diverged"
     assert made.model.state_dict().keys() == BatchNormNet().state_dict().keys()
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_bf16(variant):
-    here = undisturbed(variant)
-    there = fit(made_of(variant), precision="bf16")
+def test_bf16():
+    here, there = undisturbed(), fit(precision="bf16")
     assert there.status == "done"
     assert differ(here, there)
     assert all(v.dtype != torch.bfloat16 for v in there.model.state_dict().values())
-    assert there.history[-1]["kept"] == pytest.approx(here.history[-1]["kept"])
     assert there.history[0]["train_loss"] == pytest.approx(here.history[0]["train_loss"], rel=0.1)
 
 
@@ -637,7 +586,7 @@ def test_the_seconds_of_a_resumed_run_add_up(tmp_path, monkeypatch):
     """A clock that ticks once a reading: what counts is what the loop adds, not how long it is."""
     ticks = iter(range(10**6))
     monkeypatch.setattr(loop.time, "perf_counter", lambda: next(ticks))
-    options = {"checkpoint": tmp_path / "c", "checkpoint_seconds": 0.0, "run": "r"}
+    options = options_in(tmp_path)
     with pytest.raises(KilledError):
         fit(batches=Fragile(6), **options)
     saved = read_checkpoint(tmp_path / "c", "r")["state"]["seconds"]
@@ -672,26 +621,20 @@ def looped(method, seed, recipe):
 
 def score(net):
     """As `prune` scores by default."""
-    right = total = loss = 0
-    net.eval()
-    with torch.no_grad():
-        for x, y in toy_batches(seed=9).ordered(512):
-            output = net(x)
-            right += int((output.argmax(1) == y).sum())
-            loss += scored(output, x, y).item() * len(x)
-            total += len(x)
-    net.train()
-    return {"top1": right / total, "loss": loss / total}
+    with evaluating(net), torch.no_grad():
+        ((x, y),) = toy_batches(seed=9).ordered(512)
+        output = net(x)
+        right = int((output.argmax(1) == y).sum())
+        return {"top1": right / len(y), "loss": scored(output, x, y).item() * len(y) / len(y)}
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_two_trainings_in_turns_are_each_as_if_alone(variant):
+def test_two_trainings_in_turns_are_each_as_if_alone():
     recipe = Recipe(epochs=EPOCHS, lr=0.01, weight_decay=1e-3, period=1)
-    loops = [looped(made_of(variant), seed, recipe) for seed in (3, 4)]
+    loops = [looped(gated(), seed, recipe) for seed in (3, 4)]
     rows = list(zip(*(each.steps() for each in loops), strict=True))
     assert [row is not None for row, _ in rows] == [False, False, False, True] * EPOCHS
     for each, seed in zip(loops, (3, 4), strict=True):
-        alone = fit(made_of(variant), seed=seed)
+        alone = fit(gated(), seed=seed)
         assert each.state.history == alone.history
         state = each.finish().state_dict()
         for name, value in alone.model.state_dict().items():
@@ -722,5 +665,5 @@ def test_other_c_libraries_are_left_alone(monkeypatch, error):
     def none(name):
         raise error(name)
 
-    monkeypatch.setattr(memory.ctypes, "CDLL", none)
+    monkeypatch.setattr(process.ctypes, "CDLL", none)
     assert keep_freed_memory() is False

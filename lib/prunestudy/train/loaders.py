@@ -8,7 +8,7 @@ import torch
 from prunestudy.datasets.batches import mix
 from prunestudy.errors import require
 from prunestudy.methods.base import Batch, moved
-from prunestudy.train.deterministic import seed_default
+from prunestudy.train.process import seed_default
 
 
 class Loader:
