@@ -228,7 +228,7 @@ def test_steering_looks_at_soft_gates_first_and_at_closed_ones_then():
     for step in (5, 50):
         _, method = steered(None, {"ramp": 0.3, "eps_share": 1.0})
         method.steering.start(torch.tensor(1e-9))
-        method.steering.update = lambda kept, at: seen.append(kept)
+        method.steering.update = lambda kept, at: seen.append(kept())
         set_gates(method, [0.1, 1.0, 1.0])
         push(method, [0.0] * 3, step)
     soft = gate(torch.tensor([0.1, 1.0, 1.0]), 0.1).sum() / gate(torch.ones(3), 0.1).sum()

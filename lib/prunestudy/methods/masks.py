@@ -123,28 +123,28 @@ class Mask(nn.Module):
 
 class _Multiply(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, weight: Tensor, forward: Tensor, backward: Tensor | None) -> Tensor:
-        ctx.save_for_backward(backward)
-        return product(weight, forward)
+    def forward(ctx, weight: Tensor, z: Tensor, backward: Tensor | None, gate: Any) -> Tensor:
+        ctx.save_for_backward(backward, weight if gate is not None else None)
+        # A plain product loses channels_last where a kernel has one input channel, and the
+        # convolution and all that follows it then run in the slower layout.
+        return torch.mul(weight, z, out=torch.empty_like(weight))
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
-        (factor,) = ctx.saved_tensors
-        return gradient if factor is None else gradient * factor, None, None
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        factor, weight = ctx.saved_tensors
+        by_gate = None if weight is None else gradient * weight
+        return gradient if factor is None else gradient * factor, None, None, by_gate
 
 
-def multiply(weight: Tensor, forward: Tensor, backward: Tensor | None) -> Tensor:
-    """Return weight * `forward`; the gradient is multiplied by `backward` (None: by 1) instead."""
-    return _Multiply.apply(weight, forward, backward)
+def multiply(
+    weight: Tensor, z: Tensor, backward: Tensor | None, gate: Tensor | None = None
+) -> Tensor:
+    """Return weight * z, in the memory layout of `weight`.
 
-
-def product(weight: Tensor, z: Tensor) -> Tensor:
-    """Return weight * z in the memory layout of `weight`.
-
-    A plain product loses channels_last where a kernel has one input channel, and the
-    convolution and all that follows it then run in the slower layout.
+    The gradient by `weight` is multiplied by `backward` (None: by 1) instead; with a `gate`, of
+    which z is a draw, that by the gate is the gradient by z.
     """
-    return torch.mul(weight, z, out=torch.empty_like(weight))
+    return _Multiply.apply(weight, z, backward, gate)
 
 
 def layers_in(model: nn.Module, scope: Scope) -> dict[str, nn.Module]:

@@ -38,22 +38,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from prunestudy.methods.base import At, Context, Phase, then_fine_tune
-from prunestudy.methods.masks import Mask, Masked, product
+from prunestudy.methods.masks import Mask, Masked, multiply
 from prunestudy.methods.steering import Steering
-
-
-class _Drawn(torch.autograd.Function):
-    """w * z, with the identity as the derivative of the draw z by the gate g."""
-
-    @staticmethod
-    def forward(ctx, weight: Tensor, gate: Tensor, z: Tensor) -> Tensor:  # noqa: ARG004
-        ctx.save_for_backward(weight, z)
-        return product(weight, z)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
-        weight, z = ctx.saved_tensors
-        return gradient * z, gradient * weight, None
 
 
 class Gate(Mask):
@@ -74,7 +60,8 @@ class Gate(Mask):
         """Return w z (same shape)."""
         if self.hard:
             return super().forward(weight)
-        return _Drawn.apply(weight, self.gate, self.draw())
+        z = self.draw()
+        return multiply(weight, z, z, self.gate)
 
     def draw(self) -> Tensor:
         """Return z, zeros and ones in the shape of the weight."""

@@ -43,15 +43,15 @@ class Gates(Probe):
     @contextlib.contextmanager
     def _sampled(self):
         gates = self.method.masks
+        generator, bernoulli = gates[0].generator, gates[0].bernoulli
         # Draws of its own: looking must not change the training.
         own = torch.Generator(gates[0].gate.device).manual_seed(0)
-        before = [(each.generator, each.bernoulli) for each in gates]
         for each in gates:
             each.generator, each.bernoulli, each.sample_in_eval = own, True, True
         try:
             yield
         finally:
-            for each, (generator, bernoulli) in zip(gates, before, strict=True):
+            for each in gates:
                 each.generator, each.bernoulli, each.sample_in_eval = generator, bernoulli, False
 
 
@@ -59,9 +59,9 @@ class Trail(Probe):
     """What a method's masks cut, when, and what came back; and where the training moved weights.
 
     `changes`: the step of each change of the masks, and how many weights of each layer it cut and
-    took back; all are kept at the start. `parts`: for each part of the training the summed
-    |change| of each layer's weights, sampled every `period` steps, of all of them and of those
-    kept in the end. `explored`: the steps in which cut weights were updated.
+    took back. `parts`: for each part of the training the summed |change| of each layer's weights,
+    sampled every `period` steps, of all of them and of those kept in the end. `explored`: the
+    steps in which cut weights were updated.
     """
 
     noted = tuple("step explored moved_at told threshold changes parts last moved masks".split())
@@ -135,10 +135,9 @@ class Trail(Probe):
         """What the trail comes to.
 
         `scope_weights`, `scope_sparsity`: of the layers that are pruned. `returns`: how often a
-        weight came back, on average. `surviving`: share of all movement of weights that fell on
-        weights kept in the end, in all and by part of the training. `layer_focus`: density of the
-        layer in which a movement falls, over the net's (1: updates do not prefer dense layers).
-        `train_cost`: see `train_cost`.
+        weight came back, on average. `surviving`: share of all movement that fell on weights kept
+        in the end, in all and by part of the training. `layer_focus`: density of the layer in
+        which a movement falls, over the net's (1: updates do not prefer dense layers).
         """
         total = self.sizes.sum()
         kept = np.array([int(mask.count_nonzero()) for mask in self.masks])
@@ -154,9 +153,9 @@ class Trail(Probe):
             **{f"surviving_{part}": _share(kept, moved) for part, (moved, kept) in parts},
             "layer_focus": _share(every @ density, every.sum() * overall),
         }
-        return found | ({"train_cost": self.train_cost()} if self.step else {})
+        return found | ({"train_cost": self._train_cost()} if self.step else {})
 
-    def train_cost(self) -> float:
+    def _train_cost(self) -> float:
         """Multiplications of the training, as a share of the dense net's, if zeros were skipped.
 
         Sparse forward pass and gradient by the input; the gradient by the weights is dense while
@@ -186,11 +185,10 @@ class Trail(Probe):
         count, width = len(self.changes), len(self.sizes)
         groups = np.array_split(np.arange(count), max(1, min(count, _MOST // width)))
         rows = [[self.changes[i] for i in group] for group in groups if len(group)]
-        summed = [[np.sum([change[i] for change in row], 0) for row in rows] for i in (1, 2)]
-        cut, returned = (np.array(each, np.int32).reshape(-1, width) for each in summed)
-        steps = np.array([row[-1][0] for row in rows], np.int32)
-        found = {"trail_step": steps, "trail_size": self.sizes.astype(np.int32)}
-        return found | {"trail_cut": cut, "trail_returned": returned}
+        found = {"trail_step": [row[-1][0] for row in rows], "trail_size": self.sizes}
+        for i, name in ((1, "trail_cut"), (2, "trail_returned")):
+            found[name] = np.reshape([np.sum([c[i] for c in row], 0) for row in rows], (-1, width))
+        return {name: np.array(values, np.int32) for name, values in found.items()}
 
 
 class AttentionTrail(Trail):
