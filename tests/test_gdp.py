@@ -2,13 +2,11 @@
 
 import copy
 import math
-from functools import cache
 
 import pytest
 import torch
 from conftest import one_line, randomise
 from test_channels import context_of, fit, net_of
-from test_train import Fragile, KilledError, same
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -310,33 +308,6 @@ def test_gates_end_at_zero_or_above_one_half(net, kind, period):
     report = made.method.report()
     assert report["target_met"] == (report["most_removable"] >= 0.7)
     assert report["closed_late"] == 0.0 or period == 7
-
-
-@cache
-def undisturbed(variant, period):
-    return fit(variant, randomise(net_of("batch_norm")), epochs=4, period=period)
-
-
-@pytest.mark.parametrize("step", [1, 4, 7, 8, 11, 15])
-@pytest.mark.parametrize(
-    ("variant", "period"), [("gdp", 1), ("gdp", 3), ("hard_concrete", 1), ("network_slimming", 1)]
-)
-def test_an_interrupted_run_ends_like_an_undisturbed_one(variant, period, step, tmp_path):
-    """16 steps; GDP's target is met, and the others' channels are decided, on the way."""
-    straight = undisturbed(variant, period)
-    options = {"checkpoint": tmp_path / "c", "checkpoint_seconds": 0.0, "run": "r"}
-    options |= {"epochs": 4, "period": period}
-    with pytest.raises(KilledError):
-        fit(variant, randomise(net_of("batch_norm")), batches=Fragile(step), **options)
-    # Methods that do not rank the start net do not mind what the new process starts with.
-    torch.manual_seed(step)
-    net = randomise(net_of("batch_norm"), seed=99)
-    resumed = fit(variant, net, batches=Fragile(10**9), **options)
-    same(straight, resumed)
-    assert str(straight.method.report()) == str(resumed.method.report())
-    assert straight.probe.measures() == resumed.probe.measures()
-    for name, array in straight.probe.arrays().items():
-        assert array.tobytes() == resumed.probe.arrays()[name].tobytes()
 
 
 def test_history_and_arrays():

@@ -11,7 +11,6 @@ from torch import nn
 from prunestudy import methods
 from prunestudy.datasets import Batches, DatasetInfo, ImageSet
 from prunestudy.errors import InputError
-from prunestudy.measure.forward import evaluating
 from prunestudy.methods import Context, Method, Phase
 from prunestudy.train import (
     Loop,
@@ -109,20 +108,14 @@ def test_a_phase_may_have_a_schedule_of_its_own():
         {"epochs": "3", "lr": math.inf, "schedule": "linear", "warmup_steps": -1, "shift": -1},
         {"epochs": True, "lr": "fast", "warmup_from": -0.1, "steps": -1, "gamma": 0.0},
         {"warmup_from": 1.1, "gamma": 1.1, "power": 0.0, "learning_rate": 0.1},
+        *({"milestones": wrong} for wrong in ((0.0,), (0.5, 1.0), (-0.5,))),
     ],
 )
 def test_bad_recipes_are_refused_in_one_line(wrong):
     for key, value in wrong.items():
         with pytest.raises(InputError) as caught:
             checked(Recipe, {"epochs": 1, "lr": 0.1} | {key: value})
-        assert one_line(caught).startswith(f"{key} = {value!r}: ")
-
-
-@pytest.mark.parametrize("milestones", [(0.0,), (0.5, 1.0), (-0.5,)])
-def test_bad_milestones_are_refused_in_one_line(milestones):
-    with pytest.raises(InputError) as caught:
-        checked(Recipe, {"epochs": 1, "lr": 0.1, "milestones": milestones})
-    assert one_line(caught).startswith("milestones.")
+        assert one_line(caught).startswith((f"{key} = {value!r}: ", "milestones."))
 
 
 # --- one step
@@ -195,12 +188,6 @@ def test_a_batch_in_pieces_is_the_same_step(pieces):
         assert torch.allclose(whole, part, atol=1e-6)
     whole, part = ([row["train_loss"] for row in one.history] for one in made)
     assert part == pytest.approx(whole, rel=1e-5)
-
-
-def test_a_piece_with_a_loss_that_is_not_finite_ends_the_run():
-    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
-    net[1].weight.data[0, 0] = math.nan
-    assert fit(net=net, recipe=Recipe(epochs=1, lr=0.1, pieces=4)).status == "diverged"
 
 
 # --- phases
@@ -440,21 +427,15 @@ def flipped(data):
     return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
 
 
-def other_version(data):
-    return data.replace(b"checkpoint 1\n", b"checkpoint 0\n", 1)
-
-
 @pytest.mark.parametrize(
     ("damage", "run", "why"),
     [
         (flipped, "r", "corrupt (checksum)"),
-        (lambda data: data[:-1], "r", "corrupt (checksum)"),
         (lambda data: data[: len(data) // 3], "r", "corrupt (checksum)"),
-        (lambda data: data[:30], "r", "corrupt (checksum)"),
         (lambda data: data + b"\0", "r", "corrupt (checksum)"),
         (lambda data: data[:5], "r", "not of this version"),
         (lambda data: b"", "r", "not of this version"),
-        (other_version, "r", "not of this version"),
+        (lambda data: data.replace(b"point 1\n", b"point 0\n", 1), "r", "not of this version"),
         (lambda data: data, "s", "of another run"),
     ],
 )
@@ -539,19 +520,6 @@ def test_bf16():
     assert there.history[0]["train_loss"] == pytest.approx(here.history[0]["train_loss"], rel=0.1)
 
 
-def test_the_seconds_of_a_resumed_run_add_up(tmp_path, monkeypatch):
-    """A clock that ticks once a reading: what counts is what the loop adds, not how long it is."""
-    ticks = iter(range(10**6))
-    monkeypatch.setattr(loop.time, "perf_counter", lambda: next(ticks))
-    options = options_in(tmp_path)
-    with pytest.raises(KilledError):
-        fit(batches=Fragile(6), **options)
-    saved = read_checkpoint(tmp_path / "c", "r")["state"]["seconds"]
-    assert saved >= 6
-    made = fit(**options)
-    assert made.seconds >= saved + 10
-
-
 def test_time_between_two_steps_counts_for_nothing(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(loop.time, "perf_counter", lambda: now[0])
@@ -573,28 +541,20 @@ def looped(method, seed, recipe):
     generator = torch.Generator().manual_seed(seed)
     context = Context((example,), scored, generator=generator, weight_decay=recipe.weight_decay)
     net = randomise(BatchNormNet()).to(memory_format=torch.channels_last)
-    return Loop(net, method, recipe, train, context, score, seed=seed)
-
-
-def score(net):
-    """As `prune` scores by default."""
-    with evaluating(net), torch.no_grad():
-        ((x, y),) = toy_batches(seed=9).ordered(512)
-        output = net(x)
-        right = int((output.argmax(1) == y).sum())
-        return {"top1": right / len(y), "loss": scored(output, x, y).item() * len(y) / len(y)}
+    return Loop(net, method, recipe, train, context, dict, seed=seed)
 
 
 def test_two_trainings_in_turns_are_each_as_if_alone():
-    recipe = Recipe(epochs=EPOCHS, lr=0.01, weight_decay=1e-3, period=1)
+    recipe = Recipe(epochs=2, lr=0.01, weight_decay=1e-3, period=1)
     loops = [looped(gated(), seed, recipe) for seed in (3, 4)]
     rows = list(zip(*(each.steps() for each in loops), strict=True))
-    assert [row is not None for row, _ in rows] == [False, False, False, True] * EPOCHS
+    assert [row is not None for row, _ in rows] == [False, False, False, True] * 2
     for each, seed in zip(loops, (3, 4), strict=True):
-        alone = fit(gated(), seed=seed)
-        assert each.state.history == alone.history
+        alone = looped(gated(), seed, recipe)
+        list(alone.steps())
+        assert each.state.history == alone.state.history
         state = each.finish().state_dict()
-        for name, value in alone.model.state_dict().items():
+        for name, value in alone.finish().state_dict().items():
             assert torch.equal(value, state[name])
 
 
