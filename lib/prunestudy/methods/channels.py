@@ -274,16 +274,13 @@ def become(model: nn.Module, small: nn.Module) -> None:
 
 def _useless(group: shrink.Group, silent: set[str]) -> bool:
     """Whether all producers or all consumers of the channels of `group` are silent."""
-    return any(
-        all(member.layer in silent for member in group.having(role))
-        for role in (PRODUCES, CONSUMES)
-        if group.having(role)
-    )
+    layers = [{m.layer for m in group.having(role)} for role in (PRODUCES, CONSUMES)]
+    return any(each and each <= silent for each in layers)
 
 
 def _alone(layer: nn.Module, kind: str, size: int) -> float:
     """What the outputs cost whatever the inputs: depth-wise kernels, batch norm, biases."""
+    follows = is_follower(layer)
     if kind == "macs":
-        return size if is_follower(layer) else 0
-    own = [p for name, p in layer.named_parameters() if is_follower(layer) or name != "weight"]
-    return sum(p.numel() for p in own)
+        return size if follows else 0
+    return sum(p.numel() for name, p in layer.named_parameters() if follows or name != "weight")

@@ -33,15 +33,13 @@ Ours ([O], ablated where the card says so):
   layer is 0, no gate has a resting point, and all would fall ([D]). The step that meets the target
   closes the smallest gates first, and no more than needed.
 - Each gate's learning rate is divided by its share c of the dense net (`pace` "equal"), so that
-  gates that nothing holds fall together, and benefit per cost decides. With one rate for all
-  ("by_share") the expensive channels are gone before a cheap one has moved.
-- If the target is not met when eps reaches its floor, the channels nearest to closing are closed
-  as well; the record counts them.
-- One channel stays wherever no skip carries the signal. A frozen gate that would end below 1/2 is
-  lifted, and counted. If the target is out of reach, the record says so (`target_met`).
+  benefit per cost decides. With one rate for all ("by_share") the expensive channels are gone
+  before a cheap one has moved.
+- If the target is not met when eps reaches its floor, the channels nearest to closing go as well
+  (`closed_late`). A frozen gate that would end below 1/2 is lifted (`lifted`).
+- One channel stays wherever no skip carries the signal, even if the target is then out of reach.
 
-The host closes, steers and shrinks eps in `update`. With a period above 1 that is up to period - 1
-steps later; until then a gate that would close keeps its value, without gradient.
+A gate that reaches 0 between two updates keeps its value, without gradient, until the next.
 """
 
 import math
@@ -80,10 +78,9 @@ class _Gates(nn.Module):
 class GDP(Channelled):
     """Gates that polarise to exactly 0 or close to 1, to a target in one run.
 
-    `gate_lr`: the learning rate of t (no momentum, no weight decay); `eps_start`, `eps_end`: eps
-    falls geometrically between them over `eps_share` of the steps; `ramp`: share of the steps in
-    which the cost is to fall to the target; `pace`: how the gates' learning rates differ, see
-    above; `groups`: names of the dependency groups to gate, separated by spaces, all if empty.
+    `gate_lr`: the learning rate of t; `eps_start`, `eps_end`: eps falls geometrically between them
+    over `eps_share` of the steps; `ramp`, `pace`: see above; `groups`: names of the dependency
+    groups to gate, separated by spaces, all if empty.
     """
 
     name, title = "gdp", "GDP (ours)"

@@ -15,7 +15,6 @@ exploits; the sparsity grows gradually (paper: abstract). The formulas are our r
 | W | `MagnitudeAttention.weights`, dense, never overwritten by zeros |
 | M | `Attention.mask` |
 | A, n | `Attention.attention`, `Attention.scale` |
-| alpha | `alpha` |
 | e_t | `ramp`, a share of all steps; exploitation begins there or at `exploit_from` |
 
 With alpha = 0 and without exploitation this is DPF (weights.py), bit for bit. Only a net-wide n
@@ -72,11 +71,9 @@ class Attention(Mask):
 class MagnitudeAttention(Masked):
     """A mask with an attention by magnitude in both passes, which freezes in the last part.
 
-    Our readings of what the paper leaves open; shares are of all steps. `scope`: which layers
-    are pruned, see `layers_in`; `ramp`: e_t, the share in which the sparsity grows; `period`:
-    steps between masks; `alpha`: strength of the attention; `norm`: what n is; `exploitation`:
-    whether the mask freezes, at `exploit_from` (None: at the end of `ramp`); `passes`: where A is
-    used; `differentiate`: the derivative through A, too.
+    Shares are of all steps. `scope`: which layers, see `layers_in`; `ramp`: e_t; `period`: steps
+    between masks; `norm`: what n is; `exploitation`: whether the mask freezes, at `exploit_from`
+    (None: at the end of `ramp`); `passes`: where A is used; `differentiate`: through A, too.
     """
 
     name, title = "magnitude_attention", "magnitude attention (ours)"

@@ -26,9 +26,8 @@ straight-through gradient is -(1 - g) w^2 H (H the curvature), so a gate rests a
 1 - lambda2 / (w^2 H) and crosses 0.5 where w^2 H / 2 = lambda2: Optimal Brain Damage's saliency.
 With the deterministic draw nothing answers lambda2 until a weight is cut.
 
-Unknown in the paper, ours here: how gates start, their optimiser (Adam), that lambda2 is steered
-to a target share, the ramp of lambda1, and that at `harden` (share of the steps) exactly the
-top-k gates are kept (ties by |w|) and the kept weights fine-tuned.
+Unknown in the paper, ours here: all settings of `SparseGates`, that lambda2 is steered to a target
+share, and that at `harden` exactly the top-k gates are kept (ties by |w|).
 """
 
 from typing import Annotated, Any, Literal
@@ -54,7 +53,7 @@ class Gate(Mask):
         super().__init__(weight)
         self.gate = nn.Parameter(torch.full_like(weight, initial))
         self.generator = generator
-        self.hard = self.bernoulli = self.sample_in_eval = False
+        self.hard = self.bernoulli = False
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return w z (same shape)."""
@@ -65,8 +64,7 @@ class Gate(Mask):
 
     def draw(self) -> Tensor:
         """Return z, zeros and ones in the shape of the weight."""
-        sampling = self.training or self.sample_in_eval
-        if sampling and self.bernoulli:
+        if self.training and self.bernoulli:
             noise = torch.empty_like(self.gate).uniform_(generator=self.generator)
             return torch.lt(noise, self.gate.detach(), out=noise)
         return self.at_test()
@@ -79,12 +77,11 @@ class Gate(Mask):
 class SparseGates(Masked):
     """Gate variables on single weights, from a dense start, to an exact kept share.
 
-    Our readings of what the paper leaves open; shares are of the steps. `scope`: which layers, see
-    `layers_in`; `draw`: how z is drawn while gates train ("a_then_b": half of the time each);
-    `initial` gate; `gate_optimizer`, `gate_lr`; `bimodal`: lambda1 / lambda2 at the end, 0 for
-    none; `ramp`: share of the gate phase in which the kept share falls to the target; `harden`:
-    share of all steps after which gates are decided; `gate_phase_lr`: weights' learning rate until
-    then, times the recipe's.
+    Shares are of the steps. `scope`: which layers, see `layers_in`; `draw`: how z is drawn while
+    gates train ("a_then_b": half of the time each); `initial` gate; `gate_optimizer`, `gate_lr`;
+    `bimodal`: lambda1 / lambda2 at the end, 0 for none; `ramp`: share of the gate phase in which
+    the kept share falls to the target; `harden`: share of all steps after which gates are decided;
+    `gate_phase_lr`: weights' learning rate until then, times the recipe's.
     """
 
     name, title = "sparse_gates", "gate variables (ours)"

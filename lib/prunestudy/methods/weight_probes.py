@@ -1,6 +1,5 @@
 """What figures show of methods on single weights: gates, the trail of a mask, attention."""
 
-import contextlib
 import math
 from typing import Any
 
@@ -19,7 +18,7 @@ _MOST = 50_000
 
 
 class Gates(Probe):
-    """Histograms of the gates by epoch, and the validation of a sampled net while they are open."""
+    """Histograms of the gates by epoch."""
 
     noted = ("histograms",)
 
@@ -32,27 +31,9 @@ class Gates(Probe):
         self.histograms.append(torch.histc(flat.cpu().float(), 40, 0, 1))
         return {}
 
-    def views(self) -> dict[str, contextlib.AbstractContextManager]:
-        """The sampled net, while gates are open."""
-        return {} if self.method.hard else {"sampled": self._sampled()}
-
     def arrays(self) -> dict[str, np.ndarray]:
         """`gate_histograms` (epochs, 40 bins over 0-1)."""
         return {"gate_histograms": torch.stack(self.histograms).numpy()} if self.histograms else {}
-
-    @contextlib.contextmanager
-    def _sampled(self):
-        gates = self.method.masks
-        generator, bernoulli = gates[0].generator, gates[0].bernoulli
-        # Draws of its own: looking must not change the training.
-        own = torch.Generator(gates[0].gate.device).manual_seed(0)
-        for each in gates:
-            each.generator, each.bernoulli, each.sample_in_eval = own, True, True
-        try:
-            yield
-        finally:
-            for each in gates:
-                each.generator, each.bernoulli, each.sample_in_eval = generator, bernoulli, False
 
 
 class Trail(Probe):
@@ -191,7 +172,7 @@ class Trail(Probe):
         return {name: np.array(values, np.int32) for name, values in found.items()}
 
 
-class AttentionTrail(Trail):
+class Attentions(Trail):
     """The trail, and histograms of the attention by epoch, of all and of kept weights."""
 
     noted = (*Trail.noted, "histograms")

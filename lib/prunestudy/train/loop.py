@@ -186,17 +186,15 @@ class Loop:
             self.diverged = True
             return {}
         row = {"epoch": epoch + 1, "phase": self.phases[self.state.phase].name, "train_loss": loss}
-        row |= self._validate() | self.method.log() | self.probe.row()
+        row |= {f"validation_{key}": value for key, value in self.score(self.model).items()}
+        row |= self.method.log() | self.probe.row()
         for name, view in self.probe.views().items():
             with view:
-                seen = self._validate()
-            row |= {f"{key}_{name}": value for key, value in seen.items() if "loss" not in key}
+                seen = self.score(self.model)
+            row |= {f"validation_{key}_{name}": n for key, n in seen.items() if key != "loss"}
         self._sum.zero_()
         self._count = 0
         return row
-
-    def _validate(self) -> dict[str, float]:
-        return {f"validation_{name}": value for name, value in self.score(self.model).items()}
 
     def _clock(self, since: float, checkpoint: Path | None, every: float, run: str) -> None:
         """Count the time spent, and save what is due."""
