@@ -191,7 +191,7 @@ class Loop:
         for name, view in self.probe.views().items():
             with view:
                 seen = self.score(self.model)
-            row |= {f"validation_{key}_{name}": n for key, n in seen.items() if key != "loss"}
+            row |= {f"validation_{key}_{name}": n for key, n in seen.items() if "loss" not in key}
         self._sum.zero_()
         self._count = 0
         return row
