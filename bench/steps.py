@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from common import BATCH, MOST_PAIRS, Ratio, Row, compare, main, noise, usual_loader
 from prunestudy import datasets, methods, models
+from prunestudy.methods import Context
 from prunestudy.train import Loop, Recipe
 
 
@@ -19,11 +20,14 @@ def training(
     batches: datasets.Batches,
     precision: str = "fp32",
 ) -> Iterator[Any]:
-    """The loop of `train` on `batches`, to be advanced by steps."""
+    """The loop that `prune` runs, on `batches`, to be advanced by steps."""
     net = models.build(model, (info.channels, info.height, info.width), info.num_classes)
-    # Of so many epochs that a look sees its first phase.
+    net = net.to(memory_format=torch.channels_last)
+    example = next(batches.ordered(2))[0]
+    context = Context((example,), lambda output, x, y: F.cross_entropy(output, y))  # noqa: ARG005
+    # So many epochs that a look sees the first phase.
     recipe = Recipe(epochs=100, lr=1e-3)
-    return Loop(net, method, recipe, batches, batches, seed=0, precision=precision).steps()
+    return Loop(net, method, recipe, batches, context, dict, precision=precision).steps()
 
 
 def over_dense(

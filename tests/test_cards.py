@@ -1,7 +1,5 @@
 """What a card may say, and what it says once for several places."""
 
-from functools import partial
-
 import pytest
 from conftest import CARD, one_line, refused
 
@@ -59,7 +57,7 @@ def test_a_card_without_a_citation_has_runs_and_no_claims_and_comes_last(card_fi
     assert papers.card("sum").year is None
 
 
-AGAINST, JOB, DENSE = 'against = ["random"]', 'job = "seed"', '{ method = "dense" }'
+AGAINST, TIME, DENSE = 'against = ["random"]', 'time = "a second"', '{ method = "dense" }'
 EXTRA = "extra inputs are not permitted"
 
 
@@ -70,7 +68,6 @@ EXTRA = "extra inputs are not permitted"
         ('id = "toy"', 'id = "toy"\n    tittle = "x"', "tittle", EXTRA),
         ('title = "A toy"', "", "title", "field required"),
         ("year = 2000", 'year = "2000"', "year", "valid integer"),
-        ("year = 2000", "", "as a whole", "the citation lacks year"),
         ('mark = "O"', 'mark = "O"\n    marc = "O"', "claims.0.marc", EXTRA),
         ('mark = "O"', 'mark = "X"', "claims.0.mark", "input should be 'p', 's'"),
         (
@@ -86,10 +83,15 @@ EXTRA = "extra inputs are not permitted"
         (AGAINST, "where = { nets = [] }", "claims.0.tests.0.where.nets.[key]", "'models', "),
         (AGAINST, "at_least = { digits = 0.1 }", "claims.0.tests.0", "needs one for all other"),
         ("[profiles.quick]", "[profiles.fast]", "profiles.fast.[key]", "input should be 'quick'"),
-        (JOB, 'jobs = "seed"', "profiles.quick.jobs", EXTRA),
-        (JOB, 'precision = "fp16"', "profiles.quick.precision", "input should be 'fp32'"),
-        (JOB, "threads = 0", "profiles.quick.threads", "greater than or equal to 1"),
-        (JOB, "start = 3", "profiles.quick.start", EXTRA),
+        (TIME, f'{TIME}\n    jobs = "seed"', "profiles.quick.jobs", EXTRA),
+        (
+            TIME,
+            f'{TIME}\n    precision = "fp16"',
+            "profiles.quick.precision",
+            "input should be 'fp32'",
+        ),
+        (TIME, f"{TIME}\n    threads = 0", "profiles.quick.threads", "greater than or equal to 1"),
+        (TIME, f"{TIME}\n    start = 3", "profiles.quick.start", EXTRA),
         ("validation = 200", "valid = 3", f"{FIRST}.valid", EXTRA),
         ("recipe = { epochs = 1,", "recipe = { epoch = 1,", f"{FIRST}.recipe.epochs", "required"),
         ("seeds = 1", "seeds = 0", f"{FIRST}.seeds", "greater than or equal to 1"),
@@ -127,30 +129,9 @@ def test_a_wrong_card_is_refused_in_one_line(card_file, old, new, where, what):
     assert what in one_line(caught)
 
 
-def test_a_citation_is_whole_and_claims_have_one(card_file):
-    for gone, why in (
-        (CITATION[:3], "the citation lacks authors, venue, year"),
-        (CITATION, "claims, published numbers and unknowns are a paper's: cite it"),
-    ):
-        path = card_file(without(CARD, *gone))
-        refused(partial(papers.read_card, path), f"card toy.toml: as a whole: value error, {why}")
-
-
 def test_a_claim_that_cannot_be_tested(card_file):
     card = papers.read_card(card_file(CARD[:TESTS] + 'not_testable = "why"\n' + CARD[QUICK:]))
     assert (card.claims[0].tests, card.claims[0].not_testable) == ((), "why")
-
-
-def test_ranks_have_one_value_a_layer_and_none_above_the_full_one():
-    values = dict.fromkeys(("text", "method", "model", "dataset", "source"), "x")
-    values |= {"mark": "P", "layers": ("a", "b"), "full": (4, 5), "ranks": (4, 1)}
-    assert papers.PublishedRanks(**values).ranks == (4, 1)
-    for wrong in ({"ranks": (4,)}, {"gpu": (1.0,)}):
-        with pytest.raises(ValueError, match="differ in length"):
-            papers.PublishedRanks(**values | wrong)
-    for ranks in ((5, 1), (4, 0)):
-        with pytest.raises(ValueError, match="a rank is above the full one, or below 1"):
-            papers.PublishedRanks(**values | {"ranks": ranks})
 
 
 def test_a_margin_may_differ_by_data_set():
@@ -176,6 +157,13 @@ def test_what_the_cards_name_is_there(card):
         assert number.kept is None or 0 < number.kept < 1
         assert number.source
     assert all(unknown.reading for unknown in card.unknown)
+    citation = [bool(value) for value in (card.authors, card.venue, card.year, card.arxiv)]
+    assert len(set(citation)) == 1
+    assert card.is_paper or not (card.claims or card.published or card.ranks or card.unknown)
+    for table in card.ranks:
+        columns = (table.full, table.ranks, table.gpu, table.cpu, table.theory)
+        assert {len(column) for column in columns if column} == {len(table.layers)}
+        assert all(0 < rank <= full for rank, full in zip(table.ranks, table.full, strict=True))
 
 
 def test_defaults_sets_rows_and_readings_are_written_out(card_file):
@@ -222,5 +210,5 @@ def test_defaults_sets_rows_and_readings_are_written_out(card_file):
 
 
 def test_a_profiles_default_is_checked_in_its_experiments(card_file):
-    text = CARD.replace("    seeds = 1\n", "").replace(JOB, "seeds = 0")
+    text = CARD.replace("    seeds = 1\n", "").replace(TIME, f"{TIME}\n    seeds = 0")
     refused(lambda: papers.read_card(card_file(text)), f"card toy.toml: {FIRST}.seeds: ")

@@ -38,7 +38,7 @@ class DepthwiseNet(nn.Module):
 NETS = {
     "lenet5": (lambda: models.build("lenet5", (1, 16, 16), 10), 16),
     "mlp": (lambda: models.build("mlp", (1, 8, 8), 10), 8),
-    "resnet8": (lambda: models.ResNet(8, (1, 8, 8), 10), 8),
+    "resnet8": (lambda: models.resnet(8, (1, 8, 8), 10), 8),
     "batch_norm": (BatchNormNet, 8),
     "depthwise": (DepthwiseNet, 8),
 }
@@ -265,7 +265,7 @@ def test_slimming_adds_the_sign_of_the_scales_and_refuses_nets_without():
     for step in (1, 12):  # of fine-tuning, nothing is added
         method.after_backward(method.at(step, 12, torch.tensor(0.0)))
         assert net[2].weight.grad.tolist() == [1.25, 0.75, 1.0]
-    why = "model = 'LeNet5': network_slimming needs a net with batch norm"
+    why = "model = 'Sequential': network_slimming needs a net with batch norm"
     refused(lambda: method.check(net_of("lenet5")), why)
     refused(lambda: method.attach(net_of("lenet5"), None), why)
 

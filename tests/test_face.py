@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import prunestudy as ps
 
@@ -185,10 +185,27 @@ def test_several_inputs_and_a_regression(name, form):
     assert result.model(a, b).shape == (64, 1)
 
 
+class Short:
+    """Says that it has more batches than it gives."""
+
+    def __len__(self):
+        return 9
+
+    def __iter__(self):
+        return iter(loader())
+
+
+class Endless(IterableDataset):
+    """A data set without a length."""
+
+    def __iter__(self):
+        return iter(loader().dataset)
+
+
 @pytest.mark.parametrize(
     ("change", "line"),
     [
-        ({"model": 3}, "model = 'int': a torch module"),
+        ({"model": 3}, "model = 'int': a torch module, not a scripted one"),
         ({"method": "gdp"}, "method = 'str': a method such as GDP(target=0.5)"),
         ({"recipe": {"epochs": 1}}, "recipe = 'dict': a Recipe"),
         ({"train": 3}, "train = 'int': batches (x, y) with a length, such as a DataLoader"),
@@ -197,13 +214,33 @@ def test_several_inputs_and_a_regression(name, form):
         ({"validation": iter([])}, "validation = 'list_iterator': batches (x, y) with a length"),
         ({"loss": 5}, "loss = 'int': a function of (output, y) or (output, x, y)"),
         ({"loss": lambda output, y: output}, "loss = '<lambda>': a function that gives one number"),
-        ({"loss": F.mse_loss}, "loss = 'mse_loss': fails on a batch of train: "),
+        ({"loss": F.mse_loss}, "loss = 'mse_loss': fails on a batch: "),
+        ({"train": Short()}, "train = 'Short': ends after 6 batches, its length is 9"),
+        ({"train": [*loader(), (torch.zeros(0, 1, 8, 8), 0)]}, "train = [(0, 1, 8, 8)]: x is a"),
+        ({"train": [*loader(), (torch.zeros(2, 2, 8, 8), 0)]}, "train = 'batch 6': cannot be used"),
+        ({"train": DataLoader(Endless(), 4)}, "train = 'DataLoader': batches (x, y) with a length"),
+        ({"train": [({"y": torch.zeros(2, 1, 8, 8)}, 0)]}, "train = ['y']: not what forward takes"),
+        ({"train": [(torch.zeros(2, 1, 8, 8), torch.zeros(2))]}, "y = (2,): the shape of the"),
+        ({"example": torch.zeros(2, 3)}, "example = [(2, 3)]: MyNet does not take it"),
+        ({"metric": lambda net, batches: "good"}, "metric = '<lambda>': fails on a batch: could"),
+        ({"metric": lambda net, batches: {}}, "metric = '<lambda>': fails on a batch: gives no"),
+        ({"metric": 3}, "metric = 3: a function of (model, batches)"),
+        ({"metrics": 3}, "metrics = 'int': a Metrics"),
+        ({"seed": -1}, "seed = -1: a whole number of at least 0"),
+        ({"seed": 1.5}, "seed = 1.5: a whole number of at least 0"),
+        ({"device": "gpu"}, "device = 'gpu': "),
+        ({"device": "meta"}, "device = 'meta': a device that computes"),
+        ({"checkpoint": "/nowhere/x"}, "checkpoint = '/nowhere/x': a file in a folder that exists"),
+        ({"checkpoint": 3}, "checkpoint = 3: the path of a file"),
+        ({"model": MyNet().to("meta")}, "model = 'MyNet': 'stem.weight' has no values yet"),
+        ({"model": nn.Sequential(nn.LazyLinear(3))}, "model = 'Sequential': '0.weight' has no"),
+        ({"model": MyNet().requires_grad_(False)}, "model = 'MyNet': a net with parameters that"),
         ({"precision": "fp16"}, "precision = 'fp16': allowed are fp32, tf32, bf16"),
     ],
 )
 def test_wrong_arguments_are_refused_in_one_line(change, line):
     options = {"model": MyNet(), "method": ps.Magnitude(target=0.5), "train": loader()}
-    options |= {"recipe": ps.Recipe(epochs=1, lr=0.1)} | change
+    options |= {"recipe": ps.Recipe(epochs=1, lr=0.1), "validation": loader()} | change
     with pytest.raises(ps.InputError) as caught:
         ps.prune(**options)
     assert str(caught.value).startswith(line)
@@ -217,6 +254,57 @@ def test_wrong_targets_are_refused_in_one_line(target, of):
     with pytest.raises(ps.InputError) as caught:
         ps.GDP(target=target, of=of)
     assert str(caught.value).startswith("of = 'x'" if of == "x" else f"target = {target!r}")
+
+
+def test_a_wrong_recipe_is_refused_in_one_line():
+    with pytest.raises(ps.InputError, match=r"^epochs = 1\.5: input should be a valid integer$"):
+        ps.Recipe(epochs=1.5, lr=0.1)
+
+
+@pytest.mark.parametrize("keep", [[True, False], torch.ones(8) > 0, [0.5], 3, None, "01"])
+def test_only_numbers_of_channels_are_kept(keep):
+    with pytest.raises(ps.InputError, match=r"^keep\['stem'\] = .*: numbers of channels"):
+        ps.remove(MyNet(), {"stem": keep}, torch.randn(2, 1, 8, 8))
+
+
+def test_what_is_no_net_or_no_path_is_refused_in_one_line(tmp_path):
+    x = torch.randn(2, 1, 8, 8)
+    for function in (ps.groups, lambda net, x: ps.remove(net, {}, x), ps.shrink_to):
+        with pytest.raises(ps.InputError, match=r"^model = 'int': a torch module"):
+            function(3, *([0.5] if function is ps.shrink_to else []), x)
+    for path in (None, 3, b"net", "a\0b"):
+        with pytest.raises(ps.InputError, match=r"^path = .*: the path of a file"):
+            ps.save(MyNet(), path)
+        with pytest.raises(ps.InputError, match=r"^path = .*: the path of a file"):
+            ps.load(path, MyNet())
+
+
+def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
+    path, recipe = tmp_path / "run", ps.Recipe(epochs=1, lr=0.1)
+    options = {"train": loader(), "recipe": recipe, "checkpoint": path, "checkpoint_seconds": 0}
+    ps.prune(MyNet(), ps.Magnitude(target=0.5), **options)
+    assert ps.prune(MyNet(), ps.Magnitude(target=0.5), **options).status == "done"
+    with pytest.raises(ps.InputError, match="of another run; delete it"):
+        ps.prune(MyNet(), ps.Magnitude(target=0.9), **options)
+
+
+def test_low_rank_twice_comes_back_from_the_file(tmp_path):
+    net, x = MyNet(), torch.randn(3, 1, 8, 8)
+    for _ in range(2):
+        method = ps.PlainLowRank(target=0.4, of="rank")
+        net = ps.prune(net, method, loader(), ps.Recipe(epochs=1, lr=0.02)).model
+    ps.save(net, tmp_path / "net")
+    assert torch.equal(ps.load(tmp_path / "net", MyNet())(x), net(x))
+
+
+def test_a_repeated_module_under_soft_coefficients():
+    torch.manual_seed(0)
+    conv = nn.Conv2d(8, 8, 3, padding=1)
+    body = (nn.Conv2d(1, 8, 3), nn.ReLU(), conv, nn.ReLU(), conv, nn.ReLU())
+    net = nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+    result = ps.prune(net, ps.ComponentAware(target=0.4), loader(), ps.Recipe(epochs=1, lr=0.02))
+    assert result.model[2] is result.model[4]
+    assert result.model[2].out_channels < 8
 
 
 def test_numbers_of_numpy_and_torch_are_numbers():

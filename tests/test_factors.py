@@ -5,10 +5,12 @@ import pytest
 import torch
 from conftest import BatchNormNet, apart, one_line, randomise
 from torch import nn
+from torch.nn.utils import prune
 
 from prunestudy import measure, models, shrink
 from prunestudy.errors import InputError
-from prunestudy.shrink import factors
+from prunestudy.methods import filter_probes
+from prunestudy.shrink import factors, ranks
 
 # conv1 and 18 block convolutions of ResNet-20: filters, channels, output positions.
 RESNET20 = (
@@ -40,6 +42,18 @@ def diagonal(values, dtype=torch.float64):
     net = nn.Sequential(nn.Linear(len(values), len(values), dtype=dtype))
     net[0].weight.data = torch.diag(torch.tensor(values, dtype=dtype))
     return net
+
+
+def pairs_of(model):
+    """The factors in `model`, by the name of the layer that they replaced."""
+    return {
+        name: m
+        for name, m in model.named_modules()
+        if type(m) is nn.Sequential
+        and len(m) == 2
+        and type(m[0]) is type(m[1])
+        and getattr(m[0], "bias", 0) is None
+    }
 
 
 def lost(whole, rank):
@@ -74,7 +88,7 @@ def test_the_speed_up_of_resnet20_from_the_authors_ranks(found, derived):
     names = list(factors.layers_to_factorise(net))
     assert [net.get_submodule(n).weight.shape[:2] for n in names] == [r[:2] for r in RESNET20]
     macs = measure.layer_macs(net, torch.zeros(1, 3, 32, 32))
-    got = factors.speed_up_at(net, macs, dict(zip(names, found, strict=True)))
+    got = filter_probes.speed_up_at(net, macs, dict(zip(names, found, strict=True)))
     dense = sum(n * c * 9 * at for n, c, at in RESNET20)
     low = sum(m * (c * 9 + n) * at for (n, c, at), m in zip(RESNET20, found, strict=True))
     assert got == pytest.approx(dense / low, rel=1e-12)
@@ -131,7 +145,7 @@ def test_convolutions_in_one_and_three_dimensions_equal_their_factors(kind, grou
     assert apart(pair(x), whole(x)) < 1e-9
     assert [type(part) for part in pair] == [kind, kind]
     net = shrink.factorise(nn.Sequential(whole), shrink.ranks_by_energy(nn.Sequential(whole), 0.7))
-    assert list(factors.pairs_of(net)) == ["0"]
+    assert list(pairs_of(net)) == ["0"]
     rank = len(net[0][0].weight)
     assert shrink.layer_speed_up(whole, rank) == 8 * whole.weight[0].numel() / (
         rank * (whole.weight[0].numel() + 8 / groups)
@@ -160,7 +174,7 @@ def test_the_two_variants_are_one_product_in_different_halves():
 @pytest.mark.parametrize("ratio", [0.5, 0.8, 0.95, 0.99])
 def test_the_energy_lost_at_a_ratio_is_at_most_its_rest_and_one_rank_less_loses_more(ratio, groups):
     whole = layer(groups=groups, seed=3)
-    rank = factors.rank_at(whole, ratio)
+    rank = shrink.rank_at(whole, ratio)
     assert lost(whole, rank) <= 1 - ratio
     if rank > groups:
         assert lost(whole, rank - groups) > 1 - ratio
@@ -169,11 +183,11 @@ def test_the_energy_lost_at_a_ratio_is_at_most_its_rest_and_one_rank_less_loses_
 def test_rank_by_energy_on_known_singular_values():
     whole = diagonal([2.0, 1.0, 1.0, 0.0])[0]  # squares 4, 1, 1: shares 2/3, 5/6, 1
     shares = torch.tensor([2 / 3, 5 / 6, 1, 1], dtype=torch.float64)
-    assert torch.allclose(factors.energy_shares(whole), shares)
-    found = [factors.rank_at(whole, r) for r in (0.6, 0.7, 0.83, 0.84, 1)]
+    assert torch.allclose(shrink.energy_shares(whole), shares)
+    found = [shrink.rank_at(whole, r) for r in (0.6, 0.7, 0.83, 0.84, 1)]
     assert found == [1, 2, 2, 3, 4]
     # the norm reaches 0.7 where the energy reaches 0.49
-    assert [factors.rank_at(whole, r, "svd") for r in (0.7, 0.8, 0.85)] == [1, 1, 2]
+    assert [shrink.rank_at(whole, r, "svd") for r in (0.7, 0.8, 0.85)] == [1, 1, 2]
 
 
 def test_groups_share_a_rank_and_never_mix():
@@ -181,9 +195,9 @@ def test_groups_share_a_rank_and_never_mix():
     # the first group has one direction, the second has two of equal energy
     rows = [[1.0, 0.0], [2.0, 0.0], [1.0, 0.0], [0.0, 1.0]]
     whole.weight.data = torch.tensor(rows, dtype=torch.float64).view(4, 2, 1, 1)
-    assert factors.energy_shares(whole).tolist() == pytest.approx([6 / 7, 1])
-    assert factors.rank_at(whole, 0.85) == 2
-    assert factors.rank_at(whole, 0.9) == 4
+    assert shrink.energy_shares(whole).tolist() == pytest.approx([6 / 7, 1])
+    assert shrink.rank_at(whole, 0.85) == 2
+    assert shrink.rank_at(whole, 0.9) == 4
     pair = shrink.factorise_layer(whole, 2)
     assert [part.groups for part in pair] == [2, 2]
     assert torch.allclose(factors.merged(pair)[:2], whole.weight[:2])
@@ -192,11 +206,11 @@ def test_groups_share_a_rank_and_never_mix():
 
 def test_a_layer_of_zeros_has_rank_one_and_a_broken_one_none():
     net = diagonal([0.0, 0.0])
-    assert factors.rank_at(net[0], 0.95) == 1
+    assert shrink.rank_at(net[0], 0.95) == 1
     assert not factors.merged(shrink.factorise_layer(net[0], 1)).any()
     net[0].weight.data[0, 0] = math.nan
     with pytest.raises(InputError, match=r"^weight = 'not finite'"):
-        factors.rank_at(net[0], 0.95)
+        shrink.rank_at(net[0], 0.95)
 
 
 def test_narrowing_a_pair_keeps_what_its_basis_keeps():
@@ -236,7 +250,7 @@ def test_a_net_factorised_at_full_rank_equals_the_net(name, dtype, most):
     every = ("conv*", "*fc*") if name != "resnet20" else ("stage*.conv?", "*shortcut*", "fc")
     small = shrink.factorise(net, shrink.ranks_by_share(net, 1.0, every))
     x = torch.randn(4, 1, side, side, dtype=dtype)
-    assert len(factors.pairs_of(small)) >= 3
+    assert len(pairs_of(small)) >= 3
     assert apart(small(x), net(x)) < most
     assert not small.training
     assert not any(p.requires_grad for p in small.parameters())
@@ -269,37 +283,28 @@ def test_a_budget_of_macs_is_kept_and_shared_at_one_ratio_of_energy(share):
     torch.manual_seed(0)
     net, shape = models.build("convnet", (1, 8, 8), 10), (1, 8, 8)
     found = shrink.ranks_by_macs(net, measure.layer_macs(net, torch.zeros(1, *shape)), share)
-    small = shrink.factorise(net, found)
-    assert measure.macs(small, torch.zeros(1, *shape)) <= share * measure.macs(
-        net, torch.zeros(1, *shape)
-    )
+    x = torch.zeros(1, *shape)
+    assert measure.macs(shrink.factorise(net, found), x) <= share * measure.macs(net, x)
     # all layers keep the same share of energy, and a little more of it breaks the budget
-    least = min(float(factors.energy_shares(net.get_submodule(n))[m - 1]) for n, m in found.items())
-    assert factors.cheaper(net, shrink.ranks_by_energy(net, least)) == found
-    more = factors.cheaper(net, shrink.ranks_by_energy(net, least + 1e-12))
-    assert measure.macs(shrink.factorise(net, more), shape) > share * measure.macs(
-        net, torch.zeros(1, *shape)
-    )
+    least = min(float(shrink.energy_shares(net.get_submodule(n))[m - 1]) for n, m in found.items())
+    assert ranks.cheaper(net, shrink.ranks_by_energy(net, least)) == found
+    more = ranks.cheaper(net, shrink.ranks_by_energy(net, least + 1e-12))
+    assert measure.macs(shrink.factorise(net, more), x) > share * measure.macs(net, x)
 
 
 def test_speed_up_from_ranks_is_that_of_the_factors():
-    net, shape = models.build("lenet5", (1, 16, 16), 10), (1, 16, 16)
+    net, x = models.build("lenet5", (1, 16, 16), 10), torch.zeros(1, 1, 16, 16)
     found = {"conv1": 5, "conv2": 11, "fc1": 30}
-    small = shrink.factorise(net, found)
-    whole, part = (
-        measure.layer_macs(net, torch.zeros(1, *shape)),
-        measure.layer_macs(small, torch.zeros(1, *shape)),
-    )
-    expected = factors.speed_up_at(net, whole, found)
-    assert factors.speed_up_of_pairs(small, part) == pytest.approx(expected, rel=1e-12)
+    whole, part = (measure.layer_macs(n, x) for n in (net, shrink.factorise(net, found)))
     low = sum(macs for name, macs in part.items() if name.count(".") == 2)
-    assert sum(whole[f"{n}.weight"] for n in found) / low == pytest.approx(expected, rel=1e-12)
+    expected = sum(whole[f"{n}.weight"] for n in found) / low
+    assert filter_probes.speed_up_at(net, whole, found) == pytest.approx(expected, rel=1e-12)
 
 
 def test_layers_that_factors_would_not_help_stay_out():
     net = models.build("lenet5", (1, 16, 16), 10)  # conv1: 500 MACs a position, 45 for each rank
-    assert factors.cheaper(net, {"conv1": 11, "conv2": 50}) == {"conv1": 11}
-    assert factors.cheaper(net, {"conv1": 12, "conv2": 45}) == {"conv2": 45}
+    assert ranks.cheaper(net, {"conv1": 11, "conv2": 50}) == {"conv1": 11}
+    assert ranks.cheaper(net, {"conv1": 12, "conv2": 45}) == {"conv2": 45}
 
 
 class Owners(nn.Module):
@@ -313,26 +318,27 @@ class Owners(nn.Module):
         self.tied, self.other = nn.Linear(8, 8), nn.Linear(8, 8)
         self.other.weight = self.tied.weight
         self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))
+        self.masked = prune.l1_unstructured(nn.Linear(8, 8), "weight", 0.5)
 
     def forward(self, x):
         x = self.encoder(self.attention(x, x, x, need_weights=False)[0])
-        return self.normed(self.other(self.tied(self.again(self.twice(x)))))
+        return self.masked(self.normed(self.other(self.tied(self.again(self.twice(x))))))
 
 
 def test_layers_that_others_read_are_left_out_and_those_with_two_names_replaced_once():
     torch.manual_seed(0)
     net = Owners().double().eval()
-    names = ["twice", "tied", "other", "normed"]
+    names = ["twice", "tied", "other", "normed", "masked"]
     assert list(factors.layers_to_factorise(net, ("*",))) == names
     small = shrink.factorise(net, {"twice": 8, "normed": 8})
     assert small.twice is small.again
-    assert list(factors.pairs_of(small)) == ["twice", "normed"]
+    assert list(pairs_of(small)) == ["twice", "normed"]
     x = torch.randn(2, 3, 8, dtype=torch.float64)
     assert apart(small(x), net(x)) < 1e-9
-    line = r"^layers = 'attention\.\*': a layer of the net: twice, tied"
+    line = r"^layers = 'attention\.\*': a layer for factors: twice, tied"
     with pytest.raises(InputError, match=line):
         shrink.ranks_by_energy(net, 0.9, ("attention.*",))
-    with pytest.raises(InputError, match=r"^ranks = 'attention.out_proj': a layer of the net"):
+    with pytest.raises(InputError, match=r"^ranks = 'attention.out_proj': a layer for factors"):
         shrink.factorise(net, {"attention.out_proj": 2})
 
 
@@ -341,6 +347,7 @@ def test_layers_that_others_read_are_left_out_and_those_with_two_names_replaced_
     [
         ("tied", "shares a parameter with another layer; factors cannot"),
         ("normed", "its weight is computed from other tensors; make it a plain parameter first"),
+        ("masked", "its weight is computed from other tensors; make it a plain parameter first"),
     ],
 )
 def test_weights_that_are_not_a_layers_own_are_refused(name, why):
@@ -350,11 +357,6 @@ def test_weights_that_are_not_a_layers_own_are_refused(name, why):
         factors.factorise_in_place(net, {"twice": 2, name: 2})
     assert one_line(caught) == f"module = {name!r}: {why}"
     assert str(net) == before
-
-
-def test_a_depthwise_separable_convolution_is_no_pair():
-    separable = nn.Sequential(nn.Conv2d(4, 4, 3, groups=4, bias=False), nn.Conv2d(4, 8, 1))
-    assert not factors.pairs_of(nn.Sequential(separable))
 
 
 # --- bad input
@@ -396,8 +398,8 @@ def test_a_layer_that_does_not_exist_is_refused_and_the_net_is_left_alone():
     ):
         with pytest.raises(InputError) as caught:
             call()
-        assert one_line(caught).startswith("ranks = 'conv9': a layer of the net: conv1, conv2")
-    with pytest.raises(InputError, match=r"^layers = 'conv9\*': a layer of the net: conv1"):
+        assert one_line(caught).startswith("ranks = 'conv9': a layer for factors: conv1, conv2")
+    with pytest.raises(InputError, match=r"^layers = 'conv9\*': a layer for factors: conv1"):
         shrink.ranks_by_energy(net, 0.9, ("conv1", "conv9*"))
     with pytest.raises(InputError, match="a net with convolutions larger than 1x1"):
         shrink.ranks_by_energy(models.build("lenet300", (1, 8, 8), 10), 0.9)

@@ -1,32 +1,67 @@
+"""Force Regularization and its control: the force, its step, factors, rounds, what is recorded."""
+
 import copy
 import math
-from functools import cache
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
-from conftest import one_line, toy_batches
-from matplotlib import pyplot as plt
+import torch.nn.functional as F
+from conftest import apart, one_line
+from test_face import MyNet, loader
+from test_factors import Owners, pairs_of
 from torch import nn
 
-from prunestudy import measure, methods, models, papers, shrink
+import prunestudy as ps
+from prunestudy import measure, methods, models, shrink
 from prunestudy.errors import InputError
-from prunestudy.methods import Context, Progress, filters
+from prunestudy.methods import Context, filter_probes
 from prunestudy.methods.force import force, force_by_pairs
 from prunestudy.shrink import factors
-from prunestudy.study.figures import papers as drawings
-from prunestudy.study.plan import plan
-from prunestudy.study.records import Store, repository
-from prunestudy.study.session import Session
-from prunestudy.study.settings import own_settings
-from prunestudy.train import Recipe, train
 
 KINDS = ("l2", "l1")
 
 
 def weights(*shape, seed=0, dtype=torch.float64):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def convnet(seed=0, dtype=torch.float32):
+    torch.manual_seed(seed)
+    return models.build("convnet", (1, 8, 8), 10).to(dtype)
+
+
+def attached(net, name="force", target=0.05, of="energy", decay=0.0, **settings):
+    """The method on `net`, whose example is in the net's dtype."""
+    method = methods.build(name, settings, target, of)
+    x = weights(2, 1, 8, 8, dtype=next(net.parameters()).dtype)
+    method.attach(net, Context((x,), weight_decay=decay))
+    return method
+
+
+def stepped(method, net, step=1, steps=100, seed=1):
+    """Random gradients on `net`; return them before and after the method's hook."""
+    generator = torch.Generator().manual_seed(seed)
+    for p in net.parameters():
+        p.grad = torch.randn(p.shape, generator=generator, dtype=p.dtype)
+    before = {n: p.grad.clone() for n, p in net.named_parameters()}
+    method.after_backward(method.at(step, steps, torch.tensor(1.0)))
+    return before, {n: p.grad for n, p in net.named_parameters()}
+
+
+def pruned(net, method, epochs=3, shape=(1, 8, 8), validation=True, **options):
+    """`net` through `ps.prune` on random images of 4 classes, 6 steps an epoch, with its probe."""
+    recipe = ps.Recipe(epochs=epochs, lr=0.02, weight_decay=1e-3, period=options.pop("period", 1))
+    options = {"recipe": recipe, "probe": methods.probe_of(method.name)} | options
+    held_out = {"validation": loader(shape=shape, seed=1)} if validation else {}
+    return ps.prune(net, method, loader(shape=shape), **held_out, **options)
+
+
+def ranks_of(model):
+    return {name: len(pair[0].weight) for name, pair in pairs_of(model).items()}
+
+
+# --- the force
 
 
 def regulariser(weight, kind):
@@ -39,49 +74,6 @@ def regulariser(weight, kind):
     return 0.5 * distance.square().sum() if kind == "l2" else distance.sum()
 
 
-class Doubles:
-    """Batches in float64."""
-
-    def __init__(self, batches):
-        self.batches, self.info = batches, batches.info
-
-    def ordered(self, size):
-        return ((x.double(), y) for x, y in self.batches.ordered(size))
-
-
-def context(weight_decay=0.0, doubles=False):
-    held_out = Doubles(toy_batches(seed=1)) if doubles else toy_batches(seed=1)
-    return Context(toy_batches(), held_out, measure.Task(), torch.device("cpu"), weight_decay)
-
-
-def made(name="force", target=0.05, by="energy", prepared=None, **params):
-    method = methods.build(name, params, target, by)
-    method.prepare(None, prepared or context())
-    return method
-
-
-def convnet(seed=0, dtype=torch.float32):
-    torch.manual_seed(seed)
-    return models.build("convnet", (1, 8, 8), 10).to(dtype)
-
-
-def at(step=0, steps=100, phase="train"):
-    return Progress(phase, step, steps, step, steps)
-
-
-def stepped(method, net, step=0, seed=1):
-    """Random gradients on `net`; return them before and after the method's hook."""
-    generator = torch.Generator().manual_seed(seed)
-    for p in net.parameters():
-        p.grad = torch.randn(p.shape, generator=generator, dtype=p.dtype)
-    before = {n: p.grad.clone() for n, p in net.named_parameters()}
-    method.after_backward(net, at(step))
-    return before, {n: p.grad for n, p in net.named_parameters()}
-
-
-# --- the force
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [(5, 7), (6, 2, 3, 3), (2, 4)])
 def test_force_is_the_scaled_gradient_of_the_regulariser(shape, kind):
@@ -92,15 +84,37 @@ def test_force_is_the_scaled_gradient_of_the_regulariser(shape, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("groups", [1, 2])
-def test_closed_form_equals_the_sum_over_pairs(kind, groups):
+def test_closed_form_equals_the_sum_over_pairs_and_groups_stand_alone(kind):
     weight = weights(8, 3, 2, 2, seed=4)
-    got = force(weight, kind, groups)
-    assert got.shape == weight.shape
-    assert torch.allclose(got, force_by_pairs(weight, kind, groups), atol=1e-12)
-    if groups == 2:
-        halves = torch.cat([force(half, kind) for half in weight.split(4)])
-        assert torch.allclose(got, halves, atol=1e-12)
+    for groups in (1, 2):
+        got = force(weight, kind, groups)
+        assert got.shape == weight.shape
+        assert torch.allclose(got, force_by_pairs(weight, kind, groups), atol=1e-12)
+    halves = torch.cat([force(half, kind) for half in weight.split(4)])
+    assert torch.allclose(got, halves, atol=1e-12)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize(
+    ("distance", "most"),
+    [
+        (0.06, 1e-4),
+        *((d, 1e-6) for d in (0.04, 1e-2, 1e-3, 1e-4, 0.0)),
+        (1e-5, 1e-5),
+        (1e-6, 1e-3),  # float64 keeps 3 digits of 2 - 2 cos
+    ],
+)
+def test_l1_of_near_duplicates_in_float32_is_that_of_float64(distance, most, groups):
+    weight, aside = weights(16, 18), weights(16, 18, seed=1)
+    for i in (1, 9):  # turned from the filter before by this distance, at twice its length
+        one = weight[i - 1]
+        off = aside[i] - (aside[i] @ one) / (one @ one) * one
+        weight[i] = 2 * (one + distance * one.norm() * off / off.norm())
+    weight[4], weight[6] = 0, weight[5]
+    weight = weight.float()
+    got, wanted = force(weight, "l1", groups), force_by_pairs(weight.double(), "l1", groups)
+    assert not got[4].any()
+    assert float((got - wanted).norm(dim=1).div(wanted.norm(dim=1) + 1e-9).max()) < most
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -130,7 +144,6 @@ def test_coincident_opposite_and_zero_filters_give_no_nan_and_no_force(kind, dty
         assert float(got.abs().max()) < 1e-5
     other = torch.cat([weight, torch.tensor([[1.0, 0.0, 0.0]], dtype=dtype)])
     got = force(other, kind)
-    assert got.isfinite().all()
     assert not got[4:6].any()  # a filter without a direction is not pulled
     without = force(torch.cat([other[:4], other[6:]]), kind)
     assert torch.allclose(torch.cat([got[:4], got[6:]]), without)  # and does not pull
@@ -141,8 +154,7 @@ def test_filters_turn_towards_each_other_and_with_a_negative_strength_apart(kind
     for sign in (1, -1):
         weight = weights(6, 5, seed=8)
         weight[:, 0] = weight[:, 0].abs() + 1
-        before = regulariser(weight, kind)
-        lengths = weight.norm(dim=1)
+        before, lengths = regulariser(weight, kind), weight.norm(dim=1)
         for _ in range(20):
             weight = weight + sign * 0.005 * force(weight, kind)
         assert sign * (before - regulariser(weight, kind)) > 0.1
@@ -161,53 +173,43 @@ def test_the_force_is_the_same_on_a_gpu(kind):
 
 
 def test_a_step_is_gradient_decay_force_momentum():
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(1, 4, 3, dtype=torch.float64), nn.Flatten(), nn.Linear(144, 2))
+    net = nn.Sequential(nn.Conv2d(1, 4, 3, dtype=torch.float64), nn.Flatten())
     weight, lr, decay, strength = net[0].weight, 0.1, 0.01, 0.3
-    method = made(strength=strength, prepared=context(decay))
-    method.attach(net, torch.Generator())
+    method = attached(net, strength=strength, decay=decay)
     sgd = torch.optim.SGD([weight], lr=lr, momentum=0.9, weight_decay=decay)
     w, velocity = weight.detach().clone(), torch.zeros_like(weight)
     for step in range(3):
         gradient = weights(*w.shape, seed=step)
         weight.grad = gradient.clone()
-        method.after_backward(net, at(step))
+        method.after_backward(method.at(step + 1, 100, torch.tensor(1.0)))
         sgd.step()
         velocity = 0.9 * velocity + gradient + decay * w - strength * force(w)
         w = w - lr * velocity
         assert torch.allclose(weight, w, atol=1e-12)
 
 
-def test_by_default_it_acts_on_convolutions_larger_than_1x1_only():
+@pytest.mark.parametrize(("layers", "count"), [("stage*.conv?", 18), ("", 19), ("*", 22)])
+def test_by_default_it_acts_on_convolutions_larger_than_1x1_only(layers, count):
     net = models.build("resnet20", (1, 8, 8), 10)
-    method = made(layers="stage*.conv?")
-    method.attach(net, torch.Generator())
-    before, after = stepped(method, net)
+    before, after = stepped(attached(net, layers=layers), net)
     moved = [n for n in before if not torch.equal(before[n], after[n])]
-    assert len(moved) == 18
-    assert all(n.startswith("stage") and "conv" in n for n in moved)
-    method = made()
-    method.attach(net, torch.Generator())
-    before, after = stepped(method, net)
-    assert sum(not torch.equal(before[n], after[n]) for n in before) == 19
+    assert len(moved) == count
+    assert all("conv" in n for n in moved) == (count < 22)
 
 
 def test_strength_per_layer():
     net = convnet(dtype=torch.float64)
-    method = made(strength=0.5, strengths={"conv*": 2.0, "conv3": 0.0}, kind="l1", target=0.05)
-    method.attach(net, torch.Generator())
+    method = attached(net, strength=0.5, strengths={"conv*": 2.0, "conv3": 0.0}, kind="l1")
     before, after = stepped(method, net)
-    for name, strength in (("conv1", 1.0), ("conv2", 1.0), ("conv3", 0.0)):
-        pull = force(net.get_submodule(name).weight, "l1")
+    for name, strength in {"conv1": 1.0, "conv2": 1.0, "conv3": 0.0}.items():
         moved = after[f"{name}.weight"] - before[f"{name}.weight"]
+        pull = force(net.get_submodule(name).weight, "l1")
         assert torch.allclose(moved, -strength * pull, atol=1e-12)
 
 
 def test_adaptive_strength_is_a_share_of_the_gradient_with_decay():
     net = convnet(dtype=torch.float64)
-    method = made(strength=0.25, adaptive=True, prepared=context(0.1))
-    method.attach(net, torch.Generator())
-    before, after = stepped(method, net)
+    before, after = stepped(attached(net, strength=0.25, adaptive=True, decay=0.1), net)
     for layer, name in ((net.conv1, "conv1.weight"), (net.conv3, "conv3.weight")):
         descent = before[name] + 0.1 * layer.weight
         pull = force(layer.weight)
@@ -219,80 +221,38 @@ def test_adaptive_strength_is_a_share_of_the_gradient_with_decay():
 def test_without_a_force_there_is_none_to_scale(adaptive):
     net = convnet()
     net.conv1.weight.data[:] = net.conv1.weight.data[:1].clone()
-    method = made(strength=0.25, adaptive=adaptive, layers="conv1", kind="l1")
-    method.attach(net, torch.Generator())
+    method = attached(net, strength=0.25, adaptive=adaptive, layers="conv1", kind="l1")
     before, after = stepped(method, net)
     assert torch.equal(before["conv1.weight"], after["conv1.weight"])
 
 
 def test_agree_keeps_components_that_move_the_weight_as_descent_does():
     net = convnet(dtype=torch.float64)
-    method = made(strength=0.3, agree=True, prepared=context(2.0))
-    method.attach(net, torch.Generator())
-    before, after = stepped(method, net)
+    before, after = stepped(attached(net, strength=0.3, agree=True, decay=2.0), net)
     added = after["conv2.weight"] - before["conv2.weight"]
     whole = -0.3 * force(net.conv2.weight)
-    descent = before["conv2.weight"] + 2.0 * net.conv2.weight.detach()
-    agrees = whole * descent > 0
+    agrees = whole * (before["conv2.weight"] + 2.0 * net.conv2.weight.detach()) > 0
     assert 0.3 < float(agrees.double().mean()) < 0.7
     assert torch.allclose(added[agrees], whole[agrees], atol=1e-12)
     assert not added[~agrees].any()
     assert not torch.equal(agrees, whole * before["conv2.weight"] > 0)  # the decay is seen
 
 
-def test_the_force_rests_after_its_stop():
+def test_the_force_rests_after_its_stop_and_in_fine_tuning():
     net = convnet()
-    method = made(stop=0.5)
-    method.attach(net, torch.Generator())
-    for step, acts in ((0, True), (49, True), (50, False), (99, False)):
+    method = attached(net, stop=0.5, fine_tune=0.5)
+    for step, acts in ((1, True), (25, True), (26, False), (50, False), (51, False)):
         before, after = stepped(method, net, step)
         assert torch.equal(before["conv1.weight"], after["conv1.weight"]) != acts
 
 
-def test_a_force_of_strength_zero_is_plain_training():
-    nets = {}
-    for name, params in (("force", {"strength": 0.0}), ("plain_low_rank", {})):
-        nets[name] = trained(made(name, **params))[0].model
-    got, wanted = (nets[n].state_dict() for n in nets)
-    assert all(torch.equal(got[k], wanted[k]) for k in wanted)
-
-
-def trained(method, net=None, epochs=3, checkpoint=None, stop_at=None, **recipe):
-    """Train a small convnet on 4 random batches an epoch; `stop_at` kills it at that step."""
-    net = net or convnet()
-    if stop_at is not None:
-        hook = method.after_step
-
-        def killing(model, progress, lr):
-            if progress.total_step == stop_at:
-                raise KeyboardInterrupt
-            hook(model, progress, lr)
-
-        method.after_step = killing
-    values = {"epochs": epochs, "lr": 0.05, "weight_decay": 1e-3, "batch_size": 16} | recipe
-    batches, held_out = toy_batches(), toy_batches(seed=1)
-    result = train(
-        net,
-        method,
-        Recipe(**values),
-        batches,
-        held_out,
-        seed=0,
-        checkpoint=checkpoint,
-        checkpoint_seconds=0.0,
-        run="r",
-    )
-    return result, net
-
-
 def test_forces_lower_the_rank_and_narrow_the_angles():
     found, angles = {}, {}
-    for name, params in (("plain_low_rank", {}), ("force", {"strength": 0.01})):
-        method = made(name, **params)
-        result, _ = trained(method, epochs=12)
-        found[name] = method.measures(result.model)
-        counts = result.arrays["angles_after.conv3"]
-        angles[name] = float((counts * (2.5 + 5 * np.arange(36))).sum() / counts.sum())
+    for method in (ps.PlainLowRank(target=0.05), ps.Force(target=0.05, strength=0.03)):
+        result = pruned(convnet(), method, epochs=10)
+        found[method.name] = result.probe.measures()
+        counts = result.probe.arrays()["angles_after.conv3"]
+        angles[method.name] = float((counts * (2.5 + 5 * np.arange(36))).sum() / counts.sum())
     assert found["force"]["rank_total"] < 0.9 * found["plain_low_rank"]["rank_total"]
     assert found["force"]["factor_speed_up"] > found["plain_low_rank"]["factor_speed_up"]
     assert angles["force"] < angles["plain_low_rank"] - 3
@@ -302,84 +262,74 @@ def test_forces_lower_the_rank_and_narrow_the_angles():
 
 
 @pytest.mark.parametrize(
-    ("target", "kind", "params"),
+    ("target", "of", "settings"),
     [
-        (0.3, "energy", {}),
         (0.3, "energy", {"variant": "svd"}),
-        (0.7, "rank", {}),
         (0.6, "macs", {}),
         (0.8, "rank", {"factorise": "conv2 fc"}),
     ],
 )
-def test_finish_equals_the_net_with_projected_weights(target, kind, params):
-    method = made(target=target, by=kind, prepared=context(doubles=True), **params)
+def test_finish_equals_the_net_with_projected_weights(target, of, settings):
     net = convnet(dtype=torch.float64)
-    method.attach(net, torch.Generator())
-    x, before = weights(3, 1, 8, 8), copy.deepcopy(net.state_dict())
-    view = method.views(net)["low_rank"]
-    with view, torch.no_grad():
+    method = attached(net, target=target, of=of, **settings)
+    probe, x = filter_probes.Filters(), weights(3, 1, 8, 8)
+    probe.attach(method, net, Context((x,)))
+    before = copy.deepcopy(net.state_dict())
+    with probe.views()["low_rank"], torch.no_grad():
         projected = net.eval()(x)
     assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
-    small = method.finish(net)
-    assert factors.pairs_of(small)
-    assert float((small(x) - projected).abs().max() / projected.abs().max()) < 1e-9
+    small = method.finish(net, Context((x,)))
+    assert pairs_of(small)
+    assert apart(small(x), projected) < 1e-9
     assert not any(p.requires_grad for p in small.parameters())
-
-
-@pytest.mark.parametrize("params", [{}, {"fine_tune": 0.5}])
-def test_the_finished_net_comes_back_from_disk_bit_for_bit(tmp_path, params):
-    small = trained(made(target=0.7, by="rank", **params), epochs=2)[0].model
-    assert list(factors.pairs_of(small)) == ["conv1", "conv2", "conv3"]
-    shrink.save(small, tmp_path / "net")
-    loaded, x = shrink.load(tmp_path / "net", convnet()), weights(4, 1, 8, 8, dtype=torch.float32)
-    with torch.no_grad():
-        assert torch.equal(loaded(x), small(x))
-
-
-def test_onnx_runtime_computes_the_same(tmp_path):
-    method = made(target=0.7, by="rank", factorise="conv* fc")
-    net = convnet()
-    method.attach(net, torch.Generator())
-    small, x = method.finish(net), weights(3, 1, 8, 8, dtype=torch.float32)
-    assert factors.pairs_of(small)
-    shrink.export(small, tmp_path / "net.onnx", torch.rand(2, 1, 8, 8))
-    with torch.no_grad():
-        wanted = small(x)
-    for count in (1, 3):
-        found = shrink.OnnxNet(tmp_path / "net.onnx")(x[:count])
-        assert float((found - wanted[:count]).abs().max() / wanted.abs().max()) < 1e-5
+    again = method.finish(net, Context((x,)))  # leaves the method and the net as they were
+    assert all(
+        torch.equal(a, b) for a, b in zip(small.parameters(), again.parameters(), strict=True)
+    )
 
 
 def test_each_kind_of_target_removes_what_it_says():
-    shape = (1, 8, 8)
-    net = convnet()
-    wanted = {"energy": 0.2, "rank": 0.75, "macs": 0.5}
-    small = {}
-    for kind, target in wanted.items():
-        method = made("plain_low_rank", target, kind)
-        method.attach(net, torch.Generator())
-        small[kind] = method.finish(net)
-    pairs = factors.pairs_of(small["rank"])
-    assert [len(p[0].weight) for p in pairs.values()] == [6, 8, 16]  # of 25, 32 and 64
-    for name, pair in factors.pairs_of(small["energy"]).items():
+    net, x = convnet(), torch.zeros(1, 1, 8, 8)
+    wanted, small = {"energy": 0.2, "rank": 0.75, "macs": 0.5}, {}
+    for of, target in wanted.items():
+        method = attached(net, "plain_low_rank", target, of)
+        small[of] = method.finish(net, Context((x,)))
+    assert ranks_of(small["rank"]) == {"conv1": 6, "conv2": 8, "conv3": 16}  # of 25, 32 and 64
+    for name, pair in pairs_of(small["energy"]).items():
         whole = net.get_submodule(name).weight.detach()
         lost = (whole - factors.merged(pair).detach()).square().sum() / whole.square().sum()
         assert 0.1 < float(lost) <= 0.2
-    assert measure.macs(small["macs"], torch.zeros(1, *shape)) <= 0.5 * measure.macs(
-        net, torch.zeros(1, *shape)
-    )
+    assert measure.macs(small["macs"], x) <= 0.5 * measure.macs(net, x)
+
+
+@pytest.mark.parametrize("of", ["energy", "rank"])
+def test_a_target_of_nearly_all_leaves_rank_one(of):
+    result = pruned(MyNet(), ps.Force(target=0.999, of=of), epochs=1)
+    assert ranks_of(result.model) == {"stem": 1, "body": 1}
+
+
+def test_macs_beyond_rank_one_are_refused_with_the_largest_target():
+    with pytest.raises(InputError) as caught:
+        pruned(MyNet(), ps.Force(target=0.999, of="macs"))
+    most = float(one_line(caught).removeprefix("target = 0.999: at most ").split(",")[0])
+    result = pruned(MyNet(), ps.Force(target=most - 1e-4, of="macs"), epochs=1)
+    assert ranks_of(result.model) == {"stem": 1, "body": 1}
+
+
+@pytest.mark.parametrize("fine_tune", [0.0, 0.5])
+def test_a_diverged_training_ends_without_factors(fine_tune):
+    method = ps.Force(target=0.05, strength=1e30, fine_tune=fine_tune)
+    result = pruned(convnet(), method)
+    assert (result.status, pairs_of(result.model)) == ("diverged", {})
+
+
+# --- what is observed
 
 
 def test_measures_are_those_of_the_net_before_and_of_its_factors():
-    method = made("plain_low_rank", 0.75, "rank")
-    net = convnet()
-    method.attach(net, torch.Generator())
-    small = method.finish(net)
-    found = method.measures(small)
-    at_error, macs = (
-        shrink.ranks_by_energy(net, 0.95),
-        measure.layer_macs(net, torch.zeros(1, 1, 8, 8)),
-    )
+    net, result = convnet(), pruned(convnet(), ps.PlainLowRank(target=0.75, of="rank"), epochs=0)
+    found, at_error = result.probe.measures(), shrink.ranks_by_energy(net, 0.95)
+    macs = measure.layer_macs(net, torch.zeros(1, 1, 8, 8))
     assert {f"rank.{n}": m for n, m in at_error.items()}.items() <= found.items()
     assert found["rank_total"] == sum(at_error.values())
     wider = shrink.ranks_by_energy(net, 0.95, variant="svd")
@@ -387,54 +337,43 @@ def test_measures_are_those_of_the_net_before_and_of_its_factors():
     assert found["speed_up.conv2"] == shrink.layer_speed_up(net.conv2, at_error["conv2"])
     ratios = [at_error[n] / full for n, full in (("conv1", 25), ("conv2", 32), ("conv3", 64))]
     assert found["rank_ratio"] == pytest.approx(sum(ratios) / 3)
-    assert found["speed_up"] == pytest.approx(factors.speed_up_at(net, macs, at_error))
+    assert found["speed_up"] == pytest.approx(filter_probes.speed_up_at(net, macs, at_error))
     own = {"conv1": 6, "conv2": 8, "conv3": 16}
     assert {n: found[f"factor_rank.{n}"] for n in own} == own
     assert found["factor_rank_total"] == 30
     assert found["log2_rank_total"] == pytest.approx(math.log2(found["rank_total"]))
-    scores = measure.Task().evaluate(small, toy_batches(seed=1).ordered(), 10)
-    assert found["validation_factorised"] == scores.metric
-    assert found["factor_speed_up"] == pytest.approx(factors.speed_up_at(net, macs, own))
+    assert found["factor_speed_up"] == pytest.approx(filter_probes.speed_up_at(net, macs, own))
+    assert found["validation_factorised"] == result.score.judge(result.model)
+    assert apart_from(result.probe.others()["whole"], net) == 0
+
+
+def apart_from(one, two):
+    pairs = zip(one.parameters(), two.parameters(), strict=True)
+    return max(float((a - b).detach().abs().max()) for a, b in pairs)
 
 
 def test_arrays_are_before_and_after_and_small():
-    result, net = trained(made(strength=1e-3), epochs=1)
-    first, arrays = convnet(), result.arrays
+    result = pruned(convnet(), ps.Force(target=0.05, strength=1e-3), epochs=1)
+    first, last, arrays = convnet(), result.probe.others()["whole"], result.probe.arrays()
     for name in ("conv1", "conv2", "conv3"):
-        weight = first.get_submodule(name).weight.detach().flatten(1)
-        assert torch.equal(torch.from_numpy(arrays[f"filters_before.{name}"]), weight)
-        after = net.get_submodule(name).weight.detach().flatten(1)
-        assert torch.equal(torch.from_numpy(arrays[f"filters_after.{name}"]), after)
+        for when, net in (("before", first), ("after", last)):
+            weight = net.get_submodule(name).weight.detach().flatten(1)
+            assert torch.equal(torch.from_numpy(arrays[f"filters_{when}.{name}"]), weight)
         assert arrays[f"energy_after.{name}"][-1] == 1
-        pairs = len(weight) * (len(weight) - 1) // 2
-        assert arrays[f"angles_before.{name}"].sum() == pairs
-    wide = models.build("resnet20", (3, 32, 32), 10)
-    both = {
-        **filters.portraits(factors.layers_to_factorise(wide), "before"),
-        **filters.portraits(factors.layers_to_factorise(wide), "after"),
-    }
-    assert sum(a.nbytes for a in both.values()) < 900_000
+        assert arrays[f"angles_before.{name}"].sum() == len(weight) * (len(weight) - 1) // 2
+    wide = factors.layers_to_factorise(models.build("resnet20", (3, 32, 32), 10))
+    assert sum(a.nbytes for a in filter_probes.portraits(wide, "before").values()) < 450_000
+    assert all(0 <= row["validation_top1_low_rank"] <= 1 for row in result.history)
+    assert all(3 <= row["rank"] <= 25 + 32 + 64 for row in result.history)
 
 
 def test_angles_of_known_filters():
     layer = nn.Linear(2, 4, bias=False)
     rows = [[1.0, 0.0], [1.0, math.tan(math.radians(32))], [-2.0, 0.0], [0.0, 0.0]]
     layer.weight.data = torch.tensor(rows)
-    counts = filters.angle_histogram(layer)
+    counts = filter_probes.angle_histogram(layer)
     assert counts.nonzero().flatten().tolist() == [6, 29, 35]  # 32, 148 and 180 degrees
     assert counts.sum() == 3
-
-
-def test_history_has_the_rank_and_the_accuracy_if_factorised_now():
-    result, _ = trained(made(target=0.5), epochs=2)
-    assert all(0 <= row["validation_top1_low_rank"] <= 1 for row in result.history)
-    assert all(3 <= row["rank"] <= 25 + 32 + 64 for row in result.history)
-
-
-def test_a_diverged_training_ends_without_factors():
-    result, _ = trained(made(), epochs=3, lr=1e20)
-    assert result.status == "diverged"
-    assert not factors.pairs_of(result.model)
 
 
 # --- fine-tuning and dynamic rank pruning
@@ -442,326 +381,186 @@ def test_a_diverged_training_ends_without_factors():
 
 def test_fine_tuning_trains_the_factors_at_equal_ranks():
     shapes = {}
-    for name in ("force", "plain_low_rank"):
-        method = made(name, 0.75, "rank", fine_tune=0.5)
-        assert [(p.name, p.share, p.restart) for p in method.phases()] == [
-            ("train", 0.5, False),
-            ("fine_tune", 0.5, True),
-        ]
-        result, _ = trained(method, epochs=2)
-        pairs = factors.pairs_of(result.model)
-        shapes[name] = {n: [tuple(x.weight.shape) for x in p] for n, p in pairs.items()}
-        assert shapes[name]["conv2"] == [(8, 32, 5, 5), (32, 8, 1, 1)]
-        start = shrink.factorise(net_after(name, 1), shrink.ranks_by_share(convnet(), 0.25))
-        moved = [
-            not torch.equal(a, b)
-            for a, b in zip(start.parameters(), result.model.parameters(), strict=True)
-        ]
-        assert all(moved)
+    for cls in (ps.Force, ps.PlainLowRank):
+        method = cls(target=0.75, of="rank", fine_tune=0.5)
+        assert [(p.share, p.restart) for p in method.phases()] == [(0.5, False), (0.5, True)]
+        result = pruned(convnet(), method, epochs=2)
+        seen = pruned(convnet(), cls(target=0.75, of="rank"), epochs=1).model
+        pairs = pairs_of(result.model)
+        shapes[cls] = {n: [tuple(x.weight.shape) for x in p] for n, p in pairs.items()}
+        assert shapes[cls]["conv2"] == [(8, 32, 5, 5), (32, 8, 1, 1)]
+        both = zip(seen.parameters(), result.model.parameters(), strict=True)
+        assert all(a.shape == b.shape and not torch.equal(a, b) for a, b in both)
         assert [row["phase"] for row in result.history] == ["train", "fine_tune"]
         assert "validation_top1_low_rank" not in result.history[1]
-    assert shapes["force"] == shapes["plain_low_rank"]
-
-
-def net_after(name, epochs):
-    return trained(made(name, 0.75, "rank"), epochs=epochs)[1]
+        assert "whole" not in result.probe.others()
+    assert shapes[ps.Force] == shapes[ps.PlainLowRank]
 
 
 def test_dynamic_rank_pruning_starts_full_and_narrows_each_round():
-    prepared = context(doubles=True)
-    method = made("plain_low_rank", 0.2, "energy", prepared, fine_tune=0.75, rounds=2)
+    net, x = convnet(dtype=torch.float64), weights(2, 1, 8, 8)
+    settings = {"fine_tune": 0.75, "rounds": 2}
+    method = attached(net, "plain_low_rank", 0.2, "energy", **settings)
     names = [p.name for p in method.phases()]
     assert names == ["train", "fine_tune", "fine_tune_1", "fine_tune_2"]
     assert [p.restart for p in method.phases()] == [False, True, False, False]
-    net = convnet(dtype=torch.float64)
-    method.attach(net, torch.Generator())
-    x = weights(2, 1, 8, 8)
-    with torch.no_grad():
-        whole = net.eval()(x)
-        seen = []
-        for name in names:
-            method.start(net, name)
-            pairs = factors.pairs_of(net)
-            seen.append({n: len(p[0].weight) for n, p in pairs.items()})
-            if name == "fine_tune":
-                assert float((net(x) - whole).abs().max() / whole.abs().max()) < 1e-9
-    assert seen[:2] == [{}, {"conv1": 25, "conv2": 32, "conv3": 64}]
+    whole, seen = net.eval()(x).detach(), []
+    for step in range(1, 5):
+        method.update(method.at(step, 4, torch.tensor(1.0)))
+        seen.append(ranks_of(net))
+        if step == 1:
+            assert apart(net(x), whole) < 1e-9
     first = shrink.ranks_by_energy(convnet(dtype=torch.float64), 0.8)
-    assert seen[2] == first
-    assert all(seen[3][n] < first[n] for n in first)  # again a fifth of what was left
-    assert method.row(net)["rank"] == sum(seen[3].values())
+    assert seen[:2] == [{"conv1": 25, "conv2": 32, "conv3": 64}, first]
+    assert all(seen[2][n] < first[n] for n in first)  # again a fifth of what was left
+    assert seen[3] == seen[2] == method.ranks
 
 
-def in_rounds(rounds):
-    params = {"fine_tune": 0.5, "rounds": rounds, "strength": 1e-3, "stop": 0.6, "adaptive": True}
-    return made(target=0.3, **params)
+@pytest.mark.parametrize("steps", [1, 2, 3, 4])
+def test_rounds_that_are_shorter_than_a_step_still_reach_the_target(steps):
+    method = ps.Force(target=0.3, fine_tune=0.4, rounds=1)
+    result = pruned(MyNet(), method, recipe=ps.Recipe(epochs=1, steps=steps, lr=0.02))
+    ranks = ranks_of(result.model)
+    assert ranks["stem"] < 8
+    assert ranks["body"] < 16
 
 
-@cache
-def undisturbed(rounds):
-    return trained(in_rounds(rounds))[0]
+# --- own nets
 
 
-@pytest.mark.parametrize("stop_at", [2, 5, 9, 11])
-@pytest.mark.parametrize("rounds", [0, 1])
-def test_a_killed_run_ends_as_an_undisturbed_one(tmp_path, stop_at, rounds):
-    calm, file = undisturbed(rounds), tmp_path / "checkpoint.pt"
-    with pytest.raises(KeyboardInterrupt):
-        trained(in_rounds(rounds), checkpoint=file, stop_at=stop_at)
-    again = trained(in_rounds(rounds), checkpoint=file)[0]
-    one, two = calm.model.state_dict(), again.model.state_dict()
-    assert list(one) == list(two)
-    assert all(torch.equal(one[k], two[k]) for k in one)
-    assert again.history == calm.history
-    assert calm.arrays.keys() == again.arrays.keys()
-    assert all(np.array_equal(calm.arrays[k], again.arrays[k]) for k in calm.arrays)
+class Twice(nn.Module):
+    """A convolution that forward calls twice and that has two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.body = nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 3, padding=1)
+        self.again, self.head = self.body, nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.head(self.again(F.relu(self.body(F.relu(self.stem(x))))).mean((2, 3)))
 
 
-def test_what_was_measured_survives_a_resume():
-    method = made(target=0.3, fine_tune=0.5)
-    result, _ = trained(method)
-    other = made(target=0.3, fine_tune=0.5)
-    other.load_state(method.state())
-    assert other.measures(result.model) == method.measures(result.model)
-    assert other.state()["ranks"] == method.state()["ranks"]
+class Unused(MyNet):
+    """A net with a layer that forward leaves out and one that is frozen."""
+
+    def __init__(self):
+        super().__init__()
+        self.spare = nn.Conv2d(8, 8, 3)
+        self.stem.requires_grad_(False)
 
 
-# --- bad input
+def stack(*layers):
+    pool = (nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return nn.Sequential(*layers, *pool, nn.Linear(layers[-1].out_channels, 4))
+
+
+ROUNDS = {"fine_tune": 0.5, "rounds": 2}
+EVERY = {"layers": "*", "factorise": "*"}
+OWN = {
+    "depthwise": (lambda: stack(nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 3, groups=8)), ROUNDS, "0 1"),
+    "grouped": (lambda: stack(nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 3, groups=2)), ROUNDS, "0 1"),
+    "transposed": (lambda: stack(nn.Conv2d(1, 8, 3), nn.ConvTranspose2d(8, 8, 3)), {}, "0"),
+    "1x1": (lambda: stack(nn.Conv2d(1, 8, 1), nn.Conv2d(8, 12, 1)), EVERY, "1 5"),
+    "twice": (Twice, {"fine_tune": 0.5, "strengths": {"again": 2.0}}, "stem body"),
+    "by its other name": (Twice, {"factorise": "again", "layers": "again"}, "body"),
+    "unused": (Unused, {"fine_tune": 0.5}, "stem body spare"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", OWN)
+def test_nets_of_ones_own(name, kind):
+    make, settings, replaced = OWN[name]
+    torch.manual_seed(0)
+    method = ps.Force(target=0.4, kind=kind, adaptive=True, **settings)
+    result = pruned(make(), method, epochs=2)
+    assert result.status == "done"
+    ranks = ranks_of(result.model)
+    assert set(ranks) <= set(replaced.split())
+    assert result.probe.measures()["factor_rank_total"] == sum(ranks.values()) > 0
 
 
 @pytest.mark.parametrize(
-    ("name", "key", "value"),
+    "options",
+    [{"period": 3}, {"period": 16}, {"precision": "bf16"}, {"validation": False}, {"probe": None}],
+)
+def test_periods_and_what_only_watches_change_no_number(options):
+    settings = {"target": 0.3, "kind": "l1", "fine_tune": 0.5, "rounds": 2}
+    one, two = (pruned(convnet(), ps.Force(**settings), **o).model for o in ({}, options))
+    assert pairs_of(one).keys() == pairs_of(two).keys()
+    assert "precision" in options or apart_from(one, two) == 0
+
+
+class Reads(nn.Module):
+    """A net that reads a layer's weight itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Conv2d(1, 8, 3), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.head(F.conv2d(x, self.body.weight).mean((2, 3)))
+
+
+COMPUTED = "its weight is computed from other tensors; make it a plain parameter first"
+
+
+def refused(make, line, **settings):
+    return pytest.param(make, settings, line)
+
+
+@pytest.mark.parametrize(
+    ("make", "settings", "line"),
     [
-        ("force", "strength", math.inf),
-        ("force", "strength", math.nan),
-        ("force", "strength", "big"),
-        ("force", "strengths", {"conv1": math.inf}),
-        ("force", "kind", "l3"),
-        ("force", "stop", 0.0),
-        ("force", "stop", 1.5),
-        ("force", "lambda", 0.1),
-        ("plain_low_rank", "strength", 0.1),
-        ("plain_low_rank", "variant", "qr"),
-        ("plain_low_rank", "fine_tune", 1.0),
-        ("plain_low_rank", "rounds", -1),
-        ("plain_low_rank", "factorise", ["conv1"]),
+        refused(Owners, "module = 'tied': shares a parameter with another", factorise="t*"),
+        refused(Owners, f"module = 'normed': {COMPUTED}", factorise="normed"),
+        refused(Owners, f"module = 'masked': {COMPUTED}", factorise="twice", layers="m*"),
+        refused(
+            Owners, "factorise = '*.out_proj': a layer for factors: twice", factorise="*.out_proj"
+        ),
+        refused(Owners, "layers = '*.linear2': a layer for", factorise="twice", layers="*.linear2"),
+        refused(Owners, "factorise = '': a net with convolutions larger than 1x1, or patterns"),
+        refused(Reads, "module = 'body': fails as factors: 'Sequential' object has no attribute"),
+        refused(MyNet, "factorise = 'x*': a layer for factors: stem, body", factorise="body x*"),
+        refused(MyNet, "strengths = 'x': a layer for factors: stem, body", strengths={"x": 2.0}),
+        refused(
+            nn.Identity, "factorise = '*': a layer for factors: the net has none", factorise="*"
+        ),
     ],
 )
-def test_bad_parameters_are_refused_in_one_line(name, key, value):
-    with pytest.raises(InputError) as caught:
-        methods.params_of(name, {key: value})
-    assert one_line(caught).startswith(f"params.{key}")
-
-
-@pytest.mark.parametrize("params", [{"rounds": 1}, {"rounds": 2, "fine_tune": 0.5}])
-def test_rounds_need_fine_tuning_and_a_target_of_energy(params):
-    kind = "energy" if "fine_tune" not in params else "rank"
-    with pytest.raises(InputError) as caught:
-        made("plain_low_rank", 0.5, kind, **params)
-    assert one_line(caught).startswith(f"params.rounds = {params['rounds']}: 0 without fine_tune")
-
-
-@pytest.mark.parametrize("key", ["layers", "factorise", "strengths"])
-def test_a_layer_that_does_not_exist_is_refused(key):
-    value = {"conv9": 2.0} if key == "strengths" else "conv1 conv9"
-    method = made(**{key: value})
-    for call in (lambda: method.check(convnet()), lambda: method.attach(convnet(), None)):
+def test_layers_that_cannot_become_factors_are_refused_before_any_training(make, settings, line):
+    net, method = make(), ps.Force(target=0.5, **settings)
+    calls = [lambda: method.attach(net, Context((torch.zeros(2, 1, 8, 8),)))]
+    if make is not Reads:
+        calls.append(lambda: method.check(net))
+    for call in calls:
         with pytest.raises(InputError) as caught:
             call()
-        said = one_line(caught)
-        assert said == f"params.{key} = 'conv9': a layer of the net: conv1, conv2, conv3, fc"
+        assert one_line(caught).startswith(line)
+    assert not pairs_of(net)
 
 
-# --- the card
+BAD = [
+    *(("Force", "strength", value) for value in (math.inf, "big")),
+    ("Force", "strengths", {"conv1": math.inf}),
+    ("Force", "kind", "l3"),
+    *(("Force", "stop", value) for value in (0.0, 1.5)),
+    ("Force", "lambda", 0.1),
+    ("PlainLowRank", "strength", 0.1),
+    ("PlainLowRank", "variant", "qr"),
+    ("PlainLowRank", "fine_tune", 1.0),
+    *(("PlainLowRank", "rounds", value) for value in (-1, 1)),
+    ("PlainLowRank", "factorise", ["conv1"]),
+]
 
 
-def test_ranks_of_the_card_give_the_published_theory():
-    sizes = {"conv3": (384, 256, 1), "conv4": (384, 384, 2), "conv5": (256, 384, 2)}
-    checked = 0
-    for table in papers.card("force").ranks:
-        for layer, rank, theory in zip(table.layers, table.ranks, table.theory, strict=False):
-            filters, channels, groups = sizes[layer]
-            whole = nn.Conv2d(channels, filters, 3, groups=groups)
-            assert shrink.layer_speed_up(whole, rank) == pytest.approx(theory, abs=0.01)
-            checked += 1
-    assert checked == 6
+@pytest.mark.parametrize(("name", "key", "value"), BAD)
+def test_bad_settings_are_refused_in_one_line(name, key, value):
+    with pytest.raises(InputError) as caught:
+        getattr(ps, name)(target=0.5, **{key: value})
+    assert one_line(caught).startswith(key)
 
 
-def test_lambda_of_lenet_is_what_the_rule_gives_on_the_records_of_the_search():
-    profiles = papers.card("force").profiles
-    experiments = [e for name in ("cpu", "paper") for e in profiles[name].experiments]
-    forced = [(e, m) for e in experiments for m in e.methods if m.method == "force"]
-    lenet = [m.params for e, m in forced if e.model == "lenet5" and e.purpose != "search"]
-    used = {(params.get("kind", "l2"), params["strength"]) for params in lenet}
-
-    store = Store("cpu", repository() / "results")
-    search = [p for p in plan("cpu", ("force",)) if p.purpose == "search"]
-    found = [(p.settings, store.read(p.settings)["metrics"]) for p in search]
-    plain = next(m for s, m in found if s.method == "plain_low_rank")
-    best = {}
-    for settings, metrics in found:
-        lost = max(plain[k] - metrics.get(k, 0.0) for k in ("metric", "metric_whole"))
-        if settings.method == "force" and lost <= 0.002 + 1e-9:
-            kind, strength = settings.params.get("kind", "l2"), settings.params["strength"]
-            best[kind] = max(strength, best.get(kind, 0.0))
-    assert used == set(best.items())
-
-
-@pytest.mark.parametrize(("method", "derived"), [("plain_low_rank", 1.09), ("force", 2.87)])
-def test_ranks_of_the_card_fit_the_nets_that_we_have(method, derived):
-    tables = [t for t in papers.card("force").ranks if t.method == method]
-    for table in tables:
-        if (
-            table.model == "alexnet_grouped"
-        ):  # its layers have Caffe's names, and there are only three
-            continue
-        shape = (1, 28, 28) if table.dataset == "mnist" else (3, 32, 32)
-        net = models.build(table.model, shape, 10)
-        full = shrink.ranks_by_share(net, 1.0)
-        assert full == dict(zip(table.layers, table.full, strict=True))
-        if table.model == "resnet20":
-            found = dict(zip(table.layers, table.ranks, strict=True))
-            assert factors.speed_up_at(net, measure.layer_macs(net, shape), found) == pytest.approx(
-                derived, abs=0.01
-            )
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"ranks": (1, 2, 3)}, "differ in length"),
-        ({"cpu": (1.0,)}, "differ in length"),
-        ({"ranks": (21, 1)}, "above the full one"),
-        ({"ranks": (0, 1)}, "above the full one"),
-        ({"rank": (1, 1)}, "extra inputs"),
-    ],
-)
-def test_a_table_of_ranks_that_cannot_be_is_refused(change, words):
-    lenet = next(t for t in papers.card("force").ranks if t.model == "lenet5")
-    with pytest.raises(ValueError, match="(?i)" + words):
-        papers.PublishedRanks(**(lenet.model_dump() | change))
-
-
-def test_a_layer_that_does_not_exist_is_refused_before_a_run_starts():
-    for params, words in (
-        ({"params.layers": "conv9"}, "params.layers = 'conv9'"),
-        ({"params.factorise": "block*"}, "params.factorise = 'block"),
-    ):
-        with pytest.raises(InputError) as caught:
-            own_settings({"model": "convnet", "method": "force", "target": 0.05} | params)
-        assert one_line(caught).startswith(words)
-
-
-# --- figures and the study
-
-
-@pytest.fixture(scope="module")
-def study(tmp_path_factory):
-    """The quick profile at one seed and one epoch, trained once."""
-    folder = tmp_path_factory.mktemp("results")
-    made = Session("force", "quick", seeds=1, epochs=1, results=folder, device="cpu", show=False)
-    made.run()
-    return made
-
-
-def test_records_of_the_study_hold_ranks_and_both_scores(study):
-    for item in study.planned:
-        record = study.store.read(item.settings)
-        assert record["status"] == "done"
-        if item.settings.method not in ("force", "plain_low_rank"):
-            continue
-        metrics = record["metrics"]
-        layers = [metrics[f"rank.conv{i}"] for i in (1, 2, 3)]
-        assert metrics["rank_total"] == sum(layers)
-        assert ("metric_whole" in metrics) == (item.settings.target.kind == "energy")
-        assert 0 <= metrics["validation_factorised"] <= 1
-        pairs = factors.pairs_of(study.runner.net(item.settings))
-        assert {n: len(p[0].weight) for n, p in pairs.items()} == {
-            n.removeprefix("factor_rank."): rank
-            for n, rank in metrics.items()
-            if n.startswith("factor_rank.")
-        }
-        assert metrics["macs"] < metrics["dense_macs"]
-
-
-def test_table_of_ranks_has_a_row_per_run_and_layer(study):
-    found = drawings.ranks_table(study.store, study.planned)
-    sizes = found[found.variant == ""].groupby("method").size()
-    assert sizes.to_dict() == {"force": 3, "plain_low_rank": 3}
-    assert list(found.full[:3]) == [25, 32, 64]
-    assert drawings.ranks_table(study.store, 2 * study.planned).equals(found)
-
-
-def test_ranks_stand_beside_the_published_ones_of_the_same_net():
-    paper = papers.card("force")
-    plain, *_ = (t for t in paper.ranks if (t.model, t.method) == ("resnet20", "plain_low_rank"))
-    rows = [
-        ("resnet20", "cifar10", method, "", seed, layer, rank, 16, 1.0, "cpu")
-        for method, ranks in (("plain_low_rank", (8, 12)), ("force", (4, 4)))
-        for seed, rank in enumerate(ranks)
-        for layer in plain.layers
-    ]
-    columns = "model dataset method variant seed layer rank full speed_up device".split()
-    ours = pd.DataFrame(rows, columns=columns)
-    axes = drawings.rank_per_layer(ours, paper, "resnet20", "cifar10").axes[0]
-    bars = [bar.get_height() for bar in axes.patches if bar.get_width()]
-    count = len(plain.layers)
-    assert bars[: 2 * count] == [62.5] * count + [25] * count
-    marks = {line.get_label(): list(line.get_ydata()) for line in axes.lines}
-    shares = [100 * rank / full for rank, full in zip(plain.ranks, plain.full, strict=True)]
-    assert marks["published: low rank, no force [P]"] == pytest.approx(shares)
-    plt.close("all")
-
-
-def test_figures_say_what_is_missing(tmp_path):
-    empty = Session("force", "quick", results=tmp_path, device="cpu", show=False)
-    nothing = drawings.ranks_table(empty.store, empty.planned)
-    for draw in (
-        lambda: drawings.rank_per_layer(nothing, empty.card, "convnet", "digits"),
-        lambda: drawings.speed_up(empty.runs),
-    ):
-        with pytest.raises(InputError, match=r"^figure = .*: no finished run"):
-            draw()
-
-
-def after_force(runner, method, target=None, kind="sparsity"):
-    """Parent and child: a net at a quarter of its ranks, then `method` on it; with its metrics."""
-    own = {"model": "convnet", "epochs": 1, "batch_size": 64}
-    parent = own_settings(own | {"method": "force", "target": 0.75, "target_kind": "rank"})
-    aim = {"target": target, "target_kind": kind} if target else {}
-    child = own_settings(own | {"method": method} | aim).model_copy(update={"parent": parent})
-    return runner.net(parent), runner.net(child), runner.ensure(child)["metrics"]
-
-
-@pytest.mark.parametrize(("method", "target"), [("gradual_magnitude", 0.5), ("dense", None)])
-def test_a_factorised_net_is_trained_and_its_weights_are_pruned(runner, method, target):
-    before, after, metrics = after_force(runner, method, target)
-    assert [n for n, _ in after.named_parameters()] == [n for n, _ in before.named_parameters()]
-    weights = sum(w.numel() for _, w in measure.prunable_weights(before))
-    kept = sum(int(w.count_nonzero()) for _, w in measure.prunable_weights(after))
-    assert kept == (round(weights / 2) if target else weights)
-    dense = sum(w.numel() for _, w in measure.prunable_weights(convnet()))
-    assert metrics["sparsity"] == pytest.approx(1 - kept / dense)
-    assert metrics["dense_parameters"] == measure.parameters(convnet())
-
-
-def test_channels_of_a_factorised_net_are_removed(runner):
-    before, after, metrics = after_force(runner, "l1_filter", 0.4, "macs")
-    shape, full, ranks_ = (1, 8, 8), factors.pairs_of(before), factors.pairs_of(after)
-    assert full.keys() == ranks_.keys()
-    macs = measure.macs(after, torch.zeros(1, *shape))
-    assert (
-        0.5 * measure.macs(before, torch.zeros(1, *shape))
-        < macs
-        <= 0.6 * measure.macs(before, torch.zeros(1, *shape))
-    )
-    assert metrics["macs"] == macs
-    assert metrics["dense_macs"] == measure.macs(
-        convnet(), torch.zeros(1, *shape)
-    )  # the whole compression
-    assert metrics["target_met"] == 1
-    # basis filters go as well as filters
-    narrower = [[len(a.weight) < len(b.weight) for a, b in zip(ranks_[n], full[n], strict=True)]
-                for n in full]  # fmt: skip
-    assert any(basis for basis, _ in narrower)
-    assert any(mixture for _, mixture in narrower)
+def test_rounds_need_a_target_of_energy():
+    with pytest.raises(InputError, match=r"^rounds = 2: 0 without fine_tune and a target of en"):
+        ps.PlainLowRank(target=0.5, of="rank", rounds=2, fine_tune=0.5)

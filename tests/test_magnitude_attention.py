@@ -113,7 +113,7 @@ def test_zeros_have_no_attention_and_make_no_nan(norm):
 
 @pytest.mark.parametrize(
     "net",
-    [lambda: randomise(BatchNormNet()), lambda: models.ResNet(8, (1, 8, 8), 10)],
+    [lambda: randomise(BatchNormNet()), lambda: models.resnet(8, (1, 8, 8), 10)],
     ids=["batch_norm", "resnet8"],
 )
 def test_without_attention_and_exploitation_it_is_dpf_bit_for_bit(net):

@@ -1,4 +1,3 @@
-import itertools
 from functools import partial
 
 import pytest
@@ -12,13 +11,18 @@ from prunestudy import measure, models
 GREY, COLOUR = (1, 28, 28), (3, 32, 32)
 
 
-def size(net):
-    return sum(p.numel() for p in net.parameters())
-
-
 def test_names_and_lines():
     assert models.names() == sorted(models.names()) == list(models.describe())
-    assert all(line and "\n" not in line for line in models.describe().values())
+
+
+@pytest.mark.parametrize(("name", "line"), models.describe().items())
+def test_the_line_of_a_net_says_how_many_parameters_it_has(name, line):
+    shape, classes = (3, 224, 224), 21 if name.startswith("deeplab") else 1000
+    if "CIFAR" in line or "MNIST" in line or "autoencoder" in name:
+        shape, classes = COLOUR if "CIFAR" in line else GREY, 10
+    with torch.device("meta"):
+        net = models.build(name, shape, classes)
+    assert line.endswith(f", {measure.parameters(net):,} parameters")
 
 
 def test_bad_input_is_one_line():
@@ -34,10 +38,8 @@ def test_bad_input_is_one_line():
         (("lenet300", GREY, 10.0), "num_classes = 10.0"),
     ):
         refused(partial(models.build, *arguments), *words)
-    refused(lambda: models.ResNet(21), "depth = 21: 6 n + 2")
-    refused(lambda: models.WideResNet(20, 2), "depth = 20: 6 n + 4")
-    refused(lambda: models.WideResNet(28, 0), "width = 0: at least 1")
-    refused(lambda: models.TDMPC(3, 2, 4, 0), "latent = 0: a positive integer")
+    refused(lambda: models.resnet(21, COLOUR, 10), "depth = 21: 6 n + 2")
+    refused(lambda: models.wide_resnet(20, 2, COLOUR, 10), "depth = 20: 6 n + 4")
 
 
 @pytest.mark.parametrize("shape", [COLOUR, (1, 16, 16), (2, 17, 30)])
@@ -51,59 +53,6 @@ def test_any_shape_that_fits(name, shape):
 @pytest.mark.parametrize("name", ["mlp", "resnet20", "vgg16_cifar"])
 def test_images_of_eight_pixels(name):
     assert models.build(name, (1, 8, 8), 10)(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
-
-
-def linear(*widths):
-    """Parameters of linear layers between `widths`, biases included."""
-    return sum((a + 1) * b for a, b in itertools.pairwise(widths))
-
-
-def resnet_size(blocks, channels, classes):
-    """conv1 and blocks of two 3x3 convolutions, each with batch norm; two projections; linear."""
-    total = 9 * channels * 16 + 2 * 16
-    for inputs, width in [(16, 16), (16, 32), (32, 64)]:
-        total += 9 * width * (inputs + (2 * blocks - 1) * width) + 2 * blocks * 2 * width
-        total += inputs * width if inputs != width else 0
-    return total + linear(64, classes)
-
-
-def wide_size(blocks, factor, channels, classes):
-    """conv1, blocks of two 3x3 convolutions with a batch norm ahead of each, three projections."""
-    total, inputs = 9 * channels * 16, 16
-    for width in (16 * factor, 32 * factor, 64 * factor):
-        total += 9 * width * (inputs + (2 * blocks - 1) * width)
-        total += 2 * (inputs + (2 * blocks - 1) * width) + inputs * width
-        inputs = width
-    return total + 2 * inputs + linear(inputs, classes)
-
-
-def vgg_size(channels, classes):
-    widths = [channels, *[64] * 2, *[128] * 2, *[256] * 3, *[512] * 6]
-    return sum(9 * a * b + 2 * b for a, b in itertools.pairwise(widths)) + linear(512, classes)
-
-
-@pytest.mark.parametrize(
-    ("name", "formula"),
-    [
-        ("mlp", lambda c, n: linear(c * 32 * 32, 512, 256, 128, n)),
-        ("resnet20", partial(resnet_size, 3)),
-        ("resnet32", partial(resnet_size, 5)),
-        ("resnet56", partial(resnet_size, 9)),
-        ("vgg16_cifar", vgg_size),
-        ("wrn28_2", partial(wide_size, 4, 2)),
-    ],
-)
-def test_parameters_in_closed_form(name, formula):
-    for channels, classes in [(3, 10), (1, 100)]:
-        net = models.build(name, (channels, 32, 32), classes)
-        assert size(net) == formula(channels, classes)
-
-
-def test_known_numbers_of_parameters():
-    shapes = {"lenet5": GREY, "lenet300": GREY, "wrn28_2": COLOUR, "convnet": COLOUR}
-    found = {name: size(models.build(name, shape, 10)) for name, shape in shapes.items()}
-    known = {"lenet5": 431_080, "lenet300": 266_610, "wrn28_2": 1_467_610, "convnet": 89_578}
-    assert found == known
 
 
 def test_lenet5_has_no_relu_after_convolutions():
@@ -161,7 +110,7 @@ def test_maps_and_macs_of_caffes_cifar10_full():
     assert net.fc.in_features == 64 * 4 * 4
     # one product per weight and position
     macs = 1024 * 32 * 75 + 256 * 32 * 800 + 64 * 64 * 800 + 10 * 1024
-    assert measure.macs(net, COLOUR) == macs == 12_298_240
+    assert measure.macs(net, torch.zeros(1, *COLOUR)) == macs == 12_298_240
 
 
 def test_normalisation_is_within_a_channel_and_counts_the_border_as_zeros():
@@ -183,16 +132,8 @@ def test_normalisation_is_within_a_channel_and_counts_the_border_as_zeros():
 # --- autoencoders and TD-MPC
 
 
-@pytest.mark.parametrize(
-    ("name", "parameters"),
-    [
-        ("autoencoder", linear(784, 256, 128, 32, 128, 256, 784)),
-        ("conv_autoencoder", 2 * (16**2 + 16 * 32 * 16 + 32 * 32 * 49) + 16 + 32 + 32 + 48 + 1),
-    ],
-)
-def test_autoencoders_with_and_without_a_classifier(name, parameters):
-    plain, both = (models.build(n, GREY, 10) for n in (name, f"{name}_classifier"))
-    assert (size(plain), size(both)) == (parameters, parameters + linear(32, 64, 10))
+@pytest.mark.parametrize("name", ["autoencoder", "conv_autoencoder"])
+def test_autoencoders_with_and_without_a_classifier(name):
     tasks = [models.task_of(n) for n in (name, f"{name}_classifier")]
     assert tasks == ["reconstruct", "reconstruct_and_classify"]
     for shape in [(1, 8, 8), (3, 16, 12)]:

@@ -166,7 +166,7 @@ def test_a_recipe_that_is_no_table():
     says(lambda: settings.checked(Recipe, {"epochs": 1}), "lr: is missing")
 
 
-NO_TABLE = "input should be a valid dictionary or instance of recipe"
+NO_TABLE = "input should be a valid dictionary or instance of runrecipe"
 
 
 def test_a_long_path_of_a_folder_gives_a_name_that_a_folder_can_have():
@@ -201,23 +201,23 @@ def loop(pets):
 
 def in_itself(pets):
     (pets / "train/eel").symlink_to("..")
-    return "not .png, .jpg, .jpeg, .bmp in a class's folder: train/eel/test, train/eel/train"
+    return "not .png, .jpg, .jpeg, .bmp in a class's folder: ['train/eel/test', 'train/eel/train']"
 
 
 def pipe(pets):
     os.mkfifo(pets / "train/cat/b.png")
-    return "not .png, .jpg, .jpeg, .bmp in a class's folder: train/cat/b.png"
+    return "not .png, .jpg, .jpeg, .bmp in a class's folder: ['train/cat/b.png']"
 
 
 def line_break(pets):
     (pets / "train/cat/a\nb").mkdir()
-    return "not .png, .jpg, .jpeg, .bmp in a class's folder: train/cat/a\\nb"
+    return "not .png, .jpg, .jpeg, .bmp in a class's folder: ['train/cat/a\\nb']"
 
 
 def file_for_a_split(pets):
     (pets / "test").rename(pets / "old")
     (pets / "test").write_text("")
-    return f"there is no folder {pets}/test"
+    return f"{pets} cannot be read ("
 
 
 def giant(pets):
@@ -225,12 +225,10 @@ def giant(pets):
     size = (60_000).to_bytes(4, "big")
     data = (pets / "train/cat/a.png").read_bytes()
     (pets / "train/cat/a.png").write_bytes(data[:16] + size + size + data[24:])
-    return f"1 image cannot be read: {pets}/train/cat/a.png"
+    return "train/cat/a.png cannot be read ("
 
 
-DAMAGE = [
-    *(loop, in_itself, pipe, line_break, file_for_a_split, giant),
-]
+DAMAGE = [loop, in_itself, pipe, line_break, file_for_a_split, giant]
 
 
 @pytest.mark.parametrize("damage", DAMAGE, ids=lambda d: d.__name__)
@@ -291,26 +289,18 @@ def test_a_data_root_that_cannot_be_one(name, tmp_path, monkeypatch):
 def test_a_list_of_images_that_is_no_text(tmp_path, monkeypatch):
     root = small_voc(monkeypatch, tmp_path)
     (root / "VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(InputError, match=r"^data = .*: no list of images \(") as caught:
+    with pytest.raises(InputError, match=r"^data = .*: voc cannot be read .*decode") as caught:
         datasets.load("voc", root)
     assert one_line(caught)
 
 
-def test_the_fingerprint_of_a_folder_follows_its_images(pets, monkeypatch):
-    loads = []
-    real = sources.load
-    monkeypatch.setattr(sources, "load", lambda *name: loads.append(name) or real(*name))
-    found = [datasets.fingerprint("folder:pets", pets.parent) for _ in range(2)]
-    assert found == [real("folder:pets", pets.parent).fingerprint] * 2
-    assert len(loads) == 1
+def test_the_fingerprint_of_a_folder_follows_its_images(pets):
+    found = datasets.fingerprint("folder:pets", pets.parent)
+    assert found == datasets.load("folder:pets", pets.parent).fingerprint
     version = datasets.info("folder:pets", pets.parent).version
-    image = pets / "train/dog/a.png"
-    before = image.stat()
-    Image.new("L", (8, 8), 48).save(image)  # other pixels, as many bytes
-    os.utime(image, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    Image.new("L", (8, 8), 48).save(pets / "train/dog/a.png")  # other pixels, as many bytes
     assert datasets.info("folder:pets", pets.parent).version == version
-    assert datasets.fingerprint("folder:pets", pets.parent) not in found
-    assert len(loads) == 2
+    assert datasets.fingerprint("folder:pets", pets.parent) != found
     assert datasets.fingerprint("imagenet") == ""
 
 

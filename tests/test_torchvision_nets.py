@@ -22,27 +22,15 @@ def shapes_only(name, side, classes):
 
 
 @pytest.mark.parametrize(
-    ("name", "giga", "parameters"),
+    ("name", "giga"),
     [
-        ("vgg16", 15.47, 138_357_544),
-        ("resnet50", 4.09, 25_557_032),
-        ("mobilenet_v2", 0.30, 3_504_872),
-        ("alexnet", 0.71, 61_100_840),
-        ("alexnet_grouped", 0.724, 60_965_224),
-        ("googlenet", 1.50, 6_624_904),
+        *(("vgg16", 15.47), ("resnet50", 4.09), ("mobilenet_v2", 0.30)),
+        *(("alexnet", 0.71), ("alexnet_grouped", 0.724), ("googlenet", 1.50)),
     ],
 )
-def test_macs_and_parameters_are_the_known_ones(name, giga, parameters):
+def test_macs_are_the_known_ones(name, giga):
     net = shapes_only(name, 224, 1000)
     assert measure.macs(net, torch.zeros(1, 3, 224, 224)) == pytest.approx(giga * 1e9, rel=0.01)
-    assert measure.parameters(net) == parameters
-
-
-def test_parameters_of_deeplab_by_its_parts():
-    net = shapes_only("deeplabv3plus_resnet50", 65, 21)
-    aspp = 2048 * 256 * (1 + 3 * 9 + 1) + 5 * 256 * 256 + 6 * 2 * 256
-    decoder = (256 * 48 + 2 * 48) + 9 * 256 * (304 + 256) + 2 * 2 * 256 + 257 * 21
-    assert measure.parameters(net) == (25_557_032 - 2049 * 1000) + aspp + decoder == 40_352_181
 
 
 def test_deeplab_sees_a_sixteenth_and_answers_in_full():
@@ -59,8 +47,6 @@ def test_deeplab_sees_a_sixteenth_and_answers_in_full():
 def test_mobilenet_for_cifar_leaves_four_by_four():
     net = shapes_only("mobilenet_v2_cifar", 32, 10)
     assert net.features(torch.zeros(2, 3, 32, 32, device="meta")).shape == (2, 1280, 4, 4)
-    wide = shapes_only("mobilenet_v2", 32, 10)
-    assert measure.parameters(net) == measure.parameters(wide) == 2_236_682
 
 
 def test_alexnet_of_2012_has_three_convolutions_in_two_groups():

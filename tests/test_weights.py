@@ -232,7 +232,7 @@ def test_only_the_scope_is_cut_and_exactly(name):
     params = {} if name in ("magnitude_attention", "dpf") else {"scope": "convolutions"}
     torch.manual_seed(0)
     made = fit(
-        methods.build(name, params, 0.95), models.ResNet(8, (1, 8, 8), 10), toy_batches(), SHORT
+        methods.build(name, params, 0.95), models.resnet(8, (1, 8, 8), 10), toy_batches(), SHORT
     )
     *inside, classifier = weights_of(made.model)
     total = sum(w.numel() for w in inside)

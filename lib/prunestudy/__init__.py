@@ -27,6 +27,7 @@ __version__ = version("prunestudy")
 _PLACES = {
     "errors": "InputError",
     "shrink": "Group export groups load remove save",
+    "measure": "Metrics",
     "methods": "At Context Method",
     "methods.sparse_gates": "SparseGates",
     "methods.force": "Force",

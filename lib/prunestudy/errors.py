@@ -37,6 +37,11 @@ def quoted(value: Any) -> str:
     return text if len(text) <= _QUOTED else f"{text[:_QUOTED]}..."
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what `error` says, or its kind."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 def require_one_of(parameter: str, value: Any, choices: Iterable[str]) -> None:
     """Raise `InputError` unless `value` is one of `choices`; of many, it names the first."""
     names = sorted(choices)
@@ -44,21 +49,28 @@ def require_one_of(parameter: str, value: Any, choices: Iterable[str]) -> None:
     require(value in names, parameter, value, f"allowed are {', '.join(names[:_NAMED])}{more}")
 
 
-def writable_file(path: str | Path) -> Path:
+def path_of(path: Any, parameter: str = "path") -> Path:
+    """Return `path` as a `Path`; raise `InputError` for what cannot be the name of a file."""
+    named = isinstance(path, str | Path) and "\0" not in str(path)
+    require(named, parameter, path, "the path of a file, as text or a Path")
+    return Path(path)
+
+
+def writable_file(path: str | Path, parameter: str = "path") -> Path:
     """Return `path`, to which a file can be written: a regular file, or nothing yet.
 
     Raises `InputError` for a folder, a device, a pipe, a link (also one to nothing), and if the
     folder that it is to lie in does not exist.
     """
-    path = Path(path)
+    path = path_of(path, parameter)
     try:
-        require(path.parent.is_dir(), "path", str(path), "a file in a folder that exists")
+        require(path.parent.is_dir(), parameter, str(path), "a file in a folder that exists")
         right = stat.S_ISREG(path.lstat().st_mode)
     except FileNotFoundError:
         return path
     except OSError as error:
-        raise InputError(f"path = {str(path)!r}: {error.strerror}") from None
-    require(right, "path", str(path), "a regular file, or a name that is not in use")
+        raise InputError(f"{parameter} = {str(path)!r}: {error.strerror}") from None
+    require(right, parameter, str(path), "a regular file, or a name that is not in use")
     return path
 
 

@@ -48,7 +48,7 @@ def checked(kind: type[Kind], values: Any, within: str = "") -> Kind:
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise InputError(_first(error, kind, within)) from None
+        raise InputError(first_wrong(error, kind, within)) from None
 
 
 def inputs(example: "Tensor | tuple[Tensor, ...]") -> "tuple[Tensor, ...]":
@@ -87,7 +87,8 @@ def _require_in_range(value: Any) -> None:
         raise ValueError(f"a number from {_LEAST:g} to {_MOST:g}, or 0 where that is allowed")
 
 
-def _first(error: ValidationError, kind: type[Values], within: str) -> str:
+def first_wrong(error: ValidationError, kind: type[Values], within: str = "") -> str:
+    """The line for the first value that is wrong; see `checked`."""
     first = error.errors()[0]
     where = ".".join(str(part) for part in (within, *first["loc"]) if part != "")
     own = str(first["ctx"]["error"]) if first["type"] == "value_error" else ""
@@ -97,6 +98,6 @@ def _first(error: ValidationError, kind: type[Values], within: str) -> str:
         return f"{where}: is missing"
     allowed = own or first["msg"].lower()
     if first["type"] == "extra_forbidden" and len(first["loc"]) == 1:
-        names = ", ".join(sorted(kind.model_fields))
+        names = ", ".join(sorted(f.alias or n for n, f in kind.model_fields.items()))
         allowed = f"allowed are {names}" if names else "none is allowed here"
     return f"{where} = {quoted(first['input'])}: {allowed}"

@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 
 from prunestudy.datasets.catalogue import DatasetInfo
-from prunestudy.datasets.sources import ImageSet
+from prunestudy.datasets.sources import ImageSet, require_whole
 from prunestudy.errors import require
 
 
 class Batches:
     """Normalised batches of `images`, augmented by random shifts and flips.
 
-    `batch_size`: images a batch. `shift`: each image moves by a whole number of pixels, uniform in
-    -shift..shift, in both directions, and black comes in from the border (torchvision's
-    RandomCrop(size, padding=shift)). `flip`: each is mirrored left to right with probability 1/2.
-    The images are copied to `device` once, as uint8.
+    `shift`: each image moves by a whole number of pixels, uniform in -shift..shift, in both
+    directions, and black comes in from the border (torchvision's RandomCrop(size, padding=shift)).
+    `flip`: each is mirrored left to right with probability 1/2. The images are copied to `device`
+    once, as uint8.
 
     Raises `InputError` unless 1 <= `batch_size` <= number of images, 0 <= `shift` < the image's
     size, and the images are as `info` says.
@@ -74,7 +74,7 @@ class Batches:
         order = torch.randperm(len(self), generator=generator)
         places = range(start * self.batch_size, self.steps * self.batch_size, self.batch_size)
         at = [slice(place, place + self.batch_size) for place in places]
-        return self._augmented(epoch, order, at, generator)
+        return self._made(order, at, epoch, generator)
 
     def ordered(self, batch_size: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """All images once, in order, not augmented, as `epoch` gives them; the last batch is short.
@@ -83,7 +83,9 @@ class Batches:
         """
         size = self.batch_size if batch_size is None else batch_size
         require_whole("batch_size", size, 1)
-        return self._plain(size)
+        size = min(size, self._most)
+        at = [slice(place, place + size) for place in range(0, len(self), size)]
+        return self._made(torch.arange(len(self)), at)
 
     def _prepare(self) -> None:
         """Keep the images as a list of pixels, each image with a black border of `shift`."""
@@ -102,31 +104,21 @@ class Batches:
         self._rows = torch.arange(height, device=self.device).view(-1, 1) * self._width
         self._columns = torch.arange(width, device=self.device)
         self.labels = self.images.labels.to(self.device)
+        self._most = len(self)
 
-    def _augmented(
-        self, _: int, order: Tensor, at: list[slice], generator: torch.Generator
+    def _made(
+        self, order: Tensor, at: list[slice], _: int = 0, generator: torch.Generator | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        top, left = torch.randint(0, 2 * self.shift + 1, (2, len(self)), generator=generator)
+        """Batches of images, at places `at` of `order`; with a `generator` they are augmented."""
+        top, left = torch.full((2, len(self)), self.shift)
         mirrored = torch.zeros_like(order)
-        if self.flip:
+        if generator:
+            top, left = torch.randint(0, 2 * self.shift + 1, (2, len(self)), generator=generator)
+        if generator and self.flip:
             mirrored = torch.randint(0, 2, (len(self),), generator=generator)
-        first = self._first_pixel(order, top, left) + mirrored * (self.info.width - 1)
-        return self._gathered(order, first, 1 - 2 * mirrored, at)
-
-    def _plain(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        order = torch.arange(len(self))
-        at = [slice(place, place + size) for place in range(0, len(self), size)]
-        first = self._first_pixel(order, self.shift, self.shift)
-        return self._gathered(order, first, torch.ones_like(order), at)
-
-    def _first_pixel(self, image: Tensor, top: Tensor | int, left: Tensor | int) -> Tensor:
-        return (image * self._height + top) * self._width + left
-
-    def _gathered(
-        self, order: Tensor, first: Tensor, direction: Tensor, at: list[slice]
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches at the places `at` of images, their first pixels and directions (1 or -1)."""
-        order, first, direction = (part.to(self.device) for part in (order, first, direction))
+        corner = (order * self._height + top) * self._width + left
+        first = (corner + mirrored * (self.info.width - 1)).to(self.device)
+        order, direction = order.to(self.device), (1 - 2 * mirrored).to(self.device)
         for batch in at:
             steps = direction[batch].view(-1, 1, 1) * self._columns
             index = (first[batch].view(-1, 1, 1) + self._rows) + steps
@@ -145,10 +137,3 @@ def mix(*numbers: int) -> int:
     digest = hashlib.sha256(" ".join(map(str, numbers)).encode()).digest()
     # 32 bits: torch's generator on the CPU uses no more of its seed
     return int.from_bytes(digest[:4], "big")
-
-
-def require_whole(parameter: str, value: int, least: int, most: int | None = None) -> None:
-    """Raise `InputError` unless `value` is a whole number from `least` to `most`."""
-    allowed = f"a whole number from {least}" + ("" if most is None else f" to {most}")
-    ok = type(value) is int and value >= least and (most is None or value <= most)
-    require(ok, parameter, value, allowed)

@@ -1,6 +1,5 @@
 """What is known of each data set before it is read: sizes, statistics, fingerprints."""
 
-import functools
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,8 +63,6 @@ _FINGERPRINTS = {
     "fashion_mnist": "145c7cc693ba9309a106bf85524ac71e85fcfb2e7d8183008ef3c512c60b6793",
     "cifar10_jpeg": "de8d27527f9de4ddd178ee079501bb87b8a3a9a7c11584fd9600e8ece860fd7d",
 }
-
-
 _KNOWN = {}
 for _name, _sizes in _SIZES.items():
     _facts = (*_sizes, *_STATISTICS.get(_name, _PRETRAINED), _name == "voc")
@@ -96,7 +93,7 @@ def info(name: str, root: str | Path | None = None) -> DatasetInfo:
         return _KNOWN[name]
     path = folder_path(name, root)
     (train, test), classes, digest = folders.list_images(name, path)
-    size = folders.size_of(name, path / next(iter(train)))
+    size = folders.size_of(folders.decode(name, path, next(iter(train))))
     facts = (path.name, digest[:12], *size, classes, len(train), len(test))
     return DatasetInfo(FOLDER + path.name, *facts, mean=(), std=())
 
@@ -112,20 +109,10 @@ def folder_path(name: str, root: str | Path | None) -> Path:
 def fingerprint(name: str, root: str | Path | None = None) -> str:
     """The fingerprint that `load` finds today, "" where it is not known.
 
-    Nothing is read for one of `names()`. A folder is loaded, and again only once a file changed.
-    Raises `InputError` as `load` does.
+    Nothing is read for one of `names()`, a folder is loaded. Raises `InputError` as `load` does.
     """
     if not str(name).startswith(FOLDER):
         return info(name).fingerprint
-    path = folder_path(name, root)
-    parts, *_ = folders.list_images(name, path)
-    states = {str(path / file): (path / file).stat() for part in parts for file in part}
-    stamps = tuple((file, state.st_size, state.st_mtime_ns) for file, state in states.items())
-    return _loaded(name, root, stamps)
-
-
-@functools.lru_cache(maxsize=8)
-def _loaded(name: str, root: str | Path | None, _: tuple[tuple[str, int, int], ...]) -> str:
     from prunestudy.datasets.sources import load  # late: it needs torch
 
     return load(name, root).fingerprint

@@ -20,12 +20,8 @@ from prunestudy.errors import InputError, require
 # Folders below the data root.
 _PLACES = {"cifar10_jpeg": "cifar10-jpeg", "imagenet": "imagenet", "voc": "VOCdevkit/VOC2012"}
 # Sets that torchvision reads and downloads, by its class.
-_CLASSES = {
-    "mnist": "MNIST",
-    "fashion_mnist": "FashionMNIST",
-    "cifar10": "CIFAR10",
-    "cifar100": "CIFAR100",
-}
+_CLASSES = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST"}
+_CLASSES |= {"cifar10": "CIFAR10", "cifar100": "CIFAR100"}
 # Fashion-MNIST, packed, of Debian's package dataset-fashion-mnist.
 _DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 _DIGITS_SEED = _VALIDATION_SEED = 0
@@ -48,16 +44,13 @@ class ImageSet:
         return len(self.labels)
 
     def subset(self, indices: Tensor | slice) -> "ImageSet":
-        """Images and labels at `indices`, in their order; `IndexError` for an absent one."""
+        """Images and labels at `indices`, in their order."""
         return replace(self, images=self.images[indices], labels=self.labels[indices])
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set.
-
-    `fingerprint`: sha256 of all images and labels; on disk, of the names and sizes of the files.
-    """
+    """`fingerprint`: sha256 of images and labels; of files that stay on disk, names and sizes."""
 
     info: DatasetInfo
     train: ImageSet
@@ -68,30 +61,30 @@ class Dataset:
 def load(name: str, root: str | Path | None = None) -> Dataset:
     """Read the data set `name`, one of `names()` or `folder:PATH`, from below the data root.
 
-    - `digits`: scikit-learn's 8x8 images, their values 0..16 stretched to 0..255. The split is
-      ours: every fifth image of a class, in a fixed random order, is a test image. The two parts
-      share their writers.
-    - `mnist`, `fashion_mnist`, `cifar10`, `cifar100`: where torchvision has them below `<root>`,
-      Fashion-MNIST also in the folder of Debian's package; torchvision downloads what is missing.
+    - `digits`: scikit-learn's 8x8 images, their values 0..16 stretched to 0..255. Every fifth image
+      of a class, in a fixed random order, is a test image; the parts share their writers.
+    - `mnist`, `fashion_mnist`, `cifar10`, `cifar100`: as torchvision stores them below `<root>`,
+      Fashion-MNIST also as Debian's package does; torchvision downloads what is missing.
     - `cifar10_jpeg`: a copy of CIFAR-10 as JPEG files, an image folder `<root>/cifar10-jpeg`.
     - `imagenet`: `<root>/imagenet/{train,val}/<class>/*.JPEG`; `voc`: `<root>/VOCdevkit/VOC2012`
       with class masks, trained on `train` and tested on `val`. Both stay on disk.
     - `folder:PATH`: see `info`; `mean` and `std` are computed here.
 
-    Raises `InputError` for an unknown name, for missing, damaged or changed files, for images that
-    cannot be read or differ in size, and for sets that do not fit into memory.
+    Raises `InputError` for an unknown name, for missing, damaged or changed files, and for images
+    in memory that cannot be read or differ in size.
     """
-    details, place = info(name, root), data_root(root)
+    details, place = info(name, root), str(data_root(root))
     try:
         data = _read(details, name, root)
-    except OSError as error:
-        why = _one_line(error)
-        raise InputError(f"data = {str(place)!r}: {name} cannot be read ({why})") from error
-    except MemoryError as error:
-        raise InputError(f"dataset = {name!r}: does not fit into memory") from error
+    except InputError:
+        raise
+    except Exception as error:  # no network, a full disk, a damaged file, little memory
+        why = " ".join(str(error).split())[:300] or type(error).__name__
+        line = f"data = {place!r}: {name} cannot be read or downloaded ({why})"
+        raise InputError(line) from error
     right = details.fingerprint in ("", data.fingerprint)
     allowed = f"{name} has fingerprint {data.fingerprint}, {details.fingerprint} expected"
-    require(right, "data", str(place), f"{allowed}; delete its files to download them again")
+    require(right, "data", place, f"{allowed}; delete its files to download them again")
     return data
 
 
@@ -100,12 +93,10 @@ def split(train: ImageSet, validation: int) -> tuple[ImageSet, ImageSet]:
 
     The permutation depends on the number of images alone: all runs are tuned on the same
     validation images, whatever their seed, and a smaller validation set is part of a larger one.
-    Returns the remaining training images and the validation images. Raises `InputError` unless
-    1 <= `validation` < len(train).
+    Returns the remaining training images and the validation images. Raises `InputError` unless both
+    have images.
     """
-    right = type(validation) is int and 1 <= validation < len(train)
-    allowed = f"a number of images from 1 to {len(train) - 1}"
-    require(right, "validation", validation, allowed)
+    require_whole("validation", validation, 1, len(train) - 1)
     generator = torch.Generator().manual_seed(_VALIDATION_SEED)
     order = torch.randperm(len(train), generator=generator)
     return train.subset(order[:-validation]), train.subset(order[-validation:])
@@ -123,22 +114,19 @@ def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, 
 
 
 def _read(details: DatasetInfo, name: str, root: str | Path | None) -> Dataset:
-    place = data_root(root) / _PLACES.get(name, "")
+    place = folder_path(name, root) if name.startswith(FOLDER) else data_root(root)
+    if name in _PLACES:
+        place /= _PLACES[name]
+        require(place.is_dir(), "data", str(place), f"{name} needs this folder")
     if name in ("imagenet", "voc"):
-        parts, digest = folders.find_streamed(details, place)
-        columns = [map(np.array, (list(part), list(part.values()))) for part in parts]
-        return Dataset(details, *(ImageSet(*column, place) for column in columns), digest)
+        return _listed(details, place)
     if name == "digits":
         arrays = _digits()
     elif name in _CLASSES:
         arrays = _read_files(name, place)
     else:
-        if name == "cifar10_jpeg":
-            there = f"{name} needs {place.name} in it"
-            require(place.is_dir(), "data", str(place.parent), there)
-        path = folder_path(name, root) if name.startswith(FOLDER) else place
-        shape = (details.height, details.width, details.channels)
-        arrays = folders.read(name, path, folders.list_images(name, path)[0], shape)
+        size = (details.channels, details.height, details.width)
+        arrays = folders.read(name, place, folders.list_images(name, place)[0], size)
     train, test = (ImageSet(*map(torch.as_tensor, part)) for part in arrays)
     if not details.mean:
         mean, std = channel_statistics(train.images)
@@ -149,6 +137,24 @@ def _read(details: DatasetInfo, name: str, root: str | Path | None) -> Dataset:
         digest.update(part.images.numpy())
         digest.update(part.labels.numpy())
     return Dataset(details, train, test, digest.hexdigest())
+
+
+def _listed(details: DatasetInfo, place: Path) -> Dataset:
+    """ImageNet or Pascal VOC: the names of the files, each seen on disk."""
+    classes = details.num_classes
+    if details.masks:
+        parts, digest = folders.list_voc(place)
+    else:
+        parts, classes, digest = folders.list_images(details.name, place, ("train", "val"))
+    found = (classes, *map(len, parts))
+    wanted = (details.num_classes, details.train_images, details.test_images)
+    allowed = f"{found} classes, training and test images, {wanted} expected"
+    require(found == wanted, "data", str(place), allowed)
+    files = [*parts[0], *parts[1]]
+    masks = [mask for part in parts for mask in part.values()] if details.masks else []
+    folders.require_whole_files(details.name, place, [*files, *masks])
+    columns = [map(np.array, (list(part), list(part.values()))) for part in parts]
+    return Dataset(details, *(ImageSet(*column, place) for column in columns), digest)
 
 
 def _digits() -> list[tuple[np.ndarray, np.ndarray]]:
@@ -169,25 +175,22 @@ def _read_files(name: str, root: Path) -> list[tuple[Tensor, Tensor]]:
     """Images and labels of both parts of a set that torchvision reads, and downloads if missing."""
     import torchvision.datasets
 
-    kind, raw = getattr(torchvision.datasets, _CLASSES[name]), Path("FashionMNIST/raw")
+    kind, raw = getattr(torchvision.datasets, _CLASSES[name]), "FashionMNIST/raw"
     with tempfile.TemporaryDirectory() as temporary:
         if name == "fashion_mnist" and _DEBIAN.is_dir() and not (root / raw).is_dir():
             root = Path(temporary)
             (root / raw).mkdir(parents=True)
             for file in _DEBIAN.glob("*.gz"):
                 (root / raw / file.stem).write_bytes(gzip.decompress(file.read_bytes()))
-        require(root.is_dir(), "data", str(root), f"{name} needs it, and there is no such folder")
-        try:
-            parts = [kind(root, train=train, download=True) for train in (True, False)]
-        except Exception as error:  # no network, a full disk, a damaged file
-            why = f"{name} cannot be read or downloaded ({_one_line(error)})"
-            again = "delete its files to download them again"
-            raise InputError(f"data = {str(root)!r}: {why}; {again}") from error
-    images = [torch.as_tensor(np.ascontiguousarray(part.data)) for part in parts]
+        require(root.is_dir(), "data", str(root), f"{name} needs this folder")
+        parts = [kind(root, train=train, download=True) for train in (True, False)]
+    images = [torch.as_tensor(part.data).contiguous() for part in parts]
     images = [pixels.view(*pixels.shape[:3], -1) for pixels in images]
     return list(zip(images, (torch.as_tensor(part.targets) for part in parts), strict=True))
 
 
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else f"{text[:300]}..."
+def require_whole(parameter: str, value: int, least: int, most: int | None = None) -> None:
+    """Raise `InputError` unless `value` is a whole number from `least` to `most`."""
+    allowed = f"a whole number from {least}" + ("" if most is None else f" to {most}")
+    ok = type(value) is int and value >= least and (most is None or value <= most)
+    require(ok, parameter, value, allowed)

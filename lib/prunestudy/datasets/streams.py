@@ -18,10 +18,10 @@ from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from prunestudy.datasets.batches import Batches, mix, require_whole
+from prunestudy.datasets.batches import Batches, mix
 from prunestudy.datasets.catalogue import DatasetInfo
-from prunestudy.datasets.folders import UNLABELLED
-from prunestudy.datasets.sources import ImageSet
+from prunestudy.datasets.folders import UNLABELLED, decode
+from prunestudy.datasets.sources import ImageSet, require_whole
 from prunestudy.errors import InputError, require
 
 _MOST_VALUES = 2**24  # in the images of a batch that is not trained on
@@ -43,8 +43,8 @@ class Stream(Batches):
     decode them (by default one a core, at most 8; 0: none).
 
     Batches of `ordered` are as small as it takes to keep what a net makes of them in memory.
-    `epoch` and `ordered` raise `InputError` for an image that can no longer be decoded. Raises
-    `InputError` as `Batches` does, and for a `shift`.
+    They and those of `epoch` raise `InputError` for an image that cannot be decoded and a mask that
+    does not fit its image. Raises `InputError` as `Batches` does, and for a `shift`.
     """
 
     def __init__(self, *arguments: Any, workers: int | None = None, **options: Any) -> None:
@@ -56,24 +56,17 @@ class Stream(Batches):
     def _prepare(self) -> None:
         allowed = f"0: images of {self.info.name} are cropped at random"
         require(self.shift == 0, "shift", self.shift, allowed)
-
-    def _augmented(
-        self, epoch: int, order: Tensor, at: list[slice], _: torch.Generator
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        return self._read(epoch, order, at, training_transforms(self.info, self.flip))
-
-    def _plain(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         values = self.info.channels * self.info.height * self.info.width
-        size = min(size, max(1, _MOST_VALUES // values))
-        at = [slice(place, place + size) for place in range(0, len(self), size)]
-        return self._read(0, torch.arange(len(self)), at, plain_transforms(self.info))
+        self._most = max(1, _MOST_VALUES // values)
 
-    def _read(
-        self, epoch: int, order: Tensor, at: list[slice], transforms: Callable
+    def _made(
+        self, order: Tensor, at: list[slice], epoch: int = 0, generator: Any = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of the images `order`, decoded and transformed, at each of the places `at`."""
+        """Batches of images, at places `at` of `order`; with a `generator` they are augmented."""
+        info = self.info
+        transforms = training_transforms(info, self.flip) if generator else plain_transforms(info)
         loader = DataLoader(
-            _Decoded(self.images, self.info.name, transforms, self.seed),
+            _Decoded(self.images, self.info, transforms, self.seed),
             batch_sampler=([(epoch, n) for n in order[batch].tolist()] for batch in at),
             num_workers=min(self.workers, len(at)),
             collate_fn=_stacked,
@@ -87,37 +80,34 @@ class Stream(Batches):
 
 
 class _Decoded(torch.utils.data.Dataset):
-    """What a worker does: decode and transform one image, seeded by (seed, epoch, index).
+    """Pixels (H, W, C) uint8 and a label or a mask (H, W), seeded by (seed, epoch, index).
 
-    Gives pixels (H, W, C) uint8 and a label or a mask (H, W). An error is handed on as a value:
-    raised, it would grow a traceback.
+    An error is handed on as a value: raised in a worker, it would grow a traceback.
     """
 
-    def __init__(self, images: ImageSet, dataset: str, transforms: Callable, seed: int) -> None:
-        self.images, self.dataset, self.transforms, self.seed = images, dataset, transforms, seed
+    def __init__(self, images: ImageSet, info: DatasetInfo, transforms: Callable, seed: int):
+        self.images, self.info, self.transforms, self.seed = images, info, transforms, seed
 
     def __getitem__(self, at: tuple[int, int]) -> tuple[np.ndarray, np.ndarray] | InputError:
         epoch, index = at
-        label = self.images.labels[index]
+        folder, target = self.images.folder, self.images.labels[index]
         try:
-            image = self._open(self.images.images[index]).convert("RGB")
-            target = tv_tensors.Mask(self._open(label)) if isinstance(label, str) else label
+            image = decode(self.info.name, folder, self.images.images[index]).convert("RGB")
+            if self.info.masks:
+                target = self._mask(decode(self.info.name, folder, target), target, image.size)
         except InputError as error:
             return error
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(mix(self.seed, epoch, index))
             image, target = self.transforms(image, target)
-        masked = isinstance(target, Tensor)
-        return np.asarray(image), target[0].numpy() if masked else target
+        return np.asarray(image), target[0].numpy() if self.info.masks else target
 
-    def _open(self, name: str) -> Image.Image:
-        try:
-            with Image.open(self.images.folder / name) as image:
-                image.load()
-                return image
-        except Exception as error:  # Pillow's decoders raise many kinds
-            why = f"1 image cannot be read: {name}"
-            raise InputError(f"dataset = {self.dataset!r}: {why}") from error
+    def _mask(self, mask: Image.Image, name: str, size: tuple[int, int]) -> tv_tensors.Mask:
+        used = {label for label, count in enumerate(mask.histogram()) if count}
+        right = mask.mode in ("L", "P") and used <= {*range(self.info.num_classes), UNLABELLED}
+        allowed = f"{name} needs a class or {UNLABELLED} for each of {size} pixels"
+        require(right and mask.size == size, "dataset", self.info.name, allowed)
+        return tv_tensors.Mask(mask)
 
 
 def _stacked(items: list) -> list[np.ndarray] | InputError:
@@ -133,8 +123,9 @@ def training_transforms(info: DatasetInfo, flip: bool) -> Callable:
     if not info.masks:
         return v2.Compose([v2.RandomResizedCrop(size), *mirrored])
     resized = v2.RandomResize(min(size) // 2, 2 * min(size))
-    cropped = v2.RandomCrop(size, pad_if_needed=True, fill=_fill(info))
-    return v2.Compose([resized, *mirrored, cropped])
+    return v2.Compose(
+        [resized, *mirrored, v2.RandomCrop(size, pad_if_needed=True, fill=_fill(info))]
+    )
 
 
 def plain_transforms(info: DatasetInfo) -> Callable:

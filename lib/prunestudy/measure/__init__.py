@@ -1,6 +1,5 @@
 """What a net is worth and what it costs: quality, parameters, MACs, memory, latency."""
 
-from prunestudy.measure.boundary import boundary_f1
 from prunestudy.measure.cost import (
     kept_sample,
     kept_scale,
@@ -16,15 +15,12 @@ from prunestudy.measure.cost import (
 )
 from prunestudy.measure.forward import interleave, latency, onnx_latency, peak_memory_mb
 from prunestudy.measure.metrics import Metrics, limits, task_metrics
-from prunestudy.measure.tasks import TASKS, Scores, Task, default_loss, own_task, task, top1
+from prunestudy.measure.tasks import Scores, Task, task
 
 __all__ = [
-    "TASKS",
     "Metrics",
     "Scores",
     "Task",
-    "boundary_f1",
-    "default_loss",
     "interleave",
     "kept_sample",
     "kept_scale",
@@ -36,7 +32,6 @@ __all__ = [
     "nonzero_macs",
     "nonzeros",
     "onnx_latency",
-    "own_task",
     "parameters",
     "peak_memory_mb",
     "prunable_weights",
@@ -44,5 +39,4 @@ __all__ = [
     "same_shapes",
     "task",
     "task_metrics",
-    "top1",
 ]

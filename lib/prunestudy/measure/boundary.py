@@ -24,34 +24,23 @@ def boundary_f1(predicted: Tensor, true: Tensor, tolerance: float = 0.0075) -> f
 
     `tolerance` is a share of the diagonal. Pixels that are 255 in `true` are left out of both.
     """
+    from scipy.ndimage import binary_erosion  # late: it takes a while
+    from scipy.spatial import cKDTree
+
     truth = true.cpu().numpy()
     void = truth == IGNORED
     guess = np.where(void, IGNORED, predicted.cpu().numpy())
-    reach = tolerance * math.hypot(*truth.shape)
-    classes = np.union1d(truth, guess)
-    scores = [_f1(guess == c, truth == c, void, reach) for c in classes[classes != IGNORED]]
-    scores = [score for score in scores if not math.isnan(score)]
+    reach, scores = tolerance * math.hypot(*truth.shape), []
+    for number in np.setdiff1d([truth, guess], IGNORED):
+        insides = guess == number, truth == number
+        cores = [binary_erosion(inside | void, border_value=1) for inside in insides]
+        ours, theirs = (np.argwhere(i & ~core) for i, core in zip(insides, cores, strict=True))
+        # Contours are thin: a tree of their pixels is much quicker than a distance for every pixel.
+        if len(ours) and len(theirs):
+            precision = np.mean(cKDTree(theirs).query(ours)[0] <= reach)
+            recall = np.mean(cKDTree(ours).query(theirs)[0] <= reach)
+            some = precision + recall
+            scores.append(2 * precision * recall / some if some else 0.0)
+        elif len(ours) or len(theirs):
+            scores.append(0.0)
     return float(np.mean(scores)) if scores else math.nan
-
-
-def _f1(guess: np.ndarray, truth: np.ndarray, void: np.ndarray, reach: float) -> float:
-    ours, theirs = _contour(guess, void), _contour(truth, void)
-    if not ours.any() or not theirs.any():
-        return 0.0 if ours.any() or theirs.any() else math.nan
-    precision, recall = _share_near(ours, theirs, reach), _share_near(theirs, ours, reach)
-    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
-
-
-def _contour(inside: np.ndarray, void: np.ndarray) -> np.ndarray:
-    from scipy import ndimage  # late: it takes a while
-
-    return inside & ~ndimage.binary_erosion(inside | void, border_value=1)
-
-
-def _share_near(points: np.ndarray, others: np.ndarray, reach: float) -> float:
-    """Share of `points` that are at most `reach` pixels from one of `others`."""
-    # Contours are thin: a tree of their pixels is much quicker than a distance for every pixel.
-    from scipy.spatial import cKDTree  # late, as above
-
-    distances, _ = cKDTree(np.argwhere(others)).query(np.argwhere(points))
-    return float((distances <= reach).mean())

@@ -6,24 +6,23 @@ and masks are no parameters. MACs are multiply-accumulates.
 
 import re
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from math import prod
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.backends import cudnn, mha, mkldnn
+from torch.backends import cudnn, mha
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from torch.utils.flop_counter import flop_registry
 
 from prunestudy.errors import require
-from prunestudy.measure.forward import Example, inputs_for, run
+from prunestudy.measure.forward import Example, evaluating, inputs_for, run
 from prunestudy.shrink import CsrLinear, fold
 from prunestudy.shrink.fold import is_plain
-from prunestudy.shrink.trace import LAYERS, TRANSPOSED
+from prunestudy.shrink.trace import LAYERS
 
 
 def parameters(model: nn.Module) -> int:
@@ -43,8 +42,8 @@ def prunable_weights(model: nn.Module) -> list[tuple[str, Tensor]]:
     net share memory with it, others are values in eval mode.
     """
     weights = {}  # names by weight
-    for name, layer in _layers(_plain(model)):
-        weights.setdefault(layer.weight, f"{name}.weight".lstrip("."))
+    for name, layer in _layers(_plain(model)).items():
+        weights.setdefault(layer.weight, name)
     return [(name, weight.detach()) for weight, name in weights.items()]
 
 
@@ -100,73 +99,67 @@ def macs(model: nn.Module, example: Example) -> int:
     embeddings and elementwise products count nothing. Raises `InputError` for a product that has
     no formula here, and for a net that does not run on `example`.
     """
-    plain = _plain(model, copy=True)
-    counter = FlopCounterMode(display=False, custom_mapping=_MORE)  # 2 FLOPs per MAC
-    # no_grad: in inference mode layers reach the counter whole
-    with torch.no_grad(), _unfused(), _Refusing(type(model).__name__), counter:
-        run(plain, inputs_for(plain, example, first=True))
-    return counter.get_total_flops() // 2
+    return _count(_plain(model), example)["Global"]
+
+
+def layer_macs(model: nn.Module, example: Example) -> dict[str, int]:
+    """MACs of one input in each convolution and linear module, called or not, by weight's name."""
+    plain = _plain(model)
+    counts = _count(plain, example)
+    return {name: counts.get(name, 0) for name in _layers(plain)}
 
 
 def nonzero_macs(model: nn.Module, example: Example) -> int:
     """MACs of one input in a net that skips each zero weight of a convolution or linear layer."""
-    dense, kept = layer_macs(model, example), layer_macs(model, example, Tensor.count_nonzero)
-    return macs(model, example) - sum(dense.values()) + sum(kept.values())
+    plain = _plain(model)
+    counts = _count(plain, example)
+    zeros = {
+        name: counts.get(name, 0) // layer.weight.numel() * int((layer.weight == 0).sum())
+        for name, layer in _layers(plain).items()
+    }
+    return counts["Global"] - sum(zeros.values())
 
 
-def layer_macs(
-    model: nn.Module, example: Example, count: Callable[[Tensor], Any] = Tensor.numel
-) -> dict[str, int]:
-    """MACs of one input in each convolution and linear module, by the name of its weight.
+def _count(plain: nn.Module, example: Example) -> dict[str, int]:
+    """MACs of all ("Global"), and of each layer that is called, by the name of its weight."""
+    from ptflops.aten_engine import FlopCounterMode  # late: it takes seconds
+    from ptflops.aten_ops import ATEN_OPS_MAPPING
 
-    The `count` of the weight times the positions it is used at: those of the output, or of the
-    input of a transposed convolution. A module that is not called has 0.
-    """
-    plain = _plain(model, copy=True)
-    names = {layer: f"{name}.weight".lstrip(".") for name, layer in _layers(plain)}
-    found = dict.fromkeys(names.values(), 0)
+    def refuse(warning: str) -> None:
+        op = warning.split()[1]  # that ptflops counts as nothing
+        require(not _PRODUCT.search(op), "model", type(plain).__name__, f"MACs of {op} are unknown")
 
-    def add(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        if isinstance(layer, nn.Linear):
-            positions = output.numel() // layer.out_features
-        elif isinstance(layer, TRANSPOSED):
-            positions = args[0].numel() // layer.in_channels
-        else:
-            positions = output.numel() // layer.out_channels
-        found[names[layer]] += positions * int(count(layer.weight))
-
-    for layer in names:
-        layer.register_forward_hook(add)
-    with torch.inference_mode():
-        run(plain, inputs_for(plain, example, first=True))
-    return found
-
-
-@contextmanager
-def _unfused() -> Iterator[None]:
-    """Attention and recurrent layers as the matrix products that they consist of."""
+    known = {**_TORCH, **ATEN_OPS_MAPPING}
+    hooks = {op: partial(_formula, op, ATEN_OPS_MAPPING.get(op)) for op in known}
+    counter = FlopCounterMode(None, True, False, {"print_params": {}}, hooks)
+    counter.print_fn = refuse
     with ExitStack() as stack:
-        stack.enter_context(warnings.catch_warnings(action="ignore"))
+        for name, layer in _layers(plain).items():
+            stack.enter_context(layer.register_forward_pre_hook(counter.enter_module(name)))
+            stack.enter_context(layer.register_forward_hook(counter.exit_module(name)))
         stack.callback(mha.set_fastpath_enabled, mha.get_fastpath_enabled())
         mha.set_fastpath_enabled(False)
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        stack.enter_context(mkldnn.flags(enabled=False))
-        stack.enter_context(cudnn.flags(enabled=False))
-        yield
+        for context in (
+            evaluating(plain),
+            warnings.catch_warnings(action="ignore"),
+            torch.no_grad(),  # in inference mode layers reach the counter whole
+            sdpa_kernel(SDPBackend.MATH),  # attention, and recurrent layers on CUDA, as the
+            cudnn.flags(enabled=False),  # products that they consist of
+            counter,
+        ):
+            stack.enter_context(context)
+        run(plain, inputs_for(plain, example, first=True))
+    return {"Global": 0} | {part: sum(n.values()) for part, n in counter.flop_counts.items()}
 
 
-class _Refusing(TorchDispatchMode):
-    """Refuses the net `name` when it calls a product that has no formula."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        self.name = name
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        op = func._overloadpacket
-        known = op in flop_registry or op in _MORE or not _PRODUCT.search(func.name())
-        require(known, "model", self.name, f"MACs of the operation {func.name()} are unknown")
-        return func(*args, **(kwargs or {}))
+def _formula(op: Any, ptflops: Callable | None, args: tuple, outputs: tuple) -> int:
+    """MACs of a call of `op` without bias, by `ptflops` and by torch; refused where they differ."""
+    args = [None if place == _BIAS.get(op) else value for place, value in enumerate(args)]
+    found = {ptflops(args, outputs)} if ptflops else set()
+    if op in _TORCH:
+        found.add(_TORCH[op](*args, out_val=outputs[0]) // 2)  # 2 FLOPs per MAC
+    require(len(found) == 1, "model", str(op), f"ptflops and torch count {sorted(found)} MACs")
+    return found.pop()
 
 
 # Names of operations that multiply matrices, but upsampling and cells after their products.
@@ -175,25 +168,30 @@ _PRODUCT = re.compile(
     r"((mm|mv|dot)(_|\.|$)|dot_product|conv(?!ert)|linear|rnn|lstm|gru|attention|transformer)"
 )
 _ATEN = torch.ops.aten
-_MORE = {
-    _ATEN.mv: lambda a, *_, **__: 2 * prod(a),
-    _ATEN.addmv: lambda _, a, *__, **___: 2 * prod(a),
-    _ATEN.dot: lambda a, *_, **__: 2 * prod(a),
-    _ATEN.vdot: lambda a, *_, **__: 2 * prod(a),
-    _ATEN.addbmm: lambda _, a, b, *__, **___: 2 * prod(a) * b[2],
+_BIAS = {_ATEN.addmm: 0, _ATEN.convolution: 2}  # place of the argument
+_TORCH = {  # FLOPs by operation: torch's formulas, and those that it lacks
+    **flop_registry,
+    **dict.fromkeys((_ATEN.mv, _ATEN.dot, _ATEN.vdot), lambda a, *_, **__: 2 * a.numel()),
+    _ATEN.addmv: lambda _, a, *__, **___: 2 * a.numel(),
+    _ATEN.addbmm: lambda _, a, b, *__, **___: 2 * a.numel() * b.shape[2],
     # of a Bilinear: x W for each output, times y
-    _ATEN._trilinear: lambda x, w, *_, **__: 2 * prod(x[:-1]) * (prod(w) + w[0] * w[2]),
+    _ATEN._trilinear: lambda x, w, *_, **__: 2 * len(x) * (w.numel() + w.shape[0] * w.shape[2]),
+    # an LSTM on CPU, of one layer in one direction: for each step and sample
+    _ATEN.mkldnn_rnn_layer: lambda x, w, u, *_, **__: (
+        2 * x.shape[0] * x.shape[1] * (w.numel() + u.numel())
+    ),
 }
 
 
-def _layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Names and modules of the convolutions and linear layers of `model`."""
-    return [(name, layer) for name, layer in model.named_modules() if isinstance(layer, LAYERS)]
+def _layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The convolutions and linear layers of `model` by the names of their weights."""
+    named = [(n, layer) for n, layer in model.named_modules() if isinstance(layer, LAYERS)]
+    return {f"{name}.weight".lstrip("."): layer for name, layer in named}
 
 
-def _plain(model: nn.Module, copy: bool = False) -> nn.Module:
-    """`model` folded; itself where it is plain already, unless a `copy` is asked for."""
+def _plain(model: nn.Module) -> nn.Module:
+    """`model` folded; itself where it is plain already: copying takes longer than counting."""
     # CSR layers have neither parameters nor a weight: every count would silently miss them.
     csr = any(isinstance(module, CsrLinear) for module in model.modules())
     require(not csr, "model", type(model).__name__, "count the net before to_csr")
-    return fold(model) if copy or not is_plain(model) else model
+    return model if is_plain(model) else fold(model)

@@ -228,7 +228,9 @@ def masked_output(net: nn.Module, groups: Sequence[Group], masks: Sequence[Tenso
                 spread = member.spread(mask)[: weight.shape[along]]
                 weights[name] = weight * spread.view(shape)
     with _masked_norms(norms):
-        return call(lambda *args, **named: functional_call(net, weights, args, named), x)
+        # A module registered twice would not get its weight back with `tie_weights`.
+        once = partial(functional_call, net, weights, tie_weights=False)
+        return call(lambda *args, **named: once(args, named), x)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from prunestudy.methods.base import At, Context
 from prunestudy.methods.low_rank import LowRank, is_finite
 from prunestudy.methods.probes import Probe
 from prunestudy.shrink import energy_shares, factorise_layer, fold, layer_speed_up, rank_at
-from prunestudy.shrink.factors import Layer, full_rank, merged, speed_up_at, weight_matrix
+from prunestudy.shrink.factors import Layer, full_rank, merged, weight_matrix
 
 BINS = 36
 _KEPT = 0.95  # the share of energy at which ranks are reported, whatever the target
@@ -40,7 +40,8 @@ class Filters(Probe):
         self._whole: nn.Module | None = None
         self._measures: dict[str, float] = {}
         self._macs = measure.layer_macs(model, context.example)
-        self._arrays = portraits(method.layers_of(model), "before")
+        layers = method.layers_of(model)
+        self._names, self._arrays = list(layers), portraits(layers, "before")
 
     def leaving(self, at: At) -> None:
         """Note ranks, angles and filters of the net while it is whole."""
@@ -73,7 +74,8 @@ class Filters(Probe):
         """Score the factors and count what they cost."""
         if self._whole is not None:
             self._score(net)
-        ranks = self.method.ranks or {}
+        parts = {name: net.get_submodule(name) for name in self._names}
+        ranks = {n: len(p[0].weight) for n, p in parts.items() if isinstance(p, nn.Sequential)}
         self._measures |= {f"factor_rank.{name}": float(rank) for name, rank in ranks.items()}
         self._measures["factor_rank_total"] = float(sum(ranks.values()))
         if ranks:
@@ -141,6 +143,13 @@ class Filters(Probe):
             finally:
                 for name, layer in layers.items():
                     layer.weight.copy_(before[name])
+
+
+def speed_up_at(model: nn.Module, macs: Mapping[str, int], ranks: Mapping[str, int]) -> float:
+    """MACs of the layers in `ranks` over those of their factors; `macs` by `measure.layer_macs`."""
+    whole = {name: macs[f"{name}.weight"] for name in ranks}
+    low = (whole[n] / layer_speed_up(model.get_submodule(n), rank) for n, rank in ranks.items())
+    return sum(whole.values()) / sum(low)
 
 
 def angle_histogram(layer: Layer) -> Tensor:

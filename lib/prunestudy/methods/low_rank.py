@@ -34,14 +34,14 @@ from prunestudy.shrink import (
 )
 from prunestudy.shrink.factors import (
     Layer,
-    cheaper,
     factorise_in_place,
     full_rank,
     layers_to_factorise,
-    least_share,
     replace,
+    require_called,
     require_factorisable,
 )
+from prunestudy.shrink.ranks import cheaper, least_share
 
 
 class LowRank(Method):
@@ -65,7 +65,7 @@ class LowRank(Method):
         fits = not self.rounds or (self.fine_tune > 0 and self.of == "energy")
         require(fits, "rounds", self.rounds, "0 without fine_tune and a target of energy")
         self.ranks: dict[str, int] | None = None  # of the model's factors; None: it is whole
-        self.narrowed = 0  # rounds made
+        self.narrowed = False  # whether a round was made
 
     def phases(self) -> tuple[Phase, ...]:
         """Training; then, if wanted, fine-tuning in one part more than there are rounds."""
@@ -86,12 +86,12 @@ class LowRank(Method):
         """Keep the model, whose layers are replaced later; refuse what would fail then."""
         self.check(model)
         layers = self.layers_of(model)
-        require_factorisable(model, layers, context.example)
+        require_called(model, layers, context.example)
         if self.of == "macs":
-            most = 1 - least_share(measure.layer_macs(model, context.example), layers)
-            allowed = f"at most {most:.4f}, the share of MACs that rank 1 everywhere removes"
-            require(1 - self.target >= 1 - most, "target", self.target, allowed)
-        self._held = [model, context.example]
+            least = least_share(measure.layer_macs(model, context.example), layers)
+            allowed = f"at most {1 - least:.4f}, the share of MACs that rank 1 everywhere removes"
+            require(1 - self.target >= least, "target", self.target, allowed)
+        self._held, self.ranks, self.narrowed = [model, context.example], None, False
 
     def update(self, at: At) -> None:
         """Factorise at the end of the training; narrow the factors at the end of each round."""
@@ -101,8 +101,8 @@ class LowRank(Method):
         if at.phase == "train":
             full = {name: full_rank(layer) for name, layer in self.layers_of(model).items()}
             self._factorise(full if self.rounds else self.wanted(model))
-        else:
-            self._narrow(model)
+        elif self.ranks is not None:
+            self.ranks, self.narrowed = self._narrow(model), True
 
     def finish(self, model: nn.Module, context: Context) -> nn.Module:  # noqa: ARG002
         """The factorised net; a net that diverged stays as it is."""
@@ -110,11 +110,10 @@ class LowRank(Method):
         if not is_finite(model):
             return plain
         if self.ranks is None:
-            self.ranks = self.wanted(plain)
-            return factorise(plain, self.ranks, self.variant)
-        if self.narrowed < min(self.rounds, 1):  # the rounds were shorter than a step
+            return factorise(plain, self.wanted(plain), self.variant)
+        if self.rounds and not self.narrowed:  # the rounds were shorter than a step
             self._narrow(plain)
-        return plain
+        return plain.requires_grad_(False)
 
     def layers_of(self, model: nn.Module) -> Mapping[str, Layer]:
         """The layers of `model` that become factors, by name."""
@@ -131,7 +130,7 @@ class LowRank(Method):
         return cheaper(model, ranks_by_energy(model, kept, patterns, self.variant))
 
     def get_extra_state(self) -> dict[str, Any]:
-        """The ranks of the factors, and the rounds made."""
+        """The ranks of the factors, and whether a round was made."""
         return {"ranks": self.ranks, "narrowed": self.narrowed}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
@@ -144,12 +143,12 @@ class LowRank(Method):
         factorise_in_place(self._held[0], ranks, self.variant)
         self.ranks = dict(ranks)
 
-    def _narrow(self, model: nn.Module) -> None:
-        for name in self.ranks or ():
-            pair = model.get_submodule(name)
-            self.ranks[name] = rank_at(pair[0], 1 - self.target, self.variant)
-            replace(model, name, reduce_rank(pair, self.ranks[name], self.variant))
-        self.narrowed += 1
+    def _narrow(self, model: nn.Module) -> dict[str, int]:
+        pairs = {name: model.get_submodule(name) for name in self.ranks}
+        ranks = {n: rank_at(pair[0], 1 - self.target, self.variant) for n, pair in pairs.items()}
+        for name, pair in pairs.items():
+            replace(model, name, reduce_rank(pair, ranks[name], self.variant))
+        return ranks
 
 
 class PlainLowRank(LowRank):

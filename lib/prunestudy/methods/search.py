@@ -108,11 +108,11 @@ class Point(NamedTuple):
 class Search(Method):
     """Prunes once, in `attach`, what `solve` finds; a resumed run finds the same again.
 
-    `importance` of the channels within a group, with `taylor_batches` for its gradients; `most`:
-    largest share of a group's channels that may go; `samples` of validation that a candidate is
-    judged on; `constraints` such as "psnr >= 20", on the application's metrics or its loss;
-    `protect`: names of groups, layers, components, or "coupling". With `refuse` a result that
-    breaks a constraint is an error, else it is recorded. `tolerance` is that of soft masks.
+    `importance` of the channels within a group, its gradients over `taylor_batches`; `most`:
+    largest share of a group's channels that may go; `samples` that judge a candidate; `constraints`
+    on metrics or the loss, such as "psnr >= 20"; `protect`: names of groups, layers, components, or
+    "coupling". With `refuse` a broken constraint is an error, else it is recorded. `tolerance` of
+    the share removed by soft masks.
     """
 
     counts: ClassVar[tuple[str, ...]] = ("parameters",)
@@ -147,16 +147,15 @@ class Search(Method):
         become(model, small)
 
     def _begin(self, model: nn.Module, context: Context) -> None:
-        """Read the groups and limits, and measure the dense net.
-
-        `passes` counts samples: a forward pass is 1, forward and backward 3.
-        """
+        """Read the groups and the limits, and judge the dense net."""
+        # `passes` counts samples: a forward pass is 1, forward and backward 3.
         self.context, self.batches = context, context.stream()
         self.path: list[list[float]] = []
         self.seen: dict[tuple[int, ...], Point] = {}
         self.channels = Channels(model, context.example, "parameters", norms=True)
-        self.groups = component_groups(model, context.example, protect=self.protect)
-        self.small = Narrow(model, self.channels.groups)
+        found = self.channels.groups
+        self.groups = component_groups(model, context.example, None, self.protect, found)
+        self.small = Narrow(model, found)
         self.data = context.samples(self.samples)
         self.judged_on = self.passes = sum(len(tree_leaves(x)[0]) for x, _ in self.data)
         self.dense_loss = mean_loss(self.small.dense, context.loss, self.data)

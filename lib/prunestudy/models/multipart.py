@@ -6,12 +6,12 @@ be removed.
 
 import itertools
 import math
-from collections import OrderedDict
 
 import torch
 from torch import Tensor, nn
 
 from prunestudy.errors import require
+from prunestudy.models.small import Shape, sequence
 
 
 class Autoencoder(nn.Module):
@@ -26,7 +26,7 @@ class Autoencoder(nn.Module):
 
     def __init__(
         self,
-        shape: tuple[int, int, int] = (1, 28, 28),
+        shape: Shape = (1, 28, 28),
         num_classes: int = 10,
         hidden: tuple[int, ...] = (),
         latent: int = 32,
@@ -42,7 +42,7 @@ class Autoencoder(nn.Module):
             first, second = hidden or (16, 32)
             # A kernel as large as the map is a linear layer whose input channels can be removed.
             whole, half = [side // 4 for side in sides], {"stride": 2, "padding": 1}
-            down = nn.Conv2d(channels, first, 4, **half), nn.Conv2d(first, second, 4, **half)
+            down = [nn.Conv2d(channels, first, 4, **half), nn.Conv2d(first, second, 4, **half)]
             self.encoder = _named("conv", [*down, nn.Conv2d(second, latent, whole)])
             up = [nn.ConvTranspose2d(latent, second, whole)]
             up += [nn.ConvTranspose2d(second, first, 4, **half)]
@@ -82,18 +82,14 @@ class TDMPC(nn.Module):
 
     def __init__(self, observation: int = 24, action: int = 6, hidden: int = 512, latent: int = 50):
         super().__init__()
-        sizes = {"observation": observation, "action": action, "hidden": hidden, "latent": latent}
-        for name, size in sizes.items():
-            require(type(size) is int and size > 0, name, size, "a positive integer")
         self.observation = observation
-        first = nn.Linear(observation, hidden)
-        self.encoder = nn.Sequential(first, nn.ELU(), nn.Linear(hidden, latent))
+        layers = nn.Linear(observation, hidden), nn.ELU(), nn.Linear(hidden, latent)
+        self.encoder = nn.Sequential(*layers)
         self.dynamics = _Joint(latent, action, hidden, latent)
         self.reward = _Joint(latent, action, hidden, 1)
-        first = nn.Linear(latent, hidden)
-        self.policy = nn.Sequential(first, nn.ELU(), *_rest(hidden, action))
-        values = (_Joint(latent, action, hidden, 1, norm=True) for _ in range(2))
-        self.value = nn.ModuleList(values)
+        layers = nn.Linear(latent, hidden), nn.ELU(), *_rest(hidden, action)
+        self.policy = nn.Sequential(*layers)
+        self.value = nn.ModuleList(_Joint(latent, action, hidden, 1, norm=True) for _ in range(2))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Reward, policy now, policy next, values next; shapes as in the class docstring."""
@@ -133,8 +129,8 @@ def _linear_layers(*widths: int) -> nn.Sequential:
 
 def _named(kind: str, layers: list[nn.Module]) -> nn.Sequential:
     """The `layers` as "fc1", "relu1", "fc2", ..., for `kind` "fc": ReLU between them."""
-    named: OrderedDict[str, nn.Module] = OrderedDict()
+    named = {}
     for number, layer in enumerate(layers, 1):
         named |= {f"{kind}{number}": layer, f"relu{number}": nn.ReLU()}
     named.popitem()
-    return nn.Sequential(named)
+    return sequence(**named)

@@ -1,23 +1,24 @@
 """Nets from torchvision, nets made of its parts, and its weights for ImageNet.
 
-All take colour images (batch, 3, height, width) and raise `InputError` for other channels and for
-images below torchvision's minimum. torchvision is imported when the first of them is built.
+All map colour images (batch, 3, height, width) to logits, classifiers to (batch, num_classes), and
+raise `InputError` for other channels and for images below torchvision's minimum. torchvision is
+imported when the first of them is built.
 """
+
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from prunestudy.errors import InputError, require
+from prunestudy.models.small import Shape
 
 # Smallest height and width: `min_size` of torchvision's weights.
 _LEAST = {"vgg16": 32, "googlenet": 15, "alexnet": 63}
 
 
-def torchvision_net(name: str, shape: tuple[int, int, int], num_classes: int) -> nn.Module:
-    """torchvision's net `name`, freshly initialised; GoogLeNet without auxiliary classifiers.
-
-    Maps images to logits (batch, num_classes).
-    """
+def torchvision_net(name: str, shape: Shape, num_classes: int) -> nn.Module:
+    """torchvision's net `name`, freshly initialised; GoogLeNet without auxiliary classifiers."""
     import torchvision.models
 
     _require_colour(name, shape)
@@ -31,11 +32,11 @@ def torchvision_net(name: str, shape: tuple[int, int, int], num_classes: int) ->
     return net
 
 
-def alexnet_grouped(shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+def alexnet_grouped(shape: Shape, num_classes: int) -> nn.Module:
     """AlexNet with the groups of Krizhevsky, Sutskever and Hinton (NIPS 2012).
 
     96, 256, 384, 384 and 256 filters; convolutions 2, 4 and 5 have two groups. Local response
-    normalisation is left out, since it mixes channels. Maps images to logits (batch, num_classes).
+    normalisation is left out, since it mixes channels.
     """
     net = torchvision_net("alexnet", shape, num_classes)
     net.features[0] = nn.Conv2d(3, 96, 11, stride=4, padding=2)
@@ -46,10 +47,10 @@ def alexnet_grouped(shape: tuple[int, int, int], num_classes: int) -> nn.Module:
     return net
 
 
-def mobilenet_v2_cifar(shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+def mobilenet_v2_cifar(shape: Shape, num_classes: int) -> nn.Module:
     """MobileNetV2 for 32x32 images: its first two strides are 1, which leaves a 4x4 map.
 
-    Sandler et al., "MobileNetV2", CVPR 2018. Maps images to logits (batch, num_classes).
+    Sandler et al., "MobileNetV2", CVPR 2018.
     """
     from torchvision.models import MobileNetV2
 
@@ -67,25 +68,23 @@ class DeepLabV3Plus(nn.Module):
 
     Chen et al., "Encoder-Decoder with Atrous Separable Convolution", ECCV 2018: torchvision's ASPP
     (rates 6, 12, 18) on features at 1/16 of the size, upsampled and joined with 48 channels from
-    the first stage; then two 3x3 convolutions and a classifier. Maps images to logits
-    (batch, num_classes, height, width).
+    the first stage; then two 3x3 convolutions and a classifier.
     """
 
-    def __init__(self, shape: tuple[int, int, int] = (3, 513, 513), num_classes: int = 21):
+    def __init__(self, shape: Shape, num_classes: int):
         from torchvision.models import resnet50
         from torchvision.models.segmentation.deeplabv3 import ASPP
+        from torchvision.ops import Conv2dNormActivation
 
         super().__init__()
         _require_colour("deeplabv3plus_resnet50", shape)
         self.backbone = resnet50(replace_stride_with_dilation=[False, False, True])
         self.backbone.fc = nn.Identity()
         self.aspp = ASPP(2048, (6, 12, 18))
-        self.low = nn.Sequential(*_convolution(256, 48, 1))
-        self.decoder = nn.Sequential(
-            *_convolution(256 + 48, 256, 3),
-            *_convolution(256, 256, 3),
-            nn.Conv2d(256, num_classes, 1),
-        )
+        convolution = partial(Conv2dNormActivation, inplace=None)
+        self.low = convolution(256, 48, 1)
+        layers = *convolution(256 + 48, 256), *convolution(256, 256)
+        self.decoder = nn.Sequential(*layers, nn.Conv2d(256, num_classes, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (batch, num_classes, height, width) of images (batch, 3, height, width)."""
@@ -108,26 +107,19 @@ def use_pretrained(net: nn.Module, name: str) -> None:
     try:
         found = weights.get_state_dict(progress=False, check_hash=True)
     except Exception as error:  # no network, a broken file, a full or read-only disk
-        why = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(
-            f"pretrained = True: torchvision's {weights} are not there and could not be "
-            f"downloaded ({why[:200]})"
-        ) from error
+        why = f"could not be downloaded ({' '.join(str(error).split())[:200]})"
+        line = f"pretrained = True: torchvision's {weights} are not there and {why}"
+        raise InputError(line) from error
     net = getattr(net, "backbone", net)
     own = net.state_dict()
     fits = {key: found[key].shape == value.shape for key, value in own.items()}
     net.load_state_dict({key: found[key] if fits[key] else own[key] for key in own})
 
 
-def _require_colour(name: str, shape: tuple[int, int, int]) -> None:
+def _require_colour(name: str, shape: Shape) -> None:
     least = _LEAST.get(name, 1)
     right = shape[0] == 3 and min(shape[1:]) >= least
     require(right, "shape", shape, f"{name} needs 3 channels and at least {least}x{least} pixels")
-
-
-def _convolution(inputs: int, outputs: int, size: int) -> list[nn.Module]:
-    conv = nn.Conv2d(inputs, outputs, size, padding=size // 2, bias=False)
-    return [conv, nn.BatchNorm2d(outputs), nn.ReLU()]
 
 
 def _resized(x: Tensor, like: Tensor) -> Tensor:

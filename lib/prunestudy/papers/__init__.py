@@ -17,13 +17,13 @@ from prunestudy.errors import InputError, require_one_of
 from prunestudy.papers.shorthand import written_out
 from prunestudy.train import Recipe
 
-# Where a statement comes from. P: the paper, its poster, abstract or the authors' code; S: quoted
-# by another paper or project; N: the number of a similar method; D: derived or checked numerically;
-# O: our reading.
+# P: the paper, its poster, abstract or the authors' code; S: quoted by another paper or project;
+# N: the number of a similar method; D: derived or checked numerically; O: our reading.
 _Mark = Literal["P", "S", "N", "D", "O"]
 _TargetKind = Literal["sparsity", "macs", "parameters", "rank", "energy"]
 _Precision = Literal["fp32", "bf16"]
 _ProfileName = Literal["quick", "cpu", "cpu-long", "paper"]
+_Count = Annotated[int, Field(ge=1)]
 
 PROFILES: tuple[str, ...] = get_args(_ProfileName)
 
@@ -41,11 +41,10 @@ class _Strict(BaseModel):
 class Rule(_Strict):
     """A test of a claim: the paired difference `method - against` of `metric` is >= `at_least`.
 
-    It applies against each of `against` (empty: the metric itself is tested), on every net, data
-    set and target of a profile where both sides have runs; `where` restricts it, `why` gives the
-    reason. Sides are labels of entries, `metric` is a key of the records' metrics. `at_least` may
-    be a dict by data set, with "other" for the rest. `target_kind` restricts the rule to those
-    targets; `within` to pairs where `method` removed at most that share less than `against`.
+    It applies against each of `against` (empty: the metric itself is tested), labels of entries,
+    wherever both sides have runs; `where` restricts it, `why` gives the reason. `at_least` may be a
+    dict by data set, with "other" for the rest. `target_kind` restricts the rule to those targets;
+    `within` to pairs where `method` removed at most that share less than `against`.
     """
 
     method: str
@@ -105,10 +104,9 @@ class _Read(_Strict):
 
 
 class Published(_Read):
-    """`value` of `metric` as published in `source`, and that of the `dense` net.
+    """`value` of `metric`, that of the `dense` net, and the `target` of ours to compare it with.
 
-    `kept` is the share of weights left, `nonzeros` their number, `speed_up` that of the whole net;
-    `target` (share removed) is our setting to compare it with.
+    `kept` is the share of weights left, `nonzeros` their number, `speed_up` that of the whole net.
     """
 
     metric: Literal["top1", "top5", "psnr", "miou"]
@@ -122,10 +120,7 @@ class Published(_Read):
 
 
 class PublishedRanks(_Read):
-    """Published ranks, `ranks` of `full` by layer, with the net's accuracy `top1`.
-
-    `gpu`, `cpu` and `theory` are the layers' speed-ups, where published.
-    """
+    """`ranks` of `full` by layer, the net's `top1`, and the layers' speed-ups where published."""
 
     layers: tuple[str, ...]
     full: tuple[int, ...]
@@ -134,15 +129,6 @@ class PublishedRanks(_Read):
     gpu: tuple[float, ...] = ()
     cpu: tuple[float, ...] = ()
     theory: tuple[float, ...] = ()
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        columns = (self.full, self.ranks, self.gpu, self.cpu, self.theory)
-        if {len(column) for column in columns if column} != {len(self.layers)}:
-            raise ValueError("layers, full, ranks and speed-ups differ in length")
-        if not all(0 < rank <= full for rank, full in zip(self.ranks, self.full, strict=True)):
-            raise ValueError("a rank is above the full one, or below 1")
-        return self
 
 
 class _Unknown(_Strict):
@@ -156,17 +142,17 @@ class _Unknown(_Strict):
 class Entry(_Strict):
     """A method in an experiment; `variant` names a reading with other `params` than the default.
 
-    `stage` is "half" for the first half of a combination, "combined" for the second, "fine-tuned"
-    for training after pruning, "" otherwise. `after` is the label of an earlier entry whose run, of
-    the same seed and target (or `after_target`), is the parent. `fresh` starts from random weights
-    and adds the epochs of the dense start. Other fields replace the experiment's.
+    `stage` is "half" and "combined" for the halves of a combination, "fine-tuned" for training
+    after pruning. `after` is the label of an earlier entry whose run, of the same seed and target
+    (or `after_target`), is the parent. `fresh` starts from random weights and adds the epochs of
+    the dense start. Other fields replace the experiment's.
     """
 
     method: str
     variant: str = ""
     stage: Literal["", "half", "fine-tuned", "combined"] = ""
     params: dict[str, Any] = {}
-    seeds: Annotated[int, Field(ge=1)] | None = None
+    seeds: _Count | None = None
     targets: tuple[float, ...] | None = None
     target_kind: _TargetKind | None = None
     lr: Annotated[float, Field(gt=0)] | None = None
@@ -199,8 +185,8 @@ class Experiment(_Strict):
     precision: _Precision | None = None
     targets: tuple[float, ...]
     target_kind: _TargetKind = "sparsity"
-    seeds: Annotated[int, Field(ge=1)]
-    validation: Annotated[int, Field(ge=1)] = 5000
+    seeds: _Count
+    validation: _Count = 5000
     methods: tuple[Entry, ...]
     purpose: Literal["results", "ablation", "search"] = "results"
 
@@ -217,7 +203,7 @@ class Experiment(_Strict):
         return self
 
     def entry(self, label: str) -> Entry:
-        """The entry called `label`."""
+        """The entry of that label."""
         return next(entry for entry in self.methods if entry.label == label)
 
 
@@ -226,15 +212,12 @@ class Profile(_Strict):
 
     time: str
     precision: _Precision = "fp32"
-    threads: Annotated[int, Field(ge=1)] = 1
+    threads: _Count = 1
     experiments: tuple[Experiment, ...]
 
 
 class Card(_Strict):
-    """A paper's card; `short` is its name in tables (empty: the title).
-
-    Without authors, venue, year and arXiv number it belongs to no paper and has experiments only.
-    """
+    """A paper's card, `short` its name in tables; without a citation it has experiments only."""
 
     id: str
     notebook: str
@@ -254,16 +237,6 @@ class Card(_Strict):
     def is_paper(self) -> bool:
         """Whether the card is that of a publication."""
         return bool(self.arxiv)
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        citation = {name: getattr(self, name) for name in ("authors", "venue", "year", "arxiv")}
-        missing = [name for name, value in citation.items() if not value]
-        if 0 < len(missing) < len(citation):
-            raise ValueError(f"the citation lacks {', '.join(missing)}")
-        if missing and (self.claims or self.published or self.ranks or self.unknown):
-            raise ValueError("claims, published numbers and unknowns are a paper's: cite it")
-        return self
 
 
 def cards() -> tuple[Card, ...]:
@@ -297,7 +270,7 @@ def _read(path: Path, _changed: int, _size: int) -> Card:
         raise InputError(f"card = {path.name!r}: not valid TOML ({error})") from None
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "as a whole"
+        where = ".".join(map(str, first["loc"]))
         raise InputError(f"card {path.name}: {where}: {first['msg'].lower()}") from None
     except InputError as error:
         raise InputError(f"card {path.name}: {error}") from None

@@ -3,22 +3,19 @@
 from prunestudy.shrink.components import ComponentGroup, component_groups
 from prunestudy.shrink.csr import CsrLinear, to_csr
 from prunestudy.shrink.export import OnnxNet, export
-from prunestudy.shrink.factors import (
-    energy_shares,
-    factorise,
-    factorise_layer,
-    layer_speed_up,
-    rank_at,
-    ranks_by_energy,
-    ranks_by_macs,
-    ranks_by_share,
-    reduce_rank,
-)
+from prunestudy.shrink.factors import factorise, factorise_layer, layer_speed_up, reduce_rank
 from prunestudy.shrink.files import about, load, save
 from prunestudy.shrink.fold import fold, require_ordinary
 from prunestudy.shrink.groups import Group, Member, find
 from prunestudy.shrink.narrow import Narrow, axis_of, narrow
 from prunestudy.shrink.proof import folded, groups, groups_of, remove, remove_groups
+from prunestudy.shrink.ranks import (
+    energy_shares,
+    rank_at,
+    ranks_by_energy,
+    ranks_by_macs,
+    ranks_by_share,
+)
 from prunestudy.shrink.remove import Constant, Nothing
 from prunestudy.shrink.view import describe, draw
 

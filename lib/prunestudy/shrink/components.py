@@ -49,17 +49,19 @@ def component_groups(
     example: Tensor | tuple[Tensor, ...],
     components: Components | None = None,
     protect: Collection[str] = (),
+    found: Sequence[Group] | None = None,
 ) -> list[ComponentGroup]:
-    """The dependency groups of `model` on inputs of `shape` (no batch), with their components.
+    """The dependency groups of `model` on inputs as `example`, with their components.
 
     `components` maps names to the modules of each; by default the model's own `components`, else
     its direct children. `protect` names groups, layers, components (their internal groups) or
-    "coupling": those groups are never touched. Raises `InputError` for a module or a name that is
-    not there, for components that overlap, and for a layer outside all of them.
+    "coupling": those groups are never touched. `found` are the net's groups, if they are known.
+    Raises `InputError` for a module or a name that is not there, for components that overlap, and
+    for a layer outside all of them.
     """
     owners = _owners(model, components)
     made = []
-    for group in groups(model, example):
+    for group in groups(model, example) if found is None else found:
         touched = tuple(dict.fromkeys(_owner(owners, m.layer) for m in group.members))
         made.append(ComponentGroup(group, touched))
     shields = [set(_names(each)) for each in made]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from prunestudy.errors import InputError, require, writable_file, written_whole
-from prunestudy.shrink.fold import fold
+from prunestudy.shrink.fold import fold, require_net
 from prunestudy.values import inputs
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -25,6 +25,7 @@ def export(net: nn.Module, path: str | Path, example: Tensor | tuple[Tensor, ...
     Runtime's outputs for the example equal the net's up to rounding. Raises `InputError` for a
     path that no file can be written to (see `writable_file`), and if that does not come about.
     """
+    require_net(net)
     writable_file(path)
     plain, given = fold(net).cpu(), tuple(x.detach().cpu() for x in inputs(example))
     # With a batch of one, the exporter would take its size for constant.
@@ -92,7 +93,7 @@ class OnnxNet(nn.Module):
         except Exception as error:  # its errors share no base of their own
             if not type(error).__module__.startswith("onnxruntime"):
                 raise
-            raise InputError(f"path = {str(path)!r}: not a file that export wrote") from None
+            raise InputError(f"path = {str(path)!r}: not a file that export wrote") from error
 
     def forward(self, *given: Tensor) -> Tensor | tuple[Tensor, ...]:
         """The output for input batches (n, ...): a tensor, or a tuple of several."""

@@ -11,7 +11,6 @@ ours); the product is the same. A linear layer is a convolution with one positio
 over the groups, which all get the same.
 """
 
-from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
@@ -61,8 +60,9 @@ def groups_of(layer: Layer) -> int:
 
 def weight_matrix(layer: Layer) -> Tensor:
     """The filters of `layer` as rows, one matrix per group: (G, N / G, D); a view if possible."""
-    weight = layer.weight.detach()
-    return weight.reshape(groups_of(layer), len(weight) // groups_of(layer), -1)
+    return layer.weight.detach().reshape(
+        groups_of(layer), len(layer.weight) // groups_of(layer), -1
+    )
 
 
 def full_rank(layer: Layer) -> int:
@@ -84,8 +84,8 @@ def factorise_layer(layer: Layer, rank: int, variant: Variant = "pca") -> nn.Seq
     rank below 1, above the full one or not the same in every group.
     """
     groups, full = groups_of(layer), full_rank(layer)
-    allowed = f"a whole number from 1 to {full}, the full rank"
-    require(type(rank) is int and 1 <= rank <= full, "rank", rank, allowed)
+    whole = type(rank) is int and 1 <= rank <= full
+    require(whole, "rank", rank, f"a whole number from 1 to {full}, the full rank")
     require(rank % groups == 0, "rank", rank, f"a multiple of {groups}, the layer's groups")
     require_one_of("variant", variant, ("pca", "svd"))
     mixture, basis = _factors(weight_matrix(layer), rank // groups, variant)
@@ -115,14 +115,11 @@ def factorise_in_place(
         replace(model, name, pair)
 
 
-def require_factorisable(
-    model: nn.Module, names: Iterable[str], example: tuple[Tensor, ...] | None = None
-) -> None:
+def require_factorisable(model: nn.Module, names: Iterable[str]) -> None:
     """Raise `InputError` for the first of `names` that factors cannot replace in `model`.
 
-    Such a layer is not there, is read by its owner (see `replaceable`), shares a parameter with
-    another one, or its weight is computed (weight norm, pruning masks). With an `example`
-    the net is run with factors: it fails where forward reads a weight or a size of a layer.
+    Such a layer is not there, is read by its owner (`replaceable`), shares a parameter with another
+    one, or its weight is computed (weight norm, parametrisations, pruning masks).
     """
     every = replaceable(model)
     uses = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
@@ -134,17 +131,23 @@ def require_factorisable(
         require("weight" in own and set(own) <= {"weight", "bias"}, "module", name, plain)
         alone = all(uses[id(p)] == 1 for p in own.values())
         require(alone, "module", name, "shares a parameter with another layer; factors cannot")
-    if example:
-        trial = fold(model)
-        for name in names:
-            matrix = weight_matrix(layer := trial.get_submodule(name))
-            replace(trial, name, _pair(layer, matrix[..., :1], matrix[:, :1]))
-            try:
-                with torch.no_grad():
-                    trial(*example)
-            except Exception as error:  # whatever a net may raise
-                line = next(iter(str(error).splitlines()), type(error).__name__)
-                raise InputError(f"module = {name!r}: fails as factors: {line}") from error
+
+
+def require_called(model: nn.Module, names: Iterable[str], example: tuple[Tensor, ...]) -> None:
+    """Raise `InputError` for the first of `names` as factors of which `model` fails on `example`.
+
+    It does where forward reads a weight or a size of the layer.
+    """
+    trial = fold(model)
+    for name in names:
+        matrix = weight_matrix(layer := trial.get_submodule(name))
+        replace(trial, name, _pair(layer, matrix[..., :1], matrix[:, :1]))
+        try:
+            with torch.no_grad():
+                trial(*example)
+        except Exception as error:  # whatever a net may raise
+            line = next(iter(str(error).splitlines()), type(error).__name__)
+            raise InputError(f"module = {name!r}: fails as factors: {line}") from error
 
 
 def replace(model: nn.Module, name: str, new: nn.Module) -> None:
@@ -170,97 +173,6 @@ def merged(pair: nn.Sequential) -> Tensor:
     return whole.reshape(len(mixture.weight), *basis.weight.shape[1:])
 
 
-def energy_shares(layer: Layer) -> Tensor:
-    """Share of the squared energy in the first 1, 2, ... directions of each group; ends at 1.
-
-    All ones for a layer of zeros. Raises `InputError` if a weight is not finite.
-    """
-    matrix = weight_matrix(layer).double()
-    finite = bool(torch.isfinite(matrix).all())
-    require(finite, "weight", "not finite", "finite numbers, to find a rank")
-    kept = torch.linalg.svdvals(matrix).square().sum(0).cumsum(0)
-    return kept / kept[-1] if kept[-1] > 0 else torch.ones_like(kept)
-
-
-def rank_at(layer: Layer, ratio: float, variant: Variant = "pca") -> int:
-    """Smallest rank that keeps `ratio` of the squared energy (0.95: 5% error); at 1 the full one.
-
-    With the variant "svd", of the norm instead. Raises `InputError` for a ratio outside (0, 1].
-    """
-    _require_share("ratio", ratio)
-    require_one_of("variant", variant, ("pca", "svd"))
-    if ratio == 1:
-        return full_rank(layer)
-    return _rank(layer, energy_shares(layer), ratio if variant == "pca" else ratio**2)
-
-
-def ranks_by_energy(
-    model: nn.Module, ratio: float, patterns: tuple[str, ...] = (), variant: Variant = "pca"
-) -> dict[str, int]:
-    """`rank_at` of each layer that `patterns` choose."""
-    chosen = layers_to_factorise(model, patterns)
-    return {name: rank_at(layer, ratio, variant) for name, layer in chosen.items()}
-
-
-def ranks_by_share(
-    model: nn.Module, share: float, patterns: tuple[str, ...] = ()
-) -> dict[str, int]:
-    """`share` of each layer's full rank, at least 1 per group; `InputError` outside (0, 1]."""
-    _require_share("share", share)
-    chosen = layers_to_factorise(model, patterns)
-    per_group = {n: share * full_rank(m) / groups_of(m) for n, m in chosen.items()}
-    return {n: groups_of(m) * max(1, round(per_group[n])) for n, m in chosen.items()}
-
-
-def ranks_by_macs(
-    model: nn.Module, macs: Mapping[str, int], share: float, patterns: tuple[str, ...] = ()
-) -> dict[str, int]:
-    """Ranks at which the net needs at most `share` of its MACs, `macs` as by `measure.layer_macs`.
-
-    All layers keep the same share of their energy, the largest that fits the budget. A layer whose
-    factors would cost as much as the layer is left out. Raises `InputError` for a share outside
-    (0, 1] or below `least_share`.
-    """
-    _require_share("share", share)
-    chosen, total = layers_to_factorise(model, patterns), sum(macs.values())
-    least = least_share(macs, chosen)
-    require(least <= share, "share", share, f"at least {least:.4f}, that of rank 1 everywhere")
-    shares = {name: energy_shares(layer) for name, layer in chosen.items()}
-
-    def at(ratio: float) -> dict[str, int]:
-        return {name: _rank(layer, shares[name], ratio) for name, layer in chosen.items()}
-
-    ratios = sorted({0.0, *torch.cat(list(shares.values())).tolist()})
-    count = bisect_right(ratios, share * total, key=lambda ratio: _cost(macs, chosen, at(ratio)))
-    return cheaper(model, at(ratios[max(count, 1) - 1]))
-
-
-def least_share(macs: Mapping[str, int], chosen: Mapping[str, Layer]) -> float:
-    """The share of the net's MACs that is left at rank 1 in each group of the layers `chosen`."""
-    ranks = {name: groups_of(layer) for name, layer in chosen.items()}
-    return _cost(macs, chosen, ranks) / sum(macs.values())
-
-
-def _cost(macs: Mapping[str, int], chosen: Mapping[str, Layer], ranks: Mapping[str, int]) -> float:
-    """MACs of the net at `ranks` of the layers `chosen`, each whole where that is cheaper."""
-    whole = {name: macs[f"{name}.weight"] for name in chosen}
-    faster = {n: max(1.0, layer_speed_up(chosen[n], rank)) for n, rank in ranks.items()}
-    return sum(macs.values()) - sum(whole.values()) + sum(whole[n] / faster[n] for n in whole)
-
-
-def cheaper(model: nn.Module, ranks: Mapping[str, int]) -> dict[str, int]:
-    """Those of `ranks` at which the factors cost fewer MACs than the layer."""
-    faster = {n: layer_speed_up(model.get_submodule(n), rank) for n, rank in ranks.items()}
-    return {name: rank for name, rank in ranks.items() if faster[name] > 1}
-
-
-def speed_up_at(model: nn.Module, macs: Mapping[str, int], ranks: Mapping[str, int]) -> float:
-    """MACs of the layers in `ranks` over those of their factors; `macs` as in `ranks_by_macs`."""
-    whole = {name: macs[f"{name}.weight"] for name in ranks}
-    low = (whole[n] / layer_speed_up(model.get_submodule(n), rank) for n, rank in ranks.items())
-    return sum(whole.values()) / sum(low)
-
-
 def replaceable(model: nn.Module) -> dict[Layer, list[str]]:
     """All names of each layer that factors can replace.
 
@@ -277,16 +189,8 @@ def replaceable(model: nn.Module) -> dict[Layer, list[str]]:
 
 
 def _allowed(every: Mapping[Layer, list[str]]) -> str:
-    return f"a layer of the net: {', '.join(names[0] for names in every.values()) or 'it has none'}"
-
-
-def _rank(layer: Layer, shares: Tensor, ratio: float) -> int:
-    return groups_of(layer) * min(int((shares < ratio).sum()) + 1, len(shares))
-
-
-def _require_share(parameter: str, value: float) -> None:
-    ok = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1
-    require(ok, parameter, value, "above 0 and at most 1")
+    names = ", ".join(first for first, *_ in every.values())
+    return f"a layer for factors: {names or 'the net has none'}"
 
 
 def _factors(matrix: Tensor, rank: int, variant: Variant) -> tuple[Tensor, Tensor]:

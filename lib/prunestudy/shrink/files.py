@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from prunestudy.errors import InputError, require, written_whole
+from prunestudy.errors import InputError, path_of, require, written_whole
 from prunestudy.shrink.csr import CsrLinear, csr_arrays
 from prunestudy.shrink.factors import replace
 from prunestudy.shrink.fold import fold
@@ -127,7 +127,8 @@ def _log(plain: nn.Module, like: nn.Module | None) -> list[Entry]:
     log, whole = [], set()
     for path, module in plain.named_modules(remove_duplicate=False):
         if path.rpartition(".")[0] in whole:
-            continue  # its entry is part of its Sequential's
+            whole.add(path)  # its entry is part of its Sequential's
+            continue
         other, parts = others.get(path), list(dict(module.named_children()))
         if parts and type(other) is type(module) and parts == list(dict(other.named_children())):
             continue  # what differs is inside
@@ -147,7 +148,7 @@ def _entry(path: str, module: nn.Module) -> Entry:
     kind = type(module)
     if path and kind is nn.Sequential and len(module):
         inner = [_entry(name, part) for name, part in module.named_children()]
-        rebuilt = all(type(part) in _FIELDS for part in module) and len(inner) == len(module)
+        rebuilt = all(each[2] is not None for each in inner) and len(inner) == len(module)
         return [path, "Sequential", inner if rebuilt else None]
     if kind not in _FIELDS:
         return [path, kind.__name__, None]
@@ -255,7 +256,7 @@ def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
 def _read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a file of ours, checked against its sha256."""
     try:
-        require(Path(path).is_file(), "path", str(path), "a file that save wrote")
+        require(path_of(path).is_file(), "path", str(path), "a file that save wrote")
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             # The copy: safetensors maps the file, which may change.

@@ -2,8 +2,11 @@
 
 import copy
 from collections.abc import Iterator
+from itertools import chain
 
+import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from prunestudy.errors import require
@@ -16,9 +19,7 @@ def fold(model: nn.Module) -> nn.Module:
     random gates take their value at test time. Hooks of `nn.utils.prune`, `weight_norm` and
     `spectral_norm` are folded as well. `model` is left untouched.
     """
-    # Tensors that a forward pass left on a module cannot be copied with their history.
-    values = [t for m in model.modules() for t in m.__dict__.values() if isinstance(t, Tensor)]
-    plain = copy.deepcopy(model, {id(t): t.detach().clone() for t in values}).eval()
+    plain = copied(model).eval()
     for module in list(plain.modules()):
         if parametrize.is_parametrized(module):
             _unparametrise(module)
@@ -26,6 +27,21 @@ def fold(model: nn.Module) -> nn.Module:
             hook.remove(module)
             del module._forward_pre_hooks[number]
     return plain.requires_grad_(False)
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy of `model`, without the history of tensors that a forward pass left on it."""
+    values = [t for m in model.modules() for t in m.__dict__.values() if isinstance(t, Tensor)]
+    return copy.deepcopy(model, {id(t): t.detach().clone() for t in values})
+
+
+def require_net(model: object) -> None:
+    """Raise `InputError` for what is no torch module, or has parameters without values."""
+    right = isinstance(model, nn.Module) and not isinstance(model, torch.jit.ScriptModule)
+    require(right, "model", type(model).__name__, "a torch module, not a scripted one")
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        here = not (is_lazy(tensor) or tensor.is_meta)
+        require(here, "model", type(model).__name__, f"{name!r} has no values yet")
 
 
 def require_ordinary(model: nn.Module) -> None:

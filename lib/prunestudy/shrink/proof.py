@@ -7,8 +7,9 @@ zeros. Two groups of one size lose different numbers of channels in one comparis
 the real removal the same comparison is made with the real weights.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from operator import index
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +59,8 @@ def remove(model: nn.Module, keep: Mapping[str, Sequence[int]], example: Inputs)
     require_whole(model)
     traced = trace(model, example)
     found = groups_of(traced)
-    kept = _kept(found, {name: {index(i) for i in channels} for name, channels in keep.items()})
+    require(isinstance(keep, Mapping), "keep", keep, "channels by the name of their layer")
+    kept = _kept(found, {name: _numbers(name, channels) for name, channels in keep.items()})
     for group, stay in zip(found, kept, strict=True):
         norm = next((m.layer for m in group.members if m.kind == "LayerNorm"), None)
         why = f"its statistics are of all channels, those of {group.name!r} cannot go"
@@ -239,6 +241,15 @@ class _Proof:
         name = called(wrong[0] if wrong else reader)
         why = f"cannot be pruned: with fewer channels of {group.name!r} it computes something else"
         raise InputError(f"module = {name!r}: {why}")
+
+
+def _numbers(layer: str, channels: Any) -> set[int]:
+    """The channels as plain numbers; `InputError` for others and for a mask."""
+    numbers = channels.tolist() if hasattr(channels, "tolist") else channels
+    numbers = list(numbers) if isinstance(numbers, Iterable) else [None]
+    right = not any(isinstance(i, bool) or not hasattr(i, "__index__") for i in numbers)
+    require(right, f"keep[{layer!r}]", channels, "numbers of channels")
+    return {index(i) for i in numbers}
 
 
 def _kept(groups: Sequence[Group], keep: Mapping[str, set[int]]) -> list[Tensor]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from prunestudy.errors import require
+from prunestudy.shrink.fold import require_net
 from prunestudy.shrink.trace import TRANSPOSED
 
 Geometry = Mapping[str, Sequence[int]] | str | None
@@ -73,6 +74,7 @@ class Constant(nn.Module):
 
 def require_whole(model: nn.Module) -> None:
     """Raise `InputError` for a net with a branch that was removed: its constant cannot be cut."""
+    require_net(model)
     for name, module in model.named_modules():
         gone = isinstance(module, Constant | Nothing)
         require(not gone, "module", name, "a branch was removed here, no more can be")

@@ -122,7 +122,7 @@ def _of_method(name: str) -> dict[str, str]:
     kind = methods.method_class(name)
     takes = " or ".join(f"{key} (of {methods.TARGETS[key]})" for key in kind.counts)
     fields = kind.Settings.model_fields.items()
-    params = {f"params.{key}": json.dumps(field.get_default()) for key, field in fields}
+    params = {f"params.{f.alias or key}": json.dumps(f.get_default()) for key, f in fields}
     return {"method": f"{name} ({kind.title})", "target_kind": takes or "none, no target"} | params
 
 

@@ -4,9 +4,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from prunestudy.datasets.batches import mix
-from prunestudy.errors import require
+from prunestudy.errors import InputError, require
 from prunestudy.methods.base import Batch, moved
 from prunestudy.train.process import seed_default
 
@@ -20,9 +22,11 @@ class Loader:
 
     def __init__(self, batches: Any, seed: int, device: torch.device, parameter: str) -> None:
         allowed = "batches (x, y) with a length, such as a DataLoader"
-        right = hasattr(batches, "__len__") and hasattr(batches, "__iter__")
-        require(right, parameter, type(batches).__name__, allowed)
-        self.steps, self._batches = len(batches), batches
+        require(hasattr(batches, "__iter__"), parameter, type(batches).__name__, allowed)
+        try:
+            self.steps, self._batches = len(batches), batches
+        except TypeError:  # also a DataLoader over an iterable dataset
+            raise InputError(f"{parameter} = {type(batches).__name__!r}: {allowed}") from None
         require(self.steps > 0, parameter, f"{type(batches).__name__} of length 0", allowed)
         self._seed, self._device, self._parameter = seed, device, parameter
 
@@ -36,7 +40,8 @@ class Loader:
             seed_default(mix(self._seed, first + step), self._device)
             batch = next(batches, None)
             if batch is None:
-                return
+                short = f"ends after {step} batches, its length is {self.steps}"
+                raise InputError(f"{self._parameter} = {type(self._batches).__name__!r}: {short}")
             if step >= start:
                 yield self._checked(batch)
 
@@ -49,4 +54,10 @@ class Loader:
         pair = isinstance(batch, list | tuple) and len(batch) == 2
         shown = f"a batch that is {type(batch).__name__}"
         require(pair, self._parameter, shown, "batches are pairs (x, y)")
+        tensors = tree_leaves(batch[0])
+        shown = [tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__ for t in tensors]
+        right = all(isinstance(t, Tensor) and t.dim() and len(t) for t in tensors)
+        alike = right and len({len(t) for t in tensors}) == 1
+        allowed = "x is a tensor (n, ...), or tensors of the same n of at least 1"
+        require(alike, self._parameter, shown, allowed)
         return moved(tuple(batch), self._device)

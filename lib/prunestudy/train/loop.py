@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from prunestudy.datasets.batches import mix
+from prunestudy.errors import InputError, first_line, require
 from prunestudy.methods.base import Context, Method, boundaries, call
 from prunestudy.methods.probes import Probe
 from prunestudy.train.checkpoint import write_checkpoint
@@ -64,6 +65,9 @@ class Loop:
         whole = recipe.epochs * train.steps
         self.total = min(recipe.steps, whole) if recipe.steps else whole
         context.period = recipe.period or min(16, max(1, self.total // 200))
+        trains = any(parameter.requires_grad for parameter in model.parameters())
+        allowed = "a net with parameters that train (requires_grad)"
+        require(trains or not self.total, "model", type(model).__name__, allowed)
         self.phases = method.phases()
         self.ends = boundaries(self.phases, self.total)
         self.state = _State()
@@ -125,7 +129,11 @@ class Loop:
         lr = self._set_lr()
         seed_default(mix(self.seed, state.step), self.device)
         state.step += 1
-        loss = self._backward(x, y)
+        try:
+            loss = self._backward(x, y)
+        except Exception as error:  # whatever a net or a loss may raise
+            batch = f"batch {(state.step - 1) % self.train.steps}"
+            raise InputError(f"train = {batch!r}: cannot be used: {first_line(error)}") from error
         at = self.method.at(state.step, self.total, loss, lr)
         self._sum.add_(loss)
         self._count += 1

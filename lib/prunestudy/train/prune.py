@@ -1,32 +1,32 @@
 """`prune`: any net, any method, any batches."""
 
-import copy
+import hashlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from tqdm.auto import tqdm
 
 from prunestudy import methods
-from prunestudy.errors import InputError, require
+from prunestudy.errors import InputError, first_line, require, writable_file
 from prunestudy.measure import Metrics
 from prunestudy.measure.forward import device_of, evaluating
-from prunestudy.methods.base import Context, Method, call, mean_loss, moved
+from prunestudy.measure.forward import run as run_on
+from prunestudy.methods.base import Context, Method, moved
 from prunestudy.methods.probes import Probe
+from prunestudy.shrink.fold import copied, require_net
 from prunestudy.train.checkpoint import read_checkpoint
 from prunestudy.train.loaders import Loader
 from prunestudy.train.loop import Loop
 from prunestudy.train.process import full_precision, keep_freed_memory
 from prunestudy.train.recipe import Recipe
 from prunestudy.train.result import Result
-from prunestudy.values import inputs
-
-Metric = Callable[[nn.Module, Any], float | Mapping[str, float]]
+from prunestudy.train.score import Metric, Score, checked_loss, default_metric
+from prunestudy.values import inputs, plain
 
 
 def prune(
@@ -53,25 +53,30 @@ def prune(
 
     `train` and `validation` are iterables of batches (x, y) with a length, DataLoaders for
     instance; x is a tensor, a tuple of tensors or a dict of them, as the model's forward takes
-    them. `loss(output, y)`, or `loss(output, x, y)`, is by default cross-entropy for labels that
-    are whole numbers and mean squared error for others. `metric(model, batches)` gives a number,
-    or several by name, the first of which judges: by default the share of right labels, if y are
-    labels. Component-aware pruning judges by it, too, or by `metrics`, which has smooth forms.
+    them. `loss(output, y)`, or `loss(output, x, y)`, is cross-entropy for labels that are whole
+    numbers and mean squared error for others; `metric(model, batches)` gives a number, or several
+    by name, the first of which judges: by default the share of right labels, if y are labels.
+    `metrics` is what component-aware pruning judges by in its place, with smooth forms.
     `example` is an input batch (by default the first of `train`); `seed` of all random draws;
     `device` by default that of the model; `precision`: "fp32", "tf32" or "bf16" (autocast).
 
-    With a `checkpoint` path the state of `run` is saved every `checkpoint_seconds` or less often
-    (see `Loop.steps`), and an interrupted training goes on from there. A loss that is not finite
-    ends the training with status "diverged". Raises `InputError` for what cannot be used, before
-    any training.
+    With a `checkpoint` path the state of `run` (by default a hash of the settings) is saved every
+    `checkpoint_seconds` or less often (see `Loop.steps`), and an interrupted training goes on from
+    there. A loss that is not finite ends the training with status "diverged". Raises `InputError`
+    for what cannot be used, before any training but for batches that come later.
     """
     recipe = recipe or Recipe(epochs=10, lr=0.05)
     _require_kinds(model, method, recipe, precision)
-    device = torch.device(device or device_of(model))
+    require(metric is None or callable(metric), "metric", metric, "a function of (model, batches)")
+    right = metrics is None or isinstance(metrics, Metrics)
+    require(right, "metrics", type(metrics).__name__, "a Metrics")
+    seed, device = _seed(seed), _device(device_of(model) if device is None else device)
     train = train if hasattr(train, "epoch") else Loader(train, seed, device, "train")
     if validation is not None and not hasattr(validation, "ordered"):
         validation = Loader(validation, seed, device, "validation")
-    path = Path(checkpoint) if checkpoint else None
+    path = writable_file(checkpoint, "checkpoint") if checkpoint else None
+    settings = method.name, method.target, method.of, method.settings, recipe, seed, precision
+    mark = run or hashlib.sha256(repr(settings).encode()).hexdigest()[:8]
     keep_freed_memory()
     with (
         full_precision(precision != "tf32"),
@@ -80,40 +85,37 @@ def prune(
         x, y = tree_map_only(Tensor, lambda t: t[:2], next(iter(train.ordered(2))))
         example = moved(inputs(_arguments(model, x) if example is None else example), device)
         net = _on_device(model, device, example)
-        loss = _loss(loss, net, x, y)
+        loss = checked_loss(loss, net, x, y)
         generator = torch.Generator(device).manual_seed(seed)
         context = Context(example, loss, generator=generator, weight_decay=recipe.weight_decay)
         context.train = train.epoch
-        default = _top1 if _are_labels(y) else lambda *_: {}
-        values = _values(metric or (metrics.values if metrics else default), loss)
-        context.metrics = metrics or Metrics(lambda net, data: values(net, lambda: data))
-        score = lambda _: {}  # noqa: E731
+        metric = metric or (metrics.values if metrics else default_metric(net, x, y))
+        score = Score(loss, metric, validation)
+        context.metrics = metrics or Metrics(score.on)
         if validation is not None:
-            context.validation = lambda: validation.ordered(512)
-            score = lambda net: values(net, context.validation)  # noqa: E731
-            context.score = lambda net: next(iter(score(net).values()))
+            context.score, context.validation = score.judge, lambda: validation.ordered(512)
         method.check(net)
         loop = Loop(
             net, method, recipe, train, context, score, probe, seed=seed, precision=precision
         )
-        if path and (saved := read_checkpoint(path, run, device)):
+        if path and (saved := read_checkpoint(path, mark, device)):
             try:
                 loop.load(saved)
             except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
                 line = "of another net, method or recipe; delete it to start this run again"
                 raise InputError(f"checkpoint = {path.name!r}: {line}") from error
         with tqdm(total=loop.total, initial=loop.state.step, disable=not show, desc=run) as bar:
-            for row in loop.steps(path, checkpoint_seconds, run):
+            for row in loop.steps(path, checkpoint_seconds, mark):
                 bar.update()
                 if row:
-                    seen = next((n for n in row if n.startswith("validation_")), "kept")
-                    bar.set_postfix({n: f"{row[n]:.4f}" for n in ("train_loss", seen, "kept")})
+                    shown = ("train_loss", f"validation_{score.name}", "kept")
+                    bar.set_postfix({name: f"{row[name]:.4f}" for name in shown if name in row})
         small = loop.finish()
     if all(p.is_contiguous() for p in model.parameters() if p.dim() == 4):
         small = small.to(memory_format=torch.contiguous_format)
     status, state = "diverged" if loop.diverged else "done", loop.state
     found = small.eval(), state.history, status, state.seconds, method, loop.probe, example
-    return Result(*found, copy.deepcopy(model), score)
+    return Result(*found, copied(model), score)
 
 
 def shrink_to(
@@ -133,83 +135,61 @@ def shrink_to(
     """
     untrained = ("group_l2", "l1_filter", "magnitude", "random")
     require(by in untrained, "by", by, f"allowed are {', '.join(untrained)}")
-    require(isinstance(model, nn.Module), "model", type(model).__name__, "a torch module")
-    method, net = methods.build(by, {}, target, of), copy.deepcopy(model)
+    require_net(model)
+    method, net = methods.build(by, {}, target, of), copied(model)
     example = moved(inputs(example), device_of(model))
-    generator = torch.Generator(example[0].device).manual_seed(seed)
+    generator = torch.Generator(example[0].device).manual_seed(_seed(seed))
     context = Context(example, generator=generator)
     method.check(net)
     method.attach(net, context)
     return method.finish(net, context).requires_grad_(True).train(model.training)
 
 
-def _values(metric: Metric, loss: Callable[..., Tensor]) -> Callable[..., dict[str, float]]:
-    """A function of a net and of what starts reading batches: `metric`'s numbers, and the loss."""
-
-    def values(model: nn.Module, read: Callable[[], Any]) -> dict[str, float]:
-        with evaluating(model), torch.inference_mode():
-            found = metric(model, read())
-            found = dict(found) if isinstance(found, Mapping) else {"metric": float(found)}
-            return found if "loss" in found else found | {"loss": mean_loss(model, loss, read())}
-
-    return values
+def _seed(seed: Any) -> int:
+    seed, allowed = plain(seed), "a whole number of at least 0 and below 2**64"
+    require(type(seed) is int and 0 <= seed < 2**64, "seed", seed, allowed)
+    return seed
 
 
-def _top1(model: nn.Module, batches: Any) -> dict[str, float]:
-    """The share (0-1) of right labels: of outputs (n, classes, ...), the largest along classes."""
-    right = count = 0
-    for x, y in batches:
-        right += int((call(model, x).argmax(1) == y).sum())
-        count += y.numel()
-    return {"top1": right / count}
-
-
-def _are_labels(y: Any) -> bool:
-    return isinstance(y, Tensor) and not y.is_floating_point()
-
-
-def _loss(loss: Any, net: nn.Module, x: Any, y: Any) -> Callable[[Any, Any, Any], Tensor]:
-    """The loss as a function of (output, x, y), tried on a few samples."""
-    loss = loss or (F.cross_entropy if _are_labels(y) else F.mse_loss)
-    name = getattr(loss, "__name__", type(loss).__name__)
-    require(callable(loss), "loss", name, "a function of (output, y) or (output, x, y)")
-    form = inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss)
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    needed = [p for p in form.parameters.values() if p.kind in kinds and p.default is p.empty]
-    function = loss if len(needed) > 2 else lambda output, _, y: loss(output, y)
-    with evaluating(net), torch.no_grad():
-        try:
-            value = function(call(net, x), x, y)
-        except Exception as error:  # whatever a net or a loss may raise
-            line = next(iter(str(error).splitlines()), type(error).__name__)
-            raise InputError(f"loss = {name!r}: fails on a batch of train: {line}") from error
-    scalar = isinstance(value, Tensor) and value.dim() == 0
-    require(scalar, "loss", name, "a function that gives one number, a 0-d tensor")
-    return function
+def _device(device: Any) -> torch.device:
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except Exception as error:  # each kind of device has its own
+        raise InputError(f"device = {str(device)!r}: {first_line(error)}") from error
+    require(found.type != "meta", "device", str(device), "a device that computes")
+    return found
 
 
 def _arguments(model: nn.Module, x: Any) -> Any:
     """The positional arguments of the model's forward for a batch's `x`."""
-    return inspect.signature(model.forward).bind(**x).args if isinstance(x, dict) else x
+    if not isinstance(x, dict):
+        return tuple(x) if isinstance(x, list) else x
+    try:
+        return inspect.signature(model.forward).bind(**x).args
+    except TypeError as error:
+        raise InputError(f"train = {sorted(x)}: not what forward takes: {error}") from None
 
 
 def _on_device(model: nn.Module, device: torch.device, example: tuple[Tensor, ...]) -> nn.Module:
     """A copy of `model` on `device`, in channels_last, which is faster, where it runs in it."""
-    net = copy.deepcopy(model).to(device)
-    if all(p.dim() != 4 for p in net.parameters()):
-        return net
-    fast = copy.deepcopy(net).to(memory_format=torch.channels_last)
-    try:
-        with evaluating(fast), torch.no_grad():
-            fast(*example)
-    except RuntimeError:  # `view` needs the other layout
-        return net
-    return fast
+    net = copied(model).to(device)
+    with evaluating(net), torch.no_grad():
+        run_on(net, example)
+    if any(p.dim() == 4 for p in net.parameters()):
+        fast = copied(net).to(memory_format=torch.channels_last)
+        try:
+            with evaluating(fast), torch.no_grad():
+                fast(*example)
+        except RuntimeError:  # `view` needs the other layout
+            return net
+        return fast
+    return net
 
 
 def _require_kinds(model: Any, method: Any, recipe: Any, precision: Any) -> None:
+    require_net(model)
     for name, value, kind, allowed in (
-        ("model", model, nn.Module, "a torch module"),
         ("method", method, Method, "a method such as GDP(target=0.5)"),
         ("recipe", recipe, Recipe, "a Recipe"),
     ):

@@ -1,11 +1,12 @@
 """How the weights are trained: epochs, batches, optimiser and learning-rate schedule."""
 
 import math
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-from prunestudy.values import Values
+from prunestudy.errors import InputError
+from prunestudy.values import Values, first_wrong
 
 _Within = Annotated[float, Field(gt=0, lt=1)]
 
@@ -41,6 +42,12 @@ class Recipe(Values):
     shift: Annotated[int, Field(ge=0)] = 0
     flip: bool = False
     period: Annotated[int, Field(ge=0, le=1_000_000)] = 0
+
+    def __init__(self, **settings: Any) -> None:
+        try:
+            super().__init__(**settings)
+        except ValidationError as error:
+            raise InputError(first_wrong(error, type(self))) from None
 
     @model_validator(mode="after")
     def _nesterov_has_momentum(self) -> Self:

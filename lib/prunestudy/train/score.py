@@ -1,0 +1,120 @@
+"""What a net is judged by: the loss and the metric, a user's or the default ones."""
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from prunestudy.errors import InputError, first_line, require
+from prunestudy.measure.forward import evaluating
+from prunestudy.methods.base import Batch, call, mean_loss
+
+Metric = Callable[[nn.Module, Any], float | Mapping[str, float]]
+
+
+class Score:
+    """The validation's numbers of a net: the loss, and those of the metric."""
+
+    def __init__(self, loss: Callable[..., Tensor], metric: Metric | None, batches: Any) -> None:
+        self.loss, self.metric, self.batches, self.name = loss, metric, batches, "loss"
+
+    def __call__(self, model: nn.Module) -> dict[str, float]:
+        """All numbers by name, the one to judge by first; {} without validation batches."""
+        return {} if self.batches is None else self._of(model, lambda: self.batches.ordered(512))
+
+    def on(self, model: nn.Module, batches: Sequence[Batch]) -> dict[str, float]:
+        """The same on other batches."""
+        return self._of(model, lambda: batches)
+
+    def _of(self, model: nn.Module, read: Callable[[], Iterable[Batch]]) -> dict[str, float]:
+        found = {}
+        with evaluating(model), torch.inference_mode():
+            if self.metric:
+                found = _tried("metric", self.metric, lambda: _numbers(self.metric(model, read())))
+                self.name = next(iter(found))
+            if "loss" not in found:
+                mean = lambda: mean_loss(model, self.loss, read())  # noqa: E731
+                found["loss"] = _tried("loss", self.loss, mean)
+        return found
+
+    def judge(self, model: nn.Module) -> float:
+        """The number to judge by."""
+        return next(iter(self(model).values()))
+
+
+def top1(model: nn.Module, batches: Any) -> dict[str, float]:
+    """The share (0-1) of right labels: of outputs (n, classes, ...), the largest along classes."""
+    right = count = 0
+    for x, y in batches:
+        right += int((call(model, x).argmax(1) == y).sum())
+        count += y.numel()
+    return {"top1": right / count}
+
+
+def default_metric(net: nn.Module, x: Any, y: Any) -> Metric | None:
+    """`top1` where the net gives scores of classes and `y` are labels."""
+    if not _are_labels(y):
+        return None
+    with evaluating(net), torch.no_grad():
+        output = call(net, x)
+    scores = isinstance(output, Tensor) and output.dim() > 1
+    return top1 if scores and output.argmax(1).shape == y.shape else None
+
+
+def _numbers(found: Any) -> dict[str, float]:
+    """What a metric gave, as numbers by name."""
+    found = {"metric": found} if not isinstance(found, Mapping) else found
+    if not found:
+        raise ValueError("gives no number")
+    return {str(name): float(value) for name, value in found.items()}
+
+
+def _tried(parameter: str, given: Any, function: Callable[[], Any]) -> Any:
+    """What `function` gives; what `given`, a user's, may raise becomes `InputError`."""
+    try:
+        return function()
+    except InputError:
+        raise
+    except Exception as error:
+        line = f"fails on a batch: {first_line(error)}"
+        raise InputError(f"{parameter} = {_name(given)!r}: {line}") from error
+
+
+def _name(function: Any) -> str:
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def _squared(output: Tensor, y: Any) -> Tensor:
+    """Mean squared error, of equal shapes only: torch would repeat the smaller."""
+    shapes = tuple(output.shape), tuple(y.shape)
+    require(shapes[0] == shapes[1], "y", shapes[1], f"the shape of the output, {shapes[0]}")
+    return F.mse_loss(output, y)
+
+
+def _are_labels(y: Any) -> bool:
+    return isinstance(y, Tensor) and not y.is_floating_point()
+
+
+def checked_loss(loss: Any, net: nn.Module, x: Any, y: Any) -> Callable[[Any, Any, Any], Tensor]:
+    """The loss as a function of (output, x, y), tried on a few samples."""
+    loss = loss or (F.cross_entropy if _are_labels(y) else _squared)
+    name, allowed = _name(loss), "a function of (output, y) or (output, x, y)"
+    require(callable(loss), "loss", name, allowed)
+    try:
+        form = inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss)
+    except ValueError:  # of functions written in C
+        raise InputError(f"loss = {name!r}: {allowed}, in Python") from None
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    needed = [p for p in form.parameters.values() if p.kind in positional and p.default is p.empty]
+    function = loss
+    if len(needed) < 3:
+        function = lambda output, _, y: loss(output, y)  # noqa: E731
+        function.__name__ = name
+    with evaluating(net), torch.no_grad():
+        value = _tried("loss", loss, lambda: function(call(net, x), x, y))
+    scalar = isinstance(value, Tensor) and value.dim() == 0
+    require(scalar, "loss", name, "a function that gives one number, a 0-d tensor")
+    return function
