@@ -91,9 +91,10 @@ def prune(
         context.train = train.epoch
         metric = metric or (metrics.values if metrics else default_metric(net, x, y))
         score = Score(loss, metric, validation)
-        context.metrics = metrics or Metrics(score.on)
+        context.metrics = metrics or Metrics(score)
         if validation is not None:
-            context.score, context.validation = score.judge, lambda: validation.ordered(512)
+            context.score = lambda net: next(iter(score(net).values()))
+            context.validation = lambda: validation.ordered(512)
         method.check(net)
         loop = Loop(
             net, method, recipe, train, context, score, probe, seed=seed, precision=precision
@@ -108,8 +109,8 @@ def prune(
             for row in loop.steps(path, checkpoint_seconds, mark):
                 bar.update()
                 if row:
-                    shown = ("train_loss", f"validation_{score.name}", "kept")
-                    bar.set_postfix({name: f"{row[name]:.4f}" for name in shown if name in row})
+                    seen = next((n for n in row if n.startswith("validation_")), "kept")
+                    bar.set_postfix({n: f"{row[n]:.4f}" for n in ("train_loss", seen, "kept")})
         small = loop.finish()
     if all(p.is_contiguous() for p in model.parameters() if p.dim() == 4):
         small = small.to(memory_format=torch.contiguous_format)
