@@ -343,7 +343,7 @@ def test_measures_are_those_of_the_net_before_and_of_its_factors():
     assert found["factor_rank_total"] == 30
     assert found["log2_rank_total"] == pytest.approx(math.log2(found["rank_total"]))
     assert found["factor_speed_up"] == pytest.approx(filter_probes.speed_up_at(net, macs, own))
-    assert found["validation_factorised"] == result.score.judge(result.model)
+    assert found["validation_factorised"] == next(iter(result.score(result.model).values()))
     assert apart_from(result.probe.others()["whole"], net) == 0
 
 

@@ -231,19 +231,3 @@ def test_numbers_of_the_history_and_histograms_of_the_gates():
     assert histograms.shape == (2, 40)
     # bins of 0.025; 1.0 falls into the last one
     assert {i: n for i, n in enumerate(histograms[1]) if n} == {0: 1, 20: 1, 38: 1, 39: 1}
-
-
-def test_the_sampled_view_draws_in_eval_and_leaves_no_trace():
-    model, method = gated([1.0] * 1000, [0.6] * 1000)
-    probe = Gates()
-    probe.attach(method, model.eval(), None)
-    before = method.masks[0].generator.get_state()
-    with probe.views()["sampled"]:
-        kept = model.weight.count_nonzero().item()
-        assert kept != model.weight.count_nonzero().item()
-        assert 500 < kept < 700
-    assert model.weight.count_nonzero() == 1000
-    assert torch.equal(before, method.masks[0].generator.get_state())
-    assert (method.masks[0].bernoulli, method.masks[0].sample_in_eval) == (True, False)
-    method.cut(0.5)
-    assert probe.views() == {}

@@ -19,10 +19,7 @@ _METHODS = {
     "gradual_magnitude": ("weights:GradualMagnitude", ""),
     "random": ("channel_controls:Random", ""),
     "l1": ("weights:L1", ""),
-    "magnitude_attention": (
-        "magnitude_attention:MagnitudeAttention",
-        "weight_probes:AttentionTrail",
-    ),
+    "magnitude_attention": ("magnitude_attention:MagnitudeAttention", "weight_probes:Attentions"),
     "dpf": ("weights:Dpf", "weight_probes:Trail"),
     "snip": ("weights:Snip", ""),
     "gdp": ("gdp:GDP", "channel_probes:GatePaths"),
@@ -59,7 +56,7 @@ def names() -> tuple[str, ...]:
 
 
 def method_class(name: str) -> type[Method]:
-    """Return the class of method `name`; raises `InputError` for an unknown one."""
+    """The class of method `name`; raises `InputError` for an unknown one."""
     require_one_of("method", name, _METHODS)
     return _found(_METHODS[name][0])
 
@@ -72,19 +69,12 @@ def params_of(name: str, values: dict[str, Any]) -> Values:
 def build(
     name: str, values: dict[str, Any], target: float | None = None, of: str | None = None
 ) -> Method:
-    """Return method `name` with settings `values`, aiming at `target`.
-
-    `target` is the share removed of what `of` counts (a key of `TARGETS`; None: the method's
-    first). Raises `InputError` for a bad value.
-    """
+    """Return method `name` with settings `values`; see `Method`. `InputError` for a bad value."""
     return method_class(name)(target, of, **values)
 
 
 def probe_of(name: str, pixels: Callable[[Tensor], Tensor] | None = None) -> Probe:
-    """A new probe for method `name`: what the study observes of its training.
-
-    `pixels` maps inputs to the images that they stand for.
-    """
+    """What the study observes of method `name`; `pixels` maps inputs to images."""
     require_one_of("method", name, _METHODS)
     place = _METHODS[name][1]
     probe = _found(place)() if place else Probe()

@@ -17,13 +17,8 @@ from prunestudy.shrink import fold
 from prunestudy.values import Values, checked, plain
 
 # What a target may be a share of.
-TARGETS = {
-    "sparsity": "weights",
-    "macs": "MACs",
-    "parameters": "parameters",
-    "rank": "rank",
-    "energy": "energy",
-}
+TARGETS = {"sparsity": "weights", "macs": "MACs"}
+TARGETS |= {name: name for name in ("parameters", "rank", "energy")}
 Batch = tuple[Any, Any]
 
 
@@ -42,14 +37,21 @@ class Phase:
     schedule: str | None = None
 
 
+def then_fine_tune(
+    name: str, share: float, lr_scale: float = 1.0, schedule: str | None = "constant"
+) -> tuple[Phase, Phase]:
+    """Phase `name`, and for the rest of the steps fine-tuning of what it left."""
+    first = Phase(name, share, lr_scale, schedule=schedule)
+    return first, Phase("fine_tune", 1 - share, restart=True)
+
+
 @dataclass(frozen=True)
 class At:
     """Where the training is when a hook is called.
 
-    `step` of `steps` is the number of this step in `phase`, from 1; `total_step` of `total_steps`
-    the same over all phases. Hooks of a step read the tensors only, each 0-d and on the device:
-    `share`, the share of the phase done before this step (float64), `lr`, the weights' learning
-    rate, and `loss`, that of the task.
+    This is step `step` of `steps` in `phase`, from 1, and `total_step` of `total_steps` over all
+    phases. Hooks of a step read the tensors only, each 0-d and on the device: `share` of the phase
+    done before this step (float64), `lr` of the weights, and `loss`, that of the task.
     """
 
     phase: str
@@ -72,28 +74,23 @@ class At:
         return self.step == self.steps
 
 
-def _nothing(epoch: int = 0) -> Iterable[Batch]:  # noqa: ARG001
-    return ()
-
-
 @dataclass
 class Context:
     """What a method may look at: never test images.
 
     `example`: a tuple of input batches of two samples or more, on the device of the model;
-    `loss(output, x, y)`: the task's loss; `score(model)`: the validation metric; `metrics`: what
-    a net is judged by on other batches; `train(epoch)` and `validation()` start reading batches
-    (x, y) anew; `generator`: for all random draws; `weight_decay`: the recipe's, which the
-    optimiser adds to the gradient after `after_backward`; `period`: steps between two calls of
-    `update`.
+    `loss(output, x, y)`: the task's; `score(model)`: the validation metric; `metrics`: what a net
+    is judged by on other batches; `train(epoch)` and `validation()` start reading batches (x, y)
+    anew; `generator`: for all random draws; `weight_decay`: what the optimiser adds to the
+    gradient after `after_backward`; `period`: steps between two calls of `update`.
     """
 
     example: tuple[Tensor, ...]
     loss: Callable[[Any, Any, Any], Tensor] | None = None
     score: Callable[[nn.Module], float] | None = None
     metrics: Metrics | None = None
-    train: Callable[[int], Iterable[Batch]] = _nothing
-    validation: Callable[[], Iterable[Batch]] = _nothing
+    train: Callable[[int], Iterable[Batch]] = lambda _: ()
+    validation: Callable[[], Iterable[Batch]] = tuple
     generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
     weight_decay: float = 0.0
     period: int = 1
@@ -103,9 +100,9 @@ class Context:
         """The device of the model and of all batches."""
         return self.example[0].device
 
-    def batches(self, count: int, *, validation: bool = False) -> Iterator[Batch]:
-        """The first `count` batches of training or validation; fewer if there are no more."""
-        return islice(self.validation() if validation else self.train(0), count)
+    def batches(self, count: int) -> Iterator[Batch]:
+        """The first `count` training batches; fewer if there are no more."""
+        return islice(self.train(0), count)
 
     def samples(self, number: int) -> list[Batch]:
         """The first `number` samples of validation, or of training if there is none, in batches.
@@ -163,11 +160,9 @@ class Method(nn.Module):
 
     `attach` comes first, on a model that is on its device; then for each step `after_backward`, the
     optimisers, `after_step`; every `context.period` steps and at the end of each phase `update`;
-    and `finish` last. `after_backward` and `after_step` work with tensors only: they read no value
-    on the host, so that a step can be captured as a CUDA graph. The state is the `state_dict`.
-
-    `revision` counts changes of a method's numbers. With `from_scratch` the run takes the shape of
-    its parent only. `shrinks` says whether modules change, so that resuming must rebuild them.
+    and `finish` last. `after_backward` and `after_step` read no value on the host, so that a step
+    can be captured as a CUDA graph. The state is the `state_dict`. `revision` counts changes of a
+    method's numbers. With `from_scratch` the run takes the shape of its parent only.
     """
 
     name: ClassVar[str] = "dense"
@@ -180,26 +175,19 @@ class Method(nn.Module):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         hints = get_type_hints(cls, include_extras=True)
-        own = {
-            name: (hints[name], getattr(cls, name))
-            for name in get_annotations(cls)
-            if get_origin(hints[name]) is not ClassVar
-        }
-        base = cls.__bases__[0].Settings
+        fields = [name for name in get_annotations(cls) if get_origin(hints[name]) is not ClassVar]
+        own, base = {n: (hints[n], getattr(cls, n)) for n in fields}, cls.__bases__[0].Settings
         cls.Settings = create_model(f"{cls.__name__}Settings", __base__=base, **own)
 
     def __init__(self, target: float | None = None, of: str | None = None, **settings: Any) -> None:
         super().__init__()
-        counts, target = self.counts, plain(target)
-        of = counts[0] if of is None and counts else of
-        allowed = f"{self.name} takes {', '.join(counts) or 'no target'}"
-        require(of in (counts or (None,)), "of", of, allowed)
-        if counts:
-            right = isinstance(target, float) and 0 < target < 1
-            allowed = f"the share of {TARGETS[of]} to remove, above 0 and below 1"
-            require(right, "target", target, allowed)
-        else:
-            require(target is None, "target", target, f"{self.name} takes no target")
+        target, counts = plain(target), self.counts or (None,)
+        of = counts[0] if of is None else of
+        takes = f"{self.name} takes {', '.join(self.counts) or 'no target'}"
+        require(of in counts, "of", of, takes)
+        allowed = f"the share of {TARGETS[of]} to remove, above 0 and below 1" if of else takes
+        right = isinstance(target, float) and 0 < target < 1 if of else target is None
+        require(right, "target", target, allowed)
         self.target, self.of = target, of
         self.settings = checked(self.Settings, settings)
         for name in self.Settings.model_fields:
@@ -233,10 +221,7 @@ class Method(nn.Module):
         """Decide on the host: new masks, closing, steering; and what the end of a phase needs."""
 
     def finish(self, model: nn.Module, context: Context) -> nn.Module:  # noqa: ARG002
-        """Return an ordinary, frozen module without gates or masks that equals `model` in eval.
-
-        What the training had no step for is done here, so that the target is met without any.
-        """
+        """A frozen ordinary module that equals `model` in eval mode; on target without any step."""
         return fold(model)
 
     def log(self) -> dict[str, float]:
@@ -248,20 +233,14 @@ class Method(nn.Module):
         return {}
 
     def at(self, step: int, total: int, loss: Tensor, lr: float = 1.0) -> At:
-        """Where step `step` (from 1) of `total` lies, for a loop of one's own."""
-        ends = boundaries(self.phases(), total)
+        """Where step number `step` (from 1) of `total` lies, for a training loop of one's own."""
+        phases = self.phases()
+        ends = boundaries(phases, total)
         index = next(i for i, end in enumerate(ends) if step <= end)
         begin = ends[index - 1] if index else 0
-        return At(
-            self.phases()[index].name,
-            step - begin,
-            ends[index] - begin,
-            step,
-            total,
-            scalar((step - 1 - begin) / (ends[index] - begin), loss.device),
-            scalar(lr, loss.device),
-            loss.detach(),
-        )
+        here, steps = step - begin, ends[index] - begin
+        share, rate = scalar((here - 1) / steps, loss.device), scalar(lr, loss.device)
+        return At(phases[index].name, here, steps, step, total, share, rate, loss.detach())
 
 
 def boundaries(phases: tuple[Phase, ...], total: int) -> list[int]:
@@ -285,9 +264,7 @@ class Scratch(Method):
     layers and draws all weights anew, from the run's seed, as its factory does.
     """
 
-    name: ClassVar[str] = "scratch"
-    title: ClassVar[str] = "found shape, from scratch"
-    from_scratch: ClassVar[bool] = True
+    name, title, from_scratch = "scratch", "found shape, from scratch", True
 
     def attach(self, model: nn.Module, context: Context) -> None:
         """Draw all weights anew."""

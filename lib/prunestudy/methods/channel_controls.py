@@ -1,19 +1,10 @@
 """Controls that remove channels once, by a ranking, and fine-tune what is left.
 
-- `l1_filter`: L1 norm of the filter that produces the channel (Li et al., ICLR 2017).
-- `group_l2`: squared weights of all layers that hold a slice of the channel, their mean (DepGraph,
-  Fang et al., CVPR 2023, without its sparse training).
-- `taylor_channels`: |sum of w dL/dw| over each of these slices, their mean (Molchanov et al., CVPR
-  2019).
-- `network_slimming`: |gamma| of the channel's batch norm, after training with an L1 penalty on all
-  gamma (Liu et al., ICCV 2017): the opposite of polarization.
-- `random`: noise; also a random mask of single weights.
-
-The importances of the first three are torch-pruning's, divided by their mean over the dependency
-group, so that one ranking holds for the whole net. The lowest channels go until the target is met.
+Importances are torch-pruning's, divided by their mean over the dependency group, so that one
+ranking holds for the whole net. The lowest channels go until the target is met.
 """
 
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 import torch
 import torch_pruning
@@ -26,26 +17,33 @@ from torch_pruning.pruner.importance import (
 )
 
 from prunestudy.errors import require
-from prunestudy.methods.base import At, Context, Method, Phase, call
-from prunestudy.methods.channels import Channels, become
-from prunestudy.methods.masks import Mask, Masked, Scope, attach_each, kept_count, top_masks
+from prunestudy.methods.base import At, Context, Phase, call, then_fine_tune
+from prunestudy.methods.channels import Channelled, Channels, become
+from prunestudy.methods.masks import Masked, Scope
 from prunestudy.shrink import axis_of, fold
 from prunestudy.shrink.groups import FOLLOWS, PRODUCES
 
 _NORM = nn.modules.batchnorm._BatchNorm
 
 
-class _Removal(Method):
+class _Removal(Channelled):
     """Removes channels in `attach`; a resumed run starts with the same net and removes the same."""
 
-    counts: ClassVar[tuple[str, ...]] = ("macs", "parameters")
-    measure: ClassVar[Any] = None
+    measure = None
 
     def attach(self, model: nn.Module, context: Context) -> None:
         """Remove the channels of lowest score."""
+        self.number(model, context)
+        self.remove(model, self.scores(model, context))
+
+    def number(self, model: nn.Module, context: Context) -> None:
+        """Number the channels; all are left."""
         self.channels = Channels(model, context.example, self.of)
         self.left = torch.ones(self.channels.size, dtype=torch.bool)
-        self.remove(model, self.scores(model, context))
+
+    def open(self) -> Tensor:
+        """Which channels are left."""
+        return self.left
 
     def scores(self, model: nn.Module, context: Context) -> Tensor:  # noqa: ARG002
         """What the ranking is by (N,), on the CPU: the lowest go first, infinite ones never."""
@@ -57,38 +55,32 @@ class _Removal(Method):
         self.left = self.channels.close(order, self.left, self.target)
         become(model, self.channels.smaller(model, self.left))
 
-    def log(self) -> dict[str, float]:
-        """Share left of the MACs or parameters."""
-        return {"kept": 1 - self.channels.removed(self.left)}
-
-    def report(self) -> dict[str, Any]:
-        """Whether the target was met, the share removed, and the channels kept of each group."""
-        return self.channels.report(self.left, self.target)
-
 
 class GroupL2(_Removal):
-    """One-shot removal by the group's squared weights, then fine-tuning."""
+    """Squared weights of all layers that hold a slice of the channel, their mean.
 
-    name: ClassVar[str] = "group_l2"
-    title: ClassVar[str] = "group L2, one shot"
-    measure: ClassVar[Any] = GroupMagnitudeImportance(p=2)
+    DepGraph (Fang et al., CVPR 2023), without its sparse training.
+    """
+
+    name, title = "group_l2", "group L2, one shot"
+    measure = GroupMagnitudeImportance(p=2)
 
 
 class L1Filter(_Removal):
-    """One-shot removal of the filters of smallest L1 norm, then fine-tuning."""
+    """The L1 norm of the filter that produces the channel (Li et al., ICLR 2017)."""
 
-    name: ClassVar[str] = "l1_filter"
-    title: ClassVar[str] = "L1 filter norm, one shot"
-    measure: ClassVar[Any] = MagnitudeImportance(p=1, group_reduction="first")
+    name, title = "l1_filter", "L1 filter norm, one shot"
+    measure = MagnitudeImportance(p=1, group_reduction="first")
 
 
 class TaylorChannels(_Removal):
-    """One-shot removal by the loss's first-order change, over training `batches`."""
+    """|sum of w dL/dw| over each slice of the channel, their mean (Molchanov et al., CVPR 2019).
 
-    name: ClassVar[str] = "taylor_channels"
-    title: ClassVar[str] = "Taylor, one shot"
-    measure: ClassVar[Any] = GroupTaylorImportance(multivariable=True)
+    L is the summed loss of the first training `batches`.
+    """
 
+    name, title = "taylor_channels", "Taylor, one shot"
+    measure = GroupTaylorImportance(multivariable=True)
     batches: Annotated[int, Field(ge=1)] = 10
 
     def scores(self, model: nn.Module, context: Context) -> Tensor:
@@ -102,21 +94,20 @@ class TaylorChannels(_Removal):
 
 
 class NetworkSlimming(_Removal):
-    """L1 on batch-norm scales, removal by their size, fine-tuning. Needs a net with batch norm.
+    """|gamma| of the channel's batch norm, after training with an L1 penalty on all gamma.
 
-    `strength`: lambda of the penalty; `cut`: share of the steps before the removal. Channels that
-    several batch norms scale (residual streams) are ranked by the mean; those without any stay.
+    Liu et al., ICCV 2017: the opposite of polarization. `strength`: lambda of the penalty; `cut`:
+    share of the steps before the removal. Channels that several batch norms scale (residual
+    streams) are ranked by the mean; those without any stay.
     """
 
-    name: ClassVar[str] = "network_slimming"
-    title: ClassVar[str] = "network slimming"
-
+    name, title = "network_slimming", "network slimming"
     strength: Annotated[float, Field(gt=0)] = 1e-4
     cut: Annotated[float, Field(gt=0, lt=1)] = 0.5
 
     def phases(self) -> tuple[Phase, ...]:
         """Scales are pressed down, then the smaller net is fine-tuned."""
-        return Phase("slim", self.cut), Phase("fine_tune", 1 - self.cut, restart=True)
+        return then_fine_tune("slim", self.cut, schedule=None)
 
     def check(self, model: nn.Module) -> None:
         """Refuse a net without batch norm."""
@@ -127,8 +118,7 @@ class NetworkSlimming(_Removal):
         """Number the channels; none is removed yet."""
         self.check(model)
         self.model = (model,)  # a tuple, since its parameters are not the method's
-        self.channels = Channels(model, context.example, self.of)
-        self.left = torch.ones(self.channels.size, dtype=torch.bool)
+        self.number(model, context)
 
     def after_backward(self, at: At) -> None:
         """Add lambda sign(gamma)."""
@@ -143,13 +133,13 @@ class NetworkSlimming(_Removal):
             self.remove(*self.model, scale_sizes(self.channels, *self.model))
 
     def finish(self, model: nn.Module, context: Context) -> nn.Module:
-        """Remove channels, if no step was made; an ordinary smaller net."""
+        """Remove channels, if no step was made."""
         if self.left.all():
             self.remove(model, scale_sizes(self.channels, model))
         return super().finish(model, context)
 
     def log(self) -> dict[str, float]:
-        """Besides: the mean size of the scales."""
+        """The share left; the mean size of the scales."""
         scales = torch.cat([scale.detach().abs() for scale in _scales(*self.model)])
         return super().log() | {"scale": float(scales.mean())}
 
@@ -167,10 +157,8 @@ class NetworkSlimming(_Removal):
 class Random(_Removal):
     """A random mask of single weights in `scope`, or random channels for MACs and parameters."""
 
-    name: ClassVar[str] = "random"
-    title: ClassVar[str] = "random"
-    counts: ClassVar[tuple[str, ...]] = ("sparsity", "macs", "parameters")
-
+    name = title = "random"
+    counts = ("sparsity", "macs", "parameters")
     scope: Scope = "all"
 
     def __init__(self, target: float | None = None, of: str | None = None, **settings: Any) -> None:
@@ -188,13 +176,11 @@ class Random(_Removal):
         if self.of != "sparsity":
             super().attach(model, context)
             return
-        _, weights, masks = attach_each(model, Mask, self.scope)
-        total = sum(weight.numel() for weight in weights)
-        keep = kept_count(total, self.target)
-        kept = top_masks([_noise(weight.shape, context) for weight in weights], keep)
-        for each, mask in zip(masks, kept, strict=True):
-            each.mask.copy_(mask)
-        self.kept = keep / total
+        masked = Masked(self.target, scope=self.scope)
+        masked.attach(model, context)
+        masked.scores = lambda: [_noise(weight.shape, context) for weight in masked.weights]
+        masked.cut(self.target)
+        self.kept = masked.kept()
 
     def scores(self, model: nn.Module, context: Context) -> Tensor:  # noqa: ARG002
         """Uniform noise."""
@@ -217,8 +203,8 @@ def importance(channels: Channels, model: nn.Module, measure: Any) -> Tensor:
 def taylor(channels: Channels, net: nn.Module) -> list[Tensor]:
     """First-order Taylor of a loss whose gradients lie in the weights: one (channels,) per group.
 
-    As torch-pruning's: of each layer's slices at a channel the sum of |w dL/dw|, the mean of the
-    sums over the layers, divided by the mean over the group's channels. Biases do not count.
+    As torch-pruning's: the sum of |w dL/dw| over each slice of a channel, their mean, divided by
+    the mean over the group's channels. Biases do not count.
     """
     found = []
     for group in channels.groups:

@@ -1,7 +1,7 @@
 """What is observed of the methods on channels: gates, the loss, an autoencoder's images."""
 
 import math
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,12 +20,9 @@ _SHOWN, _LATENTS = 6, 128
 
 
 class _Watch(Probe):
-    """Keeps the loss of each step and says what removal changed.
+    """Keeps the losses, averaged over windows if there are many, and says what removal changed."""
 
-    Losses are averaged over windows so that at most 20,000 are kept.
-    """
-
-    kept: ClassVar[tuple[str, ...]] = ("sums", "window", "done")
+    noted = ("sums", "window", "done")
 
     def attach(self, method: Method, model: nn.Module, context: Context) -> None:
         """Begin with no loss."""
@@ -60,10 +57,7 @@ class _Watch(Probe):
         return float(np.abs(np.diff(losses)).mean()) if len(losses) > 1 else math.nan
 
     def jump(self, steps: list[int], around: int = 10) -> float:
-        """Mean over `steps` (each once) of the loss in the `around` windows after, minus before.
-
-        NaN without a step that has windows on both sides.
-        """
+        """Mean over `steps` of the loss in the `around` windows after, minus before; or NaN."""
         losses, found = self.losses(), []
         for at in sorted({step // self.window for step in steps}):
             before, after = losses[max(0, at - around) : at], losses[at + 1 : at + 1 + around]
@@ -71,19 +65,11 @@ class _Watch(Probe):
                 found.append(after.mean() - before.mean())
         return float(np.mean(found)) if found else math.nan
 
-    def state(self) -> dict[str, Any]:
-        """What a resumed run needs."""
-        return {name: getattr(self, name) for name in self.kept}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Take back what `state` returned."""
-        vars(self).update(state)
-
 
 class GatePaths(_Watch):
-    """Of GDP: paths of all gates and of the cost, which closed when, and what removal changed."""
+    """Of GDP: paths of all gates and of the cost, and what closing and removal changed."""
 
-    kept: ClassVar[tuple[str, ...]] = (*_Watch.kept, "steps", "paths", "costs", "closed", "open")
+    noted = (*_Watch.noted, "steps", "paths", "costs", "closed", "open")
 
     def attach(self, method: Method, model: nn.Module, context: Context) -> None:
         """Begin with no path."""
@@ -103,11 +89,10 @@ class GatePaths(_Watch):
             self.costs.append(torch.stack([channels.cost(g), channels.cost(g != 0)]))
 
     def update(self, at: At) -> None:
-        """Note which gates have closed."""
+        """Note whether gates have closed."""
         now = self.method.open()
-        self.closed += [
-            (at.total_step - 1, i) for i in (self.open.cpu() & ~now).nonzero().flatten().tolist()
-        ]
+        if (self.open.cpu() & ~now).any():
+            self.closed.append(at.total_step - 1)
         self.open = now
 
     def measures(self) -> dict[str, Any]:
@@ -117,11 +102,11 @@ class GatePaths(_Watch):
             "smallest_gate": float(g[g > 0].min()) if (g > 0).any() else math.nan,
             "polarised": _polarised(g),
             "roughness": self.roughness(),
-            "jump": self.jump([step for step, _ in self.closed]),
+            "jump": self.jump(self.closed),
         }
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Paths of all gates and of the cost (soft, then hard), which closed when, the loss."""
+        """Paths of all gates and of the cost (soft, then hard)."""
         if not self.paths:
             return {}
         costs = torch.stack(self.costs, 1).cpu() / self.method.channels.dense
@@ -131,20 +116,18 @@ class GatePaths(_Watch):
             "final_gates": self.method.gates().detach().cpu().to(torch.float16).numpy(),
             "gate_groups": self.method.channels.group_of.numpy().astype(np.int16),
             "cost_path": costs.float().numpy(),
-            "closed": np.array(self.closed, np.int32).reshape(-1, 2),
-            "loss": self.losses().astype(np.float32),
         }
 
 
 class ConcretePaths(_Watch):
-    """Of hard concrete gates: their paths, and what deciding them and removal changed."""
+    """Of hard concrete gates: how they were, and what deciding them and removal changed."""
 
-    kept: ClassVar[tuple[str, ...]] = (*_Watch.kept, "paths", "undecided", "found")
+    noted = (*_Watch.noted, "undecided", "found")
 
     def attach(self, method: Method, model: nn.Module, context: Context) -> None:
-        """Begin with no path."""
+        """Begin with nothing."""
         super().attach(method, model, context)
-        self.paths, self.undecided, self.found = [], None, {}
+        self.undecided, self.found = None, {}
 
     def leaving(self, at: At) -> None:
         """Keep the gates and the net as they are before they are decided."""
@@ -158,24 +141,15 @@ class ConcretePaths(_Watch):
             now = agreement(self.gated, fold(self.model), self.context)
             self.found = {"polarised": _polarised(self.undecided), "unchanged": now["unchanged"]}
 
-    def row(self) -> dict[str, float]:
-        """Keep the gates at test time; no column."""
-        self.paths.append(self.method.gates.at_test().detach().to(torch.float16))
-        return {}
-
     def measures(self) -> dict[str, Any]:
         """How gates were before they were decided, what changed then, how smoothly it trained."""
         gap = {name: gap for name, gap in self.removal.items() if name == "removal_gap"}
         return gap | self.found | {"roughness": self.roughness()}
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Gates at test time by epoch and before they were decided, and the loss."""
-        found = {"loss": self.losses().astype(np.float32)}
-        if self.paths:
-            found["gate_paths"] = torch.stack(self.paths).cpu().numpy()
-        if self.undecided is not None:
-            found["final_gates"] = self.undecided.to(torch.float16).cpu().numpy()
-        return found
+        """Gates at test time before they were decided."""
+        before = self.undecided
+        return {} if before is None else {"final_gates": before.to(torch.float16).cpu().numpy()}
 
 
 class Pictures(Probe):

@@ -1,5 +1,4 @@
-"""The channels of a net that may be removed, numbered from 0 on, and what the net costs without
-them.
+"""The channels of a net that may be removed, numbered, and what the net costs without them.
 
 With g (N,) holding one number per channel (a gate, or 1 for kept and 0 for removed),
 
@@ -24,6 +23,7 @@ from torch.nn.utils import parametrize
 
 from prunestudy import measure, shrink
 from prunestudy.errors import require
+from prunestudy.methods.base import Method
 from prunestudy.shrink.groups import CONSUMES, PRODUCES, signal_remains, silent_layers
 from prunestudy.shrink.proof import groups_of, remove_groups
 from prunestudy.shrink.remove import require_whole
@@ -46,7 +46,7 @@ class Channels:
     def __init__(
         self,
         model: nn.Module,
-        example: Tensor | tuple[Tensor, ...],
+        example: Any,
         kind: str,
         only: Sequence[str] = (),
         norms: bool = False,
@@ -62,10 +62,15 @@ class Channels:
         ends = list(accumulate(group.channels for group in self.groups))
         self.slices = [slice(e - g.channels, e) for e, g in zip(ends, self.groups, strict=True)]
         self.size, self._pairs = ends[-1], list(zip(self.groups, self.slices, strict=True))
-        self.group_of = torch.cat(
-            [torch.full((group.channels,), i) for i, group in enumerate(self.groups)]
-        )
-        self._numbers = self._places()
+        sizes = torch.tensor([group.channels for group in self.groups])
+        self.group_of = torch.arange(len(self.groups)).repeat_interleave(sizes)
+        self._numbers: dict[tuple[str, str], Tensor] = {}
+        for group, part in self._pairs:
+            for m in group.members:
+                place = (m.layer, m.axis)
+                numbers = self._numbers.setdefault(place, torch.full((m.size,), self.size))
+                here = m.channel_of >= 0
+                numbers[here] = m.channel_of[here] + part.start
         self._tables = {_CPU: self._count(kind, measure.layer_macs(model, self.example))}
         self.dense = float(self.cost(torch.ones(self.size)))
 
@@ -75,26 +80,23 @@ class Channels:
         return self._numbers.get((layer, axis), stays)
 
     def cost(self, g: Tensor) -> Tensor:
-        """MACs or parameters at the numbers `g` (N,): 0-d float64 on the device of `g`.
-
-        Differentiable in `g`.
-        """
+        """MACs or parameters at `g` (N,), 0-d float64 on its device; differentiable."""
         g, t = g.double(), self._on(g.device)
         inside, outside = t.fixed_in + t.inside @ g, t.fixed_out + t.outside @ g
         return t.factor @ (inside * outside) + t.single @ g + t.constant
 
     def cost_at(self, kept: Sequence[int]) -> float:
         """The cost with `kept` channels in each group: all channels of a group cost the same."""
-        t, (inside, outside, single) = self._tables[_CPU], self._each
-        fixed, k = (t.fixed_in.numpy(), t.fixed_out.numpy()), np.array(kept, float)
-        kernels = t.factor.numpy() @ ((fixed[0] + inside @ k) * (fixed[1] + outside @ k))
-        return float(kernels + single @ k) + float(t.constant)
+        t, k = self._of_groups, np.array(kept, float)
+        kernels = t.factor @ ((t.fixed_in + t.inside @ k) * (t.fixed_out + t.outside @ k))
+        return float(kernels + t.single @ k) + float(t.constant)
 
     @cached_property
-    def _each(self) -> list[np.ndarray]:
-        """How often one channel of each group occurs among inputs, outputs and on its own."""
+    def _of_groups(self) -> "_Tables":
+        """The tables in numpy, with one column for each group: that of its first channel."""
         first, t = [part.start for part in self.slices], self._tables[_CPU]
-        return [each[..., first].numpy() for each in (t.inside, t.outside, t.single)]
+        columns = {name: getattr(t, name)[..., first] for name in ("inside", "outside", "single")}
+        return _Tables(*(each.numpy() for each in t._replace(**columns)))
 
     def shares(self, g: Tensor) -> Tensor:
         """c = (d cost / d g) / dense cost at `g`: (N,), float64, on the device of `g`."""
@@ -110,19 +112,19 @@ class Channels:
     def close(self, order: Tensor, open_: Tensor, target: float) -> Tensor:
         """Close channels in `order` until `target` of the cost is removed; return those open.
 
-        Skips channels that must stay (see `may_close`); stops at the first channel that meets the
-        target, or at the end of `order`. All tensors are on the CPU.
+        Skips channels that must stay; ends with the channel that meets the target, or with
+        `order`. All tensors are on the CPU.
         """
         open_ = open_.clone()
         for number in order.tolist():
             if self.removed(open_) >= target - 1e-12:
                 break
-            if open_[number] and self.may_close(number, open_):
+            if open_[number] and self._may_close(number, open_):
                 open_[number] = False
-                open_ = self.settle(open_)
+                self._settle(open_)
         return open_
 
-    def may_close(self, number: int, open_: Tensor) -> bool:
+    def _may_close(self, number: int, open_: Tensor) -> bool:
         """Whether a channel may go: without a skip past its group, one of the group must stay."""
         i = int(self.group_of[number])
         if int(open_[self.slices[i]].sum()) > 1:
@@ -130,18 +132,15 @@ class Channels:
         emptied = [*self._emptied(open_), self.groups[i]]
         return self.groups[i].skippable and signal_remains(self.traced, emptied)
 
-    def settle(self, open_: Tensor) -> Tensor:
+    def _settle(self, open_: Tensor) -> None:
         """Also close the groups that only layers of an emptied branch produce or consume."""
-        while emptied := self._emptied(open_):
+        useless: list[slice] | None = None
+        while useless != [] and (emptied := self._emptied(open_)):
             silent = silent_layers(self.traced.layers, emptied)
-            useless = [
-                part for group, part in self._pairs if open_[part].any() and _useless(group, silent)
-            ]
-            if not useless:
-                break
+            left = [(group, part) for group, part in self._pairs if open_[part].any()]
+            useless = [part for group, part in left if _useless(group, silent)]
             for part in useless:
                 open_[part] = False
-        return open_
 
     def most_removable(self) -> float:
         """Largest share (0-1) of the cost that can be removed."""
@@ -153,12 +152,6 @@ class Channels:
     def kept(self, open_: Tensor) -> dict[str, int]:
         """Number of channels kept in each group, by name."""
         return {group.name: int(open_[part].sum()) for group, part in self._pairs}
-
-    def report(self, open_: Tensor, target: float) -> dict[str, Any]:
-        """For the record: whether the target is met, the share removed, channels kept by group."""
-        removed = self.removed(open_)
-        met = float(removed >= target - 1e-9)
-        return {"target_met": met, "removed": removed, "channels": self.kept(open_)}
 
     def smaller(self, model: nn.Module, open_: Tensor) -> nn.Module:
         """A smaller copy of `model` with only the open channels; see `remove_groups`."""
@@ -174,37 +167,22 @@ class Channels:
     def _emptied(self, open_: Tensor) -> list[shrink.Group]:
         return [group for group, part in self._pairs if not open_[part].any()]
 
-    def _places(self) -> dict[tuple[str, str], Tensor]:
-        found: dict[tuple[str, str], Tensor] = {}
-        for group, part in self._pairs:
-            for m in group.members:
-                numbers = found.setdefault((m.layer, m.axis), torch.full((m.size,), self.size))
-                here = m.channel_of >= 0
-                numbers[here] = m.channel_of[here] + part.start
-        return found
-
     def _count(self, kind: str, macs: dict[str, int]) -> "_Tables":
-        layers = self.traced.layers
-        sizes = {
-            name: macs[f"{name}.weight"] if kind == "macs" else layer.weight.numel()
-            for name, layer in layers.items()
-            if isinstance(layer, LAYERS)
-        }
-        kernels = [n for n, m in layers.items() if isinstance(m, LAYERS) and not is_follower(m)]
-        places = [math.prod(channels_of(layers[n], s) for s in ("in", "out")) for n in kernels]
-        factor = [sizes[n] / count for n, count in zip(kernels, places, strict=True)]
-        single = torch.zeros(self.size + 1, dtype=torch.float64)
+        layers, single = self.traced.layers, torch.zeros(self.size + 1, dtype=torch.float64)
+        kernels, factor = [], []
         for name, layer in layers.items():
-            each = _alone(layer, kind, sizes.get(name, 0)) / channels_of(layer, "out")
+            kernel = isinstance(layer, LAYERS)
+            weights = layer.weight.numel() if kernel else 0
+            size = macs[f"{name}.weight"] if kernel and kind == "macs" else weights
+            if kernel and not is_follower(layer):
+                kernels.append(name)
+                factor.append(size / math.prod(channels_of(layer, s) for s in ("in", "out")))
             numbers = self.numbers(name, "out")
+            each = _alone(layer, kind, size) / channels_of(layer, "out")
             single.index_add_(0, numbers, torch.full((len(numbers),), each).double())
-        return _Tables(
-            *self._axis(kernels, "in"),
-            *self._axis(kernels, "out"),
-            torch.tensor(factor, dtype=torch.float64),
-            single[:-1].clone(),
-            single[-1].clone(),
-        )
+        tables = (*self._axis(kernels, "in"), *self._axis(kernels, "out"))
+        factors = torch.tensor(factor, dtype=torch.float64)
+        return _Tables(*tables, factors, single[:-1].clone(), single[-1].clone())
 
     def _axis(self, kernels: list[str], axis: str) -> tuple[Tensor, Tensor]:
         """How often each channel occurs on the axis of each kernel, and how many always stay."""
@@ -225,6 +203,26 @@ class _Tables(NamedTuple):
     factor: Tensor
     single: Tensor
     constant: Tensor
+
+
+class Channelled(Method):
+    """A method that removes some of its `channels`, and keeps those that are `open`."""
+
+    counts = ("macs", "parameters")
+
+    def open(self) -> Tensor:
+        """Which channels are open (N,), on the CPU."""
+        raise NotImplementedError
+
+    def log(self) -> dict[str, float]:
+        """The share of the MACs or parameters left with the open channels."""
+        return {"kept": 1 - self.channels.removed(self.open())}
+
+    def report(self) -> dict[str, Any]:
+        """Whether the target was met, the share removed, and the channels kept of each group."""
+        removed = self.channels.removed(self.open())
+        met, kept = float(removed >= self.target - 1e-9), self.channels.kept(self.open())
+        return {"target_met": met, "removed": removed, "channels": kept}
 
 
 class _Scaled(nn.Module):
@@ -252,10 +250,7 @@ class _Scaled(nn.Module):
 
 
 def scale_consumers(model: nn.Module, channels: Channels, gates: nn.Module) -> None:
-    """Scale the kernel of every regular convolution and linear layer that consumes channels.
-
-    `gates()` gives one number for each of `channels`, (N,).
-    """
+    """Scale each regular kernel that consumes `channels` by `gates()`, one number each, (N,)."""
     consumers = {m.layer for group in channels.groups for m in group.having(CONSUMES)}
     for name in sorted(consumers, key=list(channels.traced.layers).index):
         layer = model.get_submodule(name)
@@ -281,16 +276,13 @@ def become(model: nn.Module, small: nn.Module) -> None:
 
 def _useless(group: shrink.Group, silent: set[str]) -> bool:
     """Whether all producers or all consumers of the channels of `group` are silent."""
-    return any(
-        all(member.layer in silent for member in group.having(role))
-        for role in (PRODUCES, CONSUMES)
-        if group.having(role)
-    )
+    layers = [{m.layer for m in group.having(role)} for role in (PRODUCES, CONSUMES)]
+    return any(each and each <= silent for each in layers)
 
 
 def _alone(layer: nn.Module, kind: str, size: int) -> float:
     """What the outputs cost whatever the inputs: depth-wise kernels, batch norm, biases."""
+    follows = is_follower(layer)
     if kind == "macs":
-        return size if is_follower(layer) else 0
-    own = [p for name, p in layer.named_parameters() if is_follower(layer) or name != "weight"]
-    return sum(p.numel() for p in own)
+        return size if follows else 0
+    return sum(p.numel() for name, p in layer.named_parameters() if follows or name != "weight")

@@ -33,27 +33,25 @@ Ours ([O], ablated where the card says so):
   layer is 0, no gate has a resting point, and all would fall ([D]). The step that meets the target
   closes the smallest gates first, and no more than needed.
 - Each gate's learning rate is divided by its share c of the dense net (`pace` "equal"), so that
-  gates that nothing holds fall together, and benefit per cost decides. With one rate for all
-  ("by_share") the expensive channels are gone before a cheap one has moved.
-- If the target is not met when eps reaches its floor, the channels nearest to closing are closed
-  as well; the record counts them.
-- One channel stays wherever no skip carries the signal. A frozen gate that would end below 1/2 is
-  lifted, and counted. If the target is out of reach, the record says so (`target_met`).
+  benefit per cost decides. With one rate for all ("by_share") the expensive channels are gone
+  before a cheap one has moved.
+- If the target is not met when eps reaches its floor, the channels nearest to closing go as well
+  (`closed_late`). A frozen gate that would end below 1/2 is lifted (`lifted`).
+- One channel stays wherever no skip carries the signal, even if the target is then out of reach.
 
-The host closes, steers and shrinks eps in `update`. With a period above 1 that is up to period - 1
-steps later; until then a gate that would close keeps its value, without gradient.
+A gate that reaches 0 between two updates keeps its value, without gradient, until the next.
 """
 
 import math
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from prunestudy.errors import require
-from prunestudy.methods.base import At, Context, Method, Phase, scalar
-from prunestudy.methods.channels import Channels, scale_consumers
+from prunestudy.methods.base import At, Context, Phase, scalar
+from prunestudy.methods.channels import Channelled, Channels, scale_consumers
 from prunestudy.methods.steering import Steering
 from prunestudy.shrink import fold
 
@@ -77,19 +75,15 @@ class _Gates(nn.Module):
         return gate(self.t, self.eps)
 
 
-class GDP(Method):
+class GDP(Channelled):
     """Gates that polarise to exactly 0 or close to 1, to a target in one run.
 
-    `gate_lr`: the learning rate of t (no momentum, no weight decay); `eps_start`, `eps_end`: eps
-    falls geometrically between them over `eps_share` of the steps; `ramp`: share of the steps in
-    which the cost is to fall to the target; `pace`: how the gates' learning rates differ, see
-    above; `groups`: names of the dependency groups to gate, separated by spaces, all if empty.
+    `gate_lr`: the learning rate of t; `eps_start`, `eps_end`: eps falls geometrically between them
+    over `eps_share` of the steps; `ramp`, `pace`: see above; `groups`: names of the dependency
+    groups to gate, separated by spaces, all if empty.
     """
 
-    name: ClassVar[str] = "gdp"
-    title: ClassVar[str] = "GDP (ours)"
-    counts: ClassVar[tuple[str, ...]] = ("macs", "parameters")
-
+    name, title = "gdp", "GDP (ours)"
     gate_lr: Annotated[float, Field(gt=0)] = 0.05
     eps_start: Annotated[float, Field(gt=0)] = 0.1
     eps_end: Annotated[float, Field(gt=0)] = 1e-4
@@ -104,7 +98,7 @@ class GDP(Method):
         require(falls, "eps_end", self.eps_end, f"at most eps_start, {self.eps_start}")
 
     def phases(self) -> tuple[Phase, ...]:
-        """One phase: gates fall while the weights train, and the weights train on."""
+        """One: gates fall while the weights train, and the weights train on."""
         return (Phase("gates"),)
 
     def attach(self, model: nn.Module, context: Context) -> None:
@@ -114,7 +108,7 @@ class GDP(Method):
         size, like = self.channels.size, next(model.parameters())
         self.gates = _Gates(size, self.eps_start, like)
         scale_consumers(model, self.channels, self.gates)
-        self.first_cost = float(self.channels.cost(self.gates().detach().cpu()))
+        self.first_cost = self._soft_cost()
         self.steering = Steering(1 - self.target, self.ramp).to(like.device)
         share = self.channels.shares(like.new_ones(size))
         rate = share.max() / share if self.pace == "equal" else torch.ones_like(share)
@@ -160,11 +154,10 @@ class GDP(Method):
             if late or removed >= min(self.target, self.reach) - 1e-12:
                 self._freeze()
                 self.met_at.fill_(at.step / at.steps)
-            elif self.steering.due(at):
-                soft = float(self.channels.cost(self.gates().cpu())) / self.first_cost
-                # Soft gates answer lambda at once; in the end only closed ones count.
-                kept = soft if at.step <= self.ramp * at.steps else 1 - removed
-                self.steering.update(kept, at)
+            elif at.step <= self.ramp * at.steps:  # soft gates answer lambda at once
+                self.steering.update(lambda: self._soft_cost() / self.first_cost, at)
+            else:  # in the end only closed ones count
+                self.steering.update(lambda: 1 - removed, at)
         share = min(1.0, at.step / (self.eps_share * at.steps))
         self.gates.eps.fill_(self.eps_start * (self.eps_end / self.eps_start) ** share)
 
@@ -183,8 +176,7 @@ class GDP(Method):
 
     def log(self) -> dict[str, float]:
         """Share left with the open channels, lambda, eps, channels open, cost of the soft gates."""
-        return {
-            "kept": 1 - self.channels.removed(self.open()),
+        return super().log() | {
             "lambda": 0.0 if self.frozen else float(self.steering.strength.nan_to_num()),
             "eps": float(self.gates.eps),
             "channels": float(self.open().sum()),
@@ -194,8 +186,10 @@ class GDP(Method):
     def report(self) -> dict[str, Any]:
         """Whether and when the target was met, and what had to be closed or lifted for it."""
         counted = {name: float(getattr(self, name)) for name in ("met_at", "closed_late", "lifted")}
-        found = self.channels.report(self.open(), self.target)
-        return found | {"most_removable": self.reach} | counted
+        return super().report() | {"most_removable": self.reach} | counted
+
+    def _soft_cost(self) -> float:
+        return float(self.channels.cost(self.gates().detach().cpu()))
 
     def _close(self, late: bool) -> float:
         """Close the gates that reached 0, and if `late` what is missing; the share removed."""

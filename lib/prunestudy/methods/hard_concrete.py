@@ -17,14 +17,14 @@ those of GDP.
 """
 
 import math
-from typing import Annotated, Any, ClassVar
+from typing import Annotated
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from prunestudy.methods.base import At, Context, Method, Phase
-from prunestudy.methods.channels import Channels, scale_consumers
+from prunestudy.methods.base import At, Context, Phase, then_fine_tune
+from prunestudy.methods.channels import Channelled, Channels, scale_consumers
 from prunestudy.methods.steering import Steering
 from prunestudy.shrink import fold
 
@@ -70,18 +70,14 @@ def _stretched(logit: Tensor) -> Tensor:
     return (torch.sigmoid(logit) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
 
 
-class HardConcrete(Method):
+class HardConcrete(Channelled):
     """Stochastic channel gates, to a target, then fine-tuning of what is left.
 
-    `keep`: sigmoid(log alpha) at the start; `gate_lr` of Adam; `ramp`: share of the gate phase in
-    which the expected cost falls to the target; `harden`: share of all steps after which gates are
-    decided; `gate_phase_lr`: the weights' learning rate until then, times the recipe's.
+    `keep`: sigmoid(log alpha) at the start; `gate_lr` of Adam; `ramp`, `harden`, `gate_phase_lr`:
+    as for `SparseGates`, of the expected cost.
     """
 
-    name: ClassVar[str] = "hard_concrete"
-    title: ClassVar[str] = "hard concrete gates"
-    counts: ClassVar[tuple[str, ...]] = ("macs", "parameters")
-
+    name, title = "hard_concrete", "hard concrete gates"
     keep: Annotated[float, Field(gt=0, lt=1)] = 0.9
     gate_lr: Annotated[float, Field(gt=0)] = 0.02
     ramp: Annotated[float, Field(gt=0, le=1)] = 0.8
@@ -90,8 +86,7 @@ class HardConcrete(Method):
 
     def phases(self) -> tuple[Phase, ...]:
         """Gates and weights together, then the kept channels alone."""
-        gates = Phase("gates", self.harden, lr_scale=self.gate_phase_lr, schedule="constant")
-        return gates, Phase("fine_tune", 1 - self.harden, restart=True)
+        return then_fine_tune("gates", self.harden, self.gate_phase_lr)
 
     def attach(self, model: nn.Module, context: Context) -> None:
         """Put gates on every kernel that consumes channels that may go; the first draw."""
@@ -129,8 +124,7 @@ class HardConcrete(Method):
     def update(self, at: At) -> None:
         """Steer lambda; decide the gates at the end of their phase."""
         if at.phase == "gates":
-            if self.steering.due(at):
-                self.steering.update(self._expected_cost() / self.first_cost, at)
+            self.steering.update(lambda: self._expected_cost() / self.first_cost, at)
             if at.last:
                 self._decide()
 
@@ -146,15 +140,10 @@ class HardConcrete(Method):
 
     def log(self) -> dict[str, float]:
         """Share left with the channels open at test time, lambda, and the expected cost."""
-        return {
-            "kept": 1 - self.channels.removed(self.open()),
+        return super().log() | {
             "lambda": float(self.steering.strength.nan_to_num()),
             "expected_cost": self._expected_cost() / self.channels.dense,
         }
-
-    def report(self) -> dict[str, Any]:
-        """Whether the target was met, the share removed, and the channels kept of each group."""
-        return self.channels.report(self.open(), self.target)
 
     def _expected_cost(self) -> float:
         return float(self.channels.cost(self.gates.probability().detach().cpu()))

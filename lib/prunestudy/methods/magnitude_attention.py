@@ -15,7 +15,6 @@ exploits; the sparsity grows gradually (paper: abstract). The formulas are our r
 | W | `MagnitudeAttention.weights`, dense, never overwritten by zeros |
 | M | `Attention.mask` |
 | A, n | `Attention.attention`, `Attention.scale` |
-| alpha | `alpha` |
 | e_t | `ramp`, a share of all steps; exploitation begins there or at `exploit_from` |
 
 With alpha = 0 and without exploitation this is DPF (weights.py), bit for bit. Only a net-wide n
@@ -30,7 +29,7 @@ exploitation begins, and that n and the values of cut weights freeze together wi
 a cut weight does reaches the output any more. `passes` leaves A out of one of the two passes.
 """
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -72,15 +71,12 @@ class Attention(Mask):
 class MagnitudeAttention(Masked):
     """A mask with an attention by magnitude in both passes, which freezes in the last part.
 
-    Our readings of what the paper leaves open; shares are of all steps. `scope`: which layers
-    are pruned, see `layers_in`; `ramp`: e_t, the share in which the sparsity grows; `period`:
-    steps between masks; `alpha`: strength of the attention; `norm`: what n is; `exploitation`:
-    whether the mask freezes, at `exploit_from` (None: at the end of `ramp`); `passes`: where A is
-    used; `differentiate`: the derivative through A, too.
+    Shares are of all steps. `scope`: which layers, see `layers_in`; `ramp`: e_t; `period`: steps
+    between masks; `norm`: what n is; `exploitation`: whether the mask freezes, at `exploit_from`
+    (None: at the end of `ramp`); `passes`: where A is used; `differentiate`: through A, too.
     """
 
-    name: ClassVar[str] = "magnitude_attention"
-    title: ClassVar[str] = "magnitude attention (ours)"
+    name, title = "magnitude_attention", "magnitude attention (ours)"
     scope: Scope = "auto"
     ramp: Annotated[float, Field(gt=0, le=1)] = 0.75
     period: Annotated[int, Field(ge=1)] = 16
@@ -93,15 +89,14 @@ class MagnitudeAttention(Masked):
 
     def __init__(self, target: float | None = None, of: str | None = None, **settings: Any) -> None:
         super().__init__(target, of, **settings)
-        ramp, own = self.ramp, self.exploit_from
+        ramp, own, name = self.ramp, self.exploit_from, "exploit_from"
         if not self.exploitation:
-            allowed = "nothing where exploitation is off"
-            require(own is None, "exploit_from", own, allowed)
+            require(own is None, name, own, "nothing where exploitation is off")
         elif own is None:
             require(ramp < 1, "ramp", ramp, "below 1, where exploitation begins then")
         else:
             allowed = f"from ramp = {ramp:g} on and before the last epoch (below 1)"
-            require(ramp <= own < 1, "exploit_from", own, allowed)
+            require(ramp <= own < 1, name, own, allowed)
         self.begin = ramp if own is None else own
         self.frozen_weights: list[Tensor] = []
 

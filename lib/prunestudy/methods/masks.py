@@ -1,7 +1,7 @@
 """Masks on single weights: what the weight-level methods and their controls share."""
 
 import math
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,14 +24,11 @@ class Masked(Method):
     `sparsity` is that of the masks in force, chosen after step `masked_at`.
     """
 
-    counts: ClassVar[tuple[str, ...]] = ("sparsity",)
+    counts = ("sparsity",)
     scope: Scope = "all"
 
     def __init__(self, target: float | None = None, of: str | None = None, **settings: Any) -> None:
         super().__init__(target, of, **settings)
-        self.names: list[str] = []
-        self.weights: list[Tensor] = []
-        self.masks: list[Mask] = []
         self.register_buffer("sparsity", scalar(0.0, "cpu"))
         self.register_buffer("masked_at", torch.tensor(0))
 
@@ -39,8 +36,8 @@ class Masked(Method):
         """Refuse a `model` without layers in the scope, and a target that cuts no weight of it."""
         weights = [layer.weight for layer in layers_in(model, self.scope).values()]
         total = sum(weight.numel() for weight in weights)
-        cut = total - kept_count(total, self.target)
-        require(cut > 0, "target", self.target, f"cuts none of {total} weights: nothing to prune")
+        cuts, none = kept_count(total, self.target) < total, f"cuts none of {total} weights"
+        require(cuts, "target", self.target, f"{none}: nothing to prune")
         if weights[0].is_meta:  # planning sees shapes only
             return
         zeros = 1 - sum(int(weight.count_nonzero()) for weight in weights) / total
@@ -49,7 +46,12 @@ class Masked(Method):
 
     def attach(self, model: nn.Module, context: Context) -> None:  # noqa: ARG002
         """Put a mask of ones on every weight in the scope."""
-        self.names, self.weights, self.masks = attach_each(model, self.mask_for, self.scope)
+        layers = layers_in(model, self.scope)
+        self.names = [f"{name}.weight".lstrip(".") for name in layers]
+        self.weights = [layer.weight for layer in layers.values()]
+        self.masks = [self.mask_for(weight) for weight in self.weights]
+        for layer, mask in zip(layers.values(), self.masks, strict=True):
+            parametrize.register_parametrization(layer, "weight", mask)
 
     def mask_for(self, weight: Tensor) -> "Mask":
         """The parametrisation of one layer's `weight`."""
@@ -61,10 +63,8 @@ class Masked(Method):
 
     @torch.no_grad()
     def cut(self, sparsity: float, step: int = 0) -> None:
-        """Keep the weights of highest score and mask the share `sparsity`; on the host."""
-        scores = self.scores()
-        keep = kept_count(sum(score.numel() for score in scores), sparsity)
-        for each, mask in zip(self.masks, top_masks(scores, keep), strict=True):
+        """Mask the share `sparsity` of the weights, those of lowest score; on the host."""
+        for each, mask in zip(self.masks, top_masks(self.scores(), sparsity), strict=True):
             each.mask.copy_(mask)
         self.sparsity.fill_(sparsity)
         self.masked_at.fill_(step)
@@ -93,11 +93,11 @@ class Masked(Method):
 class Mask(nn.Module):
     """Parametrisation `w -> w * mask`; the mask is a buffer of zeros and ones, first all ones.
 
-    With `feedback` the gradient reaches the cut weights, too; otherwise it is masked as well. The
-    `flags` of a mask are part of its state.
+    With `feedback` the gradient reaches the cut weights, too; otherwise it is masked as well. What
+    `flags` names is part of the state.
     """
 
-    flags: ClassVar[tuple[str, ...]] = ("feedback",)
+    flags: tuple[str, ...] = ("feedback",)
 
     def __init__(self, weight: Tensor, *, feedback: bool = False) -> None:
         super().__init__()
@@ -117,34 +117,34 @@ class Mask(nn.Module):
         return {name: getattr(self, name) for name in self.flags}
 
     def set_extra_state(self, state: dict[str, bool]) -> None:
-        """Take back what `get_extra_state` returned."""
+        """Take the flags back."""
         vars(self).update(state)
 
 
 class _Multiply(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, weight: Tensor, forward: Tensor, backward: Tensor | None) -> Tensor:
-        ctx.save_for_backward(backward)
-        return product(weight, forward)
+    def forward(ctx, weight: Tensor, z: Tensor, backward: Tensor | None, gate: Any) -> Tensor:
+        ctx.save_for_backward(backward, weight if gate is not None else None)
+        # A plain product loses channels_last where a kernel has one input channel, and the
+        # convolution and all that follows it then run in the slower layout.
+        return torch.mul(weight, z, out=torch.empty_like(weight))
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
-        (factor,) = ctx.saved_tensors
-        return gradient if factor is None else gradient * factor, None, None
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        factor, weight = ctx.saved_tensors
+        by_gate = None if weight is None else gradient * weight
+        return gradient if factor is None else gradient * factor, None, None, by_gate
 
 
-def multiply(weight: Tensor, forward: Tensor, backward: Tensor | None) -> Tensor:
-    """Return weight * `forward`; the gradient is multiplied by `backward` (None: by 1) instead."""
-    return _Multiply.apply(weight, forward, backward)
+def multiply(
+    weight: Tensor, z: Tensor, backward: Tensor | None, gate: Tensor | None = None
+) -> Tensor:
+    """Return weight * z, in the memory layout of `weight`.
 
-
-def product(weight: Tensor, z: Tensor) -> Tensor:
-    """Return weight * z in the memory layout of `weight`.
-
-    A plain product loses channels_last where a kernel has one input channel, and the
-    convolution and all that follows it then run in the slower layout.
+    The gradient by `weight` is multiplied by `backward` (None: by 1) instead; with a `gate`, of
+    which z is a draw, that by the gate is the gradient by z.
     """
-    return torch.mul(weight, z, out=torch.empty_like(weight))
+    return _Multiply.apply(weight, z, backward, gate)
 
 
 def layers_in(model: nn.Module, scope: Scope) -> dict[str, nn.Module]:
@@ -160,27 +160,11 @@ def layers_in(model: nn.Module, scope: Scope) -> dict[str, nn.Module]:
     require(bool(layers), "model", kind, "has no convolution or linear layer")
     convolutions = {n: each for n, each in layers.items() if not isinstance(each, nn.Linear)}
     if scope == "auto":
-        inside = sum(layer.weight.numel() for layer in convolutions.values())
-        most = 2 * inside >= sum(layer.weight.numel() for layer in layers.values())
-        scope = "convolutions" if most else "all"
+        inside, every = (sum(m.weight.numel() for m in d.values()) for d in (convolutions, layers))
+        scope = "convolutions" if 2 * inside >= every else "all"
     found = layers if scope == "all" else convolutions
     require(bool(found), "scope", scope, f"{kind} has no convolution: all, auto")
     return found
-
-
-def attach_each(model: nn.Module, make, scope: Scope = "all") -> tuple[list, list, list]:
-    """Put `make(weight)` as a parametrisation on each weight in `scope`.
-
-    Returns the weights' names (`conv1.weight`), the stored weights under the parametrisations and
-    the parametrisations, in order.
-    """
-    names, weights, made = [], [], []
-    for name, layer in layers_in(model, scope).items():
-        names.append(f"{name}.weight".lstrip("."))
-        weights.append(layer.weight)
-        made.append(make(layer.weight))
-        parametrize.register_parametrization(layer, "weight", made[-1])
-    return names, weights, made
 
 
 def kept_count(total: int, target: float) -> int:
@@ -188,15 +172,22 @@ def kept_count(total: int, target: float) -> int:
     return max(1, round(total * (1 - target)))
 
 
-def top_masks(scores: list[Tensor], keep: int) -> list[Tensor]:
-    """Return masks (floats, shaped as `scores`) of the `keep` highest scores, at least one, of all.
+def top_masks(scores: list[Tensor], sparsity: float) -> list[Tensor]:
+    """Return masks (floats, shaped as `scores`) that remove the share `sparsity`, at exactly that.
 
     One ranking over all layers; of equal scores the first in order stays. A score that is not a
     number counts as the highest.
     """
     flat = torch.cat([score.detach().flatten() for score in scores])
     flat.nan_to_num_(nan=math.inf, posinf=math.inf, neginf=-math.inf)
-    least = _kth_highest(flat, keep)
+    keep = kept_count(len(flat), sparsity)
+    if flat.is_cuda:
+        # kthvalue has no deterministic form there, and a sort takes no longer.
+        least = flat.sort().values[-keep]
+    else:
+        # numpy selects with vector instructions: 15 times faster than kthvalue.
+        place = len(flat) - keep
+        least = torch.from_numpy(np.partition(flat.numpy(), place))[place]
     mask = flat >= least
     spare = int(mask.count_nonzero()) - keep
     if spare:
@@ -205,17 +196,6 @@ def top_masks(scores: list[Tensor], keep: int) -> list[Tensor]:
     return [part.view_as(score) for part, score in zip(parts, scores, strict=True)]
 
 
-def _kth_highest(flat: Tensor, k: int) -> Tensor:
-    if flat.is_cuda:
-        # kthvalue has no deterministic form there, and a sort takes no longer.
-        return flat.sort().values[-k]
-    # numpy selects with vector instructions: 15 times faster than kthvalue.
-    return torch.from_numpy(np.partition(flat.numpy(), len(flat) - k))[len(flat) - k]
-
-
 def cubic_sparsity(target: float, share: float) -> float:
-    """Sparsity of the gradual schedule at `share` (0-1) of its ramp: s (1 - (1 - share)^3).
-
-    Zhu and Gupta 2017, equation 1, from zero.
-    """
+    """s (1 - (1 - share)^3) at `share` (0-1) of the ramp: Zhu and Gupta 2017, equation 1."""
     return target * (1 - (1 - min(share, 1.0)) ** 3)

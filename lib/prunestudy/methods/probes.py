@@ -1,7 +1,7 @@
 """What is observed of a training for figures and records, outside the methods."""
 
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from torch import Tensor, nn
@@ -15,12 +15,14 @@ class Probe:
     The loop calls `attach` after the method's; `leaving`, at the end of each phase, ahead of the
     method's update; `after_step` and `update` after the method's own; `row` and `views` at the end
     of each epoch; `finish` before the method finishes the model, and `finished` with the net that
-    comes out.
+    comes out. `noted` names the attributes that a resumed run needs, tensors and plain values.
     """
+
+    noted: ClassVar[tuple[str, ...]] = ()
 
     @staticmethod
     def pixels(x: Tensor) -> Tensor:
-        """Inputs that are images as they are."""
+        """The images that inputs stand for."""
         return x
 
     def attach(self, method: Method, model: nn.Module, context: Context) -> None:
@@ -63,8 +65,9 @@ class Probe:
         return {}
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run needs: tensors and plain values."""
-        return {}
+        """What a resumed run needs."""
+        return {name: getattr(self, name) for name in self.noted}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take back what `state` returned."""
+        vars(self).update(state)

@@ -26,34 +26,19 @@ straight-through gradient is -(1 - g) w^2 H (H the curvature), so a gate rests a
 1 - lambda2 / (w^2 H) and crosses 0.5 where w^2 H / 2 = lambda2: Optimal Brain Damage's saliency.
 With the deterministic draw nothing answers lambda2 until a weight is cut.
 
-Unknown in the paper, ours here: how gates start, their optimiser (Adam), that lambda2 is steered
-to a target share, the ramp of lambda1, and that at `harden` (share of the steps) exactly the
-top-k gates are kept (ties by |w|) and the kept weights fine-tuned.
+Unknown in the paper, ours here: all settings of `SparseGates`, that lambda2 is steered to a target
+share, and that at `harden` exactly the top-k gates are kept (ties by |w|).
 """
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from prunestudy.methods.base import At, Context, Phase
-from prunestudy.methods.masks import Mask, Masked, product
+from prunestudy.methods.base import At, Context, Phase, then_fine_tune
+from prunestudy.methods.masks import Mask, Masked, multiply
 from prunestudy.methods.steering import Steering
-
-
-class _Drawn(torch.autograd.Function):
-    """w * z, with the identity as the derivative of the draw z by the gate g."""
-
-    @staticmethod
-    def forward(ctx, weight: Tensor, gate: Tensor, z: Tensor) -> Tensor:  # noqa: ARG004
-        ctx.save_for_backward(weight, z)
-        return product(weight, z)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
-        weight, z = ctx.saved_tensors
-        return gradient * z, gradient * weight, None
 
 
 class Gate(Mask):
@@ -68,18 +53,18 @@ class Gate(Mask):
         super().__init__(weight)
         self.gate = nn.Parameter(torch.full_like(weight, initial))
         self.generator = generator
-        self.hard = self.bernoulli = self.sample_in_eval = False
+        self.hard = self.bernoulli = False
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return w z (same shape)."""
         if self.hard:
             return super().forward(weight)
-        return _Drawn.apply(weight, self.gate, self.draw())
+        z = self.draw()
+        return multiply(weight, z, z, self.gate)
 
     def draw(self) -> Tensor:
         """Return z, zeros and ones in the shape of the weight."""
-        sampling = self.training or self.sample_in_eval
-        if sampling and self.bernoulli:
+        if self.training and self.bernoulli:
             noise = torch.empty_like(self.gate).uniform_(generator=self.generator)
             return torch.lt(noise, self.gate.detach(), out=noise)
         return self.at_test()
@@ -92,16 +77,14 @@ class Gate(Mask):
 class SparseGates(Masked):
     """Gate variables on single weights, from a dense start, to an exact kept share.
 
-    Our readings of what the paper leaves open; shares are of the steps. `scope`: which layers, see
-    `layers_in`; `draw`: how z is drawn while gates train ("a_then_b": half of the time each);
-    `initial` gate; `gate_optimizer`, `gate_lr`; `bimodal`: lambda1 / lambda2 at the end, 0 for
-    none; `ramp`: share of the gate phase in which the kept share falls to the target; `harden`:
-    share of all steps after which gates are decided; `gate_phase_lr`: weights' learning rate until
-    then, times the recipe's.
+    Shares are of the steps. `scope`: which layers, see `layers_in`; `draw`: how z is drawn while
+    gates train ("a_then_b": half of the time each); `initial` gate; `gate_optimizer`, `gate_lr`;
+    `bimodal`: lambda1 / lambda2 at the end, 0 for none; `ramp`: share of the gate phase in which
+    the kept share falls to the target; `harden`: share of all steps after which gates are decided;
+    `gate_phase_lr`: weights' learning rate until then, times the recipe's.
     """
 
-    name: ClassVar[str] = "sparse_gates"
-    title: ClassVar[str] = "gate variables (ours)"
+    name, title = "sparse_gates", "gate variables (ours)"
     draw: Literal[
         "bernoulli", "deterministic", "bernoulli_then_deterministic", "deterministic_then_bernoulli"
     ] = "bernoulli"
@@ -119,8 +102,7 @@ class SparseGates(Masked):
 
     def phases(self) -> tuple[Phase, ...]:
         """Gates and weights together, then the kept weights alone."""
-        gates = Phase("gates", self.harden, lr_scale=self.gate_phase_lr, schedule="constant")
-        return gates, Phase("fine_tune", 1 - self.harden, restart=True)
+        return then_fine_tune("gates", self.harden, self.gate_phase_lr)
 
     def attach(self, model: nn.Module, context: Context) -> None:
         """Put a gate on every weight in the scope."""
@@ -171,8 +153,7 @@ class SparseGates(Masked):
         """Steer lambda2; change the draw when it is time; decide the gates at the end."""
         if self.hard:
             return
-        if self.steering.due(at):
-            self.steering.update(self.kept(), at)
+        self.steering.update(self.kept, at)
         if 2 * at.step >= at.steps:
             self._set_draw(self.draw.split("_then_")[-1])
         if at.last:

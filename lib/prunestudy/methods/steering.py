@@ -1,6 +1,7 @@
 """A penalty's strength, steered so that the kept share follows a schedule to its target."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ class Steering(nn.Module):
     lie at least `period` steps apart. Ours: papers fix lambda by hand and take the kept share that
     comes out.
 
-    `strength` and `error` (e_before) are 0-d float64 buffers; `strength` is NaN until `start`.
+    `strength`, NaN until `start`, and `error`, e_before, are 0-d float64 buffers.
     """
 
     def __init__(self, share: float, ramp: float, period: int = 5) -> None:
@@ -36,16 +37,11 @@ class Steering(nn.Module):
         """Kept share wanted after step `at.step` of its phase."""
         return self.share ** min(1.0, at.step / max(1.0, self.ramp * at.steps))
 
-    def due(self, at: At) -> bool:
-        """Whether `update` will act; ask first where the kept share costs time. On the host."""
-        return at.step - self.acted.item() >= self.period
-
-    def update(self, kept: float, at: At) -> None:
-        """Answer the share `kept` found after this step, if it is time to. On the host."""
-        if not self.due(at):
+    def update(self, kept: Callable[[], float], at: At) -> None:
+        """Answer the share `kept()` found after this step, if it is time to. On the host."""
+        if at.step - self.acted.item() < self.period:
             return
-        error = math.log(max(kept, 1e-6) / self.wanted(at))
-        error = max(-1.0, min(1.0, error))
+        error = max(-1.0, min(1.0, math.log(max(kept(), 1e-6) / self.wanted(at))))
         self.strength.mul_(math.exp(0.1 * error + 1.5 * (error - self.error.item())))
         self.error.fill_(error)
         self.acted.fill_(at.step)

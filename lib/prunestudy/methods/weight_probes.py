@@ -1,6 +1,5 @@
 """What figures show of methods on single weights: gates, the trail of a mask, attention."""
 
-import contextlib
 import math
 from typing import Any
 
@@ -19,7 +18,9 @@ _MOST = 50_000
 
 
 class Gates(Probe):
-    """Histograms of the gates by epoch, and the validation of a sampled net while they are open."""
+    """Histograms of the gates by epoch."""
+
+    noted = ("histograms",)
 
     def __init__(self) -> None:
         self.histograms: list[Tensor] = []
@@ -30,45 +31,21 @@ class Gates(Probe):
         self.histograms.append(torch.histc(flat.cpu().float(), 40, 0, 1))
         return {}
 
-    def views(self) -> dict[str, contextlib.AbstractContextManager]:
-        """The sampled net, while gates are open."""
-        return {} if self.method.hard else {"sampled": self._sampled()}
-
     def arrays(self) -> dict[str, np.ndarray]:
         """`gate_histograms` (epochs, 40 bins over 0-1)."""
         return {"gate_histograms": torch.stack(self.histograms).numpy()} if self.histograms else {}
-
-    def state(self) -> dict[str, Any]:
-        """The histograms so far."""
-        return {"histograms": self.histograms}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Take back what `state` returned."""
-        vars(self).update(state)
-
-    @contextlib.contextmanager
-    def _sampled(self):
-        gates = self.method.masks
-        # Draws of its own: looking must not change the training.
-        own = torch.Generator(gates[0].gate.device).manual_seed(0)
-        before = [(each.generator, each.bernoulli) for each in gates]
-        for each in gates:
-            each.generator, each.bernoulli, each.sample_in_eval = own, True, True
-        try:
-            yield
-        finally:
-            for each, (generator, bernoulli) in zip(gates, before, strict=True):
-                each.generator, each.bernoulli, each.sample_in_eval = generator, bernoulli, False
 
 
 class Trail(Probe):
     """What a method's masks cut, when, and what came back; and where the training moved weights.
 
     `changes`: the step of each change of the masks, and how many weights of each layer it cut and
-    took back; all are kept at the start. `parts`: for each part of the training the summed
-    |change| of each layer's weights, sampled every `period` steps, of all of them and of those
-    kept in the end. `explored`: the steps in which cut weights were updated.
+    took back. `parts`: for each part of the training the summed |change| of each layer's weights,
+    sampled every `period` steps, of all of them and of those kept in the end. `explored`: the
+    steps in which cut weights were updated.
     """
+
+    noted = tuple("step explored moved_at told threshold changes parts last moved masks".split())
 
     def attach(self, method: Method, model: Any, context: Context) -> None:
         """Look at weights and masks; count the layers' MACs, for the cost of training."""
@@ -139,10 +116,9 @@ class Trail(Probe):
         """What the trail comes to.
 
         `scope_weights`, `scope_sparsity`: of the layers that are pruned. `returns`: how often a
-        weight came back, on average. `surviving`: share of all movement of weights that fell on
-        weights kept in the end, in all and by part of the training. `layer_focus`: density of the
-        layer in which a movement falls, over the net's (1: updates do not prefer dense layers).
-        `train_cost`: see `train_cost`.
+        weight came back, on average. `surviving`: share of all movement that fell on weights kept
+        in the end, in all and by part of the training. `layer_focus`: density of the layer in
+        which a movement falls, over the net's (1: updates do not prefer dense layers).
         """
         total = self.sizes.sum()
         kept = np.array([int(mask.count_nonzero()) for mask in self.masks])
@@ -158,9 +134,9 @@ class Trail(Probe):
             **{f"surviving_{part}": _share(kept, moved) for part, (moved, kept) in parts},
             "layer_focus": _share(every @ density, every.sum() * overall),
         }
-        return found | ({"train_cost": self.train_cost()} if self.step else {})
+        return found | ({"train_cost": self._train_cost()} if self.step else {})
 
-    def train_cost(self) -> float:
+    def _train_cost(self) -> float:
         """Multiplications of the training, as a share of the dense net's, if zeros were skipped.
 
         Sparse forward pass and gradient by the input; the gradient by the weights is dense while
@@ -190,26 +166,16 @@ class Trail(Probe):
         count, width = len(self.changes), len(self.sizes)
         groups = np.array_split(np.arange(count), max(1, min(count, _MOST // width)))
         rows = [[self.changes[i] for i in group] for group in groups if len(group)]
-        summed = [[np.sum([change[i] for change in row], 0) for row in rows] for i in (1, 2)]
-        cut, returned = (np.array(each, np.int32).reshape(-1, width) for each in summed)
-        steps = np.array([row[-1][0] for row in rows], np.int32)
-        found = {"trail_step": steps, "trail_size": self.sizes.astype(np.int32)}
-        return found | {"trail_cut": cut, "trail_returned": returned}
-
-    def state(self) -> dict[str, Any]:
-        """The trail, and where the training is."""
-        return {key: getattr(self, key) for key in _STATE}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Take back what `state` returned."""
-        vars(self).update(state)
+        found = {"trail_step": [row[-1][0] for row in rows], "trail_size": self.sizes}
+        for i, name in ((1, "trail_cut"), (2, "trail_returned")):
+            found[name] = np.reshape([np.sum([c[i] for c in row], 0) for row in rows], (-1, width))
+        return {name: np.array(values, np.int32) for name, values in found.items()}
 
 
-_STATE = tuple("step explored moved_at told threshold changes parts last moved masks".split())
-
-
-class AttentionTrail(Trail):
+class Attentions(Trail):
     """The trail, and histograms of the attention by epoch, of all and of kept weights."""
+
+    noted = (*Trail.noted, "histograms")
 
     def attach(self, method: Method, model: Any, context: Context) -> None:
         """Count the attention at the start."""
@@ -225,10 +191,6 @@ class AttentionTrail(Trail):
         """The trail; `attention` (epochs + 1, 2, 80): how often A takes each value."""
         counts = torch.stack(self.histograms).numpy().astype(np.int32)
         return super().arrays() | {"attention": counts}
-
-    def state(self) -> dict[str, Any]:
-        """The trail's state and the histograms so far."""
-        return super().state() | {"histograms": self.histograms}
 
     @torch.no_grad()
     def _histogram(self) -> Tensor:

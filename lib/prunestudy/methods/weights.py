@@ -1,17 +1,14 @@
-"""Controls on single weights: magnitude pruning, LASSO, SNIP, dynamic pruning with feedback.
-
-All rank over the whole net at once and keep exactly the target share.
-"""
+"""Controls on single weights, which all rank over the net at once and keep exactly the target."""
 
 import copy
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from prunestudy.errors import require
-from prunestudy.methods.base import At, Context, Phase, call
+from prunestudy.methods.base import At, Context, Phase, call, then_fine_tune
 from prunestudy.methods.masks import Mask, Masked, Scope, layers_in
 from prunestudy.methods.steering import Steering
 
@@ -22,8 +19,7 @@ class Magnitude(Masked):
     Han et al., "Learning both Weights and Connections", NeurIPS 2015, in one round.
     """
 
-    name: ClassVar[str] = "magnitude"
-    title: ClassVar[str] = "one-shot magnitude"
+    name, title = "magnitude", "one-shot magnitude"
 
     def attach(self, model: nn.Module, context: Context) -> None:
         """Put masks on the weights and cut at once."""
@@ -39,8 +35,7 @@ class GradualMagnitude(Masked):
     masks; `prune_phase_lr`: learning rate until then, times the recipe's.
     """
 
-    name: ClassVar[str] = "gradual_magnitude"
-    title: ClassVar[str] = "gradual magnitude"
+    name, title = "gradual_magnitude", "gradual magnitude"
     harden: Annotated[float, Field(gt=0, lt=1)] = 0.7
     ramp: Annotated[float, Field(gt=0, le=1)] = 0.8
     period: Annotated[int, Field(ge=1)] = 16
@@ -48,8 +43,7 @@ class GradualMagnitude(Masked):
 
     def phases(self) -> tuple[Phase, ...]:
         """The sparsity grows, then the mask stays."""
-        prune = Phase("prune", self.harden, lr_scale=self.prune_phase_lr, schedule="constant")
-        return prune, Phase("fine_tune", 1 - self.harden, restart=True)
+        return then_fine_tune("prune", self.harden, self.prune_phase_lr)
 
     def scores(self) -> list[Tensor]:
         """|w| of the weights in use, -1 of those cut."""
@@ -58,11 +52,10 @@ class GradualMagnitude(Masked):
 
     def update(self, at: At) -> None:
         """Raise the sparsity every `period` steps, and to the target at the end of the phase."""
-        if at.phase != "prune":
-            return
-        self.grow(at, self.period, self.ramp * at.steps)
-        if at.last:
-            self.cut(self.target, at.total_step)
+        if at.phase == "prune":
+            self.grow(at, self.period, self.ramp * at.steps)
+            if at.last:
+                self.cut(self.target, at.total_step)
 
 
 class L1(Masked):
@@ -70,15 +63,11 @@ class L1(Masked):
 
     Proximal gradient: after each step w <- sign(w) max(|w| - lr lambda, 0), which gives exact
     zeros and shrinks every weight that is kept. lambda is steered to the target share as for the
-    gates; then exactly the target share of largest |w| is kept and fine-tuned.
-
-    `ramp`: share of the penalty's phase in which the kept share falls to the target; `harden`:
-    share of all steps after which the mask is fixed; `penalty_phase_lr`: learning rate until
-    then, times the recipe's.
+    gates; then exactly the target share of largest |w| is kept and fine-tuned. `ramp`, `harden`,
+    `penalty_phase_lr`: as for `SparseGates`, of the penalty's phase.
     """
 
-    name: ClassVar[str] = "l1"
-    title: ClassVar[str] = "L1 (LASSO)"
+    name, title = "l1", "L1 (LASSO)"
     ramp: Annotated[float, Field(gt=0, le=1)] = 0.8
     harden: Annotated[float, Field(gt=0, lt=1)] = 0.55
     penalty_phase_lr: Annotated[float, Field(gt=0)] = 0.5
@@ -90,8 +79,7 @@ class L1(Masked):
 
     def phases(self) -> tuple[Phase, ...]:
         """The penalty, then fine-tuning without it."""
-        penalty = Phase("penalty", self.harden, lr_scale=self.penalty_phase_lr, schedule="constant")
-        return penalty, Phase("fine_tune", 1 - self.harden, restart=True)
+        return then_fine_tune("penalty", self.harden, self.penalty_phase_lr)
 
     @torch.no_grad()
     def after_step(self, at: At) -> None:
@@ -107,12 +95,10 @@ class L1(Masked):
 
     def update(self, at: At) -> None:
         """Steer lambda; fix the mask at the end of the penalty."""
-        if at.phase != "penalty":
-            return
-        if self.steering.due(at):
-            self.steering.update(self.kept(), at)
-        if at.last:
-            self.cut(self.target, at.total_step)
+        if at.phase == "penalty":
+            self.steering.update(self.kept, at)
+            if at.last:
+                self.cut(self.target, at.total_step)
 
     @torch.no_grad()
     def kept(self) -> float:
@@ -134,8 +120,7 @@ class Snip(Masked):
     batches (the paper: one).
     """
 
-    name: ClassVar[str] = "snip"
-    title: ClassVar[str] = "SNIP"
+    name, title = "snip", "SNIP"
     batches: Annotated[int, Field(ge=1)] = 1
 
     def attach(self, model: nn.Module, context: Context) -> None:
@@ -151,8 +136,7 @@ class Snip(Masked):
             gradients = torch.autograd.grad(loss, weights, materialize_grads=True)
             for total, gradient in zip(sums, gradients, strict=True):
                 total.add_(gradient)
-        pairs = zip(weights, sums, strict=True)
-        self.sensitivity = [(weight.detach() * total).abs() for weight, total in pairs]
+        self.sensitivity = [(w.detach() * s).abs() for w, s in zip(weights, sums, strict=True)]
         super().attach(model, context)
         self.cut(self.target)
 
@@ -174,8 +158,7 @@ class Dpf(Masked):
     steps, and `scope`, as in the paper that this is the control of (magnitude attention).
     """
 
-    name: ClassVar[str] = "dpf"
-    title: ClassVar[str] = "dynamic pruning with feedback"
+    name, title = "dpf", "dynamic pruning with feedback"
     scope: Scope = "auto"
     ramp: Annotated[float, Field(gt=0, le=1)] = 0.75
     period: Annotated[int, Field(ge=1)] = 16

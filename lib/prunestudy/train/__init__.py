@@ -1,11 +1,11 @@
 """One training loop for every method: any net and any batches in, a plain smaller net out."""
 
 from prunestudy.train.checkpoint import read_checkpoint, write_checkpoint
-from prunestudy.train.deterministic import deterministic
 from prunestudy.train.loop import Loop
-from prunestudy.train.memory import keep_freed_memory
-from prunestudy.train.prune import Result, prune, shrink_to
+from prunestudy.train.process import deterministic, keep_freed_memory
+from prunestudy.train.prune import prune, shrink_to
 from prunestudy.train.recipe import Recipe
+from prunestudy.train.result import Result
 
 __all__ = [
     "Loop",

@@ -38,12 +38,15 @@ def read_checkpoint(
         return None
     magic, _, rest = path.read_bytes().partition(b"\n")
     digest, _, payload = rest.partition(b"\n")
-    way_out = "delete it to start this run again"
+    wrong, state = "", {}
     if magic + b"\n" != _MAGIC:
-        raise InputError(f"checkpoint = {path.name!r} of {run}: not of this version; {way_out}")
-    if hashlib.sha256(payload).hexdigest().encode() != digest:
-        raise InputError(f"checkpoint = {path.name!r} of {run}: corrupt (checksum); {way_out}")
-    state = torch.load(io.BytesIO(payload), map_location=device, weights_only=True)
-    if state.pop("run") != run:
-        raise InputError(f"checkpoint = {path.name!r} of {run}: of another run; {way_out}")
+        wrong = "not of this version"
+    elif hashlib.sha256(payload).hexdigest().encode() != digest:
+        wrong = "corrupt (checksum)"
+    else:
+        state = torch.load(io.BytesIO(payload), map_location=device, weights_only=True)
+        wrong = "" if state.pop("run") == run else "of another run"
+    if wrong:
+        way_out = "delete it to start this run again"
+        raise InputError(f"checkpoint = {path.name!r} of {run}: {wrong}; {way_out}")
     return state

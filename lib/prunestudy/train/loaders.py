@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 from prunestudy.datasets.batches import mix
 from prunestudy.errors import InputError, require
 from prunestudy.methods.base import Batch, moved
-from prunestudy.train.deterministic import seed_default
+from prunestudy.train.process import seed_default
 
 
 class Loader:

@@ -1,10 +1,9 @@
 """The training loop: phases, hooks, validation, checkpoints and exact resume.
 
-A run that is killed and started again goes on from its last checkpoint and ends with the same
-numbers: batches depend on (seed, epoch, step) only, a method's draws come from one generator, a
-net's (dropout) from torch's own, which is seeded at each step, and model, optimisers, method,
-generator and history are in the checkpoint. A step reads nothing from the device; losses are
-looked at every `period` steps.
+A run that is killed and started again ends with the same numbers: batches depend on (seed, epoch,
+step) only, a method's draws come from one generator, a net's (dropout) from torch's own, which is
+seeded at each step, and all else is in the checkpoint. A step reads nothing from the device;
+losses are looked at every `period` steps.
 """
 
 import math
@@ -20,10 +19,10 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from prunestudy.datasets.batches import mix
 from prunestudy.errors import InputError, first_line, require
-from prunestudy.methods.base import At, Context, Method, boundaries, call, scalar
+from prunestudy.methods.base import Context, Method, boundaries, call
 from prunestudy.methods.probes import Probe
 from prunestudy.train.checkpoint import write_checkpoint
-from prunestudy.train.deterministic import seed_default
+from prunestudy.train.process import seed_default
 from prunestudy.train.recipe import Recipe
 
 # A checkpoint may take this share of the training's time.
@@ -85,10 +84,9 @@ class Loop:
     ) -> Iterator[dict[str, Any] | None]:
         """Make a step at each `next`, to the end or to a loss that is not finite.
 
-        Gives the epoch's row of the history after its last step and validation, else None. With a
-        `checkpoint` path the state of `run` is saved after each `every` seconds, or less often
-        where that would take more than 2% of the time (0: after each step); time that passes
-        between two calls counts for nothing.
+        Gives the epoch's row of the history after its last step, else None. With a `checkpoint`
+        path the state of `run` is saved every `every` seconds, or less often where that would take
+        more than 2% of the time (0: after each step). Time between two calls does not count.
         """
         while self.state.step < self.total:
             epoch, first = divmod(self.state.step, self.train.steps)
@@ -99,7 +97,7 @@ class Loop:
                 if self.diverged:
                     return
                 # An epoch that ends is saved with its row of the history, not before.
-                if self._ends_epoch():
+                if self.state.step % self.train.steps == 0 or self.state.step == self.total:
                     break
                 self._clock(since, checkpoint, every, run)
                 yield None
@@ -123,12 +121,12 @@ class Loop:
         self.probe.finished(net)
         return net.requires_grad_(True)
 
-    def _ends_epoch(self) -> bool:
-        return self.state.step % self.train.steps == 0 or self.state.step == self.total
-
     def _step(self, x: Any, y: Any) -> None:
-        self._enter_phase()
-        lr, state = self._set_lr(), self.state
+        state, phase = self.state, next(i for i, e in enumerate(self.ends) if self.state.step < e)
+        if phase != state.phase:
+            state.phase = phase
+            self._make_optimizers()
+        lr = self._set_lr()
         seed_default(mix(self.seed, state.step), self.device)
         state.step += 1
         try:
@@ -136,7 +134,7 @@ class Loop:
         except Exception as error:  # whatever a net or a loss may raise
             batch = f"batch {(state.step - 1) % self.train.steps}"
             raise InputError(f"train = {batch!r}: cannot be used: {first_line(error)}") from error
-        at = self._at(lr, loss)
+        at = self.method.at(state.step, self.total, loss, lr)
         self._sum.add_(loss)
         self._count += 1
         self.method.after_backward(at)
@@ -157,29 +155,16 @@ class Loop:
         """Leave the batch's gradients; its loss, 0-d on the device."""
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        parts = list(self._pieces(x, y))
-        found = []
-        for share, part, labels in parts:
+        found, whole = [], len(tree_leaves(x)[0])
+        size = -(-whole // self.recipe.pieces)
+        for begin in range(0, whole, size):
+            share = min(size, whole - begin) / whole
+            part, labels = tree_map_only(Tensor, lambda t, b=begin: t[b : b + size], (x, y))
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
                 loss = self.context.loss(call(self.model, part), part, labels)
-            (loss if len(parts) == 1 else loss * share).backward()
-            found.append(loss.detach() if len(parts) == 1 else loss.detach().double() * share)
-        return found[0] if len(parts) == 1 else torch.stack(found).sum()
-
-    def _pieces(self, x: Any, y: Any) -> Iterator[tuple[float, Any, Any]]:
-        """The share of the batch in each piece, its inputs and labels."""
-        whole, count = len(tree_leaves(x)[0]), self.recipe.pieces
-        size = -(-whole // count)
-        for begin in range(0, whole, size):
-            here = slice(begin, min(begin + size, whole))
-            part, labels = tree_map_only(Tensor, lambda t, h=here: t[h], (x, y))
-            yield (here.stop - begin) / whole, part, labels
-
-    def _enter_phase(self) -> None:
-        phase = next(i for i, end in enumerate(self.ends) if self.state.step < end)
-        if phase != self.state.phase:
-            self.state.phase = phase
-            self._make_optimizers()
+            (loss * share).backward()
+            found.append(loss.detach().double() * share)
+        return loss.detach() if share == 1 else torch.stack(found).sum()
 
     def _make_optimizers(self) -> None:
         recipe, own = self.recipe, self.method.optimizer()
@@ -188,8 +173,8 @@ class Loop:
         if recipe.optimizer == "adam":
             first = torch.optim.Adam(weights, betas=(recipe.momentum, 0.999), **common)
         else:
-            momentum = {"momentum": recipe.momentum, "nesterov": recipe.nesterov}
-            first = torch.optim.SGD(weights, **momentum, **common)
+            common |= {"momentum": recipe.momentum, "nesterov": recipe.nesterov}
+            first = torch.optim.SGD(weights, **common)
         self.optimizers = [first, own] if own else [first]
 
     def _set_lr(self) -> float:
@@ -203,39 +188,21 @@ class Loop:
             group["lr"] = lr
         return lr
 
-    def _at(self, lr: float, loss: Tensor) -> At:
-        """Where the present step is."""
-        state, index = self.state, self.state.phase
-        begin, end = (self.ends[index - 1] if index else 0), self.ends[index]
-        step, steps = state.step - begin, end - begin
-        share, rate = scalar((step - 1) / steps, self.device), scalar(lr, self.device)
-        name = self.phases[index].name
-        return At(name, step, steps, state.step, self.total, share, rate, loss)
-
     def _end_epoch(self, epoch: int) -> dict[str, Any]:
         loss = self._sum.item() / self._count if self._count else math.nan
         if self._count and not math.isfinite(loss):
             self.diverged = True
             return {}
-        row = {
-            "epoch": epoch + 1,
-            "phase": self.phases[self.state.phase].name,
-            "train_loss": loss,
-            **self._validate(),
-            **self.method.log(),
-            **self.probe.row(),
-        }
+        row = {"epoch": epoch + 1, "phase": self.phases[self.state.phase].name, "train_loss": loss}
+        row |= {f"validation_{key}": value for key, value in self.score(self.model).items()}
+        row |= self.method.log() | self.probe.row()
         for name, view in self.probe.views().items():
             with view:
-                row |= {
-                    f"{key}_{name}": n for key, n in self._validate().items() if "loss" not in key
-                }
+                seen = self.score(self.model)
+            row |= {f"validation_{key}_{name}": n for key, n in seen.items() if "loss" not in key}
         self._sum.zero_()
         self._count = 0
         return row
-
-    def _validate(self) -> dict[str, float]:
-        return {f"validation_{name}": value for name, value in self.score(self.model).items()}
 
     def _clock(self, since: float, checkpoint: Path | None, every: float, run: str) -> None:
         """Count the time spent, and save what is due."""

@@ -1,9 +1,8 @@
-"""`prune`: any net, any method, any batches; and what comes out of it."""
+"""`prune`: any net, any method, any batches."""
 
 import hashlib
 import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from tqdm.auto import tqdm
 
-from prunestudy import methods, shrink
+from prunestudy import methods
 from prunestudy.errors import InputError, first_line, require, writable_file
 from prunestudy.measure import Metrics
 from prunestudy.measure.forward import device_of, evaluating
@@ -21,46 +20,13 @@ from prunestudy.methods.base import Context, Method, moved
 from prunestudy.methods.probes import Probe
 from prunestudy.shrink.fold import copied, require_net
 from prunestudy.train.checkpoint import read_checkpoint
-from prunestudy.train.deterministic import full_precision
 from prunestudy.train.loaders import Loader
 from prunestudy.train.loop import Loop
-from prunestudy.train.memory import keep_freed_memory
+from prunestudy.train.process import full_precision, keep_freed_memory
 from prunestudy.train.recipe import Recipe
-from prunestudy.train.report import report
+from prunestudy.train.result import Result
 from prunestudy.train.score import Metric, Score, checked_loss, default_metric
 from prunestudy.values import inputs, plain
-
-
-@dataclass
-class Result:
-    """What `prune` gives back.
-
-    `model`: an ordinary trainable module, in eval mode; `history`: a row per epoch; `status`:
-    "done", or "diverged" if a loss was not finite; `seconds` of training; `method` and `probe` as
-    the training left them; `example`: two inputs or more; `dense`: the model as it was given.
-    """
-
-    model: nn.Module
-    history: list[dict[str, Any]]
-    status: str
-    seconds: float
-    method: Method
-    probe: Probe
-    example: tuple[Tensor, ...]
-    dense: nn.Module = field(repr=False)
-    score: Callable[[nn.Module], Mapping[str, float]] = field(repr=False)
-
-    def report(self) -> str:
-        """What left each layer, MACs, parameters and the validation metric, before and after."""
-        return report(self)
-
-    def save(self, path: str | Path) -> None:
-        """Write the net to `path`, for `load` and a fresh instance of the model's class."""
-        shrink.save(self.model, path)
-
-    def export(self, path: str | Path) -> None:
-        """Write the net to `path` as ONNX, for batches of any size."""
-        shrink.export(self.model, path, self.example)
 
 
 def prune(
@@ -116,7 +82,7 @@ def prune(
         full_precision(precision != "tf32"),
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
     ):
-        x, y = _few(next(iter(train.ordered(2))))
+        x, y = tree_map_only(Tensor, lambda t: t[:2], next(iter(train.ordered(2))))
         example = moved(inputs(_arguments(model, x) if example is None else example), device)
         net = _on_device(model, device, example)
         loss = checked_loss(loss, net, x, y)
@@ -125,9 +91,10 @@ def prune(
         context.train = train.epoch
         metric = metric or (metrics.values if metrics else default_metric(net, x, y))
         score = Score(loss, metric, validation)
-        context.metrics = metrics or Metrics(score.on)
+        context.metrics = metrics or Metrics(score)
         if validation is not None:
-            context.score, context.validation = score.judge, lambda: validation.ordered(512)
+            context.score = lambda net: next(iter(score(net).values()))
+            context.validation = lambda: validation.ordered(512)
         method.check(net)
         used = getattr(method, "used", False)
         require(not used, "method", method.name, "has pruned a net already: make a new one")
@@ -135,29 +102,24 @@ def prune(
         loop = Loop(
             net, method, recipe, train, context, score, probe, seed=seed, precision=precision
         )
-        saved = read_checkpoint(path, mark, device) if path else None
-        if saved:
-            _resume(loop, saved, path)
+        if path and (saved := read_checkpoint(path, mark, device)):
+            try:
+                loop.load(saved)
+            except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+                line = "of another net, method or recipe; delete it to start this run again"
+                raise InputError(f"checkpoint = {path.name!r}: {line}") from error
         with tqdm(total=loop.total, initial=loop.state.step, disable=not show, desc=run) as bar:
             for row in loop.steps(path, checkpoint_seconds, mark):
                 bar.update()
                 if row:
-                    shown = ("train_loss", f"validation_{score.name}", "kept")
-                    bar.set_postfix({name: f"{row[name]:.4f}" for name in shown if name in row})
+                    seen = next((n for n in row if n.startswith("validation_")), "kept")
+                    bar.set_postfix({n: f"{row[n]:.4f}" for n in ("train_loss", seen, "kept")})
         small = loop.finish()
-    if not _is_channels_last(model):
+    if all(p.is_contiguous() for p in model.parameters() if p.dim() == 4):
         small = small.to(memory_format=torch.contiguous_format)
-    return Result(
-        small.eval(),
-        loop.state.history,
-        "diverged" if loop.diverged else "done",
-        loop.state.seconds,
-        method,
-        loop.probe,
-        example,
-        copied(model),
-        score,
-    )
+    status, state = "diverged" if loop.diverged else "done", loop.state
+    found = small.eval(), state.history, status, state.seconds, method, loop.probe, example
+    return Result(*found, copied(model), score)
 
 
 def shrink_to(
@@ -203,11 +165,6 @@ def _device(device: Any) -> torch.device:
     return found
 
 
-def _few(batch: Any) -> Any:
-    """The first two samples of a batch (x, y)."""
-    return tree_map_only(Tensor, lambda t: t[:2], batch)
-
-
 def _arguments(model: nn.Module, x: Any) -> Any:
     """The positional arguments of the model's forward for a batch's `x`."""
     if not isinstance(x, dict):
@@ -234,11 +191,6 @@ def _on_device(model: nn.Module, device: torch.device, example: tuple[Tensor, ..
     return net
 
 
-def _is_channels_last(model: nn.Module) -> bool:
-    weights = [p for p in model.parameters() if p.dim() == 4]
-    return any(not p.is_contiguous() for p in weights)
-
-
 def _require_kinds(model: Any, method: Any, recipe: Any, precision: Any) -> None:
     require_net(model)
     for name, value, kind, allowed in (
@@ -248,11 +200,3 @@ def _require_kinds(model: Any, method: Any, recipe: Any, precision: Any) -> None
         require(isinstance(value, kind), name, type(value).__name__, allowed)
     allowed = ("fp32", "tf32", "bf16")
     require(precision in allowed, "precision", precision, f"allowed are {', '.join(allowed)}")
-
-
-def _resume(loop: Loop, saved: dict[str, Any], path: Path) -> None:
-    try:
-        loop.load(saved)
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        line = "of another net, method or recipe; delete it to start this run again"
-        raise InputError(f"checkpoint = {path.name!r}: {line}") from error

@@ -1,7 +1,7 @@
 """What a net is judged by: the loss and the metric, a user's or the default ones."""
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,30 +19,23 @@ class Score:
     """The validation's numbers of a net: the loss, and those of the metric."""
 
     def __init__(self, loss: Callable[..., Tensor], metric: Metric | None, batches: Any) -> None:
-        self.loss, self.metric, self.batches, self.name = loss, metric, batches, "loss"
+        self.loss, self.metric, self.batches = loss, metric, batches
 
-    def __call__(self, model: nn.Module) -> dict[str, float]:
-        """All numbers by name, the one to judge by first; {} without validation batches."""
-        return {} if self.batches is None else self._of(model, lambda: self.batches.ordered(512))
-
-    def on(self, model: nn.Module, batches: Sequence[Batch]) -> dict[str, float]:
-        """The same on other batches."""
-        return self._of(model, lambda: batches)
-
-    def _of(self, model: nn.Module, read: Callable[[], Iterable[Batch]]) -> dict[str, float]:
+    def __call__(
+        self, model: nn.Module, batches: Sequence[Batch] | None = None
+    ) -> dict[str, float]:
+        """All numbers by name, the one to judge by first, of validation or of other `batches`."""
+        if batches is None and self.batches is None:
+            return {}
+        read = (lambda: self.batches.ordered(512)) if batches is None else lambda: batches
         found = {}
         with evaluating(model), torch.inference_mode():
             if self.metric:
                 found = _tried("metric", self.metric, lambda: _numbers(self.metric(model, read())))
-                self.name = next(iter(found))
             if "loss" not in found:
                 mean = lambda: mean_loss(model, self.loss, read())  # noqa: E731
                 found["loss"] = _tried("loss", self.loss, mean)
         return found
-
-    def judge(self, model: nn.Module) -> float:
-        """The number to judge by."""
-        return next(iter(self(model).values()))
 
 
 def top1(model: nn.Module, batches: Any) -> dict[str, float]:

@@ -1,0 +1,81 @@
+"""What comes out of a pruning: the net, how it was trained, and a report in words and numbers."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from prunestudy import measure, shrink
+from prunestudy.measure.forward import device_of
+from prunestudy.methods.base import Method, moved
+from prunestudy.methods.probes import Probe
+
+
+@dataclass
+class Result:
+    """What `prune` gives back.
+
+    `model`: an ordinary trainable module, in eval mode; `history`: a row per epoch; `status`:
+    "done", or "diverged" if a loss was not finite; `seconds` of training; `method` and `probe` as
+    the training left them; `example`: two inputs or more; `dense`: the model as it was given;
+    `score(model)`: the validation's numbers.
+    """
+
+    model: nn.Module
+    history: list[dict[str, Any]]
+    status: str
+    seconds: float
+    method: Method
+    probe: Probe
+    example: tuple[Tensor, ...]
+    dense: nn.Module = field(repr=False)
+    score: Callable[[nn.Module], Mapping[str, float]] = field(repr=False)
+
+    def report(self) -> str:
+        """What is left of each layer, MACs, parameters and the metric, before and after."""
+        return "\n".join(self._lines())
+
+    def save(self, path: str | Path) -> None:
+        """Write the net to `path`, for `load` and a fresh instance of the model's class."""
+        shrink.save(self.model, path)
+
+    def export(self, path: str | Path) -> None:
+        """Write the net to `path` as ONNX, for batches of any size."""
+        shrink.export(self.model, path, self.example)
+
+    def _lines(self) -> Iterator[str]:
+        dense, small, target = self.dense, self.model, self.method.target
+        aim = f", target {target:g} of {self.method.of}" if target else ""
+        yield f"{self.method.title}{aim}: {self.status} in {self.seconds:.1f} s"
+        after, weights = dict(small.named_modules()), measure.prunable_weights(dense)
+        width = max(len(name) for name, _ in weights)
+        for name, weight in weights:
+            layer = after.get(name.removesuffix("weight").removesuffix("."))
+            yield f"  {name:{width}}  {_sizes(weight)} -> {_left(layer)}"
+        for name, count in (
+            ("parameters", measure.parameters),
+            ("nonzero parameters", measure.nonzeros),
+            ("MACs", lambda net: measure.macs(net, moved(self.example, device_of(net)))),
+        ):
+            was, now = count(dense), count(small)
+            yield f"{name}: {was:,} -> {now:,} ({1 - now / was:.1%} removed)"
+        before, now = self.score(dense.to(self.example[0].device)), self.score(small)
+        for name, value in now.items():
+            yield f"validation {name}: {before[name]:.4f} -> {value:.4f}"
+
+
+def _left(layer: nn.Module | None) -> str:
+    """What is left of a layer: its sizes and zeros, its rank, or nothing."""
+    if isinstance(layer, nn.Sequential):
+        return f"{_sizes(layer[0].weight)} and {_sizes(layer[1].weight)} (low rank)"
+    weight = getattr(layer, "weight", None)
+    if weight is None:
+        return "removed"
+    zeros = 1 - int(weight.count_nonzero()) / weight.numel()
+    return f"{_sizes(weight)}, {zeros:.1%} zeros" if zeros > 0 else _sizes(weight)
+
+
+def _sizes(weight: Tensor) -> str:
+    return " x ".join(map(str, weight.shape))
