@@ -246,6 +246,20 @@ EXACT = {
         IMAGE,
         "a b",
     ),
+    "one-hot words": (
+        net(
+            lambda n, x: n.out(n.a(F.one_hot(x, 20).to(n.a.weight.dtype)).relu().mean(1)),
+            a=nn.Linear(20, 6),
+            out=nn.Linear(6, 3),
+        ),
+        WORDS,
+        "a",
+    ),
+    "a layer that runs twice": (
+        net(lambda n, x: n.c(n.b(n.b(n.a(x)).relu())), a=conv(1, 6, 3), b=conv(6, 6), c=conv(6, 3)),
+        IMAGE,
+        "a",
+    ),
     "a head of training": (lambda: Auxiliary(Only(lambda x: x.mean())), IMAGE, None),
 }
 # Nets that are refused: the net, its inputs, the module to blame.
@@ -334,6 +348,8 @@ REFUSED = {
         ROW,
         "u",
     ),
+    "padded with channels": (after_a(lambda x: F.pad(x, (0, 0, 0, 0, 1, 1)), 10), IMAGE, "c"),
+    "less the mean of all": (after_a(lambda x: x - x.mean()), IMAGE, "c"),
     "a buffer": (after_a(Buffered(8)), IMAGE, "m"),
     "a constant": (after_a(Only(lambda x: x + torch.linspace(0, 1, 8).view(-1, 1, 1))), IMAGE, "m"),
     "a matrix of channels": (
