@@ -10,10 +10,9 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from common import BATCH, Row, compare, main, noise, usual_loader
+from common import BATCH, Ratio, Row, compare, main, noise, usual_loader
 from prunestudy import datasets
-from prunestudy.datasets.stream_batches import training_transforms
-from prunestudy.measure import Ratio
+from prunestudy.datasets.streams import training_transforms
 
 WORKERS, PHOTOS = 2, 32  # photos a batch
 
@@ -36,7 +35,7 @@ def from_files(seconds: float) -> Ratio:
         return compare(both, "bare", "stream", seconds)
 
 
-def photos(folder: Path, count: int, times: int) -> datasets.StreamSet:
+def photos(folder: Path, count: int, times: int) -> datasets.ImageSet:
     """JPEG files of 500x375, each listed a few `times`: smooth noise, 80 kB as a photo has."""
     generator = np.random.default_rng(0)
     names = [f"{i}.jpg" for i in range(count)]
@@ -44,18 +43,17 @@ def photos(folder: Path, count: int, times: int) -> datasets.StreamSet:
         coarse = generator.integers(0, 256, (75, 100, 3), dtype=np.uint8)
         image = Image.fromarray(coarse).resize((500, 375), Image.Resampling.BICUBIC)
         image.save(folder / name, quality=90)
-    files = np.array([name.encode() for name in names])
-    return datasets.StreamSet("bench", folder, np.tile(files, times), np.zeros(count * times, int))
+    return datasets.ImageSet(np.tile(names, times), np.zeros(count * times, int), folder)
 
 
-def stream(images: datasets.StreamSet) -> None:
+def stream(images: datasets.ImageSet) -> None:
     """An epoch of `images`, the start of its workers with it."""
     info = datasets.info("imagenet")
     for _ in datasets.batches_of(images, info, PHOTOS, flip=True, workers=WORKERS).epoch(0):
         pass
 
 
-def bare(images: datasets.StreamSet) -> None:
+def bare(images: datasets.ImageSet) -> None:
     """As many processes decode and transform their share as torchvision does, and drop it."""
     info = datasets.info("imagenet")
     tensor = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)]
@@ -64,8 +62,8 @@ def bare(images: datasets.StreamSet) -> None:
 
     def work(first: int) -> None:
         torch.set_num_threads(1)
-        for name in images.files[first::WORKERS]:
-            with Image.open(images.folder / name.decode()) as image:
+        for name in images.images[first::WORKERS]:
+            with Image.open(images.folder / name) as image:
                 transforms(image.convert("RGB"))
 
     workers = [get_context("fork").Process(target=work, args=(i,)) for i in range(WORKERS)]

@@ -7,8 +7,7 @@ import time
 from dataclasses import replace
 from functools import partial
 
-from common import Row, compare, main
-from prunestudy.measure import Ratio
+from common import Ratio, Row, compare, main
 from prunestudy.study import tables
 from prunestudy.study.lines import line_of, write_text
 from prunestudy.study.plan import Planned, plan

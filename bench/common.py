@@ -3,9 +3,11 @@
 import argparse
 import platform
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 from torchvision import transforms as T
@@ -14,8 +16,21 @@ from torchvision.transforms.functional import to_pil_image
 from prunestudy import datasets, measure
 from prunestudy.train import keep_freed_memory
 
+
+@dataclass(frozen=True)
+class Ratio:
+    """A median of paired ratios with its 95% bootstrap interval `low` to `high`."""
+
+    median: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} [{self.low:.2f}, {self.high:.2f}]"
+
+
 # Measures what a row of the page says, in about so many seconds (0: a look).
-Row = Callable[[float], measure.Ratio | str]
+Row = Callable[[float], Ratio | str]
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 SECONDS = 5.0
@@ -24,13 +39,21 @@ BATCH, LEAST_PAIRS, MOST_PAIRS = 128, 5, 100
 
 def compare(
     calls: dict[str, Callable[[], object]], above: str, below: str, seconds: float
-) -> measure.Ratio:
+) -> Ratio:
     """Time of `above` over that of `below`, in pairs: as many as take `seconds`, within bounds."""
     trial = measure.interleave(calls, rounds=1, warmup=1)
     fitting = int(seconds / sum(times[0] for times in trial.values()))
     rounds = min(max(LEAST_PAIRS, fitting), MOST_PAIRS) if seconds else 2
     times = measure.interleave(calls, rounds, warmup=0)
-    return measure.ratio(times[above], times[below])
+    return ratio(times[above], times[below])
+
+
+def ratio(a: list[float], b: list[float], seed: int = 0) -> Ratio:
+    """Median of the paired ratios a_i / b_i, with a percentile bootstrap interval over pairs."""
+    ratios = np.asarray(a, float) / np.asarray(b, float)
+    drawn = np.random.default_rng(seed).integers(0, len(ratios), (1000, len(ratios)))
+    low, high = np.percentile(np.median(ratios[drawn], axis=1), [2.5, 97.5])
+    return Ratio(float(np.median(ratios)), float(low), float(high))
 
 
 def noise(info: datasets.DatasetInfo, batches: int) -> datasets.ImageSet:

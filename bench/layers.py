@@ -10,13 +10,12 @@ from torch import nn
 from torch.nn.utils import prune
 from torchvision.models import resnet50
 
-from common import Row, compare, main
+from common import Ratio, Row, compare, main
 from prunestudy import methods, models, shrink
-from prunestudy.measure import Ratio
 from prunestudy.methods.channels import Channels
 from prunestudy.methods.force import force, force_by_pairs
 from prunestudy.papers import card
-from prunestudy.shrink.low_rank import layer_speed_up
+from prunestudy.shrink.factors import layer_speed_up
 
 # Filters, channels, kernel, padding, groups, and the side of the input.
 SIZES = {
@@ -72,7 +71,7 @@ def half_in_onnx_runtime(seconds: float) -> str:
     with tempfile.TemporaryDirectory() as folder:
         for name, net in nets.items():
             path = Path(folder) / f"{name}.onnx"
-            shrink.export_onnx(net, path, (3, 32, 32))
+            shrink.export(net, path, torch.rand(2, 3, 32, 32))
             nets[name] = shrink.OnnxNet(path, threads=1)
     ratio = forward(nets, (128, 3, 32, 32), "dense", "half", seconds)
     return f"{ratio} at {gain:.2f} times fewer MACs"
@@ -97,7 +96,7 @@ def forward(
 def _half() -> tuple[dict[str, nn.Module], float]:
     """VGG-16, dense and with every other channel, and how many times fewer MACs that is."""
     dense = models.build("vgg16_cifar", (3, 32, 32), 10).eval()
-    channels = Channels(dense, (3, 32, 32), "macs")
+    channels = Channels(dense, torch.zeros(2, 3, 32, 32), "macs")
     kept = torch.cat([torch.arange(group.channels) % 2 == 0 for group in channels.groups])
     gain = channels.dense / float(channels.cost(kept))
     return {"dense": dense, "half": channels.smaller(dense, kept)}, gain

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from common import BATCH, MOST_PAIRS, Row, compare, main, noise, usual_loader
+from common import BATCH, MOST_PAIRS, Ratio, Row, compare, main, noise, usual_loader
 from prunestudy import datasets, methods, models
-from prunestudy.measure import Ratio
 from prunestudy.train import Loop, Recipe
 
 

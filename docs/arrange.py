@@ -15,9 +15,10 @@ import nbformat
 
 from prunestudy.errors import InputError
 from prunestudy.papers import card
+from prunestudy.study.lines import write_text
 from prunestudy.study.notebooks import executed, is_current
 from prunestudy.study.plan import plan
-from prunestudy.study.records import Store, repository, write_text
+from prunestudy.study.records import Store, repository
 
 
 def read(path: Path, profile: str) -> nbformat.NotebookNode:

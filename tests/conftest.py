@@ -24,6 +24,7 @@ from prunestudy.study import runs
 from prunestudy.study.lines import FORMAT, digest, line_of, place, write_text
 from prunestudy.study.records import Store
 from prunestudy.study.runs import Runner
+from prunestudy.study.select import comparisons, index
 from prunestudy.study.settings import own_settings
 
 CARD = """
@@ -49,7 +50,6 @@ CARD = """
 
     [profiles.quick]
     time = "a second"
-    job = "seed"
 
     [[profiles.quick.experiments]]
     name = "digits"
@@ -157,6 +157,12 @@ def no_data(tmp_path, monkeypatch):
     monkeypatch.setattr("torchvision.datasets.FashionMNIST", refuse)
     runs._data.cache_clear()
     return root
+
+
+def compared(card, planned):
+    """Every comparison of the card's claims among its planned runs."""
+    runs = index(item for item in planned if item.paper == card.id)
+    return [c for claim in card.claims for rule in claim.tests for c in comparisons(rule, runs)]
 
 
 def small_run(method="dense", target=None, **values):

@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from prunestudy.study.plan import jobs, plan
+from prunestudy.study.plan import plan
 from prunestudy.study.records import Store
 
 # Seconds and memory of a process differ from one execution to the next; nothing else may.
@@ -62,14 +62,18 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--longest", type=float, default=25.0, help="seconds until a kill, at most")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--job", default="", help="one job of the batch instead of the whole study")
+    parser.add_argument("--experiment", default="", help="PAPER.EXPERIMENT: the runs of its seed 0")
     a = parser.parse_args()
-    runs = [item.settings.run for item in jobs("quick", plan("quick"))[a.job]] if a.job else []
+    runs = [
+        item.settings.run
+        for item in plan("quick")
+        if f"{item.paper}.{item.experiment}" == a.experiment and item.settings.seed == 0
+    ]
     command = [
         sys.executable,
         "-m",
         "prunestudy.study.cli",
-        *(["run", *runs] if a.job else ["study"]),
+        *(["run", *runs] if runs else ["study"]),
     ]
     finish(command, a.folder / "calm")
     moments = kill_at_random(command, a.folder / "killed", a.kills, a.longest, a.seed)

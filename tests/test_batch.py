@@ -6,7 +6,7 @@ import time
 import nbformat
 import psutil
 import pytest
-from conftest import NASTY, tree
+from conftest import NASTY, put_record, tree
 
 from prunestudy.study import batch, notebooks
 from prunestudy.study.plan import plan
@@ -53,19 +53,17 @@ def test_any_path_is_a_path_and_a_second_study_does_nothing(start, tmp_path):
 
 
 @pytest.mark.usefixtures("toy_card")
-def test_local_jobs_share_all_runs_and_those_of_a_cluster_have_their_own(tmp_path):
+def test_what_is_missing_is_done_parents_first(tmp_path):
     store, planned = Store("quick", tmp_path), plan("quick")
     names = [item.settings.run for item in planned]
-    local = batch.describe(store, "quick", planned, 2, "")
-    assert local["train"] == {"0": names, "1": names}
-    assert local["notebooks"] == {"0": ["toy"]}
-    cluster = batch.describe(store, "quick", planned, 0, "")
-    assert cluster["train"] == {"toy.digits.s0": names}
-    assert (local["needs"], cluster["needs"]) == ({}, {"toy.digits.s0": []})
-    assert cluster["notebooks"] == {"toy": ["toy"]}
+    found = batch.describe(store, "quick", planned, "")
+    assert (found["train"], found["notebooks"]) == (names, ["toy"])
+    assert found["needs"] == {name: [names[0]] for name in names[1:]}
     same = {"results": str(tmp_path), "gpu": False, "papers": ["toy"], "datasets": ["digits"]}
-    same["latency"] = {"all": ["nets"]}
-    assert local | same == local
+    assert found | same | {"latency": ["nets"]} == found
+    put_record(store, planned[0].settings)  # the parent is there
+    found = batch.describe(store, "quick", planned, "")
+    assert (found["train"], found["needs"]) == (names[1:], {})
 
 
 def alive(process):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import batches
@@ -85,7 +86,8 @@ def test_masks_are_made_at_each_call():
 def test_stream_and_bare_decoding_do_their_work(tmp_path, monkeypatch):
     images = batches.photos(tmp_path, 3, 2)
     assert len(images) == 6
-    assert images.read(5)[0].size == (500, 375)
+    with Image.open(images.folder / images.images[5]) as image:
+        assert image.size == (500, 375)
     batches.bare(images)
     monkeypatch.setattr(batches, "PHOTOS", 2)
     batches.stream(images)
@@ -187,3 +189,11 @@ def test_scripts_are_commands(name, monkeypatch, capsys):
         runpy.run_path(str(ROOT / "bench" / name), run_name="__main__")
     assert caught.value.code == 2
     assert capsys.readouterr().err == "bench: unrecognized arguments: --fast\n"
+
+
+def test_ratio():
+    exact = common.ratio([2.0, 4.0, 6.0], [1.0, 2.0, 3.0])
+    assert (exact.median, exact.low, exact.high) == (2.0, 2.0, 2.0)
+    found = common.ratio([1.0, 2.0, 3.0, 4.0, 5.0], [1.0] * 5, seed=3)
+    assert found == common.ratio([1.0, 2.0, 3.0, 4.0, 5.0], [1.0] * 5, seed=3)
+    assert (found.median, found.low, found.high) == (3.0, 1.0, 5.0)

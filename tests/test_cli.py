@@ -12,6 +12,7 @@ from prunestudy import shrink
 from prunestudy.study import batch, cli, commands, notebooks, runs
 from prunestudy.study.plan import plan
 from prunestudy.study.records import Store
+from prunestudy.study.runs import stored_net
 
 
 @pytest.fixture
@@ -89,7 +90,6 @@ def names_of(*labels):
         (["train", "--data", "a\udcff"], "data = 'a\\udcff': a path in UTF-8"),
         (["export", "x"], "the following arguments are required: FILE"),
         (["show", "nope"], "run = 'nope': no such run"),
-        (["notebook", "nope"], "paper = 'nope': allowed are toy"),
         (["study", "--jobs", "0"], "jobs = 0: 1 to "),
         (["study", "--jobs", "-3"], "jobs = -3: 1 to "),
         (["study", "--jobs", "9" * 30], f"jobs = {'9' * 30}: 1 to "),
@@ -101,6 +101,11 @@ def names_of(*labels):
         (["study", "--jobs", "two"], "argument --jobs: invalid int value: 'two'"),
         (["study", "--profile", "fast"], "profile = 'fast': allowed are"),
         (["study", "--paper", "nope"], "paper = 'nope': allowed are toy"),
+        (["show", "dense", "--profile", "fast"], "profile = 'fast': allowed are"),
+        *(
+            (["study", "--executor", name], f"executor = {name!r}: local, or one whose package")
+            for name in ("nope", "x; touch OWNED", "", "a.b", "sl\u00fcrm", "slurm\n", "'")
+        ),
     ],
 )
 def test_bad_commands(refused, words, message, monkeypatch):
@@ -114,24 +119,9 @@ def test_without_a_command_there_is_help(capsys):
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["show", "dense", "--profile", "fast"], "profile = 'fast': allowed are"),
-        (["notebook", "toy", "--profile", "fast"], "profile = 'fast': allowed are"),
-        *(
-            (["study", "--executor", name], f"executor = {name!r}: local, or one whose package")
-            for name in ("nope", "x; touch OWNED", "", "a.b", "sl\u00fcrm", "slurm\n", "'")
-        ),
-    ],
-)
-def test_bad_commands_that_are_found_late(refused, words, message):
-    assert refused(*words).startswith(message)
-
-
-@pytest.mark.parametrize(
     ("plugin", "message"),
     [
-        (True, "executor = 'slurm': where Slurm is: sbatch is found and sinfo answers"),
+        (True, "executor = 'slurm': where Slurm is: sbatch is found"),
         (None, "executor = 'slurm': local, or one whose package snakemake-executor-plugin-NAME"),
     ],
 )
@@ -141,56 +131,25 @@ def test_slurm_is_asked_for_where_it_is_not(refused, monkeypatch, plugin, messag
     assert refused("study", "--executor", "slurm").startswith(message)
 
 
-SETTINGS = [
-    (["colour=red"], "setting = 'colour': allowed are batch_size, dataset, epochs"),
-    (["lr"], "--set = 'lr': must be KEY=VALUE"),
-    (["model=vgg99"], "model = 'vgg99': allowed are alexnet, alexnet_grouped"),
-    (
-        ["model=lenet5"],
-        "model = 'lenet5': not for digits: shape = (1, 8, 8): lenet5 needs images",
-    ),
-    (["method=lasso"], "method = 'lasso': allowed are component_aware, dense"),
-    (["dataset=cifar"], "dataset = 'cifar': allowed are digits"),
-    (["method=scratch"], "parent = None: scratch needs the run whose shape it takes"),
-    (["dataset=7"], "dataset = 7: allowed are digits"),
-    (["dataset=folder:/nowhere"], "dataset = 'folder:/nowhere': "),
-    (["dataset=folder:"], "dataset = 'folder:': "),
-    (["lr=-0.1"], "lr = -0.1: input should be greater than 0"),
-    (["lr=0"], "lr = 0: input should be greater than 0"),
-    (["lr=fast"], "lr = 'fast': input should be a valid number"),
-    (["lr=NaN"], "lr = nan: input should be a finite number"),
-    (["lr=Infinity"], "lr = inf: input should be a finite number"),
-    (["epochs=0"], "epochs = 0: at least 1 for a run without a parent"),
-    (["epochs=1.5"], "epochs = 1.5: input should be a valid integer"),
-    (["epochs=true"], "epochs = True: input should be a valid integer"),
-    (["epochs="], "epochs = '': input should be a valid integer"),
-    (["seed=-1"], "seed = -1: "),
-    (["threads=0"], "threads = 0: "),
-    (["precision=fp8"], "precision = 'fp8': input should be 'fp32' or 'bf16'"),
-    (["shift=8"], "shift = 8: below 8"),
-    (["schedule=linear"], "schedule = 'linear': "),
-    (["validation=1437"], "validation = 1437: below 1437, the training images"),
-    (["batch_size=1238"], "batch_size = 1238: at most 1237, the training images left"),
-    (["batch_size=0"], "batch_size = 0: "),
-    (["target=0.5"], "target = "),
-    (["method=magnitude"], "target = None: magnitude takes the share of weights to remove"),
-    *(
-        (["method=magnitude", f"target={text}"], f"target = {value}: the share of weights")
-        for text, value in (
-            *(("0", "0"), ("1", "1"), ("-0.1", "-0.1"), ("1.5", "1.5"), ("half", "'half'")),
-            *(("NaN", "nan"), ("[0.5]", "[0.5]"), ("true", "True")),
-        )
-    ),
-    (["method=l1", "target=0.5", "params.rmap=0.5"], "params.rmap = 0.5: "),
-    (["method=l1", "target=0.5", "params.ramp=2"], "params.ramp = 2: "),
-    (["method=l1", "target=0.5", "params.ramp=x"], "params.ramp = 'x': "),
-    (["params.ramp=0.5"], "params.ramp = 0.5: "),
-    (["evaluate=validation"], "setting = 'evaluate': "),
-]
-
-
+# What the words of --set come to; all that settings refuse is in test_outside.
 @pytest.mark.parametrize(
-    ("pairs", "message"), SETTINGS, ids=[",".join(pairs) for pairs, _ in SETTINGS]
+    ("pairs", "message"),
+    [
+        (["colour=red"], "setting = 'colour': allowed are batch_size, dataset, epochs"),
+        (["lr"], "--set = 'lr': must be KEY=VALUE"),
+        (["model=vgg99"], "model = 'vgg99': allowed are alexnet, alexnet_grouped"),
+        (["method=lasso"], "method = 'lasso': allowed are component_aware, dense"),
+        (["dataset=cifar"], "dataset = 'cifar': allowed are digits"),
+        (["dataset=7"], "dataset = 7: allowed are digits"),
+        (["dataset=folder:/nowhere"], "dataset = 'folder:/nowhere': "),
+        (["lr=fast"], "lr = 'fast': input should be a valid number"),
+        (["lr=Infinity"], "lr = inf: input should be a finite number"),
+        (["epochs=true"], "epochs = True: input should be a valid integer"),
+        (["epochs="], "epochs = '': input should be a valid integer"),
+        (["method=magnitude", "target=[0.5]"], "target = [0.5]: the share of weights"),
+        (["method=l1", "target=0.5", "params.ramp=x"], "params.ramp = 'x': "),
+        (["evaluate=validation"], "setting = 'evaluate': "),
+    ],
 )
 def test_bad_settings(refused, pairs, message):
     words = [word for pair in pairs for word in ("--set", pair)]
@@ -272,7 +231,7 @@ def test_help_names_every_command(capsys):
         cli.main(["--help"])
     assert caught.value.code == 0
     out = capsys.readouterr().out
-    names = "study plan list status table latency run notebook readme collect show compare export"
+    names = "study plan list status table latency run collect show compare export"
     for name in [*names.split(), "train"]:
         assert f"\n    {name} " in out
 
@@ -330,17 +289,20 @@ def all_runs():
     return [item.settings.run for item in plan("quick")]
 
 
+def timed(results):
+    """Milliseconds of the planned runs that were timed, by run."""
+    found = {name: Store("quick", results).load(name)["latency"] for name in all_runs()}
+    return {name: latency["ms"] for name, latency in found.items() if latency}
+
+
 def test_latency(call, results):
     code, out, _ = call("run", *all_runs())
     assert code == 0
     assert [line.split()[0] for line in out.splitlines()] == all_runs()
-    store = Store("quick", results)
-    assert [store.latency(name) for name in all_runs()] == [{}] * 4
+    assert timed(results) == {}
     assert call("latency")[0] == 0
-    start, *timed = names_of("start", "dense", "magnitude", "random")
-    assert store.latency(start) == {}
-    for name in timed:
-        ms = store.latency(name)
+    assert list(timed(results)) == names_of("dense", "magnitude", "random")
+    for ms in timed(results).values():
         expected = "dense_latency_b128_ms dense_latency_b1_ms latency_b128_ms latency_b1_ms"
         assert sorted(ms) == expected.split()
         assert min(ms.values()) > 0
@@ -354,9 +316,9 @@ def test_nets_from_random_weights_are_timed_too_but_not_the_dense_ones(call, res
     card_file(CARD.replace('{ method = "dense" }, { method = "magnitude" }', fresh))
     call("run", *all_runs())
     assert call("latency")[0] == 0
-    store = Store("quick", results)
-    pruned = [p.settings.run for p in plan("quick") if p.settings.method != "dense"]
-    assert [name for name in all_runs() if store.latency(name)] == pruned
+    assert list(timed(results)) == [
+        p.settings.run for p in plan("quick") if p.settings.method != "dense"
+    ]
 
 
 def test_collect_says_what_it_left_out(call, results, tmp_path):
@@ -377,33 +339,25 @@ def test_export(call, results, tmp_path):
     (name,) = names_of("magnitude")
     file, weights = tmp_path / "net.onnx", Store("quick", results).weights(name)
     assert call("export", name, str(file)) == (0, f"{file}\n", "")
-    x = torch.rand(5, *shrink.input_shape(weights))
-    expected = shrink.load_net(weights)(x)
+    net, shape = stored_net(weights)
+    x = torch.rand(5, *shape)
+    expected = net(x)
     assert torch.allclose(shrink.OnnxNet(file)(x), expected, atol=1e-5)
     weights.unlink()
     call("run", name)
     assert not weights.exists()
     call("run", name, "--weights")
-    assert torch.equal(shrink.load_net(weights)(x), expected)
+    assert torch.equal(stored_net(weights)[0](x), expected)
 
 
-def test_export_of_another_runs_net(call, refused, results, tmp_path):
+def test_export_of_a_run_without_its_own_net(call, refused, results, tmp_path):
     call("run", "magnitude", "random")
     store, (ours, other) = Store("quick", results), names_of("magnitude", "random")
     store.weights(ours).write_bytes(store.weights(other).read_bytes())
-    file = tmp_path / "net.onnx"
-    assert refused("export", ours, str(file)).startswith(
-        f"weights = {ours}: not there, or not those of its"
-    )
-    assert not file.exists()
-
-
-def test_export_of_a_run_without_its_net(call, refused, results, tmp_path):
-    call("run", "magnitude")
-    (name,) = names_of("magnitude")
-    Store("quick", results).weights(name).unlink()
-    message = f"weights = {name}: not there, or not those of its record"
-    assert refused("export", name, str(tmp_path / "net.onnx")).startswith(message)
+    store.weights(other).unlink()
+    for name in (ours, other):
+        said = refused("export", name, str(tmp_path / "net.onnx"))
+        assert said.startswith(f"weights = {name}: missing, or not as its record says")
     assert refused("export", "nope", "net.onnx").startswith("run = 'nope': no such run")
 
 
@@ -459,10 +413,10 @@ def test_ones_own_runs_are_listed_and_compared(call, results):
     header = call("compare", first, second, *custom)[1].splitlines()[0]
     assert header.split() == [first, second]
     weights = Store("custom", results).weights(second)
-    content = shrink.load_net(weights).state_dict()
+    content = stored_net(weights)[0].state_dict()
     weights.unlink()
     assert call("run", second, "--weights", *custom)[0] == 0
-    again = shrink.load_net(weights).state_dict()
+    again = stored_net(weights)[0].state_dict()
     assert all(torch.equal(again[key], value) for key, value in content.items())
 
 

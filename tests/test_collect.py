@@ -156,8 +156,8 @@ def test_a_missing_latency_is_taken_and_one_that_is_there_stays(stores, settings
     for ms in (0.5, 0.75):
         fill(there, settings[:1], latency={"latency_b1_ms": ms})
         assert run_collect(here, there.folder) == []
-        assert here.latency(settings[0].run) == {"latency_b1_ms": 0.5}
-    assert here.latency(settings[1].run) == {}
+        assert here.load(settings[0].run)["latency"]["ms"] == {"latency_b1_ms": 0.5}
+    assert here.load(settings[1].run)["latency"] is None
     here.write_latency(settings[1].run, {"ms": {"latency_b1_ms": 0.25}})
     run_collect(here)
     assert read_lines(here.collected)[settings[1].run]["latency"]["ms"] == {"latency_b1_ms": 0.25}

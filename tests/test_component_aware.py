@@ -1,33 +1,88 @@
+"""Component-aware pruning: the budget, the search, the limits, its controls, and what is kept."""
+
 import copy
 import math
 
 import numpy as np
 import pytest
 import torch
-from conftest import one_line, randomise, toy_batches
+import torch_pruning
+from conftest import one_line, randomise
+from dispatch import TensorsOnly
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from prunestudy import datasets, measure, methods, models, shrink
 from prunestudy.errors import InputError
-from prunestudy.measure import Application, Metric, RefusedError
-from prunestudy.methods import Context
-from prunestudy.methods.channel_budget import spread_out
-from prunestudy.methods.channel_choice import Choice
-from prunestudy.methods.channel_method import as_bytes, plane
-from prunestudy.methods.channel_ranking import GroupL2, importance
+from prunestudy.measure import Metrics
+from prunestudy.methods import Context, Method
+from prunestudy.methods.channel_controls import taylor
+from prunestudy.methods.channel_probes import as_bytes, plane
 from prunestudy.methods.channels import Channels
-from prunestudy.methods.component_aware import descend_step, soft_loss, soft_masks
-from prunestudy.methods.soft_channels import masked_output
+from prunestudy.methods.component_aware import ComponentAware, masked_output
+from prunestudy.methods.search import Budget, Uniform, placed
 from prunestudy.models import TDMPC, Autoencoder
 from prunestudy.shrink import component_groups, narrow
-from prunestudy.train import Recipe, train
+from prunestudy.train import Recipe, prune
 
-SMALL = (1, 8, 8)
+IMAGES = torch.zeros(2, 1, 8, 8)
+ONCE = Recipe(epochs=0, lr=1e-3)
 
 
-def build(name="component_aware", target=0.5, **params):
-    return methods.build(name, params, target, "parameters")
+# --- the budget
+
+
+def budget(numbers=(4, 3), least=(1, 1)):
+    first, second = numbers
+    net = nn.Sequential(nn.Linear(2, first), nn.Linear(first, second), nn.Linear(second, 2))
+    positions = placed([torch.arange(n).float() for n in numbers], evenly=True)
+    return Budget(Channels(net, torch.zeros(2, 2), "parameters"), positions, list(least))
+
+
+def test_positions_are_even_ranks_or_logarithms():
+    scores = [torch.tensor([0.3, 0.1, 0.2, 9.0])]
+    assert placed(scores, evenly=True)[0].tolist() == [0.625, 0.125, 0.375, 0.875]
+    assert placed(scores, evenly=False)[0].tolist() == scores[0].double().log().tolist()
+
+
+def test_channels_below_the_number_go_and_the_least_stay():
+    made = budget()
+    assert made.kept([0.0, 0.0]) == [4, 3]
+    # Ranks 1/8, 3/8, ... of the first group, 1/6, 1/2, 5/6 of the second.
+    assert made.kept([0.4, 0.4]) == [2, 2]
+    assert made.kept([9.0, 0.0]) == [1, 3]
+    assert budget(least=(4, 2)).kept([9.0, 9.0]) == [4, 2]
+    assert [i.tolist() for i in made.indices([2, 1])] == [[2, 3], [2]]
+
+
+def test_the_target_is_met_from_above_and_not_one_more_could_stay():
+    made = budget()
+    assert made.channels.dense == 12 + 15 + 8
+    kept = made.meet([0.0, 0.0], 0.3)
+    assert made.removed(kept) >= 0.3
+    for i, k in enumerate(kept):
+        more = [*kept[:i], k + 1, *kept[i + 1 :]]
+        assert k == made.full[i] or made.removed(more) < 0.3
+    assert made.meet([0.9, 0.0], 0.3)[0] < made.meet([0.0, 0.9], 0.3)[0]
+    with pytest.raises(InputError, match=r"^target = 0\.9: at most 0\.7429 of the parameters"):
+        made.meet([0.0, 0.0], 0.9)
+    assert made.kept([0.0, 0.0], made.offset([0.0, 0.0], 0.3, [1]))[1] == 1
+
+
+def test_taylor_importance_is_torch_prunings():
+    net = randomise(Autoencoder((1, 8, 8), 10, (4, 6), 5, convolutional=True))
+    channels, x = Channels(net, IMAGES, "parameters"), torch.randn(3, 1, 8, 8)
+    net(x).square().mean().backward()
+    graph = torch_pruning.DependencyGraph().build_dependency(net, x, verbose=False)
+    theirs = torch_pruning.importance.GroupTaylorImportance()
+    for group, score in zip(channels.groups, taylor(channels, net), strict=True):
+        layer = net.get_submodule(group.name)
+        cut = graph.get_pruner_of_module(layer).prune_out_channels
+        every = graph.get_pruning_group(layer, cut, list(range(group.channels)))
+        torch.testing.assert_close(score, theirs(every))
+        assert score.mean().item() == pytest.approx(1, rel=1e-5)
+
+
+# --- the search, where the answer is known
 
 
 class TwoParts(nn.Module):
@@ -55,117 +110,99 @@ class TwoParts(nn.Module):
         return self.decoder(self.encoder(x))
 
 
-def squared(output, x, y):
-    return nn.functional.mse_loss(output, y)
-
-
-def error(model, data):
-    with torch.no_grad():
-        return float(sum(squared(model(x), x, y) for x, y in data))
-
-
-ERROR = Metric("error", "lower", error)
-
-
 def regression(net, inputs, count=256):
-    """Data that `net` answers exactly, and batches of it without end."""
+    """Batches that `net` answers exactly, and a loss; a constant keeps the ratio to it finite."""
     x = torch.randn(count, inputs, generator=torch.Generator().manual_seed(0))
+
+    def whole(output):
+        return torch.cat(output, 1) if isinstance(output, tuple) else output
+
+    def loss(output, y):
+        return nn.functional.mse_loss(whole(output), y) + 0.1
+
     with torch.no_grad():
-        y = net(x) if torch.is_tensor(net(x)) else torch.cat(net(x), 1)
-
-    def batches():
-        while True:
-            for start in range(0, count, 64):
-                yield x[start : start + 64], y[start : start + 64]
-
-    return batches(), [(x, y)]
-
-
-def offset_loss(output, x, y):
-    """The exact net has no loss at all: a constant keeps the ratio to it finite."""
-    return squared(output, x, y) + 0.1
-
-
-def toy_target():
-    # Sixteen units of nine parameters, four numbers between: eight units are 72 of 152.
-    net = TwoParts()
-    return net, 8 * 9 / sum(p.numel() for p in net.parameters())
+        y = whole(net(x))
+    return [(x[i : i + 64], y[i : i + 64]) for i in range(0, count, 64)], loss
 
 
 @pytest.mark.parametrize("importance", ["taylor", "group_l2"])
 @pytest.mark.parametrize("solver", ["gradient", "grid"])
 def test_both_solvers_find_the_known_best_coefficients(solver, importance):
-    net, target = toy_target()
-    batches, data = regression(net, 4)
-    method = build(target=target, solver=solver, importance=importance, protect=["coupling"])
-    groups = component_groups(net, torch.zeros(2, 4), protect=["coupling"])
-    pruned = method.prune(net, groups, Application([ERROR]), offset_loss, batches, data)
-    assert pruned.point.kept == (2, 4, 6)
-    assert pruned.point.judgement.values["error"] < 1e-10
-    share = methods.build("uniform", {"protect": ["coupling"]}, target, "parameters")
-    same = share.prune(net, groups, Application([ERROR]), offset_loss, batches, data)
-    assert same.point.kept == (4, 4, 4)
-    assert same.point.judgement.values["error"] > 0.01
+    net = TwoParts()
+    # Sixteen units of nine parameters, four numbers between: eight units are 72 of 152.
+    target = 8 * 9 / measure.parameters(net)
+    batches, loss = regression(net, 4)
+    options = {"protect": ["coupling"], "importance": importance}
+    method = ComponentAware(target, solver=solver, **options)
+    made = prune(net, method, batches, ONCE, validation=batches, loss=loss)
+    assert method.point.kept == (2, 4, 6)
+    assert method.point.values == {"loss": pytest.approx(0.1)}
+    assert (made.model.encoder[0].out_features, made.model.decoder[0].out_features) == (2, 6)
+    control = Uniform(target, **options)
+    prune(net, control, batches, ONCE, loss=loss)  # without validation: judged on the training's
+    assert control.point.kept == (4, 4, 4)
+    assert control.point.values["loss"] > 0.11
 
 
 def test_a_regression_of_tdmpc_is_solved_exactly():
     torch.manual_seed(0)
     net = TDMPC(3, 2, 8, 4)
     unused = {"encoder.0": 6, "dynamics.latent": 1, "policy.2": 5, "value.0.rest.2": 4}
-    groups = component_groups(net, torch.zeros(2, 5), protect=["coupling"])
+    channels = Channels(net, torch.zeros(2, 5), "parameters", norms=True)
     with torch.no_grad():
-        for each in (g.group for g in groups if g.name in unused):
-            for m in each.having("consumes"):
-                net.get_submodule(m.layer).weight[:, : unused[each.name]] = 0
-    batches, data = regression(net, 5)
-    best = [g.group.channels - unused.get(g.name, 0) for g in groups]
-    channels = Channels(net, (5,), "parameters", norms=True)
+        for group in (g for g in channels.groups if g.name in unused):
+            for m in group.having("consumes"):
+                net.get_submodule(m.layer).weight[:, : unused[group.name]] = 0
+    batches, loss = regression(net, 5)
+    best = tuple(g.channels - unused.get(g.name, 0) for g in channels.groups)
     target = 1 - channels.cost_at(best) / channels.dense
+    method = ComponentAware(target, protect=["coupling"], steps=200)
+    made = prune(net, method, batches, ONCE, validation=batches, loss=loss)
+    assert method.point.kept == best
+    assert method.point.values["loss"] == pytest.approx(0.1)
+    removed = 1 - measure.parameters(made.model) / measure.parameters(net)
+    assert removed == pytest.approx(target)
 
-    def loss(output, x, y):
-        return squared(torch.cat(output, 1), x, y) + 0.1
 
-    def missed(model, data):
-        with torch.no_grad():
-            return float(sum(squared(torch.cat(model(x), 1), x, y) for x, y in data))
+def test_a_step_of_the_descent_keeps_the_share_removed():
+    alpha = torch.tensor([0.2, 0.5], requires_grad=True)
+    loss, over = 3 * alpha[0] + alpha[1], alpha @ torch.tensor([1.0, 1.0]) - 0.6
+    ComponentAware(0.5).step(alpha, torch.optim.SGD([alpha], lr=0.1), loss, over)
+    # Gradient (3, 1) less its part (2, 2) along (1, 1); then 0.1 over the target, taken back.
+    assert alpha.tolist() == pytest.approx([0.2 - 0.1 - 0.05, 0.5 + 0.1 - 0.05])
 
-    app = Application([Metric("error", "lower", missed)])
-    method = build(target=target, protect=["coupling"], steps=200)
-    pruned = method.prune(net, groups, app, loss, batches, data)
-    assert list(pruned.point.kept) == best
-    assert pruned.point.judgement.values["error"] < 1e-9
-    assert 1 - measure.parameters(pruned.model) / measure.parameters(net) == pytest.approx(target)
+
+# --- on a trained autoencoder of digits
+
+
+class Digits:
+    """An autoencoder of digits with a classifier, trained for a second, its data and task."""
+
+    def __init__(self):
+        data = datasets.load("digits")
+        held_in, held_out = datasets.split(data.train, 200)
+        self.train = datasets.batches_of(held_in, data.info, 64)
+        self.task = measure.task("reconstruct_and_classify", data.info.mean, data.info.std)
+        self.about = {
+            "validation": datasets.batches_of(held_out, data.info, 200),
+            "loss": self.task.loss,
+            "metrics": measure.task_metrics(self.task, 10),
+        }
+        torch.manual_seed(0)
+        net = Autoencoder((1, 8, 8), 10, (32, 16), 12, head=16)
+        recipe = Recipe(epochs=12, lr=0.005, optimizer="adam")
+        self.net = prune(net, Method(), self.train, recipe, **self.about).model.eval()
+
+    def prune(self, name="component_aware", target=0.5, recipe=ONCE, more=(), **params):
+        quick = {"samples": 64} | ({"steps": 40} if name == "component_aware" else {})
+        method = methods.build(name, quick | params, target)
+        about = self.about | dict(more)
+        return prune(self.net, method, self.train, recipe, **about)
 
 
 @pytest.fixture(scope="module")
 def digits():
-    """An autoencoder of digits with a classifier, trained for a second, and its context."""
-    data = datasets.load("digits")
-    held_in, held_out = datasets.split(data.train, 200)
-    batches = datasets.Batches(held_in, data.info, 64)
-    validation = datasets.Batches(held_out, data.info, 200)
-    task = measure.task("reconstruct_and_classify", data.info.mean, data.info.std)
-    torch.manual_seed(0)
-    net = models.AutoencoderClassifier(SMALL, 10, (32, 16), 12, 16)
-    recipe = Recipe(epochs=12, lr=0.005, batch_size=64, optimizer="adam")
-    made = train(net, methods.build("dense", {}), recipe, batches, validation, seed=0, task=task)
-    return made.model, Context(batches, validation, task, torch.device("cpu"))
-
-
-def pruned_by(digits, name="component_aware", target=0.5, seed=0, **params):
-    """The prepared method and the net that it has pruned in place."""
-    net, context = copy.deepcopy(digits[0]), digits[1]
-    quick = {"samples": 64} | ({"steps": 40} if name == "component_aware" else {})
-    method = build(name, target, **quick | params)
-    method.attach(net, torch.Generator().manual_seed(seed))
-    method.prepare(net, context)
-    return method, net
-
-
-def kept_by(method):
-    """Channels kept, by the group's name."""
-    names = [group.name for group in method.pruned.choice.groups]
-    return dict(zip(names, method.pruned.point.kept, strict=True))
+    return Digits()
 
 
 SOLVERS = [
@@ -177,399 +214,274 @@ SOLVERS = [
     ("uniform", {"aware": True}),
     ("uniform", {"ranking": "global"}),
     ("uniform", {"ranking": "global", "aware": True, "importance": "taylor"}),
-    ("uniform", {"ranking": "random"}),
     ("uniform", {"ranking": "random", "aware": True}),
 ]
 
 
 @pytest.mark.parametrize("target", [0.3, 0.85])
 @pytest.mark.parametrize(("name", "params"), SOLVERS)
-def test_the_share_of_real_parameters_is_met(digits, name, params, target):
-    method, net = pruned_by(digits, name, target, **params)
-    removed = 1 - measure.parameters(net) / measure.parameters(digits[0])
+def test_the_share_of_real_parameters_is_met_without_a_step(digits, name, params, target):
+    made = digits.prune(name, target, **params)
+    removed = 1 - measure.parameters(made.model) / measure.parameters(digits.net)
     # A channel of the smallest group is 0.1 to 0.5% of this net.
     assert 0 <= removed - target < 0.005
-    assert method.measures(net)["removed"] == pytest.approx(removed)
-    assert method.kept_share(net) == pytest.approx(1 - removed)
+    assert made.method.report()["removed"] == pytest.approx(removed)
+    (row,) = made.history
+    assert (row["epoch"], row["kept"]) == (0, pytest.approx(1 - removed))
+    assert math.isnan(row["train_loss"])
+    # It is the dense net with the pruned channels at zero where they are consumed.
+    kept = made.method.budget.indices(made.method.point.kept)
+    groups = made.method.channels.groups
+    masks = [torch.zeros(g.channels).index_fill(0, k, 1) for g, k in zip(groups, kept, strict=True)]
+    x = torch.randn(5, 1, 8, 8)
+    both = zip(masked_output(digits.net, groups, masks, x), made.model(x), strict=True)
+    assert all((a - b).abs().max() <= 1e-5 * a.abs().max() for a, b in both)
 
 
 def test_gradient_descent_reaches_the_grid_at_a_tenth_of_its_passes(digits):
     """Four coefficients, seven levels of each: 2,401 points, counted before skipping."""
     given = {"protect": ["coupling", "classifier"], "target": 0.6, "samples": 128, "levels": 7}
-    grid, _ = pruned_by(digits, solver="grid", **given)
-    descent, net = pruned_by(digits, **given | {"steps": 100})
-    best, found = (m.pruned.point.judgement.values["psnr"] for m in (grid, descent))
-    measures = descent.measures(net)
-    assert measures["coefficients"] == 4
-    assert measures["grid_passes"] == 7**4 * 128
-    assert found >= best - 0.1
-    assert measures["search_passes"] <= measures["grid_passes"] / 10
+    best = digits.prune(solver="grid", **given).method.report()
+    found = digits.prune(**given | {"steps": 100}).method.report()
+    assert found["coefficients"] == 4
+    assert found["grid_passes"] == best["grid_passes"] == 7**4 * 128
+    assert found["search_psnr"] >= best["search_psnr"] - 0.1
+    assert found["search_passes"] <= best["grid_passes"] / 10
 
 
 def test_coefficients_beat_the_controls(digits):
     def psnr(name, **params):
-        return pruned_by(digits, name, 0.5, **params)[0].pruned.point.judgement.values["psnr"]
+        return digits.prune(name, **params).method.point.values["psnr"]
 
-    ours = psnr("component_aware")
-    assert ours > max(
-        psnr("uniform"),
-        psnr("uniform", ranking="global"),
-        psnr("uniform", ranking="global", importance="taylor"),
-        psnr("uniform", ranking="random"),
-    )
+    controls = [{}, {"ranking": "global"}, {"ranking": "random"}]
+    controls.append({"ranking": "global", "importance": "taylor"})
+    assert psnr("component_aware") > max(psnr("uniform", **params) for params in controls)
 
 
-def test_protected_groups_are_untouched_and_undo_is_exact(digits):
-    before = copy.deepcopy(digits[0].state_dict())
-    method, net = pruned_by(digits, protect=["coupling", "encoder.fc1"])
-    kept = kept_by(method)
-    assert (kept["encoder.fc1"], kept["encoder.fc3"]) == (32, 12)
-    assert torch.equal(net.encoder.fc1.weight, before["encoder.fc1.weight"])
-    with torch.no_grad():
-        net.encoder.fc1.weight.zero_()
-    dense = method.pruned.undo()
-    assert list(dense.state_dict()) == list(before)
-    assert all(torch.equal(before[name], v) for name, v in dense.state_dict().items())
-    assert dense.decoder.fc1.out_features == 16
+def test_protected_groups_and_the_net_itself_are_untouched(digits):
+    before = copy.deepcopy(digits.net.state_dict())
+    made = digits.prune(protect=["coupling", "encoder.fc1"])
+    assert made.model.encoder.fc3.out_features == 12
+    assert torch.equal(made.model.encoder.fc1.weight, before["encoder.fc1.weight"])
+    assert all(torch.equal(before[name], v) for name, v in made.dense.state_dict().items())
+    aware = digits.prune("uniform", aware=True, ranking="global").model
+    blind = digits.prune("uniform", ranking="global").model
+    assert aware.encoder.fc3.out_features == 12 > blind.encoder.fc3.out_features
 
 
-def test_a_limit_changes_what_is_kept(digits):
-    free, _ = pruned_by(digits, target=0.7)
-    accuracy = free.pruned.point.judgement.values["accuracy"]
-    limit = math.ceil(100 * accuracy + 2) / 100
-    held, _ = pruned_by(digits, target=0.7, constraints=[f"accuracy >= {limit}"])
-    judged = held.pruned.point.judgement
-    assert judged.holds
-    assert judged.values["accuracy"] >= limit > accuracy
-    assert judged.values["psnr"] < free.pruned.point.judgement.values["psnr"]
+def test_groups_of_a_component_share_a_coefficient(digits):
+    report = digits.prune(per="component", solver="grid", levels=2).method.report()
+    # Encoder, decoder, classifier and the latent vector.
+    assert report["coefficients"] == 4
+    removed = [row["removed"] for row in report["report"]]
+    assert removed[0] == pytest.approx(removed[1], abs=1 / 8)
+    assert removed[3] == pytest.approx(removed[4], abs=1 / 8)
+
+
+def test_the_report_says_what_each_group_costs_alone(digits):
+    method = digits.prune().method
+    rows = {row["group"]: row for row in method.report()["report"]}
+    assert list(rows) == [g.name for g in method.groups]
+    row, full = rows["encoder.fc2"], method.budget.full
+    point, dense = method.judge([*full[:1], row["kept"], *full[2:]]), method.judge(full)
+    for metric in ("psnr", "accuracy"):
+        assert row[f"{metric} lost alone"] == dense.values[metric] - point.values[metric]
+    assert (row["place"], row["kind"]) == ("encoder", "internal")
+    assert rows["encoder.fc3"]["kind"] == "coupling"
+    assert row["removed"] == 1 - row["kept"] / 16
+    assert method.report() == method.report()
+
+
+# --- limits
 
 
 def dense_psnr(digits):
-    net, context = digits
-    x, y = next(context.validation.ordered(64))
-    return context.task.evaluate(net, [(x, y)], 10).metric
+    x, y = next(iter(digits.about["validation"].ordered(64)))
+    return digits.about["metrics"].values(digits.net, [(x, y)])["psnr"]
+
+
+def test_a_limit_changes_what_is_kept(digits):
+    free = digits.prune(target=0.7).method.point.values
+    limit = math.ceil(100 * free["accuracy"] + 2) / 100
+    held = digits.prune(target=0.7, constraints=[f"accuracy >= {limit}"]).method.point
+    assert held.shortfall == 0
+    assert held.values["accuracy"] >= limit > free["accuracy"]
+    assert held.values["psnr"] < free["psnr"]
 
 
 @pytest.mark.parametrize("name", ["component_aware", "uniform"])
 def test_a_broken_limit_is_refused_with_the_closest_point(digits, name):
-    limit = round(dense_psnr(digits) - 2, 2)
-    constraints = [f"psnr >= {limit}"]
-    with pytest.raises(RefusedError) as caught:
-        pruned_by(digits, name, 0.8, constraints=constraints)
-    error = caught.value
+    constraints = [f"psnr >= {round(dense_psnr(digits) - 2, 2)}"]
+    with pytest.raises(InputError) as caught:
+        digits.prune(name, 0.8, constraints=constraints)
     said = one_line(caught)
-    assert said.startswith(f"target = 0.8: refused, psnr >= {limit:g} is broken by ")
-    assert f"the closest that holds removes {error.closest:.4f}" in said
-    assert 0 < error.closest < 0.8
-    (broken,) = error.judgement.broken
-    assert broken[1] == pytest.approx(limit - error.judgement.values["psnr"])
+    assert said.startswith(f"target = 0.8: refused, {constraints[0]} is broken by ")
+    closest = float(said.split("the closest that holds removes ")[1].split()[0])
+    assert 0 < closest < 0.8
     # It is recorded instead of refused where that is asked for.
-    method, net = pruned_by(digits, name, 0.8, constraints=constraints, refuse=False)
-    assert method.measures(net)["constraints_hold"] == 0
-    assert method.measures(net)["constraints_shortfall"] > 0
+    report = digits.prune(name, 0.8, constraints=constraints, refuse=False).method.report()
+    assert report["constraints_hold"] == 0
+    assert report["constraints_shortfall"] > 0
+    # And what is said to hold does.
+    report = digits.prune(name, closest - 1e-4, constraints=constraints).method.report()
+    assert report["constraints_hold"] == 1
 
 
-def test_what_is_said_to_hold_does(digits):
-    limit = [f"psnr >= {dense_psnr(digits) - 2:.2f}"]
-    with pytest.raises(RefusedError) as caught:
-        pruned_by(digits, "uniform", 0.8, constraints=limit)
-    closest = caught.value.closest
-    method, net = pruned_by(digits, "uniform", closest, constraints=limit)
-    assert method.measures(net)["constraints_hold"] == 1
-    assert method.measures(net)["removed"] == pytest.approx(closest, abs=1e-9)
+@pytest.mark.parametrize(
+    ("params", "line"),
+    [
+        ({"constraints": ["psnr >= 90"]}, r"the closest that holds removes 0\.0000 of the param"),
+        ({"constraints": ["speed >= 3"]}, "constraint = 'speed >= 3': metrics are accuracy, psnr"),
+        ({"protect": ["encoder.fc9"]}, "protect = 'encoder.fc9': protectable are"),
+        ({"protect": ["encoder", "decoder"], "target": 0.9}, r"target = 0\.9: at most 0\.\d+ of"),
+        ({"target": 1.0}, "target = 1.0: the share of parameters to remove"),
+        ({"tolerance": 0.0}, "tolerance = 0.0: "),
+        ({"most": 1.0}, "most = 1.0: "),
+        ({"check": 0}, "check = 0: "),
+        ({"solver": "newton"}, "solver = 'newton': "),
+        ({"protect": "encoder"}, "protect = 'encoder': "),
+        ({"constraints": [0.9]}, "constraints.0 = 0.9: "),
+        ({"epsilon": 0.1}, "epsilon = 0.1: allowed are"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_in_one_line(digits, params, line):
+    with pytest.raises(InputError, match=line) as caught:
+        digits.prune(**params)
+    assert one_line(caught)
 
 
-def test_what_not_even_the_dense_net_keeps_is_refused_with_zero(digits):
-    with pytest.raises(RefusedError, match=r"removes 0\.0000 of the parameters") as caught:
-        pruned_by(digits, "uniform", 0.5, constraints=["psnr >= 90"])
-    assert caught.value.closest == 0
-
-
-def test_a_target_out_of_reach_is_refused_with_the_most_there_is(digits):
-    with pytest.raises(
-        RefusedError, match=r"^target = 0\.9: at most 0\.\d+ of the param"
-    ) as caught:
-        pruned_by(digits, target=0.9, protect=["encoder", "decoder"])
-    assert 0 < caught.value.closest < 0.9
-
-
-def test_a_target_between_two_channels_is_refused_beyond_the_tolerance():
-    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    batches, data = regression(net, 2)
-    method = methods.build("uniform", {"tolerance": 0.01}, 0.2, "parameters")
-    groups = component_groups(net, torch.zeros(2, 2), {"all": ["0", "1"]})
-    with pytest.raises(RefusedError, match=r"nearest whole channels remove 0\.4167, \+0\.2167"):
-        method.prune(net, groups, Application([ERROR]), squared, batches, data)
-
-
-def test_the_report_says_what_each_group_costs_alone(digits):
-    method, _ = pruned_by(digits)
-    rows = {row["group"]: row for row in method.pruned.report()}
-    assert list(rows) == [g.name for g in method.pruned.choice.groups]
-    row, full = rows["encoder.fc2"], method.pruned.choice.full
-    alone = [*full[:1], row["kept"], *full[2:]]
-    point = method.pruned.choice.judge(method.pruned.budget, alone)
-    dense = method.pruned.choice.judge(method.pruned.budget, full)
-    for metric in ("psnr", "accuracy"):
-        cost = dense.judgement.values[metric] - point.judgement.values[metric]
-        assert row[f"{metric} lost alone"] == cost
-    assert (row["place"], row["kind"]) == ("encoder", "internal")
-    assert rows["encoder.fc3"]["kind"] == "coupling"
-    assert row["removed"] == 1 - row["kept"] / 16
-
-
-def test_recheck_on_new_data_finds_the_drift(digits):
-    limit = f"psnr >= {dense_psnr(digits) - 4:.2f}"
-    method, net = pruned_by(digits, target=0.1, constraints=[limit])
-    choice, point = method.pruned.choice, method.pruned.point
-    same = choice.application.recheck(net, choice.data, point.judgement)
-    assert [row["worse by"] for row in same] == [0, 0]
-    (x, y), *_ = choice.data
-    noisy = choice.application.recheck(net, [(x + 2 * torch.randn_like(x), y)], point.judgement)
-    assert noisy[0]["worse by"] > 1
-    assert (same[0]["holds"], noisy[0]["holds"]) == (True, False)
+# --- soft masks
 
 
 def test_soft_masks_at_zero_temperature_are_the_pruned_net(digits):
-    net, context = digits
-    choice = choice_of(net.double(), context)
-    net.float()
-    numbers = torch.tensor([0.3, 0.7, 0.4, 0.6, 0.2, 0.5])
-    budget = choice.budget(spread_out([torch.rand(n) for n in choice.full]))
-    masks = soft_masks(choice, budget, numbers, 1e-9)
-    small = choice.small(budget.indices(budget.kept(numbers.tolist())))
-    x = choice.data[0][0]
-    outputs = masked_output(choice.small.dense, choice.plain, masks, x), small(x)
+    method = digits.prune().method
+    numbers = torch.tensor([0.31, 0.71, 0.41, 0.61, 0.21, 0.51], dtype=torch.float64)
+    dense = method.small.dense.double()
+    masks = method.soft_masks(numbers, 1e-9)
+    small = method.small(method.budget.indices(method.budget.kept(numbers.tolist())))
+    x = torch.randn(4, 1, 8, 8, dtype=torch.float64)
+    outputs = masked_output(dense, method.channels.groups, masks, x), small(x)
     for soft, hard in zip(*outputs, strict=True):
         assert (soft - hard).abs().max() <= 1e-9 * hard.abs().max()
 
 
-def choice_of(net, context, target=0.5):
-    def batches():
-        while True:
-            for x, y in context.train.epoch(0):
-                yield x.double(), y
-
-    x, y = next(context.validation.ordered(32))
-    metrics = measure.task_metrics(context.task, 10)
-    params = methods.params_of("component_aware", {})
-    groups = component_groups(net, torch.zeros(2, *SMALL))
-    app, data = Application(metrics), [(x.double(), y)]
-    return Choice(net, groups, app, context.task.loss, batches(), data, target, params)
-
-
 def test_soft_masks_of_a_layer_norm_are_the_pruned_net():
     net = randomise(TDMPC(3, 2, 8, 4)).double()
-    groups = component_groups(net, torch.zeros(2, 5))
     x = torch.randn(6, 5, dtype=torch.float64)
-    masks = [(torch.arange(g.group.channels) % 2).double() for g in groups]
-    small = narrow(net, [g.group for g in groups], [m.nonzero().flatten() for m in masks])
-    soft = masked_output(net, [g.group for g in groups], masks, x)
-    for a, b in zip(soft, small(x), strict=True):
+    groups = [each.group for each in component_groups(net, x)]
+    masks = [(torch.arange(g.channels) % 2).double() for g in groups]
+    small = narrow(net, groups, [m.nonzero().flatten() for m in masks])
+    for a, b in zip(masked_output(net, groups, masks, x), small(x), strict=True):
         assert (a - b).abs().max() <= 1e-9 * b.abs().max()
 
 
 def test_the_soft_loss_counts_its_passes_and_has_the_gradient_of_finite_differences(digits):
-    net, context = digits
-    choice = choice_of(copy.deepcopy(net).double(), context)
-    budget = choice.budget(spread_out([torch.rand(n) for n in choice.full]))
-    one = choice.batch()
-    choice.batch, before = (lambda: one), choice.passes
+    method = digits.prune().method
+    method.small.dense.double()
+    x, y = next(method.batches)
+    one, before = (x.double(), y), method.passes
     numbers = torch.full((6,), 0.4, dtype=torch.float64, requires_grad=True)
-    loss, removed = soft_loss(choice, budget, numbers, 0.1)
-    assert choice.passes - before == 3 * 64
+
+    def at(numbers):
+        method.batches = iter([one])
+        return method.soft_loss(numbers, 0.1)
+
+    loss, removed = at(numbers)
+    assert method.passes - before == 3 * 64
     (slope,) = torch.autograd.grad(loss, numbers)
     for i in range(6):
         step = 1e-5 * torch.eye(6, dtype=torch.float64)[i]
         with torch.no_grad():
-            up, down = (soft_loss(choice, budget, numbers + s, 0.1)[0] for s in (step, -step))
+            up, down = (at(numbers + s)[0] for s in (step, -step))
         assert slope[i].item() == pytest.approx((up - down).item() / 2e-5, rel=1e-4, abs=1e-7)
     # A mask of 1 / (1 + exp((alpha - p) / T)) each, summed over the ranks of the group.
     p = (torch.arange(32).double() + 0.5) / 32
-    kept = torch.sigmoid((p - 0.4) / 0.1).sum().item()
-    whole = [kept / 32 * n for n in choice.full]
+    whole = torch.sigmoid((p - 0.4) / 0.1).sum().item()
+    assert method.soft_masks(numbers, 0.1)[0].sum().item() == pytest.approx(whole)
     assert 0.3 < removed.item() < 0.9
-    masks = soft_masks(choice, budget, numbers, 0.1)
-    assert masks[0].sum().item() == pytest.approx(whole[0])
 
 
-def test_a_step_of_the_descent_keeps_the_share_removed():
-    alpha = torch.tensor([0.2, 0.5], requires_grad=True)
-    loss, over = 3 * alpha[0] + alpha[1], alpha @ torch.tensor([1.0, 1.0]) - 0.6
-    params = methods.params_of("component_aware", {})
-    descend_step(alpha, torch.optim.SGD([alpha], lr=0.1), loss, over, params)
-    # Gradient (3, 1) less its part (2, 2) along (1, 1); then 0.1 over the target, taken back.
-    assert alpha.tolist() == pytest.approx([0.2 - 0.1 - 0.05, 0.5 + 0.1 - 0.05])
+# --- training on, resuming, and nets of one's own
 
 
 def test_the_small_net_is_trained_on_and_a_resumed_run_ends_the_same(digits, tmp_path):
-    net, context = digits
-    recipe = Recipe(epochs=2, lr=1e-3, batch_size=64, optimizer="adam")
+    recipe = Recipe(epochs=2, lr=1e-3, optimizer="adam")
 
-    def run(path, stop=None):
-        method = build(target=0.5, samples=64, steps=20)
-        where = {"seed": 0, "task": context.task, "checkpoint": path, "run": "r"}
-        more = {"checkpoint_seconds": 0.0} if stop else {}
-        model = copy.deepcopy(net).requires_grad_(True)
+    def run(path, stop=0):
+        probe = methods.probe_of("component_aware", digits.task.pixels)
         if stop:
-            method.after_step = stopper(stop)
-        return train(model, method, recipe, context.train, context.validation, **where, **more)
+            probe.update = lambda at: 1 // (stop - at.total_step)
+        more = {"probe": probe, "checkpoint": path, "checkpoint_seconds": 0.0, "run": "r"}
+        return digits.prune(recipe=recipe, more=more, steps=20)
 
     whole = run(tmp_path / "whole.pt")
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(ZeroDivisionError):
         run(tmp_path / "cut.pt", stop=25)
     resumed = run(tmp_path / "cut.pt")
-    assert measure.parameters(whole.model) < 0.51 * measure.parameters(net)
-    for (name, a), b in zip(
-        whole.model.state_dict().items(), resumed.model.state_dict().values(), strict=True
-    ):
-        assert torch.equal(a, b), name
+    assert measure.parameters(whole.model) < 0.51 * measure.parameters(digits.net)
+    both = zip(whole.model.state_dict().items(), resumed.model.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for (_, a), b in both)
     assert whole.history == resumed.history
+    found, again = whole.probe.arrays(), resumed.probe.arrays()
+    assert all(np.array_equal(found[name], again[name]) for name in found)
     for name in ("shown", "output_dense", "output_pruned"):
-        assert (whole.arrays[name].shape, whole.arrays[name].dtype) == ((6, *SMALL), np.uint8)
-    assert whole.arrays["latent_dense"].shape == whole.arrays["latent_pruned"].shape == (64, 2)
-    assert np.array_equal(whole.arrays["kept"], resumed.arrays["kept"])
+        assert (found[name].shape, found[name].dtype) == ((6, 1, 8, 8), np.uint8)
+    assert found["latent_dense"].shape == found["latent_pruned"].shape == (64, 2)
+    assert (found["path"].shape, found["kept"].shape) == ((21, 6), (6,))
 
 
-def stopper(steps):
-    count = iter(range(steps))
-
-    def after_step(model, progress, lr):
-        if next(count, None) is None:
-            raise KeyboardInterrupt
-
-    return after_step
-
-
-def test_without_training_the_pruned_net_is_what_is_left(digits):
-    net, context = digits
-    method, model = build("uniform", 0.5, samples=64), copy.deepcopy(net)
-    recipe = Recipe(epochs=0, lr=1e-3, batch_size=64)
-    where = {"seed": 0, "task": context.task}
-    made = train(model, method, recipe, context.train, context.validation, **where)
-    assert made.status == "done"
-    (row,) = made.history
-    assert (row["epoch"], row["kept"]) == (0, method.kept_share(model))
-    assert math.isnan(row["train_loss"])
-    x = torch.randn(4, *SMALL)
-    for a, b in zip(made.model(x), method.pruned.model(x), strict=True):
-        assert torch.equal(a, b)
-
-
-def test_awareness_keeps_the_interface_and_gives_each_component_its_share(digits):
-    method, _ = pruned_by(digits, "uniform", 0.5, aware=True, ranking="global")
-    assert kept_by(method)["encoder.fc3"] == 12
-    blind, _ = pruned_by(digits, "uniform", 0.5, ranking="global")
-    assert blind.pruned.point.kept[2] < 12
-
-
-def test_groups_of_a_component_share_a_coefficient(digits):
-    method, net = pruned_by(digits, per="component", solver="grid", levels=2)
-    # Encoder, decoder, classifier and the latent vector.
-    assert method.measures(net)["coefficients"] == 4
-    kept = [row["removed"] for row in method.pruned.report()]
-    assert kept[0] == pytest.approx(kept[1], abs=1 / 8)
-    assert kept[3] == pytest.approx(kept[4], abs=1 / 8)
-
-
-STORED = [
-    ("autoencoder", "reconstruct"),
-    ("autoencoder_classifier", "reconstruct_and_classify"),
-    ("conv_autoencoder", "reconstruct"),
-    ("conv_autoencoder_classifier", "reconstruct_and_classify"),
-]
-
-
-@pytest.fixture(scope="module", params=STORED, ids=lambda each: each[0])
-def finished(request):
-    """A pruned autoencoder with a life of its own: name, dense net, finished net."""
-    name, task = request.param
+def test_a_classifier_of_ones_own_with_limits_on_ones_own_metrics():
     torch.manual_seed(0)
-    dense = randomise(models.build(name, SMALL, 10)).eval()
-    net = copy.deepcopy(dense)
-    task = measure.task(task, (0.5,), (0.29,))
-    method = build("uniform", 0.7, ranking="global", samples=32)
-    method.attach(net, torch.Generator().manual_seed(0))
-    method.prepare(net, Context(toy_batches(), toy_batches(), task, torch.device("cpu")))
-    return name, dense, method.finish(net).eval()
+    x = torch.randn(96, 16)
+    data = [(x[i : i + 32], x[i : i + 32, :4].argmax(1)) for i in range(0, 96, 32)]
+    net = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 4))
+    net = prune(net, Method(), data, Recipe(epochs=20, lr=0.1)).model
+    options = {"steps": 10, "constraints": ["top1 >= 0.2", "loss <= 9"]}
+    made = prune(net, ComponentAware(0.4, **options), data, Recipe(epochs=1, lr=0.1))
+    assert list(made.method.point.values) == ["top1", "loss"]
+    assert made.model[0].out_features == 14
+    with TensorsOnly():  # nothing is left to do in a step
+        at = made.method.at(1, 4, torch.tensor(1.0))
+        made.method.after_backward(at)
+        made.method.after_step(at)
+
+    def wrong(model, batches):
+        return {"wrong": sum(float((model(x).argmax(1) != y).sum()) for x, y in batches)}
+
+    metrics = Metrics(wrong, {"wrong": lambda output, x, y: -output.gather(1, y[:, None]).mean()})
+    with pytest.raises(InputError, match=r"target = 0\.9: refused, wrong <= 0 is broken by \d+"):
+        prune(net, Uniform(0.9, constraints=["wrong <= 0"]), data, ONCE, metrics=metrics)
 
 
-def outputs(net):
-    x = torch.randn(5, *SMALL, generator=torch.Generator().manual_seed(2))
-    with torch.no_grad():
-        return tree_leaves(net(x))
+def test_a_loop_of_ones_own_needs_batches_and_a_net_with_channels():
+    net = nn.Sequential(nn.Linear(16, 4))
+    context = Context((torch.zeros(2, 16),), nn.functional.cross_entropy)
+    with pytest.raises(InputError, match="model = 'Sequential': has no channels that could go"):
+        Uniform(0.5).attach(net, context)
+    net = nn.Sequential(nn.Linear(16, 4), nn.Linear(4, 4))
+    with pytest.raises(InputError, match=r"context\.train = 'no batch': batches"):
+        Uniform(0.5).attach(net, context)
 
 
-def test_a_pruned_autoencoder_is_the_masked_dense_one(finished):
-    _, dense, small = finished
-    channels, masks = Channels(dense, SMALL, "parameters"), []
-    groups = channels.groups
-    scores = importance(channels, dense, GroupL2.measure).split([g.channels for g in groups])
-    for group, score in zip(groups, scores, strict=True):
-        kept = len(small.get_submodule(group.name).bias)
-        gone = score.argsort(stable=True)[: group.channels - kept]
-        masks.append(torch.ones(group.channels).index_fill(0, gone, 0))
-    for a, b in zip(
-        outputs(lambda x: masked_output(dense, groups, masks, x)), outputs(small), strict=True
-    ):
-        assert (a - b).abs().max() <= 1e-5 * a.abs().max()
+# --- what is kept
 
 
-def test_a_pruned_autoencoder_comes_back_from_disk_bit_for_bit(finished, tmp_path):
-    name, dense, small = finished
-    shrink.save_net(small, tmp_path / "net", name, SMALL, 10)
-    loaded = shrink.load_net(tmp_path / "net", name)
-    assert type(loaded) is type(dense)
-    assert measure.parameters(loaded) == measure.parameters(small) < 0.3 * measure.parameters(dense)
-    for a, b in zip(outputs(small), outputs(loaded), strict=True):
-        assert torch.equal(a, b)
-    assert torch.equal(small.encode(torch.ones(2, *SMALL)), loaded.encode(torch.ones(2, *SMALL)))
-
-
-@pytest.mark.parametrize("finished", STORED[1:3], indirect=True, ids=lambda each: each[0])
-def test_onnx_runtime_computes_every_output_of_it(finished, tmp_path):
-    _, _, small = finished
-    shrink.export_onnx(small, tmp_path / "net.onnx", SMALL)
-    net = shrink.OnnxNet(tmp_path / "net.onnx")
-    names = [each.name for each in net.session.get_outputs()]
-    expected = outputs(small)
-    assert names == ["output", "output_1"][: len(expected)]
-    for a, b in zip(expected, outputs(net), strict=True):
+@pytest.mark.parametrize("name", ["autoencoder", "conv_autoencoder_classifier"])
+def test_a_pruned_autoencoder_comes_back_from_disk_and_runs_in_onnx(name, tmp_path):
+    x, both = torch.randn(32, 1, 8, 8), name.endswith("classifier")
+    data, net = [(x, torch.randint(0, 10, (32,)))], models.build(name, (1, 8, 8), 10)
+    task = measure.task("reconstruct_and_classify" if both else "reconstruct", (0.5,), (0.3,))
+    about = {"loss": task.loss, "metrics": measure.task_metrics(task, 10)}
+    method = Uniform(0.7, ranking="global")
+    made = prune(randomise(net), method, data, ONCE, validation=data, **about)
+    assert list(method.point.values) == ["psnr", "accuracy"][: 1 + both]
+    made.save(tmp_path / "net")
+    loaded = shrink.load(tmp_path / "net", models.build(name, (1, 8, 8), 10))
+    assert torch.equal(made.model.encode(x), loaded.encode(x))
+    made.export(tmp_path / "net.onnx")
+    outputs = [made.model(x), shrink.OnnxNet(tmp_path / "net.onnx")(x)]
+    for a, b in zip(*(outputs if both else [[each] for each in outputs]), strict=True):
         assert (a - b).abs().max() <= 1e-4 * a.abs().max()
-
-
-@pytest.mark.parametrize(
-    ("params", "target", "words"),
-    [
-        ({}, 0.0, "target = 0.0: the share of parameters to remove"),
-        ({}, 1.0, "target = 1.0: the share of parameters to remove"),
-        ({"tolerance": 0.0}, 0.5, "params.tolerance = 0.0: "),
-        ({"most": 1.0}, 0.5, "params.most = 1.0: "),
-        ({"levels": 1}, 0.5, "params.levels = 1: "),
-        ({"solver": "newton"}, 0.5, "params.solver = 'newton': "),
-        ({"protect": "encoder"}, 0.5, "params.protect = 'encoder': "),
-        ({"epsilon": 0.1}, 0.5, "params.epsilon = 0.1: allowed are"),
-    ],
-)
-def test_bad_settings_are_refused(params, target, words):
-    with pytest.raises(InputError, match=words) as caught:
-        build(target=target, **params)
-    assert one_line(caught)
-
-
-@pytest.mark.parametrize(
-    ("params", "words"),
-    [
-        ({"constraints": ["speed >= 3"]}, "constraint = 'speed >= 3': metrics are accuracy, psnr"),
-        ({"protect": ["encoder.fc9"]}, "protect = 'encoder.fc9': protectable are"),
-    ],
-)
-def test_what_only_the_net_can_tell_is_refused_before_the_search(digits, params, words):
-    before = copy.deepcopy(digits[0].state_dict())
-    with pytest.raises(InputError, match=words) as caught:
-        pruned_by(digits, **params)
-    assert one_line(caught)
-    assert all(torch.equal(before[k], v) for k, v in digits[0].state_dict().items())
 
 
 def test_the_plane_of_points_is_that_of_their_spread():
@@ -577,35 +489,3 @@ def test_the_plane_of_points_is_that_of_their_spread():
     assert plane(z).tolist() == [[3, 0], [-3, 0], [0, 1], [0, -1]]
     assert plane(z[:, :1])[:, 1].tolist() == [0] * 4
     assert as_bytes(torch.tensor([-1.0, 0.5, 2.0])).tolist() == [0, 128, 255]
-
-
-def test_a_classifier_is_pruned_by_its_accuracy():
-    context = Context(toy_batches(), toy_batches(), measure.Task(), torch.device("cpu"))
-    net = models.build("lenet300", SMALL, 10)
-    method = build(target=0.5, samples=32, steps=5)
-    method.attach(net, torch.Generator().manual_seed(0))
-    method.prepare(net, context)
-    assert list(method.pruned.point.judgement.values) == ["accuracy"]
-    assert method.finish(net)(torch.zeros(2, *SMALL)).shape == (2, 10)
-    assert set(method.arrays()) == {"kept", "path"}
-
-
-def test_the_dense_net_of_no_hidden_layer_has_nothing_to_remove():
-    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
-    context = Context(toy_batches(), toy_batches(), measure.Task(), torch.device("cpu"))
-    method = build(target=0.5)
-    method.attach(net, torch.Generator().manual_seed(0))
-    with pytest.raises(InputError, match="model = 'Sequential': has no channels that could go"):
-        method.prepare(net, context)
-
-
-def test_an_autoencoder_alone_is_judged_by_psnr():
-    task = measure.task("reconstruct", (0.5,), (0.29,))
-    context = Context(toy_batches(), toy_batches(), task, torch.device("cpu"))
-    torch.manual_seed(0)
-    net = Autoencoder(SMALL, 10, (8, 6), 4)
-    # A channel of so small a net is 5% of its parameters.
-    method = build(target=0.3, samples=32, steps=5, tolerance=0.05)
-    method.attach(net, torch.Generator().manual_seed(0))
-    method.prepare(net, context)
-    assert list(method.pruned.point.judgement.values) == ["psnr"]

@@ -1,16 +1,19 @@
 """Figures from made-up runs: what is drawn is what was given."""
 
+import io
+
 import numpy as np
 import pandas as pd
 import pytest
 from conftest import one_line
+from IPython.core.pylabtools import retina_figure
 from matplotlib import pyplot as plt
+from PIL import Image
 
 from prunestudy.errors import InputError
 from prunestudy.papers import card
 from prunestudy.study import figures
-from prunestudy.study.figures import look, papers
-from prunestudy.study.figures.inline import alt_text
+from prunestudy.study.figures import papers
 
 
 @pytest.fixture(autouse=True)
@@ -112,7 +115,7 @@ def test_reconstructions_have_a_row_of_pictures_for_each_run():
     axes = papers.reconstructions(store, {"ours, 50%": "a", "uniform, 50%": "b"}).axes[0]
     labels = [text.get_text() for text in axes.get_yticklabels()]
     assert labels == ["image", "dense", "ours, 50%", "uniform, 50%"]
-    assert alt_text(axes.figure) == "images, and what is left of them"
+    assert figures.alt_text(axes.figure) == "images, and what is left of them"
     drawn = np.asarray(axes.images[0].get_array())
     assert drawn.shape == (16, 12)
     assert drawn[:4, 4:8].tolist() == pictures[1, 0].tolist()
@@ -180,9 +183,40 @@ def test_speed_up_by_macs_and_by_time():
 
 
 def test_a_figure_is_saved_as_one_png(tmp_path):
-    figure, (axes,) = look.canvas()
+    figure, (axes,) = figures.canvas()
     axes.plot([1, 2])
     path = figures.save_to(figure, tmp_path / "figures", "line")
     assert [p.name for p in path.parent.iterdir()] == ["line.png"]
     first = path.read_bytes()
     assert figures.save_to(figure, tmp_path / "figures", "line").read_bytes() == first
+
+
+# --- in notebooks
+
+
+def test_alternative_text_is_made_of_titles_axes_and_legends():
+    figure, (left, right) = plt.subplots(1, 2)
+    assert figures.alt_text(figure) == ""
+    left.set(title="gates\nof fc1", xlabel="step", ylabel="gate g")
+    left.plot([1, 2], label="kept")
+    left.legend()
+    right.set(xlabel="layer")
+    assert figures.alt_text(figure) == "gates of fc1: gate g against step. layer. kept"
+    figure.suptitle("LeNet")
+    right.set(xlabel="")
+    right.plot([1, 2], label="of all")
+    figure.legend(handles=right.lines)
+    assert figures.alt_text(figure) == "LeNet. gates of fc1: gate g against step. of all. kept"
+
+
+def test_figures_in_notebooks_have_a_palette_and_show_the_same():
+    figure, axes = plt.subplots()
+    axes.imshow(np.linspace(0, 1, 400).reshape(20, 20))
+    plain, _ = retina_figure(figure)
+    png, shown = figures.shown(figure)
+    assert (shown["alt"], len(png) < 0.6 * len(plain)) == ("", True)
+    small, large = (Image.open(io.BytesIO(data)) for data in (png, plain))
+    assert (small.mode, small.size) == ("P", large.size)
+    pixels = [np.asarray(picture.convert("RGB"), int) for picture in (small, large)]
+    assert np.abs(pixels[0] - pixels[1]).mean() < 0.5
+    assert (pixels[0][0, 0] == 255).all()

@@ -14,7 +14,7 @@ from prunestudy import measure, methods, models, papers, shrink
 from prunestudy.errors import InputError
 from prunestudy.methods import Context, Progress, filters
 from prunestudy.methods.force import force, force_by_pairs
-from prunestudy.shrink import low_rank, ranks
+from prunestudy.shrink import factors
 from prunestudy.study.figures import papers as drawings
 from prunestudy.study.plan import plan
 from prunestudy.study.records import Store, repository
@@ -321,7 +321,7 @@ def test_finish_equals_the_net_with_projected_weights(target, kind, params):
         projected = net.eval()(x)
     assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
     small = method.finish(net)
-    assert low_rank.pairs_of(small)
+    assert factors.pairs_of(small)
     assert float((small(x) - projected).abs().max() / projected.abs().max()) < 1e-9
     assert not any(p.requires_grad for p in small.parameters())
 
@@ -329,9 +329,9 @@ def test_finish_equals_the_net_with_projected_weights(target, kind, params):
 @pytest.mark.parametrize("params", [{}, {"fine_tune": 0.5}])
 def test_the_finished_net_comes_back_from_disk_bit_for_bit(tmp_path, params):
     small = trained(made(target=0.7, by="rank", **params), epochs=2)[0].model
-    assert list(low_rank.pairs_of(small)) == ["conv1", "conv2", "conv3"]
-    shrink.save_net(small, tmp_path / "net", "convnet", (1, 8, 8), 10)
-    loaded, x = shrink.load_net(tmp_path / "net"), weights(4, 1, 8, 8, dtype=torch.float32)
+    assert list(factors.pairs_of(small)) == ["conv1", "conv2", "conv3"]
+    shrink.save(small, tmp_path / "net")
+    loaded, x = shrink.load(tmp_path / "net", convnet()), weights(4, 1, 8, 8, dtype=torch.float32)
     with torch.no_grad():
         assert torch.equal(loaded(x), small(x))
 
@@ -341,8 +341,8 @@ def test_onnx_runtime_computes_the_same(tmp_path):
     net = convnet()
     method.attach(net, torch.Generator())
     small, x = method.finish(net), weights(3, 1, 8, 8, dtype=torch.float32)
-    assert low_rank.pairs_of(small)
-    shrink.export_onnx(small, tmp_path / "net.onnx", (1, 8, 8))
+    assert factors.pairs_of(small)
+    shrink.export(small, tmp_path / "net.onnx", torch.rand(2, 1, 8, 8))
     with torch.no_grad():
         wanted = small(x)
     for count in (1, 3):
@@ -359,13 +359,15 @@ def test_each_kind_of_target_removes_what_it_says():
         method = made("plain_low_rank", target, kind)
         method.attach(net, torch.Generator())
         small[kind] = method.finish(net)
-    pairs = low_rank.pairs_of(small["rank"])
+    pairs = factors.pairs_of(small["rank"])
     assert [len(p[0].weight) for p in pairs.values()] == [6, 8, 16]  # of 25, 32 and 64
-    for name, pair in low_rank.pairs_of(small["energy"]).items():
+    for name, pair in factors.pairs_of(small["energy"]).items():
         whole = net.get_submodule(name).weight.detach()
-        lost = (whole - low_rank.merged(pair).detach()).square().sum() / whole.square().sum()
+        lost = (whole - factors.merged(pair).detach()).square().sum() / whole.square().sum()
         assert 0.1 < float(lost) <= 0.2
-    assert measure.macs(small["macs"], shape) <= 0.5 * measure.macs(net, shape)
+    assert measure.macs(small["macs"], torch.zeros(1, *shape)) <= 0.5 * measure.macs(
+        net, torch.zeros(1, *shape)
+    )
 
 
 def test_measures_are_those_of_the_net_before_and_of_its_factors():
@@ -374,22 +376,25 @@ def test_measures_are_those_of_the_net_before_and_of_its_factors():
     method.attach(net, torch.Generator())
     small = method.finish(net)
     found = method.measures(small)
-    at_error, macs = shrink.ranks_by_energy(net, 0.95), measure.layer_macs(net, (1, 8, 8))
+    at_error, macs = (
+        shrink.ranks_by_energy(net, 0.95),
+        measure.layer_macs(net, torch.zeros(1, 1, 8, 8)),
+    )
     assert {f"rank.{n}": m for n, m in at_error.items()}.items() <= found.items()
     assert found["rank_total"] == sum(at_error.values())
     wider = shrink.ranks_by_energy(net, 0.95, variant="svd")
     assert found["rank_total_svd"] == sum(wider.values()) < found["rank_total"]
-    assert found["speed_up.conv2"] == shrink.speed_up(32, 32, 5, at_error["conv2"])
+    assert found["speed_up.conv2"] == shrink.layer_speed_up(net.conv2, at_error["conv2"])
     ratios = [at_error[n] / full for n, full in (("conv1", 25), ("conv2", 32), ("conv3", 64))]
     assert found["rank_ratio"] == pytest.approx(sum(ratios) / 3)
-    assert found["speed_up"] == pytest.approx(ranks.speed_up_at(net, macs, at_error))
+    assert found["speed_up"] == pytest.approx(factors.speed_up_at(net, macs, at_error))
     own = {"conv1": 6, "conv2": 8, "conv3": 16}
     assert {n: found[f"factor_rank.{n}"] for n in own} == own
     assert found["factor_rank_total"] == 30
     assert found["log2_rank_total"] == pytest.approx(math.log2(found["rank_total"]))
     scores = measure.Task().evaluate(small, toy_batches(seed=1).ordered(), 10)
     assert found["validation_factorised"] == scores.metric
-    assert found["factor_speed_up"] == pytest.approx(ranks.speed_up_at(net, macs, own))
+    assert found["factor_speed_up"] == pytest.approx(factors.speed_up_at(net, macs, own))
 
 
 def test_arrays_are_before_and_after_and_small():
@@ -405,8 +410,8 @@ def test_arrays_are_before_and_after_and_small():
         assert arrays[f"angles_before.{name}"].sum() == pairs
     wide = models.build("resnet20", (3, 32, 32), 10)
     both = {
-        **filters.portraits(low_rank.layers_to_factorise(wide), "before"),
-        **filters.portraits(low_rank.layers_to_factorise(wide), "after"),
+        **filters.portraits(factors.layers_to_factorise(wide), "before"),
+        **filters.portraits(factors.layers_to_factorise(wide), "after"),
     }
     assert sum(a.nbytes for a in both.values()) < 900_000
 
@@ -429,7 +434,7 @@ def test_history_has_the_rank_and_the_accuracy_if_factorised_now():
 def test_a_diverged_training_ends_without_factors():
     result, _ = trained(made(), epochs=3, lr=1e20)
     assert result.status == "diverged"
-    assert not low_rank.pairs_of(result.model)
+    assert not factors.pairs_of(result.model)
 
 
 # --- fine-tuning and dynamic rank pruning
@@ -444,7 +449,7 @@ def test_fine_tuning_trains_the_factors_at_equal_ranks():
             ("fine_tune", 0.5, True),
         ]
         result, _ = trained(method, epochs=2)
-        pairs = low_rank.pairs_of(result.model)
+        pairs = factors.pairs_of(result.model)
         shapes[name] = {n: [tuple(x.weight.shape) for x in p] for n, p in pairs.items()}
         assert shapes[name]["conv2"] == [(8, 32, 5, 5), (32, 8, 1, 1)]
         start = shrink.factorise(net_after(name, 1), shrink.ranks_by_share(convnet(), 0.25))
@@ -476,7 +481,7 @@ def test_dynamic_rank_pruning_starts_full_and_narrows_each_round():
         seen = []
         for name in names:
             method.start(net, name)
-            pairs = low_rank.pairs_of(net)
+            pairs = factors.pairs_of(net)
             seen.append({n: len(p[0].weight) for n, p in pairs.items()})
             if name == "fine_tune":
                 assert float((net(x) - whole).abs().max() / whole.abs().max()) < 1e-9
@@ -576,9 +581,8 @@ def test_ranks_of_the_card_give_the_published_theory():
     for table in papers.card("force").ranks:
         for layer, rank, theory in zip(table.layers, table.ranks, table.theory, strict=False):
             filters, channels, groups = sizes[layer]
-            assert shrink.speed_up(filters, channels, 3, rank, groups) == pytest.approx(
-                theory, abs=0.01
-            )
+            whole = nn.Conv2d(channels, filters, 3, groups=groups)
+            assert shrink.layer_speed_up(whole, rank) == pytest.approx(theory, abs=0.01)
             checked += 1
     assert checked == 6
 
@@ -613,11 +617,11 @@ def test_ranks_of_the_card_fit_the_nets_that_we_have(method, derived):
             continue
         shape = (1, 28, 28) if table.dataset == "mnist" else (3, 32, 32)
         net = models.build(table.model, shape, 10)
-        full = ranks.full_ranks(net)
+        full = shrink.ranks_by_share(net, 1.0)
         assert full == dict(zip(table.layers, table.full, strict=True))
         if table.model == "resnet20":
             found = dict(zip(table.layers, table.ranks, strict=True))
-            assert ranks.speed_up_at(net, measure.layer_macs(net, shape), found) == pytest.approx(
+            assert factors.speed_up_at(net, measure.layer_macs(net, shape), found) == pytest.approx(
                 derived, abs=0.01
             )
 
@@ -671,7 +675,7 @@ def test_records_of_the_study_hold_ranks_and_both_scores(study):
         assert metrics["rank_total"] == sum(layers)
         assert ("metric_whole" in metrics) == (item.settings.target.kind == "energy")
         assert 0 <= metrics["validation_factorised"] <= 1
-        pairs = low_rank.pairs_of(study.runner.net(item.settings))
+        pairs = factors.pairs_of(study.runner.net(item.settings))
         assert {n: len(p[0].weight) for n, p in pairs.items()} == {
             n.removeprefix("factor_rank."): rank
             for n, rank in metrics.items()
@@ -692,12 +696,12 @@ def test_ranks_stand_beside_the_published_ones_of_the_same_net():
     paper = papers.card("force")
     plain, *_ = (t for t in paper.ranks if (t.model, t.method) == ("resnet20", "plain_low_rank"))
     rows = [
-        ("resnet20", "cifar10", method, "", seed, layer, rank, 16, 1.0)
+        ("resnet20", "cifar10", method, "", seed, layer, rank, 16, 1.0, "cpu")
         for method, ranks in (("plain_low_rank", (8, 12)), ("force", (4, 4)))
         for seed, rank in enumerate(ranks)
         for layer in plain.layers
     ]
-    columns = "model dataset method variant seed layer rank full speed_up".split()
+    columns = "model dataset method variant seed layer rank full speed_up device".split()
     ours = pd.DataFrame(rows, columns=columns)
     axes = drawings.rank_per_layer(ours, paper, "resnet20", "cifar10").axes[0]
     bars = [bar.get_height() for bar in axes.patches if bar.get_width()]
@@ -743,12 +747,18 @@ def test_a_factorised_net_is_trained_and_its_weights_are_pruned(runner, method, 
 
 def test_channels_of_a_factorised_net_are_removed(runner):
     before, after, metrics = after_force(runner, "l1_filter", 0.4, "macs")
-    shape, full, ranks_ = (1, 8, 8), low_rank.pairs_of(before), low_rank.pairs_of(after)
+    shape, full, ranks_ = (1, 8, 8), factors.pairs_of(before), factors.pairs_of(after)
     assert full.keys() == ranks_.keys()
-    macs = measure.macs(after, shape)
-    assert 0.5 * measure.macs(before, shape) < macs <= 0.6 * measure.macs(before, shape)
+    macs = measure.macs(after, torch.zeros(1, *shape))
+    assert (
+        0.5 * measure.macs(before, torch.zeros(1, *shape))
+        < macs
+        <= 0.6 * measure.macs(before, torch.zeros(1, *shape))
+    )
     assert metrics["macs"] == macs
-    assert metrics["dense_macs"] == measure.macs(convnet(), shape)  # the whole compression
+    assert metrics["dense_macs"] == measure.macs(
+        convnet(), torch.zeros(1, *shape)
+    )  # the whole compression
     assert metrics["target_met"] == 1
     # basis filters go as well as filters
     narrower = [[len(a.weight) < len(b.weight) for a, b in zip(ranks_[n], full[n], strict=True)]

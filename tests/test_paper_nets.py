@@ -8,8 +8,8 @@ to the disk.
 import pytest
 from conftest import narrowed, small_imagenet, small_voc
 
-from prunestudy import models, shrink
-from prunestudy.study.runs import Runner, _data
+from prunestudy import models
+from prunestudy.study.runs import Runner, _data, stored_net
 from prunestudy.study.settings import own_settings
 
 # At 32 the last batch norms of ResNet-50 would see two values a channel, which may be equal.
@@ -46,7 +46,7 @@ def two_steps(monkeypatch, tmp_path, store):
         values |= {"epochs": 1, "batch_size": 2, "lr": 0.001, "flip": True}
         settings = own_settings(values | {"target": target}, root=str(root))
         record = Runner(store, data=root, device="cpu").ensure(settings)
-        return settings, record, shrink.load_net(store.weights(settings.run), model)
+        return settings, record, stored_net(store.weights(settings.run))[0]
 
     yield run
     _data.cache_clear()

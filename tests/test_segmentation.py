@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from conftest import one_line
 from torch import nn
+from torchmetrics.functional.classification import multiclass_jaccard_index
 
 from prunestudy import measure
 from prunestudy.errors import InputError
@@ -51,6 +52,18 @@ def test_mean_iou_by_hand():
     right = math.log(3 + 3) - math.log(3)  # -log softmax of ln 3 among zeros, four classes
     assert found.loss == pytest.approx((4 * right + 2 * math.log(6)) / 6, rel=1e-6)
     assert (found.count, TASK.metric_name) == (2, "miou")
+
+
+def test_mean_iou_is_that_of_torchmetrics():
+    torch.manual_seed(0)
+    logits, y = torch.randn(6, 5, 8, 8), torch.randint(0, 4, (6, 8, 8))
+    y[torch.rand(6, 8, 8) < 0.2] = 255
+    found = TASK.evaluate(Fixed(), zip(logits.split(4), y.split(4), strict=True), 5).metric
+    theirs = multiclass_jaccard_index(logits, y, 5, ignore_index=255)
+    assert found == pytest.approx(float(theirs), rel=1e-6)
+    wrong = [(logits, y.where(y < 255, 7))]
+    with pytest.raises(InputError, match=r"labels = \(0, 7\): 0..4"):
+        TASK.evaluate(Fixed(), wrong, 5)
 
 
 def test_a_mask_without_labels_is_refused():
@@ -101,7 +114,15 @@ def test_classes_with_a_contour_in_one_mask_only_score_zero():
 def test_pixels_without_a_label_decide_nothing():
     true = square(6)
     true[:, 5:8] = 255
-    assert measure.boundary_f1(square(7), true) == measure.boundary_f1(square(6), true) == 1.0
+    assert math.isnan(measure.boundary_f1(square(7), true))  # the ring is no contour
+    true = square(6)
+    true[:8, 5:8] = 255
+    # Below the ring the contour is columns 5 and 6; 8 rows have it, the ring's own border none.
+    assert measure.boundary_f1(square(6), true) == 1.0
+    assert measure.boundary_f1(square(8), true) == 0.0
+    within = square(6)
+    within[:8, 5:8] = 2
+    assert measure.boundary_f1(within, true) == 1.0
 
 
 def test_boundary_f1_of_a_set_is_the_mean_of_its_images():

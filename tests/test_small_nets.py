@@ -11,15 +11,12 @@ from functools import cache
 import pytest
 import torch
 import torchvision
-from conftest import apart, narrowed, one_line
+from conftest import apart, narrowed
 from torch import nn
 
 from prunestudy import measure, models, shrink
-from prunestudy.errors import InputError
 from prunestudy.methods.channels import Channels, scale_consumers
-from prunestudy.shrink.low_rank import layers_to_factorise, pairs_of
-from prunestudy.shrink.onnx import OnnxNet, export_onnx
-from prunestudy.shrink.ranks import full_ranks
+from prunestudy.shrink.factors import layers_to_factorise, pairs_of
 
 
 class Autoencoder(nn.Sequential):
@@ -98,7 +95,7 @@ def case(name):
     torch.manual_seed(0)
     build, shape = NETS[name]
     dense = lively(build().double(), shape)
-    channels = Channels(dense, shape, "macs")
+    channels = Channels(dense, torch.zeros(2, *shape).double(), "macs")
     gates = random_gates(channels, EMPTIED.get(name, ()))
     gated = shrink.fold(dense)
     scale_consumers(gated, channels, Gates(gates))
@@ -166,9 +163,9 @@ def test_the_small_net_is_the_gated_one(name):
 @pytest.mark.parametrize("name", NETS)
 def test_its_cost_is_the_closed_form_of_the_gates(name):
     it = case(name)
-    parameters = Channels(it.dense, it.shape, "parameters")
+    parameters = Channels(it.dense, torch.zeros(2, *it.shape).double(), "parameters")
     for channels, count in [
-        (it.macs, measure.macs(it.small, it.shape)),
+        (it.macs, measure.macs(it.small, torch.zeros(1, *it.shape))),
         (parameters, measure.parameters(it.small)),
     ]:
         assert float(channels.cost((it.gates != 0).double())) == pytest.approx(count, rel=1e-12)
@@ -182,7 +179,7 @@ FACTORISED = sorted(set(NETS) - {"mlp", "emptied_branches", "autoencoder", "dens
 def test_at_full_rank_factors_are_the_net(name):
     it = case(name)
     layers = layers_to_factorise(it.small)
-    pairs = shrink.factorise(it.small, full_ranks(it.small, tuple(layers)))
+    pairs = shrink.factorise(it.small, shrink.ranks_by_share(it.small, 1.0, tuple(layers)))
     assert set(pairs_of(pairs)) == set(layers)
     x = images(it.shape, torch.float64)
     assert apart(output(pairs, x), output(it.small, x)) < 1e-9
@@ -216,13 +213,11 @@ def test_what_follows_a_constant_may_work_in_place(emptied):
 
 
 @pytest.mark.parametrize("name", NETS)
-def test_it_comes_back_from_disk_bit_for_bit(name, tmp_path, monkeypatch):
+def test_it_comes_back_from_disk_bit_for_bit(name, tmp_path):
     it, build = case(name), NETS[name][0]
-    entry = models._Entry(lambda shape, num_classes: build(), "a net of this test")
-    monkeypatch.setitem(models._REGISTRY, "of_this_test", entry)
     small = shrink.fold(it.small).float()
-    shrink.save_net(small, tmp_path / "net", "of_this_test", it.shape, 10)
-    loaded = shrink.load_net(tmp_path / "net", "of_this_test")
+    shrink.save(small, tmp_path / "net")
+    loaded = shrink.load(tmp_path / "net", build())
     x = images(it.shape, torch.float32)
     assert torch.equal(output(loaded, x), output(small, x))
 
@@ -230,45 +225,17 @@ def test_it_comes_back_from_disk_bit_for_bit(name, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", IN_ONNX)
 def test_onnx_runtime_computes_the_same(name, tmp_path):
     it = case(name)
-    export_onnx(shrink.fold(it.small).float(), tmp_path / "net.onnx", it.shape)
+    example = images(it.shape, torch.float32)
+    shrink.export(shrink.fold(it.small).float(), tmp_path / "net.onnx", example)
     assert [path.name for path in tmp_path.iterdir()] == ["net.onnx"]
     expected = output(it.gated, images(it.shape, torch.float64))
     for count in (1, 3):
         x = images(it.shape, torch.float32)[:count]
-        assert apart(OnnxNet(tmp_path / "net.onnx")(x), expected[:count]) < 1e-4
+        assert apart(shrink.OnnxNet(tmp_path / "net.onnx")(x), expected[:count]) < 1e-4
 
 
 def test_latency_in_onnx_runtime():
     net = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
-    found = measure.onnx_latency({"a": net, "b": net}, (1, 2, 2), batch=2, rounds=3)
+    found = measure.onnx_latency({"a": net, "b": net}, torch.zeros(2, 1, 2, 2), rounds=3)
     assert list(found) == ["a", "b"]
     assert all(ms > 0 for ms in found.values())
-
-
-class OneBatch(nn.Module):
-    def forward(self, x):
-        return x.flatten(1) + x.new_zeros(len(x), 1)
-
-
-class Branching(nn.Module):
-    def forward(self, x):
-        return x if x.sum() > 0 else -x
-
-
-@pytest.mark.parametrize(("net", "why"), [(OneBatch(), "batches of 2"), (Branching(), "no ONNX")])
-def test_what_cannot_be_exported_is_refused(net, why, tmp_path):
-    with pytest.raises(InputError, match=why) as caught:
-        export_onnx(net, tmp_path / "net.onnx", (1, 4, 4))
-    assert one_line(caught).startswith(f"model = '{type(net).__name__}': no ONNX of it: ")
-    assert not list(tmp_path.iterdir())
-
-
-def test_what_is_no_onnx_file_is_refused(tmp_path):
-    (tmp_path / "net.onnx").write_bytes(b"no net")
-    for path in (tmp_path / "net.onnx", tmp_path / "none.onnx"):
-        with pytest.raises(InputError, match=r"path = .*a file that export_onnx wrote"):
-            OnnxNet(path)
-    with pytest.raises(InputError, match="threads = 0: a positive integer"):
-        OnnxNet(tmp_path / "net.onnx", threads=0)
-    with pytest.raises(InputError, match=r"path = .*a folder that exists"):
-        export_onnx(nn.Flatten(), tmp_path / "none" / "net.onnx", (1, 2, 2))

@@ -3,6 +3,7 @@ import math
 import platform
 from functools import cache
 from itertools import pairwise
+from typing import ClassVar
 
 import pytest
 import torch
@@ -12,15 +13,15 @@ from torch import nn
 from prunestudy import methods
 from prunestudy.datasets import Batches, DatasetInfo, ImageSet
 from prunestudy.errors import InputError
-from prunestudy.methods import Method, Params, Phase
+from prunestudy.methods import Context, Method, Phase
 from prunestudy.train import (
     Loop,
     Recipe,
     keep_freed_memory,
     loop,
     memory,
+    prune,
     read_checkpoint,
-    train,
     write_checkpoint,
 )
 from prunestudy.values import checked
@@ -33,44 +34,47 @@ def dense():
 
 
 def fit(method=None, recipe=None, batches=None, net=None, seed=3, **options):
-    """A small training on noise, always the same."""
+    """A small training on noise, always the same; the host looks at each step."""
     batches = batches or toy_batches()
     net = net or randomise(BatchNormNet())
-    recipe = recipe or Recipe(epochs=EPOCHS, lr=0.01, weight_decay=1e-3)
-    return train(net, method or dense(), recipe, batches, toy_batches(seed=9), seed=seed, **options)
+    recipe = recipe or Recipe(epochs=EPOCHS, lr=0.01, weight_decay=1e-3, period=1)
+    options = {"validation": toy_batches(seed=9), "seed": seed} | options
+    return prune(net, method or dense(), batches, recipe, **options)
 
 
 class Recorder(Method):
     """Writes down what the loop asks of it."""
 
-    parts: tuple = (Phase("train"),)
+    parts: ClassVar[tuple] = (Phase("train"),)
 
-    def __init__(self):
-        super().__init__(Params())
-        self.said = []
+    def __init__(self, parts=None):
+        super().__init__()
+        self.said, self.own = [], parts or self.parts
 
     def phases(self):
-        return self.parts
+        return self.own
 
-    def attach(self, model, generator):
+    def attach(self, model, context):
+        self.model = [model]  # in a list: not a part of the method's state
         self.said.append(("attach",))
 
-    def start(self, model, phase):
-        self.said.append(("start", phase))
+    def after_step(self, at):
+        self.said.append(at)
 
-    def end(self, model, phase):
-        self.said.append(("end", phase))
+    def update(self, at):
+        self.said.append(("update", at.phase, at.step))
 
-    def after_step(self, model, progress, lr):
-        self.said.append((progress, lr))
-
-    def finish(self, model):
+    def finish(self, model, context):
         self.said.append(("finish",))
-        return super().finish(model)
+        return super().finish(model, context)
+
+    @property
+    def steps(self):
+        return [at for at in self.said if not isinstance(at, tuple)]
 
     @property
     def rates(self):
-        return [words[1] for words in self.said if not isinstance(words[0], str)]
+        return [at.lr.item() for at in self.steps]
 
 
 # --- the recipe
@@ -160,7 +164,7 @@ def test_steps_of_sgd_by_hand():
     net[1].weight.data.copy_(torch.tensor([[0.5], [-0.25]]))
     recipe = Recipe(epochs=3, lr=0.1, momentum=0.9, weight_decay=0.01, schedule="poly")
     batches = one_pixel()
-    made = train(net, dense(), recipe, batches, batches, seed=0)
+    made = prune(net, dense(), batches, recipe, validation=batches)
     w, velocity, losses, right = [0.5, -0.25], [0.0, 0.0], [], []
     for lr in (0.1, 0.1 * 2 / 3, 0.1 / 3):
         p = 1 / (1 + math.exp(2 * (w[0] - w[1])))  # softmax of class 1 on the logits 2 w
@@ -173,7 +177,7 @@ def test_steps_of_sgd_by_hand():
     assert [row["train_loss"] for row in made.history] == pytest.approx(losses, abs=1e-6)
     assert [row["validation_loss"] for row in made.history][:2] == pytest.approx(losses[1:])
     assert [row["epoch"] for row in made.history] == [1, 2, 3]
-    assert (made.status, made.arrays) == ("done", {})
+    assert made.status == "done"
     assert [row["validation_top1"] for row in made.history] == right
     assert right == [0, 0, 1]
 
@@ -184,7 +188,7 @@ def test_steps_of_adam_by_hand():
     net[1].weight.data.copy_(torch.tensor([[0.5], [-0.25]]))
     recipe = Recipe(epochs=2, lr=0.1, momentum=0.8, optimizer="adam", schedule="constant")
     batches = one_pixel()
-    made = train(net, dense(), recipe, batches, batches, seed=0)
+    made = prune(net, dense(), batches, recipe, validation=batches)
     w, m, v = [0.5, -0.25], [0.0, 0.0], [0.0, 0.0]
     for step in (1, 2):
         p = 1 / (1 + math.exp(2 * (w[0] - w[1])))
@@ -199,38 +203,19 @@ def test_steps_of_adam_by_hand():
 def test_no_epoch_leaves_the_net_and_one_row_of_validation():
     net = nn.Sequential(nn.Flatten(), nn.Linear(1, 2, bias=False))
     before = net[1].weight.detach().clone()
-    made = train(net, dense(), Recipe(epochs=0, lr=0.1), one_pixel(), one_pixel(), seed=0)
+    made = prune(net, dense(), one_pixel(), Recipe(epochs=0, lr=0.1), validation=one_pixel())
     assert torch.equal(made.model[1].weight, before)
     assert (made.status, [row["epoch"] for row in made.history]) == ("done", [0])
 
 
-def test_extra_loss_is_trained_and_counted():
-    class Pull(Method):
-        def extra_loss(self, model, progress):
-            return 3.0 * model[1].weight.sum()
-
-    net = nn.Sequential(nn.Flatten(), nn.Linear(1, 2, bias=False))
-    net[1].weight.data.zero_()
-    batches = one_pixel()
-    recipe = Recipe(epochs=1, lr=0.1, momentum=0.0)
-    made = train(net, Pull(Params()), recipe, batches, batches, seed=0)
-    # softmax 1/2: gradient +-2/2, and 3
-    assert made.model[1].weight.flatten().tolist() == pytest.approx([-0.4, -0.2])
-    assert made.history[0]["train_loss"] == pytest.approx(math.log(2))
-
-
 @pytest.mark.parametrize("pieces", [2, 5, 16])
 def test_a_batch_in_pieces_is_the_same_step(pieces):
-    class Pull(Method):
-        def extra_loss(self, model, progress):
-            return 0.1 * model[1].weight.square().sum()
-
     made = []
     for number in (1, pieces):
         torch.manual_seed(0)
         net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
         recipe = Recipe(epochs=2, lr=0.1, pieces=number)
-        made.append(fit(Pull(Params()), recipe, net=net))
+        made.append(fit(recipe=recipe, net=net))
     for whole, part in zip(*(one.model.parameters() for one in made), strict=True):
         assert torch.allclose(whole, part, atol=1e-6)
     whole, part = ([row["train_loss"] for row in one.history] for one in made)
@@ -246,21 +231,37 @@ def test_a_piece_with_a_loss_that_is_not_finite_ends_the_run():
 # --- phases
 
 
-def test_order_of_the_hooks_and_progress():
-    method = Recorder()
-    method.parts = (Phase("a", 0.25), Phase("b", 0.75, restart=True))
-    fit(method, Recipe(epochs=2, lr=0.01))
-    words = [w if isinstance(w[0], str) else w[0].phase for w in method.said]
-    a, b = [["a"] * 2, ["b"] * 6]
-    assert words == [
-        *[("attach",), ("start", "a"), *a, ("end", "a")],
-        *[("start", "b"), *b, ("end", "b"), ("finish",)],
-    ]
-    progress = [w[0] for w in method.said if not isinstance(w[0], str)]
-    assert [(p.step, p.steps, p.total_step, p.total_steps) for p in progress] == [
-        *[(0, 2, 0, 8), (1, 2, 1, 8)],
-        *[(step, 6, step + 2, 8) for step in range(6)],
-    ]
+@pytest.mark.parametrize("period", [1, 2, 4])
+def test_order_of_the_hooks_and_where_they_are(period):
+    method = Recorder((Phase("a", 0.375), Phase("b", 0.625, restart=True)))
+    fit(method, Recipe(epochs=2, lr=0.01, period=period))
+    updates = {("a", n) for n in range(period, 4, period)} | {("a", 3)}
+    updates |= {("b", n) for n in range(period, 6, period)} | {("b", 5)}
+    expected = [("attach",)]
+    for phase, steps in (("a", 3), ("b", 5)):
+        for step in range(1, steps + 1):
+            expected.append((phase, step))
+            if (phase, step) in updates:
+                expected.append(("update", phase, step))
+    said = [w if isinstance(w, tuple) else (w.phase, w.step) for w in method.said]
+    assert said == [*expected, ("finish",)]
+    assert [(at.total_step, at.total_steps) for at in method.steps] == [(n, 8) for n in range(1, 9)]
+    shares = [*(n / 3 for n in range(3)), *(n / 5 for n in range(5))]
+    assert [at.share.item() for at in method.steps] == shares
+    assert [at.first for at in method.steps] == [True, False, False, True, *[False] * 4]
+    assert [at.last for at in method.steps] == [*[False] * 2, True, *[False] * 4, True]
+
+
+@pytest.mark.parametrize(("epochs", "period"), [(1, 1), (99, 1), (100, 2), (2000, 16)])
+def test_the_host_looks_every_sixteen_steps_and_in_short_runs_more_often(epochs, period):
+    context = Context(tuple(torch.zeros(1, 2, 1, 8, 8)), scored, score=None)
+    net, recipe = randomise(BatchNormNet()), Recipe(epochs=epochs, lr=0.1)
+    Loop(net, dense(), recipe, toy_batches(), context, dict)
+    assert context.period == period
+
+
+def scored(output, x, y):
+    return torch.nn.functional.cross_entropy(output, y)
 
 
 @pytest.mark.parametrize(
@@ -284,46 +285,27 @@ def test_order_of_the_hooks_and_progress():
     ],
 )
 def test_learning_rates_of_phases(parts, expected):
-    method = Recorder()
-    method.parts = parts
+    method = Recorder(parts)
     fit(method, Recipe(epochs=2, lr=0.008, schedule="poly"))
     assert [1000 * lr for lr in method.rates] == pytest.approx(expected)
 
 
 def test_a_phase_begins_without_the_momentum_of_the_one_before():
     class Two(Recorder):
-        parts = (Phase("a", 0.5), Phase("b", 0.5))
+        def after_backward(self, at):
+            seen.append(self.model[0][1].weight.grad.clone())
 
-    seen = []
-    two = Two()
-    two.after_backward = lambda model, progress: seen.append(model[1].weight.grad.clone())
+        def after_step(self, at):
+            weights.append(self.model[0][1].weight.detach().clone())
+
     net = nn.Sequential(nn.Flatten(), nn.Linear(1, 2, bias=False))
     net[1].weight.data.zero_()
-    weights = [net[1].weight.detach().clone()]
-    batches = one_pixel()
-    after_step = two.after_step
-    two.after_step = lambda model, progress, lr: (
-        after_step(model, progress, lr),
-        weights.append(model[1].weight.detach().clone()),
-    )
+    seen, weights = [], [net[1].weight.detach().clone()]
     recipe = Recipe(epochs=4, lr=0.1, schedule="constant")
-    train(net, two, recipe, batches, batches, seed=0)
+    prune(net, Two((Phase("a", 0.5), Phase("b", 0.5))), one_pixel(), recipe)
     steps = [(a - b) / 0.1 for a, b in pairwise(weights)]
     torch.testing.assert_close(steps[1], 0.9 * seen[0] + seen[1])
     torch.testing.assert_close(steps[2], seen[2])
-
-
-def test_history_names_the_phase_and_has_the_methods_columns():
-    params = {"harden": 0.5}
-    made = fit(methods.build("sparse_gates", params, 0.8))
-    assert [row["phase"] for row in made.history] == ["gates", "gates", "fine_tune", "fine_tune"]
-    base = ["epoch", "phase", "train_loss", "validation_loss", "validation_top1", "kept"]
-    own = ["undecided", "expected_kept", "lambda2"]
-    assert list(made.history[0]) == base + own + ["validation_top1_sampled"]
-    # the gates are decided after the second epoch: no sampled net any more
-    assert list(made.history[1]) == base + own
-    assert made.arrays["gate_histograms"].shape == (4, 40)
-    assert made.arrays["gate_histograms"].sum(1).tolist() == [1104.0] * 4
 
 
 # --- the same again
@@ -332,9 +314,6 @@ def test_history_names_the_phase_and_has_the_methods_columns():
 def same(a, b):
     assert a.status == b.status
     assert a.history == b.history
-    assert a.arrays.keys() == b.arrays.keys()
-    for name in a.arrays:
-        assert a.arrays[name].tobytes() == b.arrays[name].tobytes()
     one, two = a.model.state_dict(), b.model.state_dict()
     assert list(one) == list(two)
     for name in one:
@@ -366,7 +345,7 @@ class Fragile:
             yield batch
 
 
-VARIANTS = {
+ALL = {
     "dense": {},
     "magnitude": {},
     "random": {},
@@ -377,11 +356,12 @@ VARIANTS = {
     "sparse_gates": {"harden": 0.6, "draw": "bernoulli_then_deterministic"},
     "sparse_gates sgd": {"harden": 0.6, "gate_optimizer": "sgd", "gate_lr": 1.0},
 }
+VARIANTS = {"dense": {}}
 
 
 def made_of(variant):
     name = variant.split()[0]
-    target = 0.8 if methods.method_class(name).target_kinds else None
+    target = 0.8 if methods.method_class(name).counts else None
     return methods.build(name, VARIANTS[variant], target)
 
 
@@ -412,7 +392,7 @@ def test_an_interrupted_run_ends_like_an_undisturbed_one(variant, step, tmp_path
     looked_at = 1 if variant == "snip" else 0  # batches, before the first step
     with pytest.raises(KilledError):
         fit(made_of(variant), batches=Fragile(step + looked_at, **MOVED), **options)
-    assert read_checkpoint(path, "r")["at"]["step"] == step
+    assert read_checkpoint(path, "r")["state"]["step"] == step
     # what the new process starts with does not matter: other weights, other random states
     torch.manual_seed(step)
     net = randomise(BatchNormNet(), seed=99)
@@ -449,20 +429,30 @@ def test_a_run_interrupted_at_every_step(tmp_path):
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path):
-    options = {"checkpoint": tmp_path / "c", "run": "r"}
+    options = {"checkpoint": tmp_path / "c", "checkpoint_seconds": 0.0, "run": "r"}
     first = fit(made_of("l1"), **options)
     again = fit(made_of("l1"), batches=Fragile(0), **options)
     same(first, again)
     assert again.seconds == first.seconds
 
 
-def test_checkpoints_fall_on_the_ends_of_epochs_when_steps_are_quick(tmp_path):
-    options = {"checkpoint": tmp_path / "c", "checkpoint_seconds": 1e6, "run": "r"}
-    with pytest.raises(KilledError):
-        fit(batches=Fragile(7), **options)
-    assert read_checkpoint(tmp_path / "c", "r")["at"]["step"] == 4
-    same(fit(**options), undisturbed("dense"))
-    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+def test_checkpoints_take_two_percent_of_the_time_at_most(tmp_path, monkeypatch):
+    """A step of one second, a checkpoint of one: after the first, one in fifty steps."""
+    now, saved = [0.0], []
+
+    class Slow(Recorder):
+        def after_backward(self, at):
+            now[0] += 1.0
+
+    def write(path, run, state):
+        saved.append(state["state"]["step"])
+        now[0] += 1.0
+
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(loop, "write_checkpoint", write)
+    recipe = Recipe(epochs=40, lr=0.01)
+    fit(Slow(), recipe, checkpoint=tmp_path / "c", checkpoint_seconds=20.0, run="r")
+    assert saved == [20, 70, 120]
 
 
 @pytest.mark.parametrize(
@@ -479,7 +469,7 @@ def test_steps_end_a_training_within_an_epoch(steps, made, epochs):
 
 @pytest.mark.parametrize("step", [2, 4, 5])
 def test_a_run_counted_in_steps_resumes(step, tmp_path):
-    recipe = Recipe(epochs=EPOCHS, steps=6, lr=0.01, weight_decay=1e-3)
+    recipe = Recipe(epochs=EPOCHS, steps=6, lr=0.01, weight_decay=1e-3, period=1)
     options = {"checkpoint": tmp_path / "c", "checkpoint_seconds": 0.0, "run": "r"}
     with pytest.raises(KilledError):
         fit(recipe=recipe, batches=Fragile(step), **options)
@@ -497,7 +487,7 @@ def test_no_checkpoint_stands_between_an_epoch_and_its_row(tmp_path, monkeypatch
 
 
 def _rows(state):
-    return state["at"]["step"], len(state["at"]["history"])
+    return state["state"]["step"], len(state["state"]["history"])
 
 
 def test_global_random_states_are_left_alone():
@@ -603,14 +593,19 @@ def test_a_loss_that_is_not_finite_ends_the_run():
     made = fit(recipe=Recipe(epochs=3, lr=1e18))
     assert (made.status, made.history) == ("diverged", [])
 
-    class Later(Method):
-        def extra_loss(self, model, progress):
-            return torch.tensor(math.nan if progress.total_step == 6 else 0.0)
 
-    made = fit(Later(Params()))
-    assert (made.status, len(made.history)) == ("diverged", 1)
-    # the step was not made: the net is that of the sixth step
-    assert all(torch.isfinite(v).all() for v in made.model.state_dict().values())
+@pytest.mark.parametrize(("period", "updates"), [(1, 5), (2, 2), (4, 1)])
+def test_a_loss_that_is_not_finite_is_seen_at_the_next_look(period, updates):
+    def spoilt(output, x, y):
+        loss = torch.nn.functional.cross_entropy(output, y)
+        calls.append(output.requires_grad)
+        return loss * (math.nan if sum(calls) == 6 else 1.0)
+
+    calls, method = [], Recorder()
+    made = fit(method, Recipe(epochs=4, lr=0.01, period=period), loss=spoilt)
+    assert made.status == "diverged"
+    assert sum(w[0] == "update" for w in method.said if isinstance(w, tuple)) == updates
+    assert len(made.history) == 1
 
 
 def test_a_net_that_breaks_in_the_last_step_is_diverged():
@@ -645,7 +640,7 @@ def test_the_seconds_of_a_resumed_run_add_up(tmp_path, monkeypatch):
     options = {"checkpoint": tmp_path / "c", "checkpoint_seconds": 0.0, "run": "r"}
     with pytest.raises(KilledError):
         fit(batches=Fragile(6), **options)
-    saved = read_checkpoint(tmp_path / "c", "r")["at"]["seconds"]
+    saved = read_checkpoint(tmp_path / "c", "r")["state"]["seconds"]
     assert saved >= 6
     made = fit(**options)
     assert made.seconds >= saved + 10
@@ -656,30 +651,51 @@ def test_time_between_two_steps_counts_for_nothing(monkeypatch):
     monkeypatch.setattr(loop.time, "perf_counter", lambda: now[0])
 
     class Slow(Recorder):
-        def after_backward(self, model, progress):
+        def after_backward(self, at):
             now[0] += 1.0
 
-    alone = Loop(randomise(BatchNormNet()), Slow(), Recipe(epochs=2, lr=0.01), *two_sets(), seed=3)
+    alone = looped(Slow(), 3, Recipe(epochs=2, lr=0.01))
     for _ in alone.steps():
         now[0] += 100.0
-    assert alone.result().seconds == 2 * 4
+    assert alone.state.seconds == 2 * 4
+
+
+def looped(method, seed, recipe):
+    """A loop to be advanced by hand, as `fit` runs one."""
+    train = toy_batches()
+    example = torch.cat([x for x, _ in train.ordered(2)][:1])
+    generator = torch.Generator().manual_seed(seed)
+    context = Context((example,), scored, generator=generator, weight_decay=recipe.weight_decay)
+    net = randomise(BatchNormNet()).to(memory_format=torch.channels_last)
+    return Loop(net, method, recipe, train, context, score, seed=seed)
+
+
+def score(net):
+    """As `prune` scores by default."""
+    right = total = loss = 0
+    net.eval()
+    with torch.no_grad():
+        for x, y in toy_batches(seed=9).ordered(512):
+            output = net(x)
+            right += int((output.argmax(1) == y).sum())
+            loss += scored(output, x, y).item() * len(x)
+            total += len(x)
+    net.train()
+    return {"top1": right / total, "loss": loss / total}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_two_trainings_in_turns_are_each_as_if_alone(variant):
-    recipe = Recipe(epochs=EPOCHS, lr=0.01, weight_decay=1e-3)
-    loops = [
-        Loop(randomise(BatchNormNet()), made_of(variant), recipe, *two_sets(), seed=seed)
-        for seed in (3, 4)
-    ]
+    recipe = Recipe(epochs=EPOCHS, lr=0.01, weight_decay=1e-3, period=1)
+    loops = [looped(made_of(variant), seed, recipe) for seed in (3, 4)]
     rows = list(zip(*(each.steps() for each in loops), strict=True))
     assert [row is not None for row, _ in rows] == [False, False, False, True] * EPOCHS
     for each, seed in zip(loops, (3, 4), strict=True):
-        same(each.result(), fit(made_of(variant), seed=seed))
-
-
-def two_sets():
-    return toy_batches(), toy_batches(seed=9)
+        alone = fit(made_of(variant), seed=seed)
+        assert each.state.history == alone.history
+        state = each.finish().state_dict()
+        for name, value in alone.model.state_dict().items():
+            assert torch.equal(value, state[name])
 
 
 # --- memory

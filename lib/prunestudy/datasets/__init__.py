@@ -1,9 +1,8 @@
-"""Where images come from, and how batches are made of them.
+"""Data sets, and batches made of them.
 
-A data set is one uint8 tensor in memory, or a list of files to be streamed. `info` says what a set
-looks like (without reading it and without torch, so that planning a study stays light), `load`
-reads and verifies it, `split` takes validation images from the training images, `batches_of` makes
-batches of either.
+A data set lies in memory as one uint8 tensor, or on disk as files that worker processes decode.
+`info` gives its sizes without reading it, `load` reads and verifies it, `split` takes validation
+images out of the training images, and `batches_of` makes batches of either kind.
 
     data = load("mnist")
     train, validation = split(data.train, 5000)
@@ -16,17 +15,9 @@ from typing import Any
 
 from prunestudy.datasets.catalogue import DatasetInfo, data_root, fingerprint, info, names
 
-# These need torch, whose import takes two seconds: they come at their first use.
-_WITH_TORCH = {
-    "Batches": "batches",
-    "Dataset": "sources",
-    "ImageSet": "sources",
-    "StreamBatches": "stream_batches",
-    "StreamSet": "streams",
-    "batches_of": "stream_batches",
-    "load": "sources",
-    "split": "sources",
-}
+# These need torch, which takes two seconds to import; planning does without them.
+_WITH_TORCH = dict.fromkeys(("Dataset", "ImageSet", "load", "split"), "sources")
+_WITH_TORCH |= {"Batches": "batches", "Stream": "streams", "batches_of": "streams"}
 __all__ = ["DatasetInfo", "data_root", "fingerprint", "info", "names"]
 
 

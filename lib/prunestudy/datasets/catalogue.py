@@ -16,12 +16,10 @@ FOLDER = "folder:"
 class DatasetInfo:
     """The facts about one data set.
 
-    `mean` and `std` have one value per channel, of pixels scaled to 0..1, over all training images.
-    They are empty for an image folder that has not been loaded: `load(...).info` has them.
-    `version` changes whenever the images or our split of them do. With `masks` each pixel has a
-    label, 255 for none. Height and width of a streamed set are those that its images are cut to.
-    `fingerprint` is what loading the set must give (see `Dataset`); empty where nobody has loaded
-    it.
+    `mean` and `std`: one value per channel, of training pixels scaled to 0..1; empty for an image
+    folder until `load` computes them. `version` changes with the images and with our split of them.
+    `masks`: every pixel has a label, 255 for none. Images of a streamed set are cropped to `height`
+    and `width`. `fingerprint` is the one that `load` must find, empty where it is not known.
     """
 
     name: str
@@ -39,7 +37,7 @@ class DatasetInfo:
     fingerprint: str = ""
 
 
-# Title, version, channels, height, width, classes, training images and test images.
+# Title, version, channels, height, width, classes, training images, test images.
 _SIZES = {
     "digits": ("Digits", "1", 1, 8, 8, 10, 1437, 360),
     "mnist": ("MNIST", "1", 1, 28, 28, 10, 60_000, 10_000),
@@ -50,7 +48,7 @@ _SIZES = {
     "imagenet": ("ImageNet", "1", 3, 224, 224, 1000, 1_281_167, 50_000),
     "voc": ("Pascal VOC 2012", "1", 3, 513, 513, 21, 1464, 1449),
 }
-# Mean and std, computed from the training images; tests compute them again.
+# Mean and std of the training images; the tests compute them again.
 _STATISTICS = {
     "digits": ((0.3054,), (0.3758,)),
     "mnist": ((0.1307,), (0.3081,)),
@@ -59,89 +57,80 @@ _STATISTICS = {
     "cifar10_jpeg": ((0.4913, 0.4821, 0.4465), (0.2452, 0.2428, 0.2606)),
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
 }
-# What torchvision's pretrained nets expect.
-_PHOTOS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+_PRETRAINED = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # torchvision's nets expect these
 _FINGERPRINTS = {
     "digits": "82a84588fa0e0276844f84a52786720cfa5fa1aa7b71cd0e33d2ba23d3bad85e",
     "mnist": "f9f06a0dd76ba0dd234d7126d2a7a40257f9e97a61831ac2811f3450d6b90d4a",
     "fashion_mnist": "145c7cc693ba9309a106bf85524ac71e85fcfb2e7d8183008ef3c512c60b6793",
     "cifar10_jpeg": "de8d27527f9de4ddd178ee079501bb87b8a3a9a7c11584fd9600e8ece860fd7d",
 }
-_KNOWN = {
-    name: DatasetInfo(
-        name,
-        *sizes,
-        *_STATISTICS.get(name, _PHOTOS),
-        masks=name == "voc",
-        fingerprint=_FINGERPRINTS.get(name, ""),
-    )
-    for name, sizes in _SIZES.items()
-}
+
+
+_KNOWN = {}
+for _name, _sizes in _SIZES.items():
+    _facts = (*_sizes, *_STATISTICS.get(_name, _PRETRAINED), _name == "voc")
+    _KNOWN[_name] = DatasetInfo(_name, *_facts, _FINGERPRINTS.get(_name, ""))
 
 
 def names() -> tuple[str, ...]:
-    """Names of the data sets that come with the project; `folder:PATH` is allowed besides."""
+    """Names of the data sets of the project; `folder:PATH` is allowed besides."""
     return tuple(_KNOWN)
 
 
 def data_root(root: str | Path | None = None) -> Path:
-    """Folder below which data sets lie: `root`, else `PRUNESTUDY_DATA`, else `data/` of the study.
-
-    Whether it exists is not asked here.
-    """
-    return _home(root or os.environ.get("PRUNESTUDY_DATA") or home() / "data")
+    """Folder of the data sets: `root`, else `PRUNESTUDY_DATA`, else the study's `data/`."""
+    return _expanded(root or os.environ.get("PRUNESTUDY_DATA") or home() / "data")
 
 
 def info(name: str, root: str | Path | None = None) -> DatasetInfo:
-    """Facts about the data set `name`: one of `names()`, or `folder:PATH`.
+    """Facts about the data set `name`, one of `names()` (read nowhere) or `folder:PATH`.
 
-    The known sets need no disk. PATH is absolute or below the data root, with images in
-    PATH/{train,test}/<class>/; the layout is listed and the first image's header read. A folder's
-    version is a digest of its file names and sizes, and its name has only the last part of PATH.
-
-    Raises `InputError` for an unknown name and for a folder that is not laid out so.
+    PATH is absolute or below the data root and holds images as {train,test}/<class>/<image>: they
+    are listed, and the first one gives the size. A folder's version is a digest of its file names
+    and sizes, its name the last part of PATH. Raises `InputError` for another layout or name.
     """
     allowed = f"allowed are {', '.join(names())}, folder:PATH"
     require(isinstance(name, str), "dataset", name, allowed)
     if not name.startswith(FOLDER):
         require(name in _KNOWN, "dataset", name, allowed)
         return _KNOWN[name]
-    layout = folder_layout(name, root)
-    title, images = layout.path.name, [len(layout.files[split]) for split in folders.SPLITS]
-    facts = (title, layout.version, *layout.size, len(layout.classes), *images)
-    return DatasetInfo(FOLDER + title, *facts, mean=(), std=())
+    path = folder_path(name, root)
+    (train, test), classes, digest = folders.list_images(name, path)
+    size = folders.size_of(name, path / next(iter(train)))
+    facts = (path.name, digest[:12], *size, classes, len(train), len(test))
+    return DatasetInfo(FOLDER + path.name, *facts, mean=(), std=())
 
 
-def folder_layout(name: str, root: str | Path | None) -> folders.Layout:
-    """List the image folder `folder:PATH`, an absolute path or one below the data root."""
+def folder_path(name: str, root: str | Path | None) -> Path:
+    """Path of the image folder `folder:PATH`; `InputError` for an empty or undecodable PATH."""
     path = name.removeprefix(FOLDER)
-    allowed = "folder: is followed by the path of an image folder"
-    require(path.strip() != "", "dataset", name, allowed)
-    return folders.scan(name, data_root(root) / _home(path))
+    right = path.strip() != "" and path == path.encode(errors="ignore").decode()
+    require(right, "dataset", name, "folder: is followed by the path of an image folder, in UTF-8")
+    return data_root(root) / _expanded(path)
 
 
 def fingerprint(name: str, root: str | Path | None = None) -> str:
-    """The fingerprint that loading the data set `name` gives today; "" where it is not known.
+    """The fingerprint that `load` finds today, "" where it is not known.
 
-    Needs no disk for the known sets. A folder is loaded, again only when a file of it changed.
+    Nothing is read for one of `names()`. A folder is loaded, and again only once a file changed.
     Raises `InputError` as `load` does.
     """
     if not str(name).startswith(FOLDER):
         return info(name).fingerprint
-    layout = folder_layout(name, root)
-    files = [file for split in folders.SPLITS for file, _ in layout.files[split]]
-    states = [(layout.path / file).stat() for file in files]
-    stamps = tuple((file, s.st_size, s.st_mtime_ns) for file, s in zip(files, states, strict=True))
-    return _loaded(f"{FOLDER}{layout.path.absolute()}", stamps)
+    path = folder_path(name, root)
+    parts, *_ = folders.list_images(name, path)
+    states = {str(path / file): (path / file).stat() for part in parts for file in part}
+    stamps = tuple((file, state.st_size, state.st_mtime_ns) for file, state in states.items())
+    return _loaded(name, root, stamps)
 
 
 @functools.lru_cache(maxsize=8)
-def _loaded(name: str, _: tuple[tuple[str, int, int], ...]) -> str:
+def _loaded(name: str, root: str | Path | None, _: tuple[tuple[str, int, int], ...]) -> str:
     from prunestudy.datasets.sources import load  # late: it needs torch
 
-    return load(name).fingerprint
+    return load(name, root).fingerprint
 
 
-def _home(path: str | Path) -> Path:
-    # os.path's leaves "~nobody" as it is, where pathlib's raises
+def _expanded(path: str | Path) -> Path:
+    # os.path's leaves "~nobody" as it is, pathlib's raises
     return Path(os.path.expanduser(path))  # noqa: PTH111

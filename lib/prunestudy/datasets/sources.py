@@ -6,7 +6,6 @@ What is read is verified by its fingerprint where that is known, CIFAR's files b
 import gzip
 import hashlib
 import tempfile
-import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,112 +13,133 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prunestudy.datasets import folders, streams
-from prunestudy.datasets.catalogue import FOLDER, DatasetInfo, data_root, folder_layout, info
+from prunestudy.datasets import folders
+from prunestudy.datasets.catalogue import FOLDER, DatasetInfo, data_root, folder_path, info
 from prunestudy.errors import InputError, require
 
 # Folders below the data root.
-_PLACES = {
-    "mnist": "MNIST/raw",
-    "fashion_mnist": "FashionMNIST/raw",
-    "cifar10": "cifar-10-batches-py",
-    "cifar10_jpeg": "cifar10-jpeg",
-    "cifar100": "cifar-100-python",
-    "imagenet": "imagenet",
-    "voc": "VOCdevkit/VOC2012",
-}
-# torchvision's classes.
+_PLACES = {"cifar10_jpeg": "cifar10-jpeg", "imagenet": "imagenet", "voc": "VOCdevkit/VOC2012"}
+# Sets that torchvision reads and downloads, by its class.
 _CLASSES = {
     "mnist": "MNIST",
     "fashion_mnist": "FashionMNIST",
     "cifar10": "CIFAR10",
     "cifar100": "CIFAR100",
 }
-# Where Debian's package dataset-fashion-mnist puts the files.
-_SYSTEM_FOLDERS = {"fashion_mnist": Path("/usr/share/datasets/fashion-mnist")}
-_DIGITS_SEED = 0
-_VALIDATION_SEED = 0
+# Fashion-MNIST, packed, of Debian's package dataset-fashion-mnist.
+_DEBIAN = Path("/usr/share/datasets/fashion-mnist")
+_DIGITS_SEED = _VALIDATION_SEED = 0
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images (N, H, W, C) uint8 in 0..255 and their labels (N,) int64."""
+    """Images and their labels, in memory or on disk.
 
-    images: Tensor
-    labels: Tensor
+    In memory: `images` (N, H, W, C) uint8 and `labels` (N,) int64. On disk: `images` (N,) are names
+    of files below `folder`, and `labels` (N,) numbers or names of masks; both are numpy arrays,
+    because lists would be copied into every worker.
+    """
+
+    images: Tensor | np.ndarray
+    labels: Tensor | np.ndarray
+    folder: Path | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def subset(self, indices: Tensor | slice) -> "ImageSet":
         """Images and labels at `indices`, in their order; `IndexError` for an absent one."""
-        return ImageSet(self.images[indices], self.labels[indices])
+        return replace(self, images=self.images[indices], labels=self.labels[indices])
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set in memory or on disk.
+    """A data set.
 
-    `fingerprint` is the sha256 of all its images and labels, of a streamed set that of the names
-    and sizes of its files.
+    `fingerprint`: sha256 of all images and labels; on disk, of the names and sizes of the files.
     """
 
     info: DatasetInfo
-    train: "ImageSet | streams.StreamSet"
-    test: "ImageSet | streams.StreamSet"
+    train: ImageSet
+    test: ImageSet
     fingerprint: str
 
 
 def load(name: str, root: str | Path | None = None) -> Dataset:
     """Read the data set `name`, one of `names()` or `folder:PATH`, from below the data root.
 
-    - `digits`: 8x8 images of scikit-learn, their values 0..16 stretched to 0..255. It has no
-      official split; ours takes each fifth image of each class in a fixed random order for the
-      test (1,437 and 360 images). The same writers are in both parts.
-    - `mnist`, `fashion_mnist`: the four idx files, plain or .gz, in `<root>/MNIST/raw`,
-      `<root>/FashionMNIST/raw` or Debian's folder; fetched by torchvision if there is none of
-      these.
-    - `cifar10`, `cifar100`: the files of the Python version, in `<root>/cifar-10-batches-py` and
-      `<root>/cifar-100-python`; fetched likewise.
+    - `digits`: scikit-learn's 8x8 images, their values 0..16 stretched to 0..255. The split is
+      ours: every fifth image of a class, in a fixed random order, is a test image. The two parts
+      share their writers.
+    - `mnist`, `fashion_mnist`, `cifar10`, `cifar100`: where torchvision has them below `<root>`,
+      Fashion-MNIST also in the folder of Debian's package; torchvision downloads what is missing.
     - `cifar10_jpeg`: a copy of CIFAR-10 as JPEG files, an image folder `<root>/cifar10-jpeg`.
-    - `imagenet`: `<root>/imagenet/{train,val}/<class>/*.JPEG`; `voc`: `<root>/VOCdevkit/VOC2012`,
-      the masks of the classes, trained on `train` and tested on `val`. These stay on disk: what is
-      there is verified, see `streams.py`.
-    - `folder:PATH`: see `info`; its `mean` and `std` are computed here.
+    - `imagenet`: `<root>/imagenet/{train,val}/<class>/*.JPEG`; `voc`: `<root>/VOCdevkit/VOC2012`
+      with class masks, trained on `train` and tested on `val`. Both stay on disk.
+    - `folder:PATH`: see `info`; `mean` and `std` are computed here.
 
-    Raises `InputError` for an unknown name, missing files that cannot be downloaded, damaged or
-    changed ones, what does not fit into memory, and, for folders, whatever is not a well-formed
-    set of images of one size.
+    Raises `InputError` for an unknown name, for missing, damaged or changed files, for images that
+    cannot be read or differ in size, and for sets that do not fit into memory.
     """
-    details, place = info(name, root), str(data_root(root))
+    details, place = info(name, root), data_root(root)
     try:
         data = _read(details, name, root)
     except OSError as error:
         why = _one_line(error)
-        raise InputError(f"data = {place!r}: {name} cannot be read ({why})") from error
+        raise InputError(f"data = {str(place)!r}: {name} cannot be read ({why})") from error
     except MemoryError as error:
         raise InputError(f"dataset = {name!r}: does not fit into memory") from error
     right = details.fingerprint in ("", data.fingerprint)
     allowed = f"{name} has fingerprint {data.fingerprint}, {details.fingerprint} expected"
-    require(right, "data", place, f"{allowed}; delete its files to fetch them again")
+    require(right, "data", str(place), f"{allowed}; delete its files to download them again")
     return data
+
+
+def split(train: ImageSet, validation: int) -> tuple[ImageSet, ImageSet]:
+    """Take the last `validation` images of a fixed permutation out of the training images.
+
+    The permutation depends on the number of images alone: all runs are tuned on the same
+    validation images, whatever their seed, and a smaller validation set is part of a larger one.
+    Returns the remaining training images and the validation images. Raises `InputError` unless
+    1 <= `validation` < len(train).
+    """
+    right = type(validation) is int and 1 <= validation < len(train)
+    allowed = f"a number of images from 1 to {len(train) - 1}"
+    require(right, "validation", validation, allowed)
+    generator = torch.Generator().manual_seed(_VALIDATION_SEED)
+    order = torch.randperm(len(train), generator=generator)
+    return train.subset(order[:-validation]), train.subset(order[-validation:])
+
+
+def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and std per channel, in 0..1, of images (N, H, W, C) uint8; 1 for a std of 0."""
+    values, means, deviations = np.arange(256) / 255, [], []
+    for channel in images.unbind(3):
+        # counts of the 256 values: exact, and no float copy of all images
+        share = torch.bincount(channel.flatten(), minlength=256).numpy() / channel.numel()
+        means.append(float(share @ values))
+        deviations.append(float(np.sqrt(share @ (values - means[-1]) ** 2)) or 1.0)
+    return tuple(means), tuple(deviations)
 
 
 def _read(details: DatasetInfo, name: str, root: str | Path | None) -> Dataset:
     place = data_root(root) / _PLACES.get(name, "")
     if name in ("imagenet", "voc"):
-        return Dataset(details, *streams.find(details, place))
+        parts, digest = folders.find_streamed(details, place)
+        columns = [map(np.array, (list(part), list(part.values()))) for part in parts]
+        return Dataset(details, *(ImageSet(*column, place) for column in columns), digest)
     if name == "digits":
         arrays = _digits()
-    elif name.startswith(FOLDER):
-        arrays = folders.read(folder_layout(name, root))
-    elif name == "cifar10_jpeg":
-        there = f"{name} needs {place.name} in it"
-        require(place.is_dir(), "data", str(place.parent), there)
-        arrays = folders.read(folder_layout(f"{FOLDER}{place}", root))
+    elif name in _CLASSES:
+        arrays = _read_files(name, place)
     else:
-        arrays = _read_files(name, data_root(root), place)
-    train, test = (ImageSet(*map(torch.from_numpy, part)) for part in arrays)
+        if name == "cifar10_jpeg":
+            there = f"{name} needs {place.name} in it"
+            require(place.is_dir(), "data", str(place.parent), there)
+        path = folder_path(name, root) if name.startswith(FOLDER) else place
+        shape = (details.height, details.width, details.channels)
+        arrays = folders.read(name, path, folders.list_images(name, path)[0], shape)
+    train, test = (ImageSet(*map(torch.as_tensor, part)) for part in arrays)
     if not details.mean:
         mean, std = channel_statistics(train.images)
         details = replace(details, mean=mean, std=std)
@@ -129,41 +149,6 @@ def _read(details: DatasetInfo, name: str, root: str | Path | None) -> Dataset:
         digest.update(part.images.numpy())
         digest.update(part.labels.numpy())
     return Dataset(details, train, test, digest.hexdigest())
-
-
-def split(
-    train: "ImageSet | streams.StreamSet", validation: int
-) -> tuple["ImageSet | streams.StreamSet", "ImageSet | streams.StreamSet"]:
-    """Training images without the last `validation` of a fixed permutation, and those.
-
-    The permutation depends on the number of images only, not on the seed of a run: all runs are
-    tuned on the same validation images, and a smaller validation set is part of a larger one.
-
-    Raises `InputError` unless 1 <= `validation` < len(train).
-    """
-    allowed = f"a number of images from 1 to {len(train) - 1}"
-    right = type(validation) is int and 1 <= validation < len(train)
-    require(right, "validation", validation, allowed)
-    generator = torch.Generator().manual_seed(_VALIDATION_SEED)
-    order = torch.randperm(len(train), generator=generator)
-    return train.subset(order[:-validation]), train.subset(order[-validation:])
-
-
-def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel, in pixels of 0..1, of images (N, H, W, C) uint8.
-
-    A constant channel has the deviation 1, so that it can be divided by.
-    """
-    values = np.arange(256) / 255
-    means, deviations = [], []
-    for channel in range(images.shape[3]):
-        # counts of the 256 values: exact, and no float copy of all images
-        share = torch.bincount(images[..., channel].flatten(), minlength=256).numpy()
-        share = share / share.sum()
-        mean = float(share @ values)
-        means.append(mean)
-        deviations.append(float(np.sqrt(share @ (values - mean) ** 2)) or 1.0)
-    return tuple(means), tuple(deviations)
 
 
 def _digits() -> list[tuple[np.ndarray, np.ndarray]]:
@@ -180,61 +165,27 @@ def _digits() -> list[tuple[np.ndarray, np.ndarray]]:
     return [(images[part], labels[part]) for part in (~test, test)]
 
 
-def _read_files(name: str, root: Path, place: Path) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Images and labels of both parts of a set of torchvision's, downloaded first where needed."""
+def _read_files(name: str, root: Path) -> list[tuple[Tensor, Tensor]]:
+    """Images and labels of both parts of a set that torchvision reads, and downloads if missing."""
     import torchvision.datasets
 
-    kind = getattr(torchvision.datasets, _CLASSES[name])
-    system = _SYSTEM_FOLDERS.get(name, place)
-    folder = system if system.is_dir() and not place.is_dir() else place
-    if not folder.is_dir():
-        _download(kind, name, root, place)
-    if not name.startswith("cifar"):
-        arrays = [
-            [_idx(folder / f"{part}-{what}-ubyte") for what in ("images-idx3", "labels-idx1")]
-            for part in ("train", "t10k")
-        ]
-        return [(images[..., None], labels.astype(np.int64)) for images, labels in arrays]
-    try:
-        parts = [kind(place.parent, train=train) for train in (True, False)]
-    except RuntimeError as error:  # a file is missing, or its md5 is not the known one
-        again = "delete it to download it again"
-        raise InputError(f"data = {str(place)!r}: {_one_line(error)}; {again}") from error
-    return [
-        (np.ascontiguousarray(part.data), np.array(part.targets, dtype=np.int64)) for part in parts
-    ]
-
-
-def _idx(path: Path) -> np.ndarray:
-    """The uint8 array of an idx file: 0, 0, type, dimensions; big-endian sizes; the values."""
-    path = path if path.is_file() else path.with_name(f"{path.name}.gz")
-    try:
-        data = path.read_bytes()
-        if path.suffix == ".gz":
-            data = gzip.decompress(data)
-        shape = np.frombuffer(data, dtype=">i4", count=data[3], offset=4)
-        values = np.frombuffer(data, dtype=np.uint8, offset=4 + 4 * data[3])
-        return values.reshape(shape).copy()  # a copy: bytes are not writable
-    except (OSError, EOFError, zlib.error, ValueError, IndexError) as error:
-        why = f"cannot be read ({_one_line(error)}); delete {path.parent} to download it again"
-        raise InputError(f"data = {str(path)!r}: {why}") from error
-
-
-def _download(kind: type, name: str, root: Path, place: Path) -> None:
-    """Fetch a set into a temporary folder below `root`, then move it to `place`: all or nothing."""
-    allowed = f"{name} needs it, and there is no such folder"
-    require(root.is_dir(), "data", str(root), allowed)
-    try:
-        with tempfile.TemporaryDirectory(prefix=".download-", dir=root) as temporary:
-            kind(temporary, download=True)
-            place.parent.mkdir(exist_ok=True)
-            if not place.is_dir():  # another process may have been faster
-                (Path(temporary) / place.relative_to(root)).replace(place)
-    except Exception as error:  # no network, a mirror's answer, a full or read-only disk
-        raise InputError(
-            f"data = {str(root)!r}: {name} is not there and could not be downloaded "
-            f"({_one_line(error)})"
-        ) from error
+    kind, raw = getattr(torchvision.datasets, _CLASSES[name]), Path("FashionMNIST/raw")
+    with tempfile.TemporaryDirectory() as temporary:
+        if name == "fashion_mnist" and _DEBIAN.is_dir() and not (root / raw).is_dir():
+            root = Path(temporary)
+            (root / raw).mkdir(parents=True)
+            for file in _DEBIAN.glob("*.gz"):
+                (root / raw / file.stem).write_bytes(gzip.decompress(file.read_bytes()))
+        require(root.is_dir(), "data", str(root), f"{name} needs it, and there is no such folder")
+        try:
+            parts = [kind(root, train=train, download=True) for train in (True, False)]
+        except Exception as error:  # no network, a full disk, a damaged file
+            why = f"{name} cannot be read or downloaded ({_one_line(error)})"
+            again = "delete its files to download them again"
+            raise InputError(f"data = {str(root)!r}: {why}; {again}") from error
+    images = [torch.as_tensor(np.ascontiguousarray(part.data)) for part in parts]
+    images = [pixels.view(*pixels.shape[:3], -1) for pixels in images]
+    return list(zip(images, (torch.as_tensor(part.targets) for part in parts), strict=True))
 
 
 def _one_line(error: BaseException) -> str:

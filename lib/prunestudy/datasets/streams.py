@@ -1,182 +1,156 @@
-"""Sets that are too large for memory: ImageNet and Pascal VOC, as files on disk.
+"""Batches of images on disk, decoded by the worker processes of torch's DataLoader.
 
-Only their names are kept. Nothing is skipped silently: `find` opens every file before a training
-and refuses, counting and naming them, those that cannot be read. A JPEG file that ends as it should
-is not decoded for that.
+torchvision's v2 transforms crop and flip each image, ImageNet as in its reference recipes for
+classification, VOC as in those for segmentation. What is drawn for an image depends on (seed,
+epoch, image) alone, not on the number of workers nor on the batch that a run resumes at.
 """
 
-import hashlib
 import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import DataLoader
+from torchvision import tv_tensors
+from torchvision.transforms import v2
 
-from prunestudy.datasets import folders
+from prunestudy.datasets.batches import Batches, mix, require_whole
 from prunestudy.datasets.catalogue import DatasetInfo
+from prunestudy.datasets.folders import UNLABELLED
+from prunestudy.datasets.sources import ImageSet
 from prunestudy.errors import InputError, require
 
-UNLABELLED = 255  # in a mask
-_AT_ONCE = 10_000
+_MOST_VALUES = 2**24  # in the images of a batch that is not trained on
+_MOST_WORKERS = 8
 
 
-@dataclass(frozen=True)
-class StreamSet:
-    """Images on disk: `files` (N,) below `folder`, and `targets` (N,), labels or files of masks.
+def batches_of(images: ImageSet, info: DatasetInfo, batch_size: int, **options: Any) -> Batches:
+    """`Batches` of images in memory, `Stream` of images on disk; `options` as theirs."""
+    kind = Batches if images.folder is None else Stream
+    return kind(images, info, batch_size, **options)
 
-    Names are bytes, in arrays: lists of strings would be copied into each worker bit by bit.
+
+class Stream(Batches):
+    """Normalised batches of images on disk; arguments as those of `Batches`, and `workers`.
+
+    Training images are cropped at random, in size and place (`RandomResizedCrop`; with masks
+    resized to 0.5-2 times the side, padded and cropped), and mirrored if `flip`. Other images are
+    resized and cropped in the middle; with masks they are whole, and padded. `workers` processes
+    decode them (by default one a core, at most 8; 0: none).
+
+    Batches of `ordered` are as small as it takes to keep what a net makes of them in memory.
+    `epoch` and `ordered` raise `InputError` for an image that can no longer be decoded. Raises
+    `InputError` as `Batches` does, and for a `shift`.
     """
 
-    dataset: str
-    folder: Path
-    files: np.ndarray
-    targets: np.ndarray
+    def __init__(self, *arguments: Any, workers: int | None = None, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        usable = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
+        self.workers = min(_MOST_WORKERS, len(usable(0))) if workers is None else workers
+        require_whole("workers", self.workers, 0)
 
-    def __len__(self) -> int:
-        return len(self.files)
+    def _prepare(self) -> None:
+        allowed = f"0: images of {self.info.name} are cropped at random"
+        require(self.shift == 0, "shift", self.shift, allowed)
 
-    def subset(self, indices: Tensor | np.ndarray) -> "StreamSet":
-        """Files and targets at `indices`, in their order."""
-        at = np.asarray(indices)
-        return replace(self, files=self.files[at], targets=self.targets[at])
+    def _augmented(
+        self, epoch: int, order: Tensor, at: list[slice], _: torch.Generator
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        return self._read(epoch, order, at, training_transforms(self.info, self.flip))
 
-    def read(self, index: int) -> tuple[Image.Image, Any]:
-        """Decode one image, and its mask where there are masks; else its label as an int.
+    def _plain(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        values = self.info.channels * self.info.height * self.info.width
+        size = min(size, max(1, _MOST_VALUES // values))
+        at = [slice(place, place + size) for place in range(0, len(self), size)]
+        return self._read(0, torch.arange(len(self)), at, plain_transforms(self.info))
 
-        Raises `InputError` naming the file that cannot be read.
-        """
-        image = self._open(self.files[index]).convert("RGB")
-        if self.targets.dtype.kind != "S":
-            return image, int(self.targets[index])
-        from torchvision import tv_tensors
+    def _read(
+        self, epoch: int, order: Tensor, at: list[slice], transforms: Callable
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of the images `order`, decoded and transformed, at each of the places `at`."""
+        loader = DataLoader(
+            _Decoded(self.images, self.info.name, transforms, self.seed),
+            batch_sampler=([(epoch, n) for n in order[batch].tolist()] for batch in at),
+            num_workers=min(self.workers, len(at)),
+            collate_fn=_stacked,
+            generator=torch.Generator(),  # else it would draw from torch's own
+        )
+        for batch in loader:
+            if isinstance(batch, InputError):
+                raise batch
+            pixels, labels = (torch.from_numpy(part).to(self.device) for part in batch)
+            yield self._normalise(pixels), labels.long()
 
-        return image, tv_tensors.Mask(self._open(self.targets[index]))
 
-    def _open(self, name: bytes) -> Image.Image:
+class _Decoded(torch.utils.data.Dataset):
+    """What a worker does: decode and transform one image, seeded by (seed, epoch, index).
+
+    Gives pixels (H, W, C) uint8 and a label or a mask (H, W). An error is handed on as a value:
+    raised, it would grow a traceback.
+    """
+
+    def __init__(self, images: ImageSet, dataset: str, transforms: Callable, seed: int) -> None:
+        self.images, self.dataset, self.transforms, self.seed = images, dataset, transforms, seed
+
+    def __getitem__(self, at: tuple[int, int]) -> tuple[np.ndarray, np.ndarray] | InputError:
+        epoch, index = at
+        label = self.images.labels[index]
         try:
-            with Image.open(self.folder / name.decode()) as image:
+            image = self._open(self.images.images[index]).convert("RGB")
+            target = tv_tensors.Mask(self._open(label)) if isinstance(label, str) else label
+        except InputError as error:
+            return error
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(mix(self.seed, epoch, index))
+            image, target = self.transforms(image, target)
+        masked = isinstance(target, Tensor)
+        return np.asarray(image), target[0].numpy() if masked else target
+
+    def _open(self, name: str) -> Image.Image:
+        try:
+            with Image.open(self.images.folder / name) as image:
                 image.load()
                 return image
         except Exception as error:  # Pillow's decoders raise many kinds
-            raise InputError(
-                f"dataset = {self.dataset!r}: 1 image cannot be read: {name.decode()}"
-            ) from error
+            why = f"1 image cannot be read: {name}"
+            raise InputError(f"dataset = {self.dataset!r}: {why}") from error
 
 
-def find(details: DatasetInfo, folder: Path) -> tuple[StreamSet, StreamSet, str]:
-    """Training and test images of a streamed set in `folder`, and their fingerprint, verified.
-
-    Raises `InputError` for a missing folder, class or file, another number of classes or images,
-    images that cannot be read, masks of another size than their image or with other classes.
-    """
-    require(folder.is_dir(), "data", str(folder), f"{details.name} needs this folder")
-    *sets, fingerprint = (_find_masks if details.masks else _find_labels)(details, folder)
-    for images, wanted, part in zip(
-        sets, (details.train_images, details.test_images), ("training", "test"), strict=True
-    ):
-        allowed = f"{len(images)} {part} images, {wanted} expected"
-        require(len(images) == wanted, "data", str(folder), allowed)
-    seen, broken = [], []
-    for images in sets:
-        for names, classes in ((images.files, 0), (images.targets, details.num_classes)):
-            if names.dtype.kind == "S":
-                seen.append(_each(names, partial(_look, folder, classes)))
-                pairs = zip(names, seen[-1], strict=True)
-                broken += [name.decode() for name, looked in pairs if looked is None]
-    folders.refuse_broken(details.name, broken)
-    if details.masks:
-        for images, files, masks in zip(sets, seen[::2], seen[1::2], strict=True):
-            _check_masks(images, details, files, masks)
-    return *sets, fingerprint
+def _stacked(items: list) -> list[np.ndarray] | InputError:
+    """Numpy's arrays: tensors would need shared memory, of which containers have little."""
+    errors = [item for item in items if isinstance(item, InputError)]
+    return errors[0] if errors else [np.stack(part) for part in zip(*items, strict=True)]
 
 
-def _find_labels(details: DatasetInfo, folder: Path) -> tuple[StreamSet, StreamSet, str]:
-    classes, files, digest = folders.list_files(details.name, folder, ("train", "val"))
-    allowed = f"{len(classes)} classes in train and val, {details.num_classes} expected"
-    require(len(classes) == details.num_classes, "data", str(folder), allowed)
-    sets = []
-    for pairs in files.values():
-        names, labels = zip(*pairs, strict=True)
-        sets.append(StreamSet(details.name, folder, _bytes(names), np.array(labels)))
-    return *sets, digest
+def training_transforms(info: DatasetInfo, flip: bool) -> Callable:
+    """torchvision's v2 transforms of (image, target) in training."""
+    size = (info.height, info.width)
+    mirrored = [v2.RandomHorizontalFlip()] if flip else []
+    if not info.masks:
+        return v2.Compose([v2.RandomResizedCrop(size), *mirrored])
+    resized = v2.RandomResize(min(size) // 2, 2 * min(size))
+    cropped = v2.RandomCrop(size, pad_if_needed=True, fill=_fill(info))
+    return v2.Compose([resized, *mirrored, cropped])
 
 
-def _find_masks(details: DatasetInfo, folder: Path) -> tuple[StreamSet, StreamSet, str]:
-    from torchvision.datasets import VOCSegmentation
-
-    sets, digest = [], hashlib.sha256()
-    for split in ("train", "val"):
-        try:
-            found = VOCSegmentation(folder.parents[1], image_set=split)
-        except (OSError, ValueError) as error:  # it may not be text
-            why = " ".join(str(error).split())
-            raise InputError(f"data = {str(folder)!r}: no list of images ({why})") from error
-        pairs = [[os.path.relpath(p, folder) for p in part] for part in (found.images, found.masks)]
-        absent = [name for part in pairs for name in part if not (folder / name).is_file()]
-        many = f"{len(absent)} files are missing: {folders.some(absent)}"
-        require(not absent, "data", str(folder), many)
-        for name in sorted(name for part in pairs for name in part):
-            digest.update(f"{split} {name} {(folder / name).stat().st_size}\n".encode())
-        sets.append(StreamSet(details.name, folder, *map(_bytes, pairs)))
-    return *sets, digest.hexdigest()
+def plain_transforms(info: DatasetInfo) -> Callable:
+    """The same for images that are not trained on; nothing is random."""
+    size = (info.height, info.width)
+    if info.masks:
+        return v2.Compose([partial(_pad, info), v2.CenterCrop(size)])
+    return v2.Compose([v2.Resize(round(min(size) * 256 / 224)), v2.CenterCrop(size)])
 
 
-def _check_masks(images: StreamSet, details: DatasetInfo, files: list, masks: list) -> None:
-    """Refuse masks of another size than their image, and labels that are no class."""
-    for name, (size, _), (own, strange) in zip(images.files, files, masks, strict=True):
-        named = f"the mask of {name.decode()}"
-        allowed = f"{named} is {own} pixels, {size} expected as the image"
-        require(own == size, "dataset", details.name, allowed)
-        allowed = f"{named} has labels {strange}, 0..{details.num_classes - 1} or 255 expected"
-        require(not strange, "dataset", details.name, allowed)
+def _pad(info: DatasetInfo, image: Image.Image, mask: Tensor) -> tuple[Image.Image, Tensor]:
+    """Pad an image and its mask, to the right and below, to the size of `info`."""
+    more = [0, 0, max(0, info.width - image.width), max(0, info.height - image.height)]
+    return v2.Pad(more, fill=_fill(info))(image, mask)
 
 
-def _each(names: np.ndarray, look: Callable[[bytes], Any]) -> list[Any]:
-    """What `look` says of each file, several at a time."""
-    seen = []
-    with ThreadPoolExecutor(min(32, 4 * cores())) as pool:
-        for begin in range(0, len(names), _AT_ONCE):  # each waiting call takes a kilobyte
-            seen += pool.map(look, names[begin : begin + _AT_ONCE])
-    return seen
-
-
-def _look(folder: Path, classes: int, name: bytes) -> tuple[str, str] | None:
-    """Size of an image, height x width, and of a mask the first label that is none of `classes`.
-
-    None for a file that is no image or is cut short.
-    """
-    path = folder / name.decode()
-    try:
-        with Image.open(path) as image:
-            folders.channels_of(image)
-            if image.format != "JPEG" or not _ends_as_jpeg(path):
-                image.load()
-            size = f"{image.height}x{image.width}"
-            if classes and image.mode not in ("P", "L"):
-                return size, f"of mode {image.mode}"
-            labels = np.unique(np.asarray(image)) if classes else np.array([])
-            strange = labels[(labels >= classes) & (labels != UNLABELLED)]
-            return size, str(strange[0]) if len(strange) else ""
-    except Exception:  # Pillow's decoders raise many kinds
-        return None
-
-
-def _ends_as_jpeg(path: Path) -> bool:
-    with path.open("rb") as file:
-        file.seek(-2, os.SEEK_END)
-        return file.read() == b"\xff\xd9"
-
-
-def _bytes(names: Any) -> np.ndarray:
-    return np.array([name.encode() for name in names])
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _fill(info: DatasetInfo) -> dict[Any, Any]:
+    """What borders are filled with: the mean colour, and no label."""
+    return {tv_tensors.Mask: UNLABELLED, "others": tuple(round(255 * m) for m in info.mean)}

@@ -1,49 +1,55 @@
 """The methods, one file per paper, and the controls that they are compared with."""
 
+from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
-from prunestudy.errors import require_one_of
-from prunestudy.methods.base import TARGETS, Context, Method, Params, Phase, Progress
-from prunestudy.methods.channel_ranking import GroupL2, L1Filter
-from prunestudy.methods.component_aware import ComponentAware
-from prunestudy.methods.dpf import Dpf
-from prunestudy.methods.force import Force
-from prunestudy.methods.gdp import GDP
-from prunestudy.methods.hard_concrete import HardConcrete
-from prunestudy.methods.l1 import L1
-from prunestudy.methods.magnitude import GradualMagnitude, Magnitude
-from prunestudy.methods.magnitude_attention import MagnitudeAttention
-from prunestudy.methods.network_slimming import NetworkSlimming
-from prunestudy.methods.plain_low_rank import PlainLowRank
-from prunestudy.methods.random import Random
-from prunestudy.methods.scratch import Scratch
-from prunestudy.methods.snip import Snip
-from prunestudy.methods.sparse_gates import SparseGates
-from prunestudy.methods.uniform import Uniform
-from prunestudy.values import checked
+from torch import Tensor
 
-_METHODS: dict[str, type[Method]] = {
-    cls.name: cls
-    for cls in (
-        *(Method, SparseGates, Magnitude, GradualMagnitude, Random, L1),
-        *(MagnitudeAttention, Dpf, Snip),
-        *(GDP, L1Filter, GroupL2, NetworkSlimming, HardConcrete, Scratch),
-        *(ComponentAware, Uniform),
-        *(Force, PlainLowRank),
-    )
+from prunestudy.errors import require_one_of
+from prunestudy.methods.base import TARGETS, At, Context, Method, Phase
+from prunestudy.methods.probes import Probe
+from prunestudy.values import Values, checked
+
+# Where each method is, and what is observed of it.
+_METHODS = {
+    "dense": ("base:Method", ""),
+    "sparse_gates": ("sparse_gates:SparseGates", "weight_probes:Gates"),
+    "magnitude": ("weights:Magnitude", ""),
+    "gradual_magnitude": ("weights:GradualMagnitude", ""),
+    "random": ("channel_controls:Random", ""),
+    "l1": ("weights:L1", ""),
+    "magnitude_attention": (
+        "magnitude_attention:MagnitudeAttention",
+        "weight_probes:AttentionTrail",
+    ),
+    "dpf": ("weights:Dpf", "weight_probes:Trail"),
+    "snip": ("weights:Snip", ""),
+    "gdp": ("gdp:GDP", "channel_probes:GatePaths"),
+    "l1_filter": ("channel_controls:L1Filter", ""),
+    "group_l2": ("channel_controls:GroupL2", ""),
+    "taylor_channels": ("channel_controls:TaylorChannels", ""),
+    "network_slimming": ("channel_controls:NetworkSlimming", ""),
+    "hard_concrete": ("hard_concrete:HardConcrete", "channel_probes:ConcretePaths"),
+    "scratch": ("base:Scratch", ""),
+    "component_aware": ("component_aware:ComponentAware", "channel_probes:Pictures"),
+    "uniform": ("search:Uniform", "channel_probes:Pictures"),
+    "force": ("force:Force", "filter_probes:Filters"),
+    "plain_low_rank": ("low_rank:PlainLowRank", "filter_probes:Filters"),
 }
 
 __all__ = [
     "TARGETS",
+    "At",
     "Context",
     "Method",
-    "Params",
     "Phase",
-    "Progress",
+    "Probe",
     "build",
     "method_class",
     "names",
     "params_of",
+    "probe_of",
 ]
 
 
@@ -55,20 +61,37 @@ def names() -> tuple[str, ...]:
 def method_class(name: str) -> type[Method]:
     """Return the class of method `name`; raises `InputError` for an unknown one."""
     require_one_of("method", name, _METHODS)
-    return _METHODS[name]
+    return _found(_METHODS[name][0])
 
 
-def params_of(name: str, values: dict[str, Any]) -> Params:
+def params_of(name: str, values: dict[str, Any]) -> Values:
     """Return the checked settings of method `name`; raises `InputError` naming a bad one."""
-    return checked(method_class(name).Params, values, "params")
+    return checked(method_class(name).Settings, values, "params")
 
 
 def build(
-    name: str, values: dict[str, Any], target: float | None = None, kind: str | None = None
+    name: str, values: dict[str, Any], target: float | None = None, of: str | None = None
 ) -> Method:
     """Return method `name` with settings `values`, aiming at `target`.
 
-    `target` is the share removed of what `kind` counts (a key of `TARGETS`; None: the method's
+    `target` is the share removed of what `of` counts (a key of `TARGETS`; None: the method's
     first). Raises `InputError` for a bad value.
     """
-    return method_class(name)(params_of(name, values), target, kind)
+    return method_class(name)(target, of, **values)
+
+
+def probe_of(name: str, pixels: Callable[[Tensor], Tensor] | None = None) -> Probe:
+    """A new probe for method `name`: what the study observes of its training.
+
+    `pixels` maps inputs to the images that they stand for.
+    """
+    require_one_of("method", name, _METHODS)
+    place = _METHODS[name][1]
+    probe = _found(place)() if place else Probe()
+    probe.pixels = pixels or probe.pixels
+    return probe
+
+
+def _found(place: str) -> Any:
+    module, _, name = place.partition(":")
+    return getattr(import_module(f"prunestudy.methods.{module}"), name)

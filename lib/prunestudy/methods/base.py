@@ -1,22 +1,20 @@
-"""What the training loop asks of a method."""
+"""What every method is: settings, seven hooks of the training loop, and its phases."""
 
-import math
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from inspect import get_annotations
+from itertools import chain, count, islice
+from typing import Any, ClassVar, get_origin, get_type_hints
 
-import numpy as np
 import torch
+from pydantic import create_model
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from prunestudy.errors import require
-from prunestudy.measure import Task
+from prunestudy.measure import Metrics
 from prunestudy.shrink import fold
-from prunestudy.values import Values
-
-if TYPE_CHECKING:
-    from prunestudy.datasets import Batches
-
+from prunestudy.values import Values, checked, plain
 
 # What a target may be a share of.
 TARGETS = {
@@ -26,10 +24,7 @@ TARGETS = {
     "rank": "rank",
     "energy": "energy",
 }
-
-
-class Params(Values):
-    """Settings of a method."""
+Batch = tuple[Any, Any]
 
 
 @dataclass(frozen=True)
@@ -48,10 +43,13 @@ class Phase:
 
 
 @dataclass(frozen=True)
-class Progress:
-    """Where the training is: `step` of `steps` (from 0) within `phase`, and over all phases.
+class At:
+    """Where the training is when a hook is called.
 
-    `loss` is that of the step, known from its backward pass on.
+    `step` of `steps` is the number of this step in `phase`, from 1; `total_step` of `total_steps`
+    the same over all phases. Hooks of a step read the tensors only, each 0-d and on the device:
+    `share`, the share of the phase done before this step (float64), `lr`, the weights' learning
+    rate, and `loss`, that of the task.
     """
 
     phase: str
@@ -59,63 +57,153 @@ class Progress:
     steps: int
     total_step: int
     total_steps: int
-    loss: float = math.nan
-
-
-@dataclass(frozen=True)
-class Context:
-    """What a method may look at before training: images, task, device. Never the test images.
-
-    `weight_decay` is the recipe's, which SGD adds to the gradient after `after_backward`.
-    """
-
-    train: "Batches"
-    validation: "Batches"
-    task: Task
-    device: torch.device
-    weight_decay: float = 0.0
+    share: Tensor
+    lr: Tensor
+    loss: Tensor
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """(channels, height, width) of an image."""
-        info = self.train.info
-        return info.channels, info.height, info.width
+    def first(self) -> bool:
+        """Whether the phase begins with this step."""
+        return self.step == 1
+
+    @property
+    def last(self) -> bool:
+        """Whether the phase ends with this step."""
+        return self.step == self.steps
 
 
-class Method:
-    """A method is what it does at the loop's hooks; this base does nothing: dense training.
+def _nothing(epoch: int = 0) -> Iterable[Batch]:  # noqa: ARG001
+    return ()
 
-    Order of the hooks: `attach` once; `prepare` once, with data; `start` at each phase; then per
-    step `extra_loss`, `after_backward`, the optimisers, `after_step`; `end` at the end of each
-    phase; `finish` once, then `measures` and `others`.
 
-    `target_kinds` says of what the target is a share (of the weights, the MACs, ...); empty for a
-    method without a target. With `from_scratch` only the shape of the parent is taken, so that
-    its epochs do not count.
+@dataclass
+class Context:
+    """What a method may look at: never test images.
+
+    `example`: a tuple of input batches of two samples or more, on the device of the model;
+    `loss(output, x, y)`: the task's loss; `score(model)`: the validation metric; `metrics`: what
+    a net is judged by on other batches; `train(epoch)` and `validation()` start reading batches
+    (x, y) anew; `generator`: for all random draws; `weight_decay`: the recipe's, which the
+    optimiser adds to the gradient after `after_backward`; `period`: steps between two calls of
+    `update`.
+    """
+
+    example: tuple[Tensor, ...]
+    loss: Callable[[Any, Any, Any], Tensor] | None = None
+    score: Callable[[nn.Module], float] | None = None
+    metrics: Metrics | None = None
+    train: Callable[[int], Iterable[Batch]] = _nothing
+    validation: Callable[[], Iterable[Batch]] = _nothing
+    generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
+    weight_decay: float = 0.0
+    period: int = 1
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the model and of all batches."""
+        return self.example[0].device
+
+    def batches(self, count: int, *, validation: bool = False) -> Iterator[Batch]:
+        """The first `count` batches of training or validation; fewer if there are no more."""
+        return islice(self.validation() if validation else self.train(0), count)
+
+    def samples(self, number: int) -> list[Batch]:
+        """The first `number` samples of validation, or of training if there is none, in batches.
+
+        Raises `InputError` if there are neither.
+        """
+        found = _first(self.validation(), number) or _first(self.train(0), number)
+        require(bool(found), "context.train", "no batch", "batches (x, y)")
+        return found
+
+    def stream(self) -> Iterator[Batch]:
+        """Training batches without end, epoch after epoch."""
+        return chain.from_iterable(map(self.train, count()))
+
+
+def _first(batches: Iterable[Batch], number: int) -> list[Batch]:
+    found: list[Batch] = []
+    for batch in batches:
+        found.append(tree_map_only(Tensor, lambda t, n=number: t[:n], tuple(batch)))
+        number -= len(tree_leaves(batch[0])[0])
+        if number <= 0:
+            break
+    return found
+
+
+def call(model: nn.Module, x: Any) -> Any:
+    """The output of `model` for a batch's inputs `x`: a tensor, a tuple of them, or a dict."""
+    if isinstance(x, dict):
+        return model(**x)
+    return model(*x) if isinstance(x, list | tuple) else model(x)
+
+
+def mean_loss(model: nn.Module, loss: Callable, batches: Iterable[Batch]) -> float:
+    """The mean of `loss(output, x, y)` over all samples of `batches`."""
+    total, samples = 0.0, 0
+    with torch.no_grad():
+        for x, y in batches:
+            size = len(tree_leaves(x)[0])
+            total += loss(call(model, x), x, y).item() * size
+            samples += size
+    return total / samples
+
+
+def moved(batch: Any, device: torch.device) -> Any:
+    """`batch` with all its tensors on `device`."""
+    return tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), batch)
+
+
+class Method(nn.Module):
+    """A method is what it does at the hooks of a training; this base trains the dense net.
+
+    Settings are the annotated fields of the class: `GDP(target=0.5, of="macs", gate_lr=0.1)`.
+    `target` is the share removed of what `of` counts, one of the class's `counts` (the first by
+    default). Raises `InputError` for a bad setting.
+
+    `attach` comes first, on a model that is on its device; then for each step `after_backward`, the
+    optimisers, `after_step`; every `context.period` steps and at the end of each phase `update`;
+    and `finish` last. `after_backward` and `after_step` work with tensors only: they read no value
+    on the host, so that a step can be captured as a CUDA graph. The state is the `state_dict`.
+
+    `revision` counts changes of a method's numbers. With `from_scratch` the run takes the shape of
+    its parent only. `shrinks` says whether modules change, so that resuming must rebuild them.
     """
 
     name: ClassVar[str] = "dense"
     title: ClassVar[str] = "dense"
     revision: ClassVar[int] = 1
-    target_kinds: ClassVar[tuple[str, ...]] = ()
+    counts: ClassVar[tuple[str, ...]] = ()
     from_scratch: ClassVar[bool] = False
-    Params: ClassVar[type[Params]] = Params
+    Settings: ClassVar[type[Values]] = Values
 
-    def __init__(
-        self, params: Params, target: float | None = None, target_kind: str | None = None
-    ) -> None:
-        kinds = self.target_kinds
-        if target_kind is None and kinds:
-            target_kind = kinds[0]
-        allowed = f"{self.name} takes {', '.join(kinds) or 'no target'}"
-        require(target_kind in (kinds or (None,)), "target_kind", target_kind, allowed)
-        if kinds:
-            ok = isinstance(target, float) and 0 < target < 1
-            what = TARGETS[target_kind]
-            require(ok, "target", target, f"the share of {what} to remove, above 0 and below 1")
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        hints = get_type_hints(cls, include_extras=True)
+        own = {
+            name: (hints[name], getattr(cls, name))
+            for name in get_annotations(cls)
+            if get_origin(hints[name]) is not ClassVar
+        }
+        base = cls.__bases__[0].Settings
+        cls.Settings = create_model(f"{cls.__name__}Settings", __base__=base, **own)
+
+    def __init__(self, target: float | None = None, of: str | None = None, **settings: Any) -> None:
+        super().__init__()
+        counts, target = self.counts, plain(target)
+        of = counts[0] if of is None and counts else of
+        allowed = f"{self.name} takes {', '.join(counts) or 'no target'}"
+        require(of in (counts or (None,)), "of", of, allowed)
+        if counts:
+            right = isinstance(target, float) and 0 < target < 1
+            allowed = f"the share of {TARGETS[of]} to remove, above 0 and below 1"
+            require(right, "target", target, allowed)
         else:
             require(target is None, "target", target, f"{self.name} takes no target")
-        self.params, self.target, self.target_kind = params, target, target_kind
+        self.target, self.of = target, of
+        self.settings = checked(self.Settings, settings)
+        for name in self.Settings.model_fields:
+            setattr(self, name, getattr(self.settings, name))
 
     def phases(self) -> tuple[Phase, ...]:
         """Parts of the training in order; their shares sum to 1."""
@@ -124,72 +212,89 @@ class Method:
     def check(self, model: nn.Module) -> None:
         """Raise `InputError` for a net that the method cannot take; `model` is only looked at."""
 
-    def attach(self, model: nn.Module, generator: torch.Generator) -> None:
-        """Put gates or masks on `model`, in place; random draws come from `generator`."""
+    def attach(self, model: nn.Module, context: Context) -> None:
+        """Put gates or masks on `model`, in place; it is on its device already."""
 
-    def prepare(self, model: nn.Module, context: Context) -> None:
-        """Look at data, where the method needs to; `model` is on its device."""
+    def optimizer(self) -> torch.optim.Optimizer | None:
+        """The optimiser of the method's own variables; asked for at the start of each phase."""
 
-    def start(self, model: nn.Module, phase: str) -> None:
-        """Prepare `model` for `phase`."""
+    def trained(self, model: nn.Module, own: torch.optim.Optimizer | None) -> list[nn.Parameter]:
+        """The parameters of `model` that the loop trains: all but those of `own`, the method's."""
+        taken = {id(p) for group in own.param_groups for p in group["params"]} if own else set()
+        return [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
 
-    def end(self, model: nn.Module, phase: str) -> None:
-        """Conclude `phase`."""
+    def after_backward(self, at: At) -> None:
+        """Change gradients before the optimisers step; tensors only."""
 
-    def parameter_groups(self, model: nn.Module, phase: str) -> list[nn.Parameter]:  # noqa: ARG002
-        """Parameters that the loop's SGD trains in `phase`."""
-        return [p for p in model.parameters() if p.requires_grad]
+    def after_step(self, at: At) -> None:
+        """Change weights, gates or masks after the optimisers' step; tensors only."""
 
-    def own_optimizer(self, model: nn.Module, phase: str) -> torch.optim.Optimizer | None:
-        """Optimiser of the method's own variables in `phase`, if it has any."""
+    def update(self, at: At) -> None:
+        """Decide on the host: new masks, closing, steering; and what the end of a phase needs."""
 
-    def extra_loss(self, model: nn.Module, progress: Progress) -> Tensor | None:
-        """Term added to the task loss, or None."""
+    def finish(self, model: nn.Module, context: Context) -> nn.Module:  # noqa: ARG002
+        """Return an ordinary module without gates, masks or hooks that equals `model` in eval.
 
-    def after_backward(self, model: nn.Module, progress: Progress) -> None:
-        """Change gradients before the optimisers step."""
-
-    def after_step(self, model: nn.Module, progress: Progress, lr: float) -> None:
-        """Change weights, gates or masks after a step made at learning rate `lr`."""
-
-    def finish(self, model: nn.Module) -> nn.Module:
-        """Return an ordinary module without gates, masks or hooks that equals `model` in eval."""
+        What the training had no step for is done here, so that the target is met without any.
+        """
         return fold(model)
 
-    def measures(self, model: nn.Module) -> dict[str, Any]:  # noqa: ARG002
-        """More metrics of the finished net `model`, for the record."""
+    def log(self) -> dict[str, float]:
+        """Numbers for the history; `kept` is the share left of what the target counts."""
+        return {"kept": 1.0}
+
+    def report(self) -> dict[str, Any]:
+        """What the finished method says of itself, for the record."""
         return {}
 
-    def others(self, model: nn.Module) -> dict[str, nn.Module]:  # noqa: ARG002
-        """Other nets to score beside the finished `model`: `metric_NAME` of the record, by name."""
-        return {}
+    def at(self, step: int, total: int, loss: Tensor, lr: float = 0.0) -> At:
+        """Where step number `step` (from 1) of `total` lies, for a training loop of one's own."""
+        ends = boundaries(self.phases(), total)
+        index = next(i for i, end in enumerate(ends) if step <= end)
+        begin = ends[index - 1] if index else 0
+        return At(
+            self.phases()[index].name,
+            step - begin,
+            ends[index] - begin,
+            step,
+            total,
+            scalar((step - 1 - begin) / (ends[index] - begin), loss.device),
+            scalar(lr, loss.device),
+            loss.detach(),
+        )
 
-    def kept_share(self, model: nn.Module) -> float:  # noqa: ARG002
-        """Share of the prunable weights that eval mode uses."""
-        return 1.0
 
-    def views(self, model: nn.Module) -> dict[str, AbstractContextManager]:  # noqa: ARG002
-        """Other ways to look at `model` during validation, by name (a sampled net, say)."""
-        return {}
+def boundaries(phases: tuple[Phase, ...], total: int) -> list[int]:
+    """The last step of each phase, of `total` steps; the end is the end, whatever the rounding."""
+    ends, share = [], 0.0
+    for phase in phases[:-1]:
+        share += phase.share
+        ends.append(round(total * share))
+    return [*ends, total]
 
-    def row(self, model: nn.Module) -> dict[str, float]:  # noqa: ARG002
-        """More columns of the history, at the end of an epoch."""
-        return {}
 
-    def arrays(self) -> dict[str, np.ndarray]:
-        """What figures need of the run (small: 1 MB in all)."""
-        return {}
+def scalar(value: float, device: torch.device | str) -> Tensor:
+    """`value` as a 0-d float64 tensor on `device`."""
+    return torch.tensor(value, dtype=torch.float64, device=device)
 
-    def per_weight(self) -> dict[str, np.ndarray]:
-        """What is known of single weights; kept beside the weights, of any size, not tracked."""
-        return {}
 
-    def state(self) -> dict[str, Any]:
-        """Everything not in the model's state that a resumed run needs (tensors, plain values)."""
-        return {}
+class Scratch(Method):
+    """The found shape from scratch: does pruning give good weights, or just a good shape?
 
-    def reshape(self, model: nn.Module, state: dict[str, Any]) -> None:
-        """Give `model` the layers it had when `state` was saved; its tensors are loaded next."""
+    Liu et al., "Rethinking the Value of Network Pruning", ICLR 2019. The parent's net keeps its
+    layers and draws all weights anew, from the run's seed, as its factory does.
+    """
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Take back what `state` returned."""
+    name: ClassVar[str] = "scratch"
+    title: ClassVar[str] = "found shape, from scratch"
+    from_scratch: ClassVar[bool] = True
+
+    def attach(self, model: nn.Module, context: Context) -> None:
+        """Draw all weights anew."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(context.generator.initial_seed())
+            for module in model.modules():
+                if hasattr(module, "reset_parameters"):
+                    module.reset_parameters()
+            if hasattr(model, "initialise"):
+                model.initialise()

@@ -26,13 +26,14 @@ falling; a shortfall is that of a limit, in units of the limit:
 The gradient's part along n = dS/dalpha is taken out, so that a step keeps S, and a Newton step
 n (rho - S) / n^2 brings S back to rho [D]. `hold` "penalty" adds instead
 mu max(0, |S(m) - rho| - epsilon)^2 to the loss; with many groups its stiffness slows the descent.
-Every `check` steps the coefficients are hardened (T = 0, the offset c by bisection) and judged on
-the same images as a grid point; the best such point counts.
+Where the metric has a smooth form, that takes the place of the loss. Every `check` steps the
+coefficients are hardened (T = 0, the offset c by bisection) and judged on the same samples as a
+grid point; the best such point counts.
 
 | here | code |
 |---|---|
-| alpha | `numbers` (one per coefficient; `_spread` gives one per group) |
-| p | `positions` |
+| alpha | one number per coefficient; `_spread` gives one per group |
+| p | `Budget.positions` |
 | m | `soft_masks` |
 | S | 1 - `Channels.cost` / `Channels.dense` |
 | rho, epsilon | `target`, `tolerance` |
@@ -47,28 +48,35 @@ the paper's nets and its numbers.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_leaves
 
-from prunestudy.methods.base import Params
-from prunestudy.methods.channel_budget import Budget, spread_out
-from prunestudy.methods.channel_choice import Choice, ChoiceParams, Point
-from prunestudy.methods.channel_method import ChannelMethod
-from prunestudy.methods.soft_channels import masked_output
+from prunestudy.methods.base import call
+from prunestudy.methods.search import Point, Search, placed
+from prunestudy.shrink import Group, axis_of
+from prunestudy.shrink.groups import CONSUMES
 
 
-class ComponentAwareParams(ChoiceParams):
-    """`solver`, `coefficient` and `per` as above; `levels` of the grid for each coefficient.
+class ComponentAware(Search):
+    """One soft coefficient per group, found by gradient descent or on a grid.
 
-    Of gradient descent: `steps` batches, Adam's `lr` falling to zero, `hot` and `cold` temperature
-    at its ends (in units of p), how it is to `hold` the target, penalties' `strength` mu, `check`:
+    `solver`, `coefficient` and `per` as above; `levels` of the grid for each coefficient. Of
+    gradient descent: `steps` batches, Adam's `lr` falling to zero, `hot` and `cold` temperature at
+    its ends (in units of p), how it is to `hold` the target, penalties' `strength` mu, `check`:
     steps between hardened points.
     """
+
+    name: ClassVar[str] = "component_aware"
+    title: ClassVar[str] = "soft coefficients (ours)"
 
     solver: Literal["gradient", "grid"] = "gradient"
     coefficient: Literal["share", "multiplier"] = "share"
@@ -80,161 +88,162 @@ class ComponentAwareParams(ChoiceParams):
     cold: Annotated[float, Field(gt=0)] = 0.01
     hold: Literal["projection", "penalty"] = "projection"
     strength: Annotated[float, Field(gt=0)] = 1e4
-    check: Annotated[int, Field(ge=1)] = 10
+    check_every: Annotated[int, Field(ge=1, alias="check")] = 10  # `check` is a hook
 
-
-class ComponentAware(ChannelMethod):
-    """One soft coefficient per group, found by gradient descent or on a grid."""
-
-    name: ClassVar[str] = "component_aware"
-    title: ClassVar[str] = "soft coefficients (ours)"
-    Params: ClassVar[type[Params]] = ComponentAwareParams
-    before_and_after: ClassVar[bool] = True
-
-    def solve(self, choice: Choice) -> tuple[Budget, Sequence[float], Point]:
-        """Budget, one number per group, and the best point that the solver found."""
-        scores = choice.scores()
-        if self.params.coefficient == "share":
-            positions = spread_out(scores)
+    def solve(self) -> tuple[list[float], Point]:
+        """One number per group, and the best point that the solver found."""
+        self.order(placed(self.scores(), evenly=self.coefficient == "share"))
+        keys = [
+            each.place if self.per == "component" and len(each.components) == 1 else each.name
+            for each in self.groups
+        ]
+        free = [k for k, each in zip(keys, self.groups, strict=True) if not each.protected]
+        number = {key: i for i, key in enumerate(dict.fromkeys(free))}
+        # The coefficient's number of each group; for a protected one any does.
+        self.index, self.coefficients = [number.get(key, -1) for key in keys], len(number)
+        self.best = None
+        self._offer([0.0] * len(keys))
+        if self.solver == "gradient":
+            self._descend()
         else:
-            positions = [score.cpu().double().clamp(min=1e-30).log() for score in scores]
-        budget, index = choice.budget(positions), _index(choice, self.params.per)
-        solver = descend if self.params.solver == "gradient" else search_grid
-        numbers, best, self.path = solver(choice, budget, index, self.params)
-        self.coefficients = max(index) + 1
-        return budget, numbers, best
+            self._try_grid()
+        return self.best
 
-    def measures(self, model: nn.Module) -> dict[str, Any]:
+    def _offer(self, numbers: list[float]) -> None:
+        """Take the point at `numbers`, shifted to the target, if it is better than all before."""
+        point = self.judge(self.budget.meet(numbers, self.target))
+        if self.best is None or self.better(point, self.best[1]):
+            self.best = numbers, point
+
+    def _try_grid(self) -> None:
+        """Try all points of the product grid."""
+        low, high = (0.0, self.most) if self.coefficient == "share" else (-2.0, 2.0)
+        levels = np.linspace(low, high, self.levels).tolist()
+        for alpha in itertools.product(levels, repeat=self.coefficients):
+            # Other points are the same as one with all coefficients a level lower.
+            if min(alpha) <= low:
+                self._offer(self._spread(alpha))
+        self.path = [list(self.best[0])]
+
+    def _descend(self) -> None:
+        """Try hardened points on the way of gradient descent."""
+        start = self.budget.offset([0.0] * len(self.index), self.target)
+        alpha = torch.full((self.coefficients,), start).requires_grad_()
+        optimizer = torch.optim.Adam([alpha], lr=self.lr)
+        scale, self.path = self._width(), [alpha.tolist()]
+        for step in range(self.steps):
+            done = step / self.steps
+            optimizer.param_groups[0]["lr"] = self.lr * scale * (1 - done)
+            temperature = scale * self.hot * (self.cold / self.hot) ** done
+            loss, removed = self.soft_loss(alpha[self.index], temperature)
+            self.step(alpha, optimizer, loss, removed - self.target)
+            if self.coefficient == "share":
+                alpha.data.clamp_(0, self.most)
+            self.path.append(alpha.tolist())
+            if (step + 1) % self.check_every == 0 or step + 1 == self.steps:
+                self._offer(self._spread(self.path[-1]))
+
+    def step(
+        self, alpha: Tensor, optimizer: torch.optim.Optimizer, loss: Tensor, over: Tensor
+    ) -> None:
+        """One step of `alpha` down `loss` that keeps S - rho, now `over`, or pulls it back to 0."""
+        if self.hold == "penalty":
+            off = torch.relu(over.abs() - self.tolerance).square()
+            (alpha.grad,) = torch.autograd.grad(loss + self.strength * off, alpha)
+            optimizer.step()
+            return
+        (normal,) = torch.autograd.grad(over, alpha, retain_graph=True)
+        (downhill,) = torch.autograd.grad(loss, alpha)
+        length = normal.square().sum().clamp(min=1e-12)
+        alpha.grad = downhill - normal * (downhill @ normal) / length
+        optimizer.step()
+        alpha.data.sub_(normal * over.detach() / length)
+
+    def soft_loss(self, numbers: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """Loss at `numbers` (one per group) on the next training batch, and the share removed S."""
+        x, y = next(self.batches)
+        self.passes += 3 * len(tree_leaves(x)[0])
+        masks = self.soft_masks(numbers, temperature)
+        output = masked_output(self.small.dense, self.channels.groups, masks, x)
+        smooth = self.metrics.smooth
+        if self.goal in smooth:
+            loss = -smooth[self.goal](output, x, y)
+        else:
+            loss = self.context.loss(output, x, y) / self.dense_loss
+        for limit in self.limits:
+            form = ({"loss": self.context.loss} | smooth).get(limit.metric)
+            if form is not None:
+                short = torch.relu(limit.share(form(output, x, y)))
+                loss = loss + self.strength * short.square()
+        return loss, 1 - self.channels.cost(torch.cat(masks).cpu()) / self.channels.dense
+
+    def soft_masks(self, numbers: Tensor, temperature: float) -> list[Tensor]:
+        """m_gj = sigmoid((p_gj - alpha_g) / T), one (channels,) per group; ones where protected."""
+        like = next(self.small.dense.parameters())
+        masks = []
+        for each, position, number in zip(self.groups, self.budget.positions, numbers, strict=True):
+            p = position.to(like)
+            soft = torch.sigmoid((p - number.to(p)) / temperature)
+            masks.append(torch.ones_like(p) if each.protected else soft)
+        return masks
+
+    def _spread(self, alpha: Sequence[float]) -> list[float]:
+        """The coefficient of each group."""
+        return [alpha[i] for i in self.index]
+
+    def _width(self) -> float:
+        """1 for ranks, which are spread evenly over 0-1; of other positions the same width."""
+        if self.coefficient == "share":
+            return 1.0
+        positions = torch.cat(self.budget.positions)
+        quarters = positions.quantile(torch.tensor([0.25, 0.75]).double())
+        return 2 * float(quarters[1] - quarters[0])
+
+    def report(self) -> dict[str, Any]:
         """Besides: the number of coefficients, and the whole grid's cost in sample passes."""
-        grid = self.params.levels**self.coefficients * self.pruned.choice.samples
-        return super().measures(model) | {
+        grid = self.levels**self.coefficients * self.judged_on
+        return super().report() | {
             "coefficients": self.coefficients,
             "grid_passes": grid,
-            "search_saving": 1 - self.passes / grid,
+            "search_saving": 1 - self.cost["search_passes"] / grid,
         }
 
-    def arrays(self) -> dict[str, np.ndarray]:
-        """Besides: the coefficients by step of the descent (steps + 1, coefficients)."""
-        return super().arrays() | {"path": np.array(self.path, dtype=np.float32)}
+
+def masked_output(net: nn.Module, groups: Sequence[Group], masks: Sequence[Tensor], x: Any) -> Any:
+    """Output of `net` for `x` with each channel times its mask where it is consumed.
+
+    `masks` has one tensor (channels,) per group. At zeros and ones this is what the net without
+    the zeros computes; differentiable in the masks.
+    """
+    weights, norms = dict(net.named_parameters()), []
+    for group, mask in zip(groups, masks, strict=True):
+        for member in group.members:
+            layer = net.get_submodule(member.layer)
+            if isinstance(layer, nn.LayerNorm):
+                norms.append((layer, member.spread(mask)))
+            if member.role == CONSUMES:
+                name, weight = f"{member.layer}.weight", weights[f"{member.layer}.weight"]
+                along, shape = axis_of(layer, "in"), [1] * weight.dim()
+                shape[along] = -1
+                spread = member.spread(mask)[: weight.shape[along]]
+                weights[name] = weight * spread.view(shape)
+    with _masked_norms(norms):
+        return call(lambda *args, **named: functional_call(net, weights, args, named), x)
 
 
-Found = tuple[list[float], Point, list[list[float]]]
+@contextmanager
+def _masked_norms(norms: list[tuple[nn.LayerNorm, Tensor]]) -> Iterator[None]:
+    """Layer norms whose mean and variance weigh each feature by its mask."""
 
+    def masked(mask: Tensor, layer: nn.LayerNorm, given: tuple[Tensor], _: Tensor) -> Tensor:
+        x, total = given[0], mask.sum()
+        mean = (x * mask).sum(-1, keepdim=True) / total
+        variance = ((x - mean).square() * mask).sum(-1, keepdim=True) / total
+        return (x - mean) * (variance + layer.eps).rsqrt() * layer.weight + layer.bias
 
-def search_grid(
-    choice: Choice, budget: Budget, index: list[int], params: ComponentAwareParams
-) -> Found:
-    """The best point of the product grid, each shifted to the target; numbers per group."""
-    low, high = (0.0, params.most) if params.coefficient == "share" else (-2.0, 2.0)
-    levels = np.linspace(low, high, params.levels).tolist()
-    best, at = choice.reach(budget, [0.0] * len(index)), [0.0] * len(index)
-    for point in itertools.product(levels, repeat=max(index) + 1):
-        if min(point) > low:
-            continue  # the same as a point with all coefficients a level lower
-        numbers = _spread(point, index)
-        candidate = choice.reach(budget, numbers)
-        if choice.better(candidate, best):
-            best, at = candidate, numbers
-    return at, best, [list(at)]
-
-
-def descend(
-    choice: Choice, budget: Budget, index: list[int], params: ComponentAwareParams
-) -> Found:
-    """The best hardened point on the way of gradient descent; numbers per group, and the way."""
-    best = choice.reach(budget, [0.0] * len(index))
-    start = budget.offset([0.0] * len(index), choice.target)
-    alpha = torch.full((max(index) + 1,), start).requires_grad_()
-    optimizer = torch.optim.Adam([alpha], lr=params.lr)
-    # Ranks are spread evenly over 0-1; other positions are scaled to the same width.
-    scale = 1.0 if params.coefficient == "share" else _width(budget)
-    at, path = _spread(alpha.tolist(), index), [alpha.tolist()]
-    for step in range(params.steps):
-        done = step / params.steps
-        optimizer.param_groups[0]["lr"] = params.lr * scale * (1 - done)
-        temperature = scale * params.hot * (params.cold / params.hot) ** done
-        loss, removed = soft_loss(choice, budget, alpha[index], temperature)
-        descend_step(alpha, optimizer, loss, removed - choice.target, params)
-        if params.coefficient == "share":
-            alpha.data.clamp_(0, params.most)
-        path.append(alpha.tolist())
-        if (step + 1) % params.check == 0 or step + 1 == params.steps:
-            numbers = _spread(alpha.tolist(), index)
-            candidate = choice.reach(budget, numbers)
-            if choice.better(candidate, best):
-                best, at = candidate, numbers
-    return at, best, path
-
-
-def descend_step(
-    alpha: Tensor,
-    optimizer: torch.optim.Optimizer,
-    loss: Tensor,
-    over: Tensor,
-    params: ComponentAwareParams,
-) -> None:
-    """One step of `alpha` down `loss` that keeps S - rho, now `over`, or is pulled back to it."""
-    if params.hold == "penalty":
-        off = torch.relu(over.abs() - params.tolerance).square()
-        (alpha.grad,) = torch.autograd.grad(loss + params.strength * off, alpha)
-        optimizer.step()
-        return
-    (normal,) = torch.autograd.grad(over, alpha, retain_graph=True)
-    (downhill,) = torch.autograd.grad(loss, alpha)
-    length = normal.square().sum().clamp(min=1e-12)
-    alpha.grad = downhill - normal * (downhill @ normal) / length
-    optimizer.step()
-    alpha.data.sub_(normal * over.detach() / length)
-
-
-def _index(choice: Choice, per: str) -> list[int]:
-    """The coefficient's number of each group; -1 where it is protected."""
-    keys = [
-        each.place if per == "component" and len(each.components) == 1 else each.name
-        for each in choice.groups
-    ]
-    free = [key for key, still in zip(keys, choice.frozen, strict=True) if not still]
-    numbers = {key: i for i, key in enumerate(dict.fromkeys(free))}
-    return [-1 if still else numbers[k] for k, still in zip(keys, choice.frozen, strict=True)]
-
-
-def _spread(alpha: Sequence[float], index: list[int]) -> list[float]:
-    """The coefficient of each group; anything for a protected one."""
-    return [alpha[i] for i in index]
-
-
-def _width(budget: Budget) -> float:
-    """Twice the interquartile range: 1 for positions that are spread evenly over 0-1."""
-    quarters = torch.cat(budget.positions).quantile(torch.tensor([0.25, 0.75]).double())
-    return 2 * float(quarters[1] - quarters[0])
-
-
-def soft_loss(
-    choice: Choice, budget: Budget, numbers: Tensor, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """Loss at `numbers` (one per group) on the next training batch, and the share removed S."""
-    x, y = choice.batch()
-    choice.passes += 3 * len(x)
-    masks = soft_masks(choice, budget, numbers, temperature)
-    output = masked_output(choice.small.dense, choice.plain, masks, x)
-    goal = choice.application.objective
-    if goal.smooth is None:
-        loss = choice.loss(output, x, y) / choice.dense_loss
-    else:
-        loss = goal.smooth(output, x, y) * (1 if goal.direction == "lower" else -1)
-    for constraint in choice.application.constraints:
-        smooth = choice.application.metrics[constraint.metric].smooth
-        if smooth is not None:
-            short = torch.relu(constraint.share(smooth(output, x, y)))
-            loss = loss + choice.params.strength * short.square()
-    return loss, 1 - choice.channels.cost(torch.cat(masks).cpu()) / choice.channels.dense
-
-
-def soft_masks(choice: Choice, budget: Budget, numbers: Tensor, temperature: float) -> list[Tensor]:
-    """m_gj = sigmoid((p_gj - alpha_g) / T), one (channels,) per group; ones where frozen."""
-    masks = []
-    for i, position in enumerate(budget.positions):
-        p = position.to(choice.data[0][0])
-        soft = torch.sigmoid((p - numbers[i].to(p)) / temperature)
-        masks.append(torch.ones_like(p) if choice.frozen[i] else soft)
-    return masks
+    handles = [layer.register_forward_hook(partial(masked, mask)) for layer, mask in norms]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

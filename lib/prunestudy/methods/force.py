@@ -20,29 +20,32 @@ of R = 1/2 sum |w_j - w_i|^2 (L2) and sum |w_j - w_i| (L1), over ordered pairs [
 | W_i | a row of `weight_matrix(layer)` |
 | dW | `force(weight, kind)` |
 | lambda | `strength` times the layer's factor in `strengths`; below 0 filters repel each other |
-| rank ratio, 5% error | `PlainLowRank.measures`, `shrink.ranks` |
+| rank ratio, 5% error | `filter_probes`, `shrink.factors` |
 
 Order in a step: gradient, weight decay, force, momentum [P]. Here the force joins the gradient
 before SGD adds the decay; the sum is the same, and where the strength or the sign depends on the
 gradient it is the one with the decay.
 
-Ours, where the paper is silent: filters shorter than 1e-8 neither pull nor are pulled; two filters
-closer than rounding can tell exert no L1 force; which components "agree" (the force moves a weight
-the way descent does). Unknown: lambda for ResNet-20 and GoogLeNet.
+Ours, where the paper is silent: filters shorter than 1e-8 neither pull nor are pulled; two
+directions closer than 5e-7, which float32 cannot tell apart, exert no L1 force; which components
+"agree" (the force moves a weight the way descent does). Unknown: lambda for ResNet-20 and
+GoogLeNet.
 """
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from prunestudy.methods.base import Context, Params, Progress
-from prunestudy.methods.plain_low_rank import LowRankParams, PlainLowRank
-from prunestudy.shrink.low_rank import Layer, groups_of, layers_to_factorise
+from prunestudy.methods.base import At, Context
+from prunestudy.methods.low_rank import LowRank
+from prunestudy.shrink.factors import Layer, groups_of, layers_to_factorise, require_factorisable
 
 Kind = Literal["l2", "l1"]
 _SHORTEST = 1e-8
+_CLOSEST = 5e-7
+_FAR = 0.05  # a distance at which float32 rounds 2 - 2 w_i . w_j to 4 digits
 
 
 def force(weight: Tensor, kind: Kind = "l2", groups: int = 1) -> Tensor:
@@ -51,7 +54,17 @@ def force(weight: Tensor, kind: Kind = "l2", groups: int = 1) -> Tensor:
     L2 takes O(N D) operations, L1 O(N^2 D) and no memory beyond N x N.
     """
     length, unit = _directions(weight, groups)
-    pull = unit.sum(1, keepdim=True) if kind == "l2" else _inverse_distances(unit) @ unit
+    if kind == "l2":
+        pull = unit.sum(1, keepdim=True)
+    else:
+        squared = _squared(unit)
+        far = squared > _FAR**2
+        pull = _inverse(squared, far) @ unit
+        # Closer pairs by their difference, in float64.
+        exact = _directions(weight.double(), groups)[1]
+        squared = _squared(exact)
+        near = _inverse(squared, ~far & (squared > _CLOSEST**2))
+        pull = pull + (near @ exact - near.sum(2, keepdim=True) * exact).to(pull)
     return _tangential(pull, length, unit).reshape(weight.shape)
 
 
@@ -63,7 +76,7 @@ def force_by_pairs(weight: Tensor, kind: Kind = "l2", groups: int = 1) -> Tensor
         toward = (unit - unit[:, i : i + 1]) * (length > _SHORTEST)
         if kind == "l1":
             distance = toward.norm(dim=2, keepdim=True)
-            toward = torch.where(distance > _closest(unit), toward / distance, 0.0)
+            toward = torch.where(distance > _CLOSEST, toward / distance, 0.0)
         pull[:, i] = toward.sum(1)
     return _tangential(pull, length, unit).reshape(weight.shape)
 
@@ -81,25 +94,27 @@ def _tangential(pull: Tensor, length: Tensor, unit: Tensor) -> Tensor:
     return torch.where(length > _SHORTEST, length, 0.0) * (pull - along * unit)
 
 
-def _inverse_distances(unit: Tensor) -> Tensor:
-    """1 / |w_j - w_i|, with |w_j - w_i|^2 = 2 - 2 w_i . w_j; 0 where rounding hides it."""
-    squared = 2 - 2 * (unit @ unit.mT)
-    apart = squared > _closest(unit) ** 2
-    return torch.where(apart, squared, 1.0).rsqrt() * apart
+def _squared(unit: Tensor) -> Tensor:
+    """|w_j - w_i|^2 of all pairs, (G, N / G, N / G)."""
+    return 2 - 2 * (unit @ unit.mT)
 
 
-def _closest(unit: Tensor) -> float:
-    """The distance below which two unit vectors cannot be told apart: 2 - 2 w_i . w_j is noise."""
-    return 4 * torch.finfo(unit.dtype).eps ** 0.5
+def _inverse(squared: Tensor, pairs: Tensor) -> Tensor:
+    """1 / |w_j - w_i| of `pairs`, 0 for all others."""
+    return torch.where(pairs, squared, 1.0).rsqrt() * pairs
 
 
-class ForceParams(LowRankParams):
-    """`kind` of force; `strength`: lambda; `adaptive`: lambda times |gradient| / |force| instead,
+class Force(LowRank):
+    """Filters pulled together while the net trains, then low-rank factors.
+
+    `kind` of force; `strength`: lambda; `adaptive`: lambda times |gradient| / |force| instead,
     layer by layer; `agree`: only components that the gradient agrees with; `stop`: share of the
-    training after which the force rests; `layers` on which it acts, as `factorise` names them
+    training after which the force rests; `layers` on which it acts, named as in `factorise`
     ("": all convolutions larger than 1x1); `strengths`: factors of lambda by layer or pattern.
     """
 
+    name: ClassVar[str] = "force"
+    title: ClassVar[str] = "Force Regularization"
     kind: Kind = "l2"
     strength: float = 1e-4
     adaptive: bool = False
@@ -108,61 +123,51 @@ class ForceParams(LowRankParams):
     layers: str = ""
     strengths: dict[str, float] = {}
 
-
-class Force(PlainLowRank):
-    """Filters pulled together while the net trains, then low-rank factors."""
-
-    name: ClassVar[str] = "force"
-    title: ClassVar[str] = "Force Regularization"
-    Params: ClassVar[type[Params]] = ForceParams
-
-    def __init__(
-        self, params: ForceParams, target: float | None = None, target_kind: str | None = None
-    ) -> None:
-        super().__init__(params, target, target_kind)
-        self.forced: list[tuple[Layer, float]] = []
+    def __init__(self, *target: Any, **settings: Any) -> None:
+        super().__init__(*target, **settings)
+        self.forced: tuple[tuple[Layer, float], ...] = ()
         self.weight_decay = 0.0
 
     def check(self, model: nn.Module) -> None:
-        """Refuse patterns that name no layer of `model`."""
+        """Refuse, as for factors, layers on which no force can act."""
         super().check(model)
-        self._strengths(model)
+        require_factorisable(model, self._strengths(model))
 
-    def prepare(self, model: nn.Module, context: Context) -> None:
-        """Take the images' shape, and the decay that the gradient is to be seen with."""
-        super().prepare(model, context)
+    def attach(self, model: nn.Module, context: Context) -> None:
+        """Choose the layers on which the force acts, and take the decay of their gradient."""
+        super().attach(model, context)
+        strengths = self._strengths(model)
+        self.forced = tuple((model.get_submodule(name), s) for name, s in strengths.items())
         self.weight_decay = context.weight_decay
 
-    def attach(self, model: nn.Module, generator: torch.Generator) -> None:
-        """Choose the layers on which the force acts."""
-        super().attach(model, generator)
-        self.forced = self._strengths(model)
-
     @torch.no_grad()
-    def after_backward(self, model: nn.Module, progress: Progress) -> None:  # noqa: ARG002
+    def after_backward(self, at: At) -> None:
         """Add -lambda dW to the gradients of the chosen layers."""
-        acts = progress.phase == "train" and progress.step < self.params.stop * progress.steps
-        for layer, strength in self.forced if acts else ():
-            pull = force(layer.weight, self.params.kind, groups_of(layer))
-            layer.weight.grad.add_(self._gradient(layer.weight, pull, strength))
+        if at.phase != "train":
+            return
+        acting = (at.share < self.stop).double()
+        for layer, strength in self.forced:
+            if layer.weight.grad is None:  # frozen, or not part of this loss
+                continue
+            pull = force(layer.weight, self.kind, groups_of(layer))
+            layer.weight.grad.add_(self._gradient(layer.weight, pull, strength * acting))
 
-    def _gradient(self, weight: Tensor, pull: Tensor, strength: float) -> Tensor:
+    def _gradient(self, weight: Tensor, pull: Tensor, strength: Tensor) -> Tensor:
         """What the force adds to the gradient of `weight`."""
-        if not (self.params.adaptive or self.params.agree):
+        if not (self.adaptive or self.agree):
             return pull.mul_(-strength)
         descent = weight.grad.add(weight, alpha=self.weight_decay)
-        if self.params.adaptive:
+        if self.adaptive:
             size = pull.norm()
             pull = torch.where(size >= _SHORTEST, pull * (descent.norm() / size), 0.0)
         added = pull.mul_(-strength)
-        return torch.where(added * descent > 0, added, 0.0) if self.params.agree else added
+        return torch.where(added * descent > 0, added, 0.0) if self.agree else added
 
-    def _strengths(self, model: nn.Module) -> list[tuple[Layer, float]]:
-        """The layers on which the force acts, each with its lambda."""
-        p = self.params
-        chosen = layers_to_factorise(model, tuple(p.layers.split()), "params.layers")
+    def _strengths(self, model: nn.Module) -> dict[str, float]:
+        """Lambda of each layer on which the force acts."""
+        chosen = layers_to_factorise(model, tuple(self.layers.split()), "layers")
         factors = dict.fromkeys(chosen, 1.0)
-        for pattern, factor in p.strengths.items():
-            named = layers_to_factorise(model, (pattern,), "params.strengths")
+        for pattern, factor in self.strengths.items():
+            named = layers_to_factorise(model, (pattern,), "strengths")
             factors.update((name, factor) for name in named if name in factors)
-        return [(layer, p.strength * factors[name]) for name, layer in chosen.items()]
+        return {name: self.strength * factor for name, factor in factors.items()}

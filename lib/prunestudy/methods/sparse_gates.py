@@ -15,11 +15,11 @@ At test time z = 1[g >= 0.5]; in the end only the products w z are left.
 
 | paper | code |
 |---|---|
-| w | `parametrizations.weight.original` of a layer |
+| w | `SparseGates.weights` |
 | g | `Gate.gate` |
 | z | drawn in `Gate.draw` |
 | lambda2 | `Steering.strength` |
-| lambda1 | `Steering.strength * _bimodal(...)` |
+| lambda1 | `Steering.strength * bimodal_ratio(...)` |
 
 What drives a gate: near a trained net w dL/dw is about 0, and with Bernoulli draws the expected
 straight-through gradient is -(1 - g) w^2 H (H the curvature), so a gate rests at
@@ -27,33 +27,22 @@ straight-through gradient is -(1 - g) w^2 H (H the curvature), so a gate rests a
 With the deterministic draw nothing answers lambda2 until a weight is cut.
 
 Unknown in the paper, ours here: how gates start, their optimiser (Adam), that lambda2 is steered
-to a target share, the ramp of lambda1, that at `harden` (share of the steps) exactly the
+to a target share, the ramp of lambda1, and that at `harden` (share of the steps) exactly the
 top-k gates are kept (ties by |w|) and the kept weights fine-tuned.
 """
 
-import contextlib
 from typing import Annotated, Any, ClassVar, Literal
 
-import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from prunestudy.methods.base import Method, Params, Phase, Progress
-from prunestudy.methods.masks import (
-    attach_each,
-    dense_weights,
-    kept_count,
-    masked,
-    product,
-    top_masks,
-)
+from prunestudy.methods.base import At, Context, Phase
+from prunestudy.methods.masks import Mask, Masked, product
 from prunestudy.methods.steering import Steering
 
-_BINS = 40
 
-
-class _Multiply(torch.autograd.Function):
+class _Drawn(torch.autograd.Function):
     """w * z, with the identity as the derivative of the draw z by the gate g."""
 
     @staticmethod
@@ -67,24 +56,25 @@ class _Multiply(torch.autograd.Function):
         return gradient * z, gradient * weight, None
 
 
-class Gate(nn.Module):
+class Gate(Mask):
     """Parametrisation `w -> w z` of one layer's weight, with one gate per weight.
 
-    Training draws z; eval uses z = 1[g >= 0.5]; once hardened, z is the fixed `mask`.
+    Training draws z, by `bernoulli` or not; eval uses z = 1[g >= 0.5]; once `hard`, z is the mask.
     """
 
+    flags = ("hard", "bernoulli")
+
     def __init__(self, weight: Tensor, initial: float, generator: torch.Generator) -> None:
-        super().__init__()
+        super().__init__(weight)
         self.gate = nn.Parameter(torch.full_like(weight, initial))
-        self.register_buffer("mask", torch.ones_like(weight))
         self.generator = generator
         self.hard = self.bernoulli = self.sample_in_eval = False
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return w z (same shape)."""
         if self.hard:
-            return masked(weight, self.mask)
-        return _Multiply.apply(weight, self.gate, self.draw())
+            return super().forward(weight)
+        return _Drawn.apply(weight, self.gate, self.draw())
 
     def draw(self) -> Tensor:
         """Return z, zeros and ones in the shape of the weight."""
@@ -92,25 +82,26 @@ class Gate(nn.Module):
         if sampling and self.bernoulli:
             noise = torch.empty_like(self.gate).uniform_(generator=self.generator)
             return torch.lt(noise, self.gate.detach(), out=noise)
-        return (self.gate >= 0.5).to(self.gate.dtype)
+        return self.at_test()
 
-    def harden(self, mask: Tensor) -> None:
-        """Fix z to `mask`; the gate is trained no more."""
-        self.mask.copy_(mask)
-        self.hard = True
-        self.gate.requires_grad_(False)
+    def at_test(self) -> Tensor:
+        """Return the z of eval mode."""
+        return self.mask if self.hard else (self.gate.detach() >= 0.5).to(self.gate.dtype)
 
 
-class SparseGatesParams(Params):
-    """Our readings of what the paper leaves open; shares are of the steps.
+class SparseGates(Masked):
+    """Gate variables on single weights, from a dense start, to an exact kept share.
 
-    `draw`: how z is drawn while gates train ("a_then_b": half of the time each); `initial` gate;
-    `gate_optimizer`, `gate_lr`; `bimodal`: lambda1 / lambda2 at the end, 0 for none;
-    `ramp`: share of the gate phase in which the kept share falls to the target; `harden`: share of
-    all steps after which gates are decided; `gate_phase_lr`: weights' learning rate until then,
-    times the recipe's.
+    Our readings of what the paper leaves open; shares are of the steps. `scope`: which layers, see
+    `layers_in`; `draw`: how z is drawn while gates train ("a_then_b": half of the time each);
+    `initial` gate; `gate_optimizer`, `gate_lr`; `bimodal`: lambda1 / lambda2 at the end, 0 for
+    none; `ramp`: share of the gate phase in which the kept share falls to the target; `harden`:
+    share of all steps after which gates are decided; `gate_phase_lr`: weights' learning rate until
+    then, times the recipe's.
     """
 
+    name: ClassVar[str] = "sparse_gates"
+    title: ClassVar[str] = "gate variables (ours)"
     draw: Literal[
         "bernoulli", "deterministic", "bernoulli_then_deterministic", "deterministic_then_bernoulli"
     ] = "bernoulli"
@@ -122,171 +113,107 @@ class SparseGatesParams(Params):
     harden: Annotated[float, Field(gt=0, lt=1)] = 0.55
     gate_phase_lr: Annotated[float, Field(gt=0)] = 0.5
 
-
-class SparseGates(Method):
-    """Gate variables on single weights, from a dense start, to an exact kept share."""
-
-    name: ClassVar[str] = "sparse_gates"
-    title: ClassVar[str] = "gate variables (ours)"
-    target_kinds: ClassVar[tuple[str, ...]] = ("sparsity",)
-    Params: ClassVar[type[Params]] = SparseGatesParams
-
-    def __init__(self, params: SparseGatesParams, *target: Any) -> None:
-        super().__init__(params, *target)
-        self.gates: list[Gate] = []
-        self.steering = Steering(1 - self.target, params.ramp)
-        self._histograms: list[np.ndarray] = []
+    def __init__(self, target: float | None = None, of: str | None = None, **settings: Any) -> None:
+        super().__init__(target, of, **settings)
+        self.steering = Steering(1 - self.target, self.ramp)
 
     def phases(self) -> tuple[Phase, ...]:
         """Gates and weights together, then the kept weights alone."""
-        p = self.params
-        gates = Phase("gates", p.harden, lr_scale=p.gate_phase_lr, schedule="constant")
-        return gates, Phase("fine_tune", 1 - p.harden, restart=True)
+        gates = Phase("gates", self.harden, lr_scale=self.gate_phase_lr, schedule="constant")
+        return gates, Phase("fine_tune", 1 - self.harden, restart=True)
 
-    def attach(self, model: nn.Module, generator: torch.Generator) -> None:
-        """Put a gate on every weight of every convolution and linear layer."""
-        self.gates = attach_each(model, lambda w: Gate(w, self.params.initial, generator))
+    def attach(self, model: nn.Module, context: Context) -> None:
+        """Put a gate on every weight in the scope."""
+        self.generator = context.generator
+        super().attach(model, context)
+        self._set_draw(self.draw.split("_then_")[0])
 
-    def parameter_groups(self, model: nn.Module, phase: str) -> list[nn.Parameter]:  # noqa: ARG002
-        """Everything but the gates."""
-        gates = {id(g.gate) for g in self.gates}
-        return [p for p in model.parameters() if p.requires_grad and id(p) not in gates]
+    def mask_for(self, weight: Tensor) -> Gate:
+        """The gates of one layer's `weight`."""
+        return Gate(weight, self.initial, self.generator)
 
-    def own_optimizer(self, model: nn.Module, phase: str) -> torch.optim.Optimizer | None:  # noqa: ARG002
-        """The gates' own optimiser: no weight decay, and no momentum for SGD."""
-        if phase != "gates":
+    @property
+    def hard(self) -> bool:
+        """Whether the gates are decided."""
+        return self.masks[0].hard
+
+    def optimizer(self) -> torch.optim.Optimizer | None:
+        """The gates' own: no weight decay, and no momentum for SGD."""
+        if self.hard:
             return None
-        gates = [g.gate for g in self.gates]
-        if self.params.gate_optimizer == "sgd":
-            return torch.optim.SGD(gates, lr=self.params.gate_lr)
+        gates = [each.gate for each in self.masks]
+        if self.gate_optimizer == "sgd":
+            return torch.optim.SGD(gates, lr=self.gate_lr)
         # The second moment must follow the penalty as it grows: a shorter memory than usual.
-        return torch.optim.Adam(
-            gates, lr=self.params.gate_lr, betas=(0.9, 0.99), eps=1e-12, fused=True
-        )
+        return torch.optim.Adam(gates, lr=self.gate_lr, betas=(0.9, 0.99), eps=1e-12, fused=True)
 
-    def after_backward(self, model: nn.Module, progress: Progress) -> None:  # noqa: ARG002
+    def after_backward(self, at: At) -> None:
         """Add the penalties' gradient lambda2 + lambda1 (1 - 2 g) to the gates'."""
-        if progress.phase != "gates":
+        if self.hard:
             return
-        if self.steering.strength is None:
-            self.steering.start(0.1 * _mean_abs([g.gate.grad for g in self.gates]))
+        gates = [each.gate for each in self.masks if each.gate.grad is not None]
+        if at.first:
+            total = sum(gate.grad.abs().sum().double() for gate in gates)
+            self.steering.start(0.1 * (total / sum(gate.numel() for gate in gates)))
         lambda2 = self.steering.strength
-        lambda1 = lambda2 * self._bimodal(progress.step / progress.steps)
-        for each in self.gates:
-            each.gate.grad.add_(each.gate, alpha=-2 * lambda1).add_(lambda1 + lambda2)
+        lambda1 = lambda2 * self.bimodal_ratio(at.share)
+        for gate in gates:
+            gate.grad.addcmul_(gate.detach(), -2 * lambda1).add_(lambda1 + lambda2)
 
-    def after_step(self, model: nn.Module, progress: Progress, lr: float) -> None:  # noqa: ARG002
-        """Clip gates to [0, 1]; steer lambda2; change the draw when it is time."""
-        if progress.phase != "gates":
-            return
-        with torch.no_grad():
-            for each in self.gates:
+    @torch.no_grad()
+    def after_step(self, at: At) -> None:  # noqa: ARG002
+        """Clip gates to [0, 1]."""
+        if not self.hard:
+            for each in self.masks:
                 each.gate.clamp_(0, 1)
-        step = progress.step + 1
-        if self.steering.due(step):
-            self.steering.update(self.kept_share(model), step, progress.steps)
-        if 2 * step >= progress.steps:
-            self._set_draw(self.params.draw.split("_then_")[-1])
 
-    def start(self, model: nn.Module, phase: str) -> None:  # noqa: ARG002
-        """Begin with the first kind of draw."""
-        self._set_draw(self.params.draw.split("_then_")[0])
+    def update(self, at: At) -> None:
+        """Steer lambda2; change the draw when it is time; decide the gates at the end."""
+        if self.hard:
+            return
+        if self.steering.due(at):
+            self.steering.update(self.kept(), at)
+        if 2 * at.step >= at.steps:
+            self._set_draw(self.draw.split("_then_")[-1])
+        if at.last:
+            self.cut(self.target, at.total_step)
 
-    def end(self, model: nn.Module, phase: str) -> None:
-        """Decide the gates at the end of their phase."""
-        if phase == "gates":
-            self._harden(model)
+    def scores(self) -> list[Tensor]:
+        """The gates, and |w| for the ties at 0 and 1, which float64 holds below g's last digit."""
+        largest = max(w.detach().abs().max().item() for w in self.weights) or 1.0
+        pairs = zip(self.masks, self.weights, strict=True)
+        return [g.gate.double() + 1e-9 * w.abs().double() / largest for g, w in pairs]
 
-    def finish(self, model: nn.Module) -> nn.Module:
-        """Leave only the products w z, in plain layers."""
-        if not self.gates[0].hard:
-            self._harden(model)
-        return super().finish(model)
+    def cut(self, sparsity: float, step: int = 0) -> None:
+        """Keep the largest gates for good."""
+        super().cut(sparsity, step)
+        for each in self.masks:
+            each.hard = True
 
-    def kept_share(self, model: nn.Module) -> float:  # noqa: ARG002
-        """Share of weights that eval mode uses."""
-        kept = sum((g.mask if g.hard else g.gate >= 0.5).sum().item() for g in self.gates)
-        return kept / sum(g.gate.numel() for g in self.gates)
-
-    def views(self, model: nn.Module) -> dict[str, contextlib.AbstractContextManager]:  # noqa: ARG002
-        """The sampled net, while gates are open."""
-        return {} if self.gates[0].hard else {"sampled": self._sampled()}
-
-    def row(self, model: nn.Module) -> dict[str, float]:  # noqa: ARG002
-        """Gates neither below 0.05 nor above 0.95; sum of g; lambda2."""
-        values = [g.mask if g.hard else g.gate.detach() for g in self.gates]
-        flat = torch.cat([value.flatten() for value in values])
-        counts = torch.histc(flat.cpu().float(), _BINS, 0, 1)
-        self._histograms.append(counts.numpy())
-        return {
+    def log(self) -> dict[str, float]:
+        """Share kept in eval mode; share of gates in 0.05-0.95; mean of g; lambda2."""
+        flat = torch.cat([value.flatten() for value in self.values()])
+        return super().log() | {
             "undecided": ((flat > 0.05) & (flat < 0.95)).float().mean().item(),
             "expected_kept": flat.mean().item(),
-            "lambda2": self.steering.strength or 0.0,
+            "lambda2": self.steering.strength.nan_to_num().item(),
         }
 
-    def arrays(self) -> dict[str, np.ndarray]:
-        """Histograms of the gates, (epochs, 40 bins over 0-1)."""
-        return {"gate_histograms": np.stack(self._histograms)} if self._histograms else {}
+    def values(self) -> list[Tensor]:
+        """The gates, one tensor per layer; once they are decided, the masks."""
+        return [each.mask if each.hard else each.gate.detach() for each in self.masks]
 
-    def state(self) -> dict[str, Any]:
-        """Steering, draw, whether the gates are decided, histograms so far."""
-        return {
-            "steering": self.steering.state(),
-            "hard": self.gates[0].hard,
-            "bernoulli": self.gates[0].bernoulli,
-            "histograms": [torch.from_numpy(h) for h in self._histograms],
-        }
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Take back what `state` returned."""
-        self.steering.load_state(state["steering"])
-        self._histograms = [h.numpy() for h in state["histograms"]]
-        for each in self.gates:
-            each.bernoulli = state["bernoulli"]
-            if state["hard"]:
-                each.harden(each.mask)
-
-    def _bimodal(self, share: float) -> float:
-        """lambda1 / lambda2 at `share` of the gate phase.
+    def bimodal_ratio(self, share: Tensor) -> Tensor:
+        """lambda1 / lambda2 at `share` of the gate phase, both 0-d.
 
         While the kept share falls the ratio stays below 1: above, gates at 1 are locked there
         (lambda2 < lambda1) and nothing can be cut any more. After that it rises to `bimodal`.
         """
-        first, ramp, last = min(0.8, self.params.bimodal), self.params.ramp, self.params.bimodal
-        if share <= ramp:
-            return first * max(0.0, (share / ramp - 1 / 3) * 1.5)
-        return first + (last - first) * (share - ramp) / (1 - ramp)
+        first, ramp, last = min(0.8, self.bimodal), self.ramp, self.bimodal
+        early = first * ((share / ramp - 1 / 3) * 1.5).clamp(min=0.0)
+        late = first + (last - first) * (share - ramp) / (1 - ramp)
+        return torch.where(share <= ramp, early, late)
 
     def _set_draw(self, kind: str) -> None:
-        for each in self.gates:
+        for each in self.masks:
             each.bernoulli = kind == "bernoulli"
-
-    @contextlib.contextmanager
-    def _sampled(self):
-        # Draws of its own: looking must not change the training.
-        own = torch.Generator(self.gates[0].gate.device).manual_seed(0)
-        before = [(g.generator, g.bernoulli) for g in self.gates]
-        for each in self.gates:
-            each.generator, each.bernoulli, each.sample_in_eval = own, True, True
-        try:
-            yield
-        finally:
-            for each, (generator, bernoulli) in zip(self.gates, before, strict=True):
-                each.generator, each.bernoulli, each.sample_in_eval = generator, bernoulli, False
-
-    def _harden(self, model: nn.Module) -> None:
-        weights = dense_weights(model)
-        largest = max(w.detach().abs().max().item() for w in weights) or 1.0
-        scores = [
-            # float64 holds the gate and, below its last digit, |w| for the ties at 0 and 1.
-            g.gate.detach().double() + 1e-9 * w.detach().abs().double() / largest
-            for g, w in zip(self.gates, weights, strict=True)
-        ]
-        keep = kept_count(sum(s.numel() for s in scores), self.target)
-        for each, mask in zip(self.gates, top_masks(scores, keep), strict=True):
-            each.harden(mask)
-
-
-def _mean_abs(tensors: list[Tensor]) -> float:
-    total = sum(t.abs().sum().item() for t in tensors)
-    return total / sum(t.numel() for t in tensors)

@@ -1,47 +1,51 @@
-"""A penalty's strength steered so that the kept share follows a schedule to its target."""
+"""A penalty's strength, steered so that the kept share follows a schedule to its target."""
 
 import math
-from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunestudy.methods.base import At, scalar
 
 
-class Steering:
+class Steering(nn.Module):
     """Multiplicative PI control of a strength (lambda) on the log of the kept share.
 
-    Every `period` steps: e = log(kept / wanted), clipped to +-1;
+    At each action: e = log(kept / wanted), clipped to +-1;
     strength <- strength * exp(0.1 e + 1.5 (e - e_before)). The wanted share falls geometrically
-    from 1 to `share` over the first `ramp` (share of the phase's steps), then stays. Ours: the
-    paper fixes lambda by hand, and then the kept share is whatever comes out.
+    from 1 to `share` over the first `ramp` (share of the phase's steps), then stays. Two actions
+    lie at least `period` steps apart. Ours: papers fix lambda by hand and take the kept share that
+    comes out.
+
+    `strength` and `error` (e_before) are 0-d float64 buffers; `strength` is NaN until `start`.
     """
 
     def __init__(self, share: float, ramp: float, period: int = 5) -> None:
+        super().__init__()
         self.share, self.ramp, self.period = share, ramp, period
-        self.strength: float | None = None
-        self._error = 0.0
+        self.register_buffer("strength", scalar(math.nan, "cpu"))
+        self.register_buffer("error", scalar(0.0, "cpu"))
+        self.register_buffer("acted", torch.tensor(0))
 
-    def wanted(self, step: int, steps: int) -> float:
-        """Kept share wanted at `step` of `steps`."""
-        return self.share ** min(1.0, step / max(1.0, self.ramp * steps))
+    def start(self, strength: Tensor) -> None:
+        """Set the first strength (0-d), once; it stays above zero. Tensors only."""
+        first = strength.detach().double().clamp(min=1e-30)
+        self.strength.copy_(torch.where(self.strength.isnan(), first, self.strength))
 
-    def start(self, strength: float) -> None:
-        """Set the first strength, once."""
-        if self.strength is None:
-            self.strength = max(strength, 1e-30)
+    def wanted(self, at: At) -> float:
+        """Kept share wanted after step `at.step` of its phase."""
+        return self.share ** min(1.0, at.step / max(1.0, self.ramp * at.steps))
 
-    def due(self, step: int) -> bool:
-        """Whether the strength is to be updated after `step`."""
-        return self.strength is not None and step % self.period == 0
+    def due(self, at: At) -> bool:
+        """Whether `update` will act; ask first where the kept share costs time. On the host."""
+        return at.step - self.acted.item() >= self.period
 
-    def update(self, kept: float, step: int, steps: int) -> None:
-        """Answer the `kept` share found after `step`."""
-        error = math.log(max(kept, 1e-6) / self.wanted(step, steps))
+    def update(self, kept: float, at: At) -> None:
+        """Answer the share `kept` found after this step, if it is time to. On the host."""
+        if not self.due(at):
+            return
+        error = math.log(max(kept, 1e-6) / self.wanted(at))
         error = max(-1.0, min(1.0, error))
-        self.strength *= math.exp(0.1 * error + 1.5 * (error - self._error))
-        self._error = error
-
-    def state(self) -> dict[str, Any]:
-        """What a resumed run needs."""
-        return {"strength": self.strength, "error": self._error}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Take back what `state` returned."""
-        self.strength, self._error = state["strength"], state["error"]
+        self.strength.mul_(math.exp(0.1 * error + 1.5 * (error - self.error.item())))
+        self.error.fill_(error)
+        self.acted.fill_(at.step)

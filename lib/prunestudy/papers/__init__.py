@@ -1,9 +1,6 @@
-"""One card per paper: citation, claims, published numbers with their marks, experiments.
+"""One card per paper, a TOML file in this folder: citation, claims, published numbers, experiments.
 
-A card is a TOML file beside this one; every key is checked, an unknown one is refused. The
-overview's card has no citation: it compares the papers and has runs of its own only.
-
-What a card says once for several places is in `shorthand`.
+`shorthand` is how a card writes once what holds in several places.
 """
 
 import json
@@ -12,7 +9,7 @@ from contextlib import suppress
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -20,33 +17,35 @@ from prunestudy.errors import InputError, require_one_of
 from prunestudy.papers.shorthand import written_out
 from prunestudy.train import Recipe
 
-# P: read in the paper, its poster, its abstract or its authors' code; S: quoted by another paper or
-# project; N: a near method's number, read there; D: derived or checked numerically; O: our reading.
-Mark = Literal["P", "S", "N", "D", "O"]
-TargetKind = Literal["sparsity", "macs", "parameters", "rank", "energy"]
+# Where a statement comes from. P: the paper, its poster, abstract or the authors' code; S: quoted
+# by another paper or project; N: the number of a similar method; D: derived or checked numerically;
+# O: our reading.
+_Mark = Literal["P", "S", "N", "D", "O"]
+_TargetKind = Literal["sparsity", "macs", "parameters", "rank", "energy"]
+_Precision = Literal["fp32", "bf16"]
+_ProfileName = Literal["quick", "cpu", "cpu-long", "paper"]
+
+PROFILES: tuple[str, ...] = get_args(_ProfileName)
+
+
+class RunRecipe(Recipe):
+    """A recipe whose host looks at the training after each step: the records were made so."""
+
+    period: Annotated[int, Field(ge=0, le=1_000_000)] = 1
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class Where(_Strict):
-    """The only nets, data sets or targets that a rule is on; empty: all."""
-
-    models: tuple[str, ...] = ()
-    datasets: tuple[str, ...] = ()
-    targets: tuple[float, ...] = ()
-
-
 class Rule(_Strict):
-    """A claim as a rule: the paired difference `method - against` of `metric` is >= `at_least`.
+    """A test of a claim: the paired difference `method - against` of `metric` is >= `at_least`.
 
-    It holds against each of `against`, for every net, data set and target of a profile where both
-    have runs; `where` narrows that and `why` says for what reason. Sides are labels ("method" or
-    "method, variant"); `metric` is a key of the records' metrics, which without `against` is
-    compared itself. `at_least` may differ by data set, with one for all "other". Only targets of
-    `target_kind` count, and with `within` only pairs where `method` removed as much as `against`,
-    or at most that share less.
+    It applies against each of `against` (empty: the metric itself is tested), on every net, data
+    set and target of a profile where both sides have runs; `where` restricts it, `why` gives the
+    reason. Sides are labels of entries, `metric` is a key of the records' metrics. `at_least` may
+    be a dict by data set, with "other" for the rest. `target_kind` restricts the rule to those
+    targets; `within` to pairs where `method` removed at most that share less than `against`.
     """
 
     method: str
@@ -54,47 +53,43 @@ class Rule(_Strict):
     metric: str = "metric"
     at_least: float | dict[str, float] = 0.0
     within: Annotated[float, Field(ge=0, lt=1)] | None = None
-    target_kind: TargetKind | None = None
-    where: Where = Where()
+    target_kind: _TargetKind | None = None
+    where: dict[Literal["models", "datasets", "targets"], tuple[str | float, ...]] = {}
     why: str = ""
 
     @model_validator(mode="after")
-    def _narrowed_for_a_reason(self) -> Self:
-        if (self.where == Where()) != (not self.why):
+    def _consistent(self) -> Self:
+        if bool(self.where) != bool(self.why):
             raise ValueError("where and why come together")
         if isinstance(self.at_least, dict) and "other" not in self.at_least:
             raise ValueError("at_least by data set needs one for all other")
         return self
 
     def margin(self, dataset: str) -> float:
-        """The least difference on `dataset`."""
+        """The smallest difference on `dataset` that passes."""
         if isinstance(self.at_least, float):
             return self.at_least
         return self.at_least.get(dataset, self.at_least["other"])
 
     def covers(self, model: str, dataset: str, target: float | None, kind: str) -> bool:
-        """Whether the rule is on this net, data set and target of `kind`."""
-        where = self.where
-        return (
-            model in (where.models or (model,))
-            and dataset in (where.datasets or (dataset,))
-            and target in (where.targets or (target,))
-            and kind == (self.target_kind or kind)
-        )
+        """Whether the rule applies to this net, data set and target of `kind`."""
+        at = {"models": model, "datasets": dataset, "targets": target}
+        inside = all(at[name] in allowed for name, allowed in self.where.items())
+        return inside and self.target_kind in (None, kind)
 
 
 class Claim(_Strict):
-    """What the paper claims; tested by `tests`, or `not_testable` says why not."""
+    """A claim of the paper, read at `place`: `tests`, or the reason why it is `not_testable`."""
 
     id: str
     text: str
-    mark: Mark
+    mark: _Mark
     place: str
     tests: tuple[Rule, ...] = ()
     not_testable: str = ""
 
     @model_validator(mode="after")
-    def _one_of_both(self) -> Self:
+    def _consistent(self) -> Self:
         if bool(self.tests) == bool(self.not_testable):
             raise ValueError("a claim has either tests or a reason in not_testable")
         return self
@@ -105,15 +100,15 @@ class _Read(_Strict):
     method: str
     model: str
     dataset: str
-    mark: Mark
+    mark: _Mark
     source: str
 
 
 class Published(_Read):
-    """A published number: `dense` and `value` of `metric`, at the share `kept` of the weights.
+    """`value` of `metric` as published in `source`, and that of the `dense` net.
 
-    `target` names our setting it stands beside (share removed), `source` where it was read,
-    `speed_up` the measured one of the whole net.
+    `kept` is the share of weights left, `nonzeros` their number, `speed_up` that of the whole net;
+    `target` (share removed) is our setting to compare it with.
     """
 
     metric: Literal["top1", "top5", "psnr", "miou"]
@@ -123,13 +118,13 @@ class Published(_Read):
     kept: float | None = None
     nonzeros: int | None = None
     target: float | None = None
-    target_kind: TargetKind = "sparsity"
+    target_kind: _TargetKind = "sparsity"
 
 
 class PublishedRanks(_Read):
-    """Ranks of a net's layers: `ranks` of `full`, layer by layer, with the net's top-1 accuracy.
+    """Published ranks, `ranks` of `full` by layer, with the net's accuracy `top1`.
 
-    `gpu`, `cpu` and `theory` are the speed-ups of these layers, where they were published.
+    `gpu`, `cpu` and `theory` are the layers' speed-ups, where published.
     """
 
     layers: tuple[str, ...]
@@ -141,18 +136,17 @@ class PublishedRanks(_Read):
     theory: tuple[float, ...] = ()
 
     @model_validator(mode="after")
-    def _one_of_each(self) -> Self:
-        sizes = {len(self.layers), len(self.full), len(self.ranks)}
-        sizes |= {len(column) for column in (self.gpu, self.cpu, self.theory) if column}
-        if len(sizes) > 1:
+    def _consistent(self) -> Self:
+        columns = (self.full, self.ranks, self.gpu, self.cpu, self.theory)
+        if {len(column) for column in columns if column} != {len(self.layers)}:
             raise ValueError("layers, full, ranks and speed-ups differ in length")
         if not all(0 < rank <= full for rank, full in zip(self.ranks, self.full, strict=True)):
             raise ValueError("a rank is above the full one, or below 1")
         return self
 
 
-class Unknown(_Strict):
-    """What the paper does not say, how it is read here and where the reading is ablated."""
+class _Unknown(_Strict):
+    """What the paper leaves open, how we read it, and the ablation of that reading."""
 
     text: str
     reading: str
@@ -160,14 +154,12 @@ class Unknown(_Strict):
 
 
 class Entry(_Strict):
-    """A method in an experiment; `variant` names a reading: settings other than its defaults.
+    """A method in an experiment; `variant` names a reading with other `params` than the default.
 
-    `stage`: "half" begins a combination, "combined" is put `after` another method, "fine-tuned"
-    trains on after pruning; "" is an ordinary result. `after` is the label ("method, variant,
-    stage", what is empty left out) of the entry whose run, of same seed and target (or
-    `after_target`), is the parent. `seeds`, `targets`, `target_kind`, `lr`, `weight_decay` and
-    `epochs` replace the experiment's; `fresh` starts from random weights with the epochs of the
-    dense start added.
+    `stage` is "half" for the first half of a combination, "combined" for the second, "fine-tuned"
+    for training after pruning, "" otherwise. `after` is the label of an earlier entry whose run, of
+    the same seed and target (or `after_target`), is the parent. `fresh` starts from random weights
+    and adds the epochs of the dense start. Other fields replace the experiment's.
     """
 
     method: str
@@ -176,7 +168,7 @@ class Entry(_Strict):
     params: dict[str, Any] = {}
     seeds: Annotated[int, Field(ge=1)] | None = None
     targets: tuple[float, ...] | None = None
-    target_kind: TargetKind | None = None
+    target_kind: _TargetKind | None = None
     lr: Annotated[float, Field(gt=0)] | None = None
     weight_decay: Annotated[float, Field(ge=0)] | None = None
     epochs: Annotated[int, Field(ge=0)] | None = None
@@ -186,35 +178,34 @@ class Entry(_Strict):
 
     @property
     def label(self) -> str:
-        """Name within the experiment."""
+        """Name within the experiment: "method, variant, stage" without the empty ones."""
         return ", ".join(filter(None, (self.method, self.variant, self.stage)))
 
 
 class Experiment(_Strict):
-    """Methods side by side on one net and data set, all from the same dense start.
+    """Methods side by side on one net and data set, from the same dense start.
 
-    `start` trains the dense parent (None: from random weights), with `pretrained` from
-    torchvision's weights (0 epochs: they are the parent); `recipe` everything after it.
-    `precision` replaces the profile's.
-    `purpose` "search" looks at the validation split only.
+    `start` trains the dense parent (None: start from random weights), `recipe` everything after it.
+    With `pretrained` the parent begins with torchvision's weights (0 epochs: it is these weights).
+    `validation` is a number of images; a "search" is scored on them instead of the test images.
     """
 
     name: str
     dataset: str
     model: str
-    recipe: Recipe
-    start: Recipe | None = None
+    recipe: RunRecipe
+    start: RunRecipe | None = None
     pretrained: bool = False
-    precision: Literal["fp32", "bf16"] | None = None
+    precision: _Precision | None = None
     targets: tuple[float, ...]
-    target_kind: TargetKind = "sparsity"
+    target_kind: _TargetKind = "sparsity"
     seeds: Annotated[int, Field(ge=1)]
     validation: Annotated[int, Field(ge=1)] = 5000
     methods: tuple[Entry, ...]
     purpose: Literal["results", "ablation", "search"] = "results"
 
     @model_validator(mode="after")
-    def _distinct(self) -> Self:
+    def _consistent(self) -> Self:
         labels = [entry.label for entry in self.methods]
         if len(set(labels)) < len(labels):
             raise ValueError("two methods have the same name, variant and stage")
@@ -231,19 +222,18 @@ class Experiment(_Strict):
 
 
 class Profile(_Strict):
-    """How the study runs at one size; `job` says which runs share one job of the batch."""
+    """How the study runs at one size."""
 
     time: str
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: _Precision = "fp32"
     threads: Annotated[int, Field(ge=1)] = 1
-    job: Literal["seed", "method"] = "method"
     experiments: tuple[Experiment, ...]
 
 
 class Card(_Strict):
-    """A paper's card; `short` is its name in tables, the title where empty.
+    """A paper's card; `short` is its name in tables (empty: the title).
 
-    Without authors, venue, year and arXiv number it is no paper's: it claims and publishes nothing.
+    Without authors, venue, year and arXiv number it belongs to no paper and has experiments only.
     """
 
     id: str
@@ -257,8 +247,8 @@ class Card(_Strict):
     claims: tuple[Claim, ...] = ()
     published: tuple[Published, ...] = ()
     ranks: tuple[PublishedRanks, ...] = ()
-    unknown: tuple[Unknown, ...] = ()
-    profiles: dict[Literal["quick", "cpu", "cpu-long", "paper"], Profile]
+    unknown: tuple[_Unknown, ...] = ()
+    profiles: dict[_ProfileName, Profile]
 
     @property
     def is_paper(self) -> bool:
@@ -266,7 +256,7 @@ class Card(_Strict):
         return bool(self.arxiv)
 
     @model_validator(mode="after")
-    def _cited_or_silent(self) -> Self:
+    def _consistent(self) -> Self:
         citation = {name: getattr(self, name) for name in ("authors", "venue", "year", "arxiv")}
         missing = [name for name, value in citation.items() if not value]
         if 0 < len(missing) < len(citation):
@@ -276,15 +266,22 @@ class Card(_Strict):
         return self
 
 
-PROFILES = ("quick", "cpu", "cpu-long", "paper")
+def cards() -> tuple[Card, ...]:
+    """All cards: the papers in the order of their notebooks, then the overview."""
+    found = map(read_card, Path(str(files(__name__))).glob("*.toml"))
+    return tuple(sorted(found, key=lambda card: (not card.is_paper, card.notebook)))
+
+
+def card(name: str) -> Card:
+    """The card of paper `name`; raises `InputError` for an unknown one."""
+    found = {each.id: each for each in cards()}
+    require_one_of("paper", name, found)
+    return found[name]
 
 
 def read_card(path: Path) -> Card:
-    """Read and check the card at `path`; raises `InputError` naming a key that is wrong.
-
-    Once, and again when its file changes: tables ask for it row by row.
-    """
-    state = path.stat()
+    """Read and check the card at `path`; raises `InputError` naming the first wrong key."""
+    state = path.stat()  # tables ask for a card row by row: it is parsed again if it has changed
     return _read(path, state.st_mtime_ns, state.st_size)
 
 
@@ -292,33 +289,15 @@ def read_card(path: Path) -> Card:
 def _read(path: Path, _changed: int, _size: int) -> Card:
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
-        with suppress(AttributeError, KeyError, TypeError):  # of another form: refused below
+        with suppress(AttributeError, KeyError, TypeError):  # not a card's form: refused below
             values = written_out(values)
-        # Through JSON, where a list may stand for a tuple and strictness still holds.
+        # Strict validation takes a list for a tuple only from JSON.
         return Card.model_validate_json(json.dumps(values))
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"card = {path.name!r}: not valid TOML ({error})") from None
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "as a whole"
+        where = ".".join(map(str, first["loc"])) or "as a whole"
         raise InputError(f"card {path.name}: {where}: {first['msg'].lower()}") from None
     except InputError as error:
         raise InputError(f"card {path.name}: {error}") from None
-
-
-def names() -> tuple[str, ...]:
-    """Names of all cards, in their order."""
-    return tuple(card.id for card in cards())
-
-
-def cards() -> tuple[Card, ...]:
-    """All cards: papers in the order of their notebooks, then what compares them."""
-    found = map(read_card, Path(str(files(__name__))).glob("*.toml"))
-    return tuple(sorted(found, key=lambda card: (not card.is_paper, card.notebook)))
-
-
-def card(name: str) -> Card:
-    """Return the card of paper `name`; raises `InputError` for an unknown one."""
-    found = {each.id: each for each in cards()}
-    require_one_of("paper", name, found)
-    return found[name]

@@ -1,15 +1,13 @@
-"""What a card says once for several places, and how it is written out.
+"""How a card writes once what holds in several places.
 
-- `[profiles.NAME]`: what an experiment may have (net, data, recipes, targets, seeds) is the default
-  of the profile's experiments; of a recipe they state the keys that differ. `start` states what
-  differs from `recipe`, but for a start of 0 epochs, which trains nothing.
-- `[sets]`: a list of methods has a name, which stands for them in `methods` of an experiment or of
-  a later set and in a rule ("NAME, fine-tuned": all at that stage).
-  `{ set = "NAME", seeds = 3 }` changes all of them; `params` are added to theirs.
-- `methods = ["dense"]`: a name that is no set's is a method with its defaults.
-- `[...experiments.readings.METHOD]`: its other `params` by the reading's name, each an entry more.
-- `[[published]]`, `[[ranks]]`, `[[unknown]]` and experiments that are alike are `rows` of `columns`
-  under what they share; a row may lack the last ones.
+- `[profiles.NAME]` has defaults for its experiments; recipes are merged key by key. `start` is
+  merged over `recipe`, unless it has 0 epochs and trains nothing.
+- `[sets]` names lists of methods. A name stands for its methods in an experiment, in a later set
+  and in a rule ("NAME, fine-tuned": all at that stage). `{ set = "NAME", seeds = 3 }` changes all
+  of them; `params` are merged. Any other string is a method with its defaults.
+- `[...experiments.readings.METHOD]` adds an entry for each reading: its name and its `params`.
+- A group of `[[published]]`, `[[ranks]]`, `[[unknown]]` or experiments is what they share, with
+  `rows` of `columns` for the rest; a row may lack the last columns.
 """
 
 from collections.abc import Iterator
@@ -18,43 +16,47 @@ from typing import Any
 from prunestudy.errors import require, require_one_of
 
 _DEFAULTS = ("dataset", "model", "start", "recipe", "target_kind", "targets", "seeds", "validation")
-_Sets = dict[str, list[dict[str, Any]]]
+_Table = dict[str, Any]
+_Sets = dict[str, list[_Table]]
 
 
-def written_out(values: dict[str, Any]) -> dict[str, Any]:
-    """The card with every claim, number and experiment whole; what is no shorthand stays as it is.
+def written_out(values: _Table) -> _Table:
+    """Return the card with every claim, number and experiment in full.
 
-    Raises `AttributeError`, `KeyError` or `TypeError` where a card is of another form, which the
-    schema then refuses.
+    Raises `InputError` for a wrong row or set, and `AttributeError`, `KeyError` or `TypeError` for
+    values that have not a card's form, which the schema refuses.
     """
     sets: _Sets = {}
-    for name, entries in values.get("sets", {}).items():
-        sets[name] = list(_entries(entries, sets))
+    for name, methods in values.get("sets", {}).items():
+        sets[name] = list(_entries(methods, sets))
     whole = {key: value for key, value in values.items() if key != "sets"}
     for part in {"published", "ranks", "unknown"} & values.keys():
-        whole[part] = [row for group in values[part] for row in _rows(group)]
-    whole["claims"] = [_claim(claim, sets) for claim in values.get("claims", [])]
+        whole[part] = _rows(values[part])
+    whole["claims"] = [
+        claim | {"tests": [_rule(rule, sets) for rule in claim.get("tests", [])]}
+        for claim in values.get("claims", [])
+    ]
     whole["profiles"] = {name: _profile(p, sets) for name, p in values["profiles"].items()}
     return whole
 
 
-def _rows(group: dict[str, Any]) -> list[dict[str, Any]]:
-    shared = {key: value for key, value in group.items() if key not in ("columns", "rows")}
-    columns, rows = group.get("columns", []), group.get("rows", [[]])
-    for row in rows:
-        allowed = f"at most {len(columns)} values, one for each of columns"
-        require(len(row) <= len(columns), "row", row, allowed)
-    return [shared | dict(zip(columns, row, strict=False)) for row in rows]
+def _rows(groups: list[_Table]) -> list[_Table]:
+    whole = []
+    for group in groups:
+        shared = {key: value for key, value in group.items() if key not in ("columns", "rows")}
+        columns = group.get("columns", [])
+        for row in group.get("rows", [[]]):
+            allowed = f"at most {len(columns)} values, one for each of columns"
+            require(len(row) <= len(columns), "row", row, allowed)
+            whole.append(shared | dict(zip(columns, row, strict=False)))
+    return whole
 
 
-def _claim(claim: dict[str, Any], sets: _Sets) -> dict[str, Any]:
-    tests = []
-    for rule in claim.get("tests", []):
-        method, *more = _labels(rule["method"], sets)
-        require(not more, "method", rule["method"], "a method, or a set of one")
-        against = [label for name in rule.get("against", []) for label in _labels(name, sets)]
-        tests.append(rule | {"method": method, "against": against})
-    return claim | {"tests": tests}
+def _rule(rule: _Table, sets: _Sets) -> _Table:
+    method, *more = _labels(rule["method"], sets)
+    require(not more, "method", rule["method"], "a method, or a set of one")
+    against = [label for name in rule.get("against", []) for label in _labels(name, sets)]
+    return rule | {"method": method, "against": against}
 
 
 def _labels(name: str, sets: _Sets) -> list[str]:
@@ -65,37 +67,31 @@ def _labels(name: str, sets: _Sets) -> list[str]:
     return [", ".join(filter(None, words)) for words in entries]
 
 
-def _profile(profile: dict[str, Any], sets: _Sets) -> dict[str, Any]:
+def _profile(profile: _Table, sets: _Sets) -> _Table:
     shared = {key: profile[key] for key in _DEFAULTS if key in profile}
     own = {key: value for key, value in profile.items() if key not in shared}
-    experiments = [row for group in profile["experiments"] for row in _rows(group)]
-    return own | {"experiments": [_experiment(e, shared, sets) for e in experiments]}
+    whole = [_experiment(each, shared, sets) for each in _rows(profile["experiments"])]
+    return own | {"experiments": whole}
 
 
-def _experiment(own: dict[str, Any], shared: dict[str, Any], sets: _Sets) -> dict[str, Any]:
+def _experiment(own: _Table, shared: _Table, sets: _Sets) -> _Table:
     whole = {key: value for key, value in (shared | own).items() if key != "readings"}
-    whole["methods"] = [
-        *_entries(own.get("methods", []), sets),
-        *(
-            {"method": method, "variant": variant, "params": params}
-            for method, readings in own.get("readings", {}).items()
-            for variant, params in readings.items()
-        ),
-    ]
-    recipe = shared.get("recipe", {}) | own.get("recipe", {})
+    whole["methods"] = list(_entries(own.get("methods", []), sets))
+    for method, readings in own.get("readings", {}).items():
+        named = ({"variant": name, "params": params} for name, params in readings.items())
+        whole["methods"] += [{"method": method} | each for each in named]
+    whole["recipe"] = recipe = shared.get("recipe", {}) | own.get("recipe", {})
     if "start" in whole:
         start = shared.get("start", {}) | own.get("start", {})
         whole["start"] = start if start.get("epochs") == 0 else recipe | start
-    return whole | {"recipe": recipe}
+    return whole
 
 
-def _entries(methods: list[Any], sets: _Sets) -> Iterator[dict[str, Any]]:
-    """The entries that `methods` of an experiment, or of a set, stand for."""
+def _entries(methods: list[Any], sets: _Sets) -> Iterator[_Table]:
     for item in methods:
-        changes = {"set" if item in sets else "method": item} if isinstance(item, str) else item
-        if "set" in changes:
-            require_one_of("set", changes["set"], sets)
-        own = {key: value for key, value in changes.items() if key != "set"}
-        for entry in sets[changes["set"]] if "set" in changes else [{}]:
+        own = {"set" if item in sets else "method": item} if isinstance(item, str) else dict(item)
+        if name := own.pop("set", ""):
+            require_one_of("set", name, sets)
+        for entry in sets[name] if name else [{}]:
             params = entry.get("params", {}) | own.get("params", {})
             yield entry | own | ({"params": params} if params else {})

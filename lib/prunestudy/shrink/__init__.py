@@ -1,17 +1,25 @@
-"""From a trained net to a smaller one: what goes together, removal, storage, export."""
+"""From a trained net to a smaller one: what goes together, removal, factors, files, export."""
 
 from prunestudy.shrink.components import ComponentGroup, component_groups
 from prunestudy.shrink.csr import CsrLinear, to_csr
+from prunestudy.shrink.export import OnnxNet, export
+from prunestudy.shrink.factors import (
+    energy_shares,
+    factorise,
+    factorise_layer,
+    layer_speed_up,
+    rank_at,
+    ranks_by_energy,
+    ranks_by_macs,
+    ranks_by_share,
+    reduce_rank,
+)
+from prunestudy.shrink.files import about, load, save
 from prunestudy.shrink.fold import fold, require_ordinary
 from prunestudy.shrink.groups import Group, Member, find
-from prunestudy.shrink.importance import taylor
-from prunestudy.shrink.low_rank import factorise, factorise_layer, reduce_rank, speed_up
 from prunestudy.shrink.narrow import Narrow, axis_of, narrow
-from prunestudy.shrink.onnx import OnnxNet, export_onnx, onnx_runs_on
 from prunestudy.shrink.proof import folded, groups, groups_of, remove, remove_groups
-from prunestudy.shrink.ranks import ranks_by_energy, ranks_by_macs, ranks_by_share
 from prunestudy.shrink.remove import Constant, Nothing
-from prunestudy.shrink.sparse import Storage, input_shape, load_net, save_net, storage
 from prunestudy.shrink.view import describe, draw
 
 __all__ = [
@@ -23,12 +31,13 @@ __all__ = [
     "Narrow",
     "Nothing",
     "OnnxNet",
-    "Storage",
+    "about",
     "axis_of",
     "component_groups",
     "describe",
     "draw",
-    "export_onnx",
+    "energy_shares",
+    "export",
     "factorise",
     "factorise_layer",
     "find",
@@ -36,10 +45,10 @@ __all__ = [
     "folded",
     "groups",
     "groups_of",
-    "input_shape",
-    "load_net",
+    "layer_speed_up",
+    "load",
     "narrow",
-    "onnx_runs_on",
+    "rank_at",
     "ranks_by_energy",
     "ranks_by_macs",
     "ranks_by_share",
@@ -47,9 +56,6 @@ __all__ = [
     "remove",
     "remove_groups",
     "require_ordinary",
-    "save_net",
-    "speed_up",
-    "storage",
-    "taylor",
+    "save",
     "to_csr",
 ]

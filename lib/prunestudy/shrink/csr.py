@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from prunestudy.errors import require
+from prunestudy.shrink.factors import replace, replaceable
 from prunestudy.shrink.fold import fold
 
 
@@ -14,7 +15,7 @@ class CsrLinear(nn.Module):
     """A linear layer whose weight (out, in) is kept as CSR: y = W x + b, for inference.
 
     Maps (..., in_features) to (..., out_features). The arrays `rows`, `columns`, `values` and
-    `bias` are buffers: it has no parameters.
+    `bias` are buffers; it has no parameters.
     """
 
     def __init__(self, linear: nn.Linear):
@@ -29,17 +30,16 @@ class CsrLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Outputs (..., out_features) of inputs (..., in_features)."""
         flat = x.reshape(-1, self.in_features)
-        weight = _csr_tensor(self.rows, self.columns, self.values, self.weight_shape)
+        _spend_warnings()
+        # Built at each forward (1 microsecond): torch can neither copy nor save modules with it.
+        arrays = self.rows, self.columns, self.values
+        shape = self.out_features, self.in_features
+        weight = torch.sparse_csr_tensor(*arrays, shape, check_invariants=False)
         if len(flat) == 1:  # matrix times vector is up to 2.5 times faster than one column
             y = torch.addmv(self.bias, weight, flat[0])
         else:
             y = torch.addmm(self.bias[:, None], weight, flat.T).T
         return y.reshape(*x.shape[:-1], self.out_features)
-
-    @property
-    def weight_shape(self) -> tuple[int, int]:
-        """(out_features, in_features)."""
-        return self.out_features, self.in_features
 
     def extra_repr(self) -> str:
         """What `print` shows of the layer."""
@@ -49,18 +49,16 @@ class CsrLinear(nn.Module):
 def to_csr(model: nn.Module, min_sparsity: float = 0.0) -> nn.Module:
     """A folded copy of `model` whose linear layers of at least `min_sparsity` are `CsrLinear`.
 
-    `min_sparsity` is the share of zero weights from which a layer is converted, in 0-1; other
-    layers stay as they are. Outputs differ by rounding only. Raises `InputError` outside 0-1.
+    `min_sparsity` is a share of zero weights, in 0-1. Outputs differ by rounding only. Raises
+    `InputError` outside 0-1.
     """
     require(0 <= min_sparsity <= 1, "min_sparsity", min_sparsity, "a share in 0-1")
-    plain = fold(model)
-    if type(plain) is nn.Linear:
-        return CsrLinear(plain) if _zero_share(plain) >= min_sparsity else plain
-    for name, layer in list(plain.named_modules()):
-        # Subclasses of nn.Linear may be read by their owners (attention reads the weight).
-        if type(layer) is nn.Linear and _zero_share(layer) >= min_sparsity:
-            plain.set_submodule(name, CsrLinear(layer))
-    return plain
+    holder = nn.Sequential(fold(model))
+    for layer, (name, *_) in replaceable(holder).items():
+        zeros = 1 - int(layer.weight.count_nonzero()) / layer.weight.numel()
+        if isinstance(layer, nn.Linear) and zeros >= min_sparsity:
+            replace(holder, name, CsrLinear(layer))
+    return holder[0]
 
 
 def csr_arrays(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -74,26 +72,12 @@ def csr_arrays(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return pointers, columns.to(torch.int32), matrix[rows, columns]
 
 
-def _csr_tensor(rows: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
-    # Built anew at each forward (1 microsecond): torch can neither copy nor save modules that
-    # hold a CSR tensor.
-    _spend_warnings()
-    return torch.sparse_csr_tensor(rows, columns, values, shape, check_invariants=False)
-
-
 @functools.cache
 def _spend_warnings() -> None:
-    """Let torch give its warnings about CSR tensors, each once a process, where nobody hears them.
-
-    All versions say that CSR is in beta, 2.11 also that invariants are unchecked, as asked for.
-    """
+    """Have torch give its warnings about CSR tensors, one a process, to nobody."""
     with warnings.catch_warnings():
         for text in ("CSR tensor support is in beta", "invariant checks are implicitly disabled"):
             warnings.filterwarnings("ignore", f"Sparse {text}", UserWarning)
         none = torch.zeros(0, dtype=torch.int32)
         pointers = torch.zeros(2, dtype=torch.int32)
         torch.sparse_csr_tensor(pointers, none, none.float(), (1, 1), check_invariants=False)
-
-
-def _zero_share(layer: nn.Linear) -> float:
-    return 1 - int(layer.weight.count_nonzero()) / layer.weight.numel()

@@ -51,6 +51,11 @@ def require_untied(model: nn.Module) -> None:
                 require(owner == name, "module", name, shared)
 
 
+def is_plain(model: nn.Module) -> bool:
+    """Whether no tensor of `model` is parametrised or made by such a hook."""
+    return not any(parametrize.is_parametrized(m) or any(_rewriting(m)) for m in model.modules())
+
+
 def _rewriting(module: nn.Module) -> Iterator[tuple[int, object]]:
     """The hooks that make a parameter anew at each forward pass, and can fold it."""
     for number, hook in list(module._forward_pre_hooks.items()):

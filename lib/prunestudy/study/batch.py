@@ -1,9 +1,9 @@
 """The batch: what is to be done, by forks of this process or over a cluster by Snakemake.
 
 Snakemake deletes declared outputs of failed jobs and keeps locks and half-done marks after a kill.
-So nothing of value is ever its output: its jobs (`worker.py`) write markers into a folder of this
-one call, which is thrown away, and what is done is decided by records alone. All that the jobs
-must know stands in that folder's batch.json.
+So nothing of value is ever its output: its jobs, `python -m prunestudy.study.batch KIND NAME`,
+write markers into a temporary folder of this one call, and what is done is decided by records
+alone. All that the jobs must know stands in that folder's batch.json.
 """
 
 import json
@@ -13,10 +13,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
@@ -27,10 +27,11 @@ from filelock import FileLock, Timeout
 
 from prunestudy import datasets, places
 from prunestudy.errors import InputError, require
-from prunestudy.study import notebooks, worker
-from prunestudy.study.plan import Planned, jobs, needed_jobs
+from prunestudy.study import notebooks
+from prunestudy.study.plan import Planned, plan
 from prunestudy.study.records import Store
-from prunestudy.study.session import is_untimed
+from prunestudy.study.runs import Runner
+from prunestudy.study.session import is_untimed, measure_latency
 
 _SNAKEFILE = Path(__file__).with_name("Snakefile")
 _ON_GPU = ("gpu", "paper")  # profiles; of these one run is trained at a time
@@ -42,7 +43,7 @@ def run(
 ) -> dict[str, float]:
     """Do all that is missing of `planned` with `count` jobs side by side.
 
-    Returns the seconds of each stage, {} where nothing was missing. Says on stderr what is done.
+    Returns the seconds of each kind of job, {} where nothing was missing; progress goes to stderr.
     Raises `InputError` before anything starts for bad settings, records or data, and afterwards
     if something failed.
     """
@@ -50,7 +51,7 @@ def run(
     most = 4 * (os.cpu_count() or 1) if local else 1000
     require(1 <= count <= most, "jobs", count, f"1 to {most}" + ", four a core" * local)
     _require_executor(executor)
-    batch = describe(store, profile, planned, count if local else 0, data)
+    batch = describe(store, profile, planned, data)
     if not any(batch[kind] for kind in _KINDS):
         return {}
     # Data is looked at (and downloaded) once here, not by each job.
@@ -59,7 +60,9 @@ def run(
     with _stage() as stage:
         (stage / "batch.json").write_text(json.dumps(batch), encoding="ascii")
         seconds, at = {}, time.time()
-        failed = _locally(stage, batch) if local else _snakemake(stage, batch, count, executor)
+        failed = (
+            _locally(stage, batch, count) if local else _snakemake(stage, batch, count, executor)
+        )
         if failed:
             print((stage / "log").read_text("utf-8", "replace").rstrip(), file=sys.stderr)
             raise InputError(f"study = {profile}: a job failed, see above; finished runs are kept")
@@ -69,43 +72,30 @@ def run(
     return seconds
 
 
-def describe(
-    store: Store, profile: str, planned: list[Planned], count: int, data: str
-) -> dict[str, Any]:
-    """What is to be done, for batch.json: of each kind of job, name to the runs or papers in it.
+def describe(store: Store, profile: str, planned: list[Planned], data: str) -> dict[str, Any]:
+    """What is to be done, for batch.json: runs and papers by kind of job, parents first.
 
-    With `count` > 0, as many jobs share the runs and the notebooks, each taking the next that no
-    other has taken; with 0 (on a cluster) a job is one seed or method, and one notebook.
+    On a cluster each is a job, and a run `needs` that of its parent.
     """
-    missing = [item for item in planned if store.read(item.settings) is None]
+    missing = [item.settings for item in planned if store.read(item.settings) is None]
+    missing.sort(key=lambda settings: settings.parent is not None)  # so that no job waits long
+    runs = {settings.run: settings.parent and settings.parent.run for settings in missing}
     papers = list(dict.fromkeys(item.paper for item in planned))
     stale = [name for name in papers if not notebooks.is_current(store, profile, name)]
     stale.sort(key=lambda name: -sum(item.paper == name for item in planned))  # longest first
-    if count:
-        # Parents first, so that nobody waits for them long.
-        ordered = sorted((i.settings for i in missing), key=lambda s: s.parent is not None)
-        runs, needs = list(dict.fromkeys(settings.run for settings in ordered)), {}
-        sharers = min(1 if profile in _ON_GPU else count, len(runs))
-        train = dict.fromkeys(map(str, range(sharers)), runs)
-        books = dict.fromkeys(map(str, range(min(count, len(stale)))), stale)
-    else:
-        groups = jobs(profile, missing)
-        train = {name: [item.settings.run for item in items] for name, items in groups.items()}
-        needs = {name: sorted(before) for name, before in needed_jobs(groups).items()}
-        books = {name: [name] for name in stale}
-    waiting = bool(train) or any(is_untimed(store, item) for item in planned)
+    waiting = bool(runs) or any(is_untimed(store, item) for item in planned)
     return {
         "folder": str(Path.cwd()),
         "profile": profile,
         "papers": papers,
-        "datasets": sorted({item.settings.dataset for item in missing}),
+        "datasets": sorted({settings.dataset for settings in missing}),
         "results": str(store.folder.parent.resolve()),
         "data": data and str(Path(data).resolve()),
         "gpu": profile in _ON_GPU,
-        "needs": needs,
-        "train": train,
-        "latency": {"all": ["nets"]} if waiting else {},
-        "notebooks": books,
+        "needs": {run: [parent] for run, parent in runs.items() if parent in runs},
+        "train": list(runs),
+        "latency": ["nets"] if waiting else [],
+        "notebooks": stale,
     }
 
 
@@ -114,43 +104,41 @@ def _require_executor(name: str) -> None:
     there = re.fullmatch("[a-z0-9-]+", name) and find_spec(plugin) is not None
     allowed = "local, or one whose package snakemake-executor-plugin-NAME is installed"
     require(bool(name == "local" or there), "executor", name, allowed)
-    allowed = "where Slurm is: sbatch is found and sinfo answers"
-    require(name != "slurm" or _slurm_answers(), "executor", name, allowed)
+    there = name != "slurm" or shutil.which("sbatch") is not None
+    require(there, "executor", name, "where Slurm is: sbatch is found")
 
 
-def _slurm_answers() -> bool:
-    command = ["sinfo", "--noheader"]
-    there = shutil.which("sbatch") and shutil.which("sinfo")
-    return bool(there) and not subprocess.run(command, capture_output=True, check=False).returncode
+def _locally(stage: Path, batch: dict[str, Any], count: int) -> bool:
+    """Do each kind of job in forks, to import all only once; return whether one failed.
 
-
-def _locally(stage: Path, batch: dict[str, Any]) -> bool:
-    """Do one kind of job after the other, in forks: to import all anew takes seconds each time."""
+    The forks share what is to be done: each takes the next one that is free.
+    """
     torch.set_num_threads(1)  # a pool of threads would not outlive the fork
     context, shown = get_context("fork"), set()
     for kind in _KINDS:
-        names = batch[kind]
-        jobs = [context.Process(target=worker.main, args=(kind, name, stage)) for name in names]
-        for job in jobs:
-            job.start()
-        while any(job.is_alive() for job in jobs):
+        jobs = min(1 if batch["gpu"] and kind == "train" else count, len(batch[kind]))
+        words = (kind, batch[kind], stage)
+        forks = [context.Process(target=do_job, args=words) for _ in range(jobs)]
+        for fork in forks:
+            fork.start()
+        while any(fork.is_alive() for fork in forks):
             time.sleep(0.1)
             _show_ready(stage, batch, shown)
         _show_ready(stage, batch, shown)
-        if any(job.exitcode for job in jobs):
+        if any(fork.exitcode for fork in forks):
             return True
     return False
 
 
 def _snakemake(stage: Path, batch: dict[str, Any], count: int, executor: str) -> bool:
-    """Call Snakemake for the jobs of a cluster; return whether one failed."""
+    """Let Snakemake do the jobs on a cluster; return whether one failed."""
     own, shown = (places.checkout() or Path()) / "profiles" / executor, set()
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(_SNAKEFILE), "--nolock"]
     command += ["--directory", str(stage), "--keep-going", "--quiet", "all"]
     command += ["--executor", executor, "--jobs", str(count)]
     command += ["--workflow-profile", str(own)] if own.is_dir() else []
     with (stage / "log").open("a") as log:
-        # It cancels its jobs itself: of a Ctrl-C it gets ours alone, once.
+        # It cancels its jobs itself, so it must see a Ctrl-C once: the one that we send.
         streams = {"stdout": log, "stderr": subprocess.STDOUT, "start_new_session": True}
         process = subprocess.Popen(command, **streams)
         try:
@@ -166,19 +154,18 @@ def _snakemake(stage: Path, batch: dict[str, Any], count: int, executor: str) ->
 
 
 def _show_ready(stage: Path, batch: dict[str, Any], shown: set[Path]) -> None:
-    """Say on stderr which runs and notebooks are ready that are not yet `shown`."""
+    """Print on stderr the runs and notebooks that are ready and not yet `shown`."""
     for path in sorted(set(stage.glob("*.ready")) - shown, key=lambda path: path.stat().st_mtime):
         shown.add(path)
         kind, name = path.name.removesuffix(".ready").split(".", 1)
         number = len([other for other in shown if other.name.startswith(f"{kind}.")])
-        total = len({thing for things in batch[kind].values() for thing in things})
         said = path.read_text(encoding="utf-8") or name
-        print(f"{kind} {number}/{total} {said}", file=sys.stderr, flush=True)
+        print(f"{kind} {number}/{len(batch[kind])} {said}", file=sys.stderr, flush=True)
 
 
 @contextmanager
 def _stage() -> Iterator[Path]:
-    """A folder for one call's markers; those of calls that were killed are cleared away.
+    """A temporary folder for the markers of one call.
 
     It lies in the user's cache, beside Snakemake's own: executors paste its path into command
     lines, so that it cannot be below a results folder of any name.
@@ -187,13 +174,61 @@ def _stage() -> Iterator[Path]:
     plain = bool(re.fullmatch(r"[\w./+-]+", str(stages), re.ASCII))
     require(plain, "XDG_CACHE_HOME", str(stages), "a path of letters, digits and ._/+- only")
     stages.mkdir(parents=True, exist_ok=True)
-    for old in stages.glob("*.lock"):
-        with suppress(Timeout), FileLock(old, timeout=0):
-            shutil.rmtree(old.with_suffix(""), ignore_errors=True)
-            old.unlink(missing_ok=True)
-    stage = stages / f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    with FileLock(f"{stage}.lock"):
-        stage.mkdir()
-        yield stage  # after an error it stays, for the next call to clear away
-        shutil.rmtree(stage, ignore_errors=True)
-        Path(f"{stage}.lock").unlink()
+    with tempfile.TemporaryDirectory(dir=stages, ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
+def do_job(kind: str, names: list[str], stage: Path) -> None:
+    """Do `names` of `kind` (train, latency or notebooks) that no other job has taken.
+
+    Exits with 1 if one failed, here or in another job.
+    """
+    # A kernel is ended only if this process exits in order.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    with (stage / "log").open("a") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    batch = json.loads((stage / "batch.json").read_text(encoding="ascii"))
+    os.chdir(batch["folder"])
+    with ExitStack() as stack:
+        do = _doing(kind, batch, stack)
+        for name in names:
+            failed = stage / f"{name}.failed"
+            with suppress(Timeout), FileLock(stage / f"{name}.taken", timeout=0):
+                try:
+                    if not failed.exists():
+                        (stage / f"{kind}.{name}.ready").write_text(do(name), encoding="utf-8")
+                except InputError as error:
+                    failed.touch()
+                    print(f"{name}: {error}", file=sys.stderr)
+    sys.exit(bool(list(stage.glob("*.failed"))))
+
+
+def _doing(kind: str, batch: dict[str, Any], stack: ExitStack) -> Callable[[str], str]:
+    """The function that does one name of `kind`, and returns a line for the progress."""
+    profile, data = batch["profile"], batch["data"]
+    store, planned = Store(profile, batch["results"]), plan(profile, tuple(batch["papers"]))
+    if kind == "train":
+        runner = Runner(store, data or None)
+        settings = {item.settings.run: item.settings for item in planned}
+        return lambda run: line_of_run(runner.ensure(settings[run]))
+    if kind == "latency":
+        return lambda _: f"{measure_latency(store, planned)} nets timed"
+    client = stack.enter_context(notebooks.kernel())
+
+    def execute(paper: str) -> str:
+        if notebooks.is_current(store, profile, paper):
+            return paper
+        return notebooks.execute(client, store, profile, paper, data).name
+
+    return execute
+
+
+def line_of_run(record: dict[str, Any]) -> str:
+    """A run's name, status and score."""
+    score = record["metrics"].get("metric")
+    return f"{record['run']} {record['status']} {'' if score is None else f'{score:.4f}'}"
+
+
+if __name__ == "__main__":
+    do_job(sys.argv[1], sys.argv[2:], Path.cwd())

@@ -18,7 +18,7 @@ _STOPPED = "stopped; what is finished is kept, and the same command goes on from
 def main(words: list[str] | None = None) -> int:
     """Run one command; bad input is one line on stderr and exit code 2, Ctrl-C 130."""
     if words is None:
-        # Ended from outside is as Ctrl-C; and a log file gets a line of progress now and then.
+        # A request to end counts as Ctrl-C; a log file gets a line of progress now and then.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         if not sys.stderr.isatty():
             os.environ |= {"TQDM_DELAY": "15", "TQDM_MININTERVAL": "15"}
@@ -84,16 +84,14 @@ def _parser() -> argparse.ArgumentParser:
 # Name of a command to what it does, and what it takes besides --results.
 _COMMANDS = {
     "study": ("run all that is missing", "--profile --paper --data --jobs --executor"),
-    "plan": ("say what the runs would cost", "--profile --paper --gpu-hours --rate"),
+    "plan": ("say what the runs would cost", "--profile --paper"),
     "list": ("list the runs, or the names that settings take", "--profile --paper what name"),
     "status": ("say what is done and what is missing", "--profile --paper"),
     "table": ("write the tables from the records", "--profile --paper"),
     "latency": ("time the finished nets, alone on the machine", "--profile --paper"),
     "run": ("train runs by name", "--profile --paper --data --device --weights runs"),
-    "notebook": ("execute a paper's notebook", "--profile --data of"),
-    "readme": ("write README's table of results", ""),
     "collect": ("merge finished runs into one file", "--profile --replace folders"),
-    "show": ("print a run's record and history", "--profile --weight first"),
+    "show": ("print a run's record and history", "--profile first"),
     "compare": ("say what differs between two runs", "--profile first second"),
     "export": ("write a finished net as an ONNX file", "--profile first file"),
     "train": ("train one run with settings of your own", "--data --device --set"),
@@ -108,10 +106,7 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     "--device": {"default": "auto", "help": "auto, cpu or cuda"},
     "--jobs": {"type": int, "default": 2, "help": "jobs side by side (default: 2)"},
     "--executor": {"default": "local", "help": "a Snakemake executor (default: local)"},
-    "--gpu-hours": {"type": float, "help": "pick the runs that tell most within these"},
-    "--rate": {"type": float, "help": "10^12 MACs of training a second, as measured"},
     "--weights": {"action": "store_true", "help": "also where only the net is missing"},
-    "--weight": {"nargs": 2, "metavar": ("LAYER", "INDEX"), "help": "when it was cut, and why"},
     "--replace": {"action": "store_true", "help": "the newcomer takes a run's place"},
     "--set": {
         "action": "append",
@@ -126,7 +121,6 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     "runs": {"nargs": "+", **_RUN},
     "first": _RUN,
     "second": _RUN,
-    "of": {"metavar": "PAPER", "help": "a paper's name"},
     "folders": {"nargs": "*", "metavar": "FOLDER", "help": "brought back from elsewhere"},
     "file": {"metavar": "FILE", "help": "the ONNX file"},
 }

@@ -11,7 +11,7 @@ from prunestudy.errors import InputError, require_one_of, written_whole
 from prunestudy.papers import PROFILES
 from prunestudy.study.lines import changed, line_of, read_lines
 from prunestudy.study.plan import plan
-from prunestudy.study.records import Store, require_same
+from prunestudy.study.records import Store
 
 
 def collect(
@@ -20,11 +20,11 @@ def collect(
     results: str | Path = "",
     replace: bool = False,
 ) -> list[str]:
-    """Merge finished runs into `records.jsonl` and `arrays/`; a line for each that was left out.
+    """Merge finished runs into `records.jsonl` and `arrays/`; return a line per run left out.
 
     `folders` are results of the same profile that another machine brought back: a folder with
     records.jsonl and arrays/, one that has such a folder of the profile's name, or a file of
-    records alone. A run that is stored stays, but for a latency that it lacks; with `replace` the
+    records alone. A stored record stays, though it may gain a missing latency; with `replace` the
     newcomer takes its place (one of `folders` if there are any, else one trained here). Raises
     `InputError`, with nothing changed, where the two were made with different settings or from
     different data.
@@ -44,8 +44,7 @@ def collect(
                 left.append(f"{name}: is not planned in {profile}")
                 continue
             before = records.setdefault(name, record)
-            settings, fingerprint = before["settings"], before["data"]["fingerprint"]
-            require_same(record, settings, fingerprint, source.file(name))
+            source.require_same(record, before["settings"], before["data"]["fingerprint"])
             if not changed(before, record):
                 records[name] = before | {"latency": before["latency"] or record["latency"]}
             elif replace and (source is not store or not sources):
@@ -53,16 +52,10 @@ def collect(
             else:
                 left.append(f"{name}: is stored already, with other numbers; that stays")
         packed, lost = _pack(records, [store, *sources], drawn)
-        files = {
-            store.folder / "arrays" / f"{paper}.safetensors": save(arrays)
-            for paper, arrays in packed.items()
-        }
         text = "".join(line_of(record) + "\n" for _, record in sorted(records.items()))
-        for path, data in (files | {store.collected: text.encode()}).items():
-            if data and not (path.exists() and path.read_bytes() == data):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with written_whole(path) as part:
-                    part.write_bytes(data)
+        for paper, arrays in packed.items():
+            _write(store.folder / "arrays" / f"{paper}.safetensors", save(arrays))
+        _write(store.collected, text.encode())
     return left + lost
 
 
@@ -78,25 +71,32 @@ def _source(profile: str, path: Path) -> Store:
     return store
 
 
+def _write(path: Path, data: bytes) -> None:
+    """Write `data` unless it is empty or already there."""
+    if data and not (path.exists() and path.read_bytes() == data):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with written_whole(path) as part:
+            part.write_bytes(data)
+
+
 # What the notebooks draw, by the beginnings of the arrays' names: of runs of the first seed with
-# the methods' own settings, some of the paper's method alone; the shapes of layers of all runs.
+# the methods' own settings, some of the paper's method alone; the energy of layers of all runs.
 _DRAWN = {
     "sparse_gates": ("kept",),
     "force": ("angles",),
     "gdp": ("final_gates",),
-    "magnitude_attention": ("trail_step", "trail_size", "trail_cut", "trail_ret", "trail_layers"),
+    "magnitude_attention": ("trail_step", "trail_size", "trail_cut", "trail_ret"),
     "component_aware": ("shown", "output"),
 }
 _OF_OURS = ("gate_", "cost_path", "attention")
-_OF_ALL = "energy_before"
-_Drawn = dict[str, tuple[str, tuple[str, ...]]]
+_OF_ALL = ("energy_before",)
 
 
-def drawn_arrays(profile: str) -> _Drawn:
+def drawn_arrays(profile: str) -> dict[str, tuple[str, tuple[str, ...]]]:
     """Planned run to the paper that draws it, and the beginnings of the names of its arrays."""
-    drawn: _Drawn = {}
+    drawn: dict[str, tuple[str, tuple[str, ...]]] = {}
     for item in plan(profile) if profile in PROFILES else ():
-        paper, names = drawn.get(item.settings.run, (item.paper, (_OF_ALL,)))
+        paper, names = drawn.get(item.settings.run, (item.paper, _OF_ALL))
         if item.settings.seed == 0 and not item.variant:
             names += _DRAWN.get(item.paper, ())
             names += _OF_OURS if item.settings.method == item.paper else ()
@@ -105,9 +105,11 @@ def drawn_arrays(profile: str) -> _Drawn:
 
 
 def _pack(
-    records: dict[str, dict[str, Any]], stores: list[Store], drawn: _Drawn
+    records: dict[str, dict[str, Any]],
+    stores: list[Store],
+    drawn: dict[str, tuple[str, tuple[str, ...]]],
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """Arrays to be kept per paper, and a line for each run that no store has whole arrays of."""
+    """Arrays to keep, by paper, and a line for each run that no store has whole arrays of."""
     packed: dict[str, dict[str, Any]] = {}
     lost = []
     for name, record in sorted(records.items()):

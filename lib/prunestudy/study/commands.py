@@ -1,6 +1,6 @@
-"""The commands of `prunestudy`, one function each, of its parsed words; cli.py says what they do.
+"""The commands of `prunestudy`: one function each, called with the parsed words of cli.py.
 
-They print what they have to say, and return the exit code or None. Raise `InputError`.
+Each prints its output and returns the exit code or None. They raise `InputError`.
 """
 # ruff: noqa: D103
 
@@ -12,19 +12,19 @@ from argparse import Namespace
 from collections.abc import Iterable
 
 import pandas as pd
+import torch
 
-from prunestudy import datasets, methods, models, places, shrink
+from prunestudy import datasets, methods, models, shrink
 from prunestudy.errors import InputError, require, require_one_of
 from prunestudy.papers import PROFILES, cards
-from prunestudy.study import batch, forecast, inspect, notebooks, session, tables
+from prunestudy.study import batch, session, tables
 from prunestudy.study.cli import LISTS
 from prunestudy.study.collect import collect
 from prunestudy.study.lines import write_text
-from prunestudy.study.plan import Planned, plan
+from prunestudy.study.plan import RATE, Planned, forecast, plan
 from prunestudy.study.records import Store
-from prunestudy.study.runs import Runner
+from prunestudy.study.runs import Runner, stored_net
 from prunestudy.study.settings import RunSettings, own_settings
-from prunestudy.study.worker import line_of_run
 
 
 def _store(a: Namespace) -> Store:
@@ -32,7 +32,7 @@ def _store(a: Namespace) -> Store:
 
 
 def _planned(a: Namespace) -> list[Planned]:
-    """The planned runs; with profile custom, where a command takes it, one's own finished ones."""
+    """The planned runs; with profile custom, where a command takes it, one's own finished runs."""
     if a.profile != "custom" or a.command not in ("list", "status", "run"):
         return plan(a.profile, tuple(a.paper))
     require(not a.paper, "paper", "".join(a.paper[:1]), "none with --profile custom")
@@ -43,7 +43,7 @@ def _planned(a: Namespace) -> list[Planned]:
 
 
 def _choose(begins: str, names: Iterable[str], store: Store) -> str:
-    """The one of `names` that begins so; of several the one that `train` was last called for."""
+    """The one of `names` that begins so; of several, the one last trained by `train`."""
     found = [name for name in names if name.startswith(begins)]
     if begins in found or len(found) == 1:
         return begins if begins in found else found[0]
@@ -65,10 +65,7 @@ def do_study(a: Namespace) -> None:
         print(line)
     summary = tables.write(store, plan(a.profile))
     ours = summary.paper.isin({item.paper for item in planned}) & (summary.variant == "")
-    columns = "paper method model dataset target n metric difference difference_low".split()
-    shown = summary.loc[ours, [*columns, "difference_high", "verdict"]]
-    with pd.option_context("display.width", 200):
-        print(shown.to_string(index=False, float_format="{:.4f}".format, na_rep=""))
+    print(tables.readable(summary[ours]).to_string(index=False))
     folder = store.folder if a.results else os.path.relpath(store.folder)
     for name in ("tables", "figures", "notebooks", "records.jsonl"):
         print(f"{name:13} {folder}/{name}")
@@ -83,18 +80,10 @@ def do_collect(a: Namespace) -> None:
 
 
 def do_plan(a: Namespace) -> None:
-    rate = forecast.RATE if a.rate is None else a.rate
-    planned, said = _planned(a), sys.stdout
-    if a.gpu_hours is not None:
-        planned, said = forecast.choose(planned, a.gpu_hours, rate), sys.stderr
-        print(*(item.settings.run for item in planned), sep="\n")  # names alone, for a pipe
-    table = forecast.forecast(planned, rate)
-    print(table.to_string(index=False, float_format="{:.2f}".format), file=said)
-    source = "assumed" if a.rate is None else "as given"
+    print(forecast(_planned(a)).to_string(index=False, float_format="{:.2f}".format))
     print(
-        f"hours: an estimate, at {rate:g} x 10^12 MACs of training a second ({source}); "
-        "MACs: of the dense nets, three passes a step",
-        file=said,
+        f"hours: an estimate, at {RATE:g} x 10^12 MACs of training a second (assumed); "
+        "MACs: of the dense nets, three passes a step"
     )
 
 
@@ -131,8 +120,8 @@ _NAMES = {
 
 def _of_method(name: str) -> dict[str, str]:
     kind = methods.method_class(name)
-    takes = " or ".join(f"{key} (of {methods.TARGETS[key]})" for key in kind.target_kinds)
-    fields = kind.Params.model_fields.items()
+    takes = " or ".join(f"{key} (of {methods.TARGETS[key]})" for key in kind.counts)
+    fields = kind.Settings.model_fields.items()
     params = {f"params.{key}": json.dumps(field.get_default()) for key, field in fields}
     return {"method": f"{name} ({kind.title})", "target_kind": takes or "none, no target"} | params
 
@@ -151,11 +140,6 @@ def do_table(a: Namespace) -> None:
     tables.write(_store(a), _planned(a))
 
 
-def do_readme(a: Namespace) -> None:
-    _, summary = tables.build(Store("cpu", a.results or None), plan("cpu"))
-    tables.fill_readme(places.home() / "README.md", summary)
-
-
 def do_latency(a: Namespace) -> None:
     session.measure_latency(_store(a), _planned(a))
 
@@ -170,7 +154,7 @@ def _ensure(a: Namespace, settings: RunSettings, weights: bool = False) -> str:
     """Train the run unless it is there, print a line of it; return its status."""
     show = sys.stderr.isatty() or "TQDM_DELAY" in os.environ
     record = Runner(_store(a), a.data or None, a.device, show).ensure(settings, weights)
-    print(line_of_run(record), flush=True)
+    print(batch.line_of_run(record), flush=True)
     return record["status"]
 
 
@@ -197,13 +181,6 @@ def value_of(text: str) -> object:
         return text
 
 
-def do_notebook(a: Namespace) -> None:
-    plan(a.profile, (a.of,))  # refuses what is not there
-    with notebooks.kernel() as kernel:
-        target = notebooks.execute(kernel, _store(a), a.profile, a.of, a.data)
-    print(target if a.results else os.path.relpath(target))
-
-
 def _done(a: Namespace, begins: str) -> tuple[Store, str]:
     """The store, and the name of the finished run that begins so."""
     require_one_of("profile", a.profile, _profiles())
@@ -213,19 +190,40 @@ def _done(a: Namespace, begins: str) -> tuple[Store, str]:
 
 def do_show(a: Namespace) -> None:
     store, name = _done(a, a.first)
-    text = inspect.weight_line(store, name, *a.weight) + "\n" if a.weight else store.shown(name)
-    print(text, end="")
+    print(json.dumps(store.require(name) | {"history": None}, indent=1))
+    for row in store.history(name):
+        print(*(f"{key}={value}" for key, value in row.items() if not pd.isna(value)))
 
 
 def do_compare(a: Namespace) -> None:
     (store, first), (_, second) = _done(a, a.first), _done(a, a.second)
-    rows = inspect.differences(store, first, second)
+    rows = differences(store, first, second)
     print(rows.to_string() if len(rows) else "no difference")
+
+
+def differences(store: Store, a: str, b: str) -> pd.DataFrame:
+    """A column each for runs `a` and `b`, a row for all that differs; "-" for what one lacks.
+
+    The index is dotted paths such as `settings.recipe.lr`; the last row says at which epoch the
+    two histories part. Raises `InputError` for a record that is missing or damaged.
+    """
+    # What identifies a run and its files always differs.
+    parts = ("settings", "data", "environment", "status", "validation", "metrics", "cost")
+    records = [store.require(run) for run in (a, b)]
+    flat = [pd.json_normalize({part: record[part] for part in parts}) for record in records]
+    table = pd.concat(flat).astype(object).T.fillna("-").astype(str).set_axis([a, b], axis=1)
+    table = table[table.iloc[:, 0] != table.iloc[:, 1]]
+    first, second = (list(zip(*record["history"].values(), strict=True)) for record in records)
+    if first != second:
+        same = [one == other for one, other in zip(first, second, strict=False)]
+        at = f"history from epoch {[*same, False].index(False) + 1}"
+        table.loc[at] = f"{len(first)} epochs", f"{len(second)} epochs"
+    return table
 
 
 def do_export(a: Namespace) -> None:
     store, name = _done(a, a.first)
     store.kept(name, "weights")
-    net = shrink.load_net(store.weights(name))
-    shrink.export_onnx(net, a.file, shrink.input_shape(store.weights(name)))
+    net, shape = stored_net(store.weights(name))
+    shrink.export(net, a.file, torch.rand(2, *shape))
     print(a.file)

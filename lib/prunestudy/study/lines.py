@@ -1,7 +1,7 @@
 """A record: what is kept of one finished run, as one line of JSON with a checksum.
 
 `history` is a list per column, `latency` None until it was measured, and `files` has digests of
-the run's arrays, weights and cuts.
+the run's arrays and weights.
 """
 
 import hashlib
@@ -24,19 +24,19 @@ _REPRODUCED = ("status", "data", "metrics", "validation", "history", "files")
 
 
 def place(record: dict[str, Any]) -> str:
-    """What the run of `record` is called in a store: with `-cuda` behind it if trained there."""
+    """The name that `record` is filed under: its run's, with `-cuda` if it was trained there."""
     return record["run"] + ("" if record["environment"]["device"] == "cpu" else CUDA)
 
 
 def line_of(record: dict[str, Any]) -> str:
-    """The line of `record`: name and checksum of the rest first, then its keys in order."""
+    """The line of `record`: its name, the checksum of the rest, then its keys in order."""
     rest = {key: record[key] for key in record if key not in ("run", "checksum")}
     text = json.dumps(_finite(rest), sort_keys=True, separators=(",", ":"), allow_nan=False)
     return f'{{"run":"{record["run"]}","checksum":"{_checksum(record["run"], text)}",{text[1:]}'
 
 
 def _finite(values: Any) -> Any:
-    """The same values with None for every number that JSON cannot say."""
+    """The same values with None for every number that JSON cannot express."""
     if isinstance(values, dict):
         return {key: _finite(value) for key, value in values.items()}
     if isinstance(values, list | tuple):
@@ -62,9 +62,9 @@ def parse(line: str, path: Path, number: int = 1) -> dict[str, Any]:
 
 
 def refusal(run: str, why: str, path: Path) -> InputError:
-    """What refuses a record: what is wrong with it, where it is, the way out.
+    """The error for a bad record: what is wrong with it, where it is, the way out.
 
-    `path` is a file of many records, or a run's record.json, with which its folder goes.
+    `path` is a file of many records, or a run's record.json, whose whole folder must then go.
     """
     where, what = (path.parent, "folder") if path.name == "record.json" else (path, "line")
     return InputError(
@@ -73,7 +73,7 @@ def refusal(run: str, why: str, path: Path) -> InputError:
 
 
 def read_lines(path: Path) -> dict[str, dict[str, Any]]:
-    """Records of the file at `path` by their place; none if it is not there.
+    """Records of the file at `path` by what they are filed under; none if there is no file.
 
     Raises `InputError` for a line that was edited, cut off or repeated.
     """
@@ -97,20 +97,20 @@ def _read_lines(path: Path, _state: tuple[int, ...]) -> dict[str, dict[str, Any]
 
 
 def changed(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """What a second training of a run did not reproduce; what only `new` has does not count."""
-    return [key for key in _REPRODUCED if not _within(old[key], new[key])]
+    """What a second training of a run did not reproduce, of what both records have."""
+    return [key for key in _REPRODUCED if not _agree(old[key], new[key])]
 
 
-def _within(old: Any, new: Any) -> bool:
+def _agree(old: Any, new: Any) -> bool:
     if not isinstance(old, dict):
         return old == new
-    return all(key in new and _within(old[key], new[key]) for key in old)
+    return all(_agree(old[key], new[key]) for key in old.keys() & new.keys())
 
 
 def read_arrays(path: Path, begin: str = "") -> dict[str, np.ndarray]:
     """Arrays of the file at `path` whose names begin with `begin`, by the rest of their names.
 
-    None if the file is not there or damaged.
+    Empty if the file is missing or damaged.
     """
     try:
         with safe_open(path, framework="numpy") as file:
@@ -127,7 +127,7 @@ def digest(array: np.ndarray) -> str:
 
 
 def noted(arrays: dict[str, np.ndarray], kind: str) -> Any:
-    """What a record says of the file `kind`: of "arrays" a digest each, as they may be packed."""
+    """What a record notes of the file `kind`: a digest of each of "arrays", else one of all."""
     if kind == "arrays":
         return {name: digest(array) for name, array in arrays.items()}
     total = hashlib.sha256()

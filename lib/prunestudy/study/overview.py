@@ -1,7 +1,4 @@
-"""The five papers side by side: what each setting costs and gains, pair by pair, claim by claim.
-
-Everything is made from the rows of runs.csv and from records.
-"""
+"""The five papers side by side: what each setting costs and gains, pair by pair, claim by claim."""
 
 import math
 from typing import Any
@@ -12,9 +9,10 @@ from prunestudy.errors import InputError
 from prunestudy.methods import method_class
 from prunestudy.papers import Rule, cards
 from prunestudy.study import tables
-from prunestudy.study.plan import Planned, Tiny, plan
+from prunestudy.study.plan import Planned, plan
 from prunestudy.study.records import Store
 from prunestudy.study.select import comparisons, index
+from prunestudy.study.session import Session
 from prunestudy.study.verdicts import judged, removed, verdicts_table
 
 # Each paper's method with its strongest control: what chooses by rule where the paper learns.
@@ -46,40 +44,34 @@ def settings_table(runs: pd.DataFrame) -> pd.DataFrame:
 
     `label` names it for people; `combined` marks two methods, one after the other. Costs are
     shares of the dense net of the same model, data, total epochs and device: means over seeds,
-    times of seed 0, training (parents included) a median over seeds with its range `training_low`
-    to `training_high`. Raises `InputError` if no run is done.
+    times of seed 0, training (parents included) a median. Raises `InputError` if no run is done.
     """
     done = runs[(runs["status"] == "done") & ~runs["stage"].isin(["start", "half"])]
     if done.empty:
         raise InputError("overview: no run is done yet")
     done = done.assign(**_shares(done, runs))
     groups = done.groupby(tables.KEYS, dropna=False)
-    costs = groups[[*COSTS]].mean()
-    training = groups["training"].agg(["median", "min", "max"])
-    costs[["training", "training_low", "training_high"]] = training
+    costs = groups[[*COSTS]].mean().assign(training=groups["training"].median())
     rows = tables.summary_table(done).merge(costs.reset_index(), on=tables.KEYS)
     order = list(dict.fromkeys(["dense", *DUELS, *rows["method"]]))
     rows = rows.assign(
         combined=rows["stage"] == "combined",
         order=rows["method"].map(order.index),
-        low=rows["difference_low"],
-        high=rows["difference_high"],
-        label=[name_of(row) + _aim(row) for row in rows.itertuples()],
+        label=[_label(row) for row in rows.itertuples()],
     )
     by = ["dataset", "combined", "order", "target_kind", "target"]
     return rows.sort_values(by, ignore_index=True, kind="stable")
 
 
-def _aim(row: Any) -> str:
-    return f", {removed(row.target, row.target_kind)} removed" if row.target_kind else ""
-
-
-def name_of(row: Any) -> str:
-    """A row's method for people; of a combination also what came first."""
-    title = method_class(row.method).title
+def _label(row: Any) -> str:
+    """A setting for people: its method, what came first or which reading, what was removed."""
+    name = method_class(row.method).title
     if row.stage == "combined":
-        return f"{row.variant.removeprefix('after ')} + {title}"
-    return f"{title}, {row.variant}" if row.variant else title
+        name = f"{row.variant.removeprefix('after ')} + {name}"
+    elif row.variant:
+        name += f", {row.variant}"
+    aim = f", {removed(row.target, row.target_kind)} removed" if row.target_kind else ""
+    return name + aim
 
 
 def _shares(done: pd.DataFrame, runs: pd.DataFrame) -> dict[str, pd.Series]:
@@ -164,12 +156,13 @@ def duels(store: Store, planned: list[Planned]) -> pd.DataFrame:
     return _told(pd.DataFrame(found))
 
 
-def claims(profile: str, store: Store, tiny: Tiny) -> pd.DataFrame:
-    """Every claim of every paper: its rule, the verdict in `profile`, and the record to look at."""
+def claims(study: Session) -> pd.DataFrame:
+    """Every claim of every paper: its rule, the verdict in the profile, the record to look at."""
     found = []
     for paper in (card for card in cards() if card.is_paper):
-        planned = plan(profile, (paper.id,), tiny) if profile in paper.profiles else []
-        table = verdicts_table(store, planned, paper)
+        sized = (study.profile, (paper.id,), study.seeds, study.epochs)
+        planned = plan(*sized) if study.profile in paper.profiles else []
+        table = verdicts_table(study.store, planned, paper)
         said = (table["says"] + " [" + table["mark"] + "]").mask(table["says"].duplicated(), "")
         found.append(table.assign(paper=paper.short or paper.title, claim=said))
     return _told(pd.concat(found, ignore_index=True))

@@ -1,14 +1,21 @@
-"""From cards to the list of runs; needs no data on disk."""
+"""From cards to the list of runs, and what they would cost; needs no data on disk."""
 
+import functools
 import itertools
 from dataclasses import dataclass
 from typing import Any
 
-from prunestudy import methods
+import pandas as pd
+import torch
+
+from prunestudy import datasets, measure, methods, models
 from prunestudy.errors import InputError, require, require_one_of
-from prunestudy.papers import PROFILES, Entry, Experiment, Profile, card, cards
+from prunestudy.papers import PROFILES, Entry, Experiment, Profile, RunRecipe, card, cards
 from prunestudy.study.settings import RunSettings, resolve, target_of
-from prunestudy.train import Recipe
+
+# Assumed, not measured here: 10^12 MACs of training a second.
+RATE = 3.0
+_COLUMNS = ["runs", "epochs", "samples", "PMACs", "hours", "disk GB"]
 
 
 @dataclass(frozen=True)
@@ -30,25 +37,17 @@ class Planned:
     after: str = ""
 
 
-@dataclass(frozen=True)
-class Tiny:
-    """Other sizes than the card's, for a first look or a test; 0 leaves what the card says.
+def plan(
+    profile: str, papers: tuple[str, ...] = (), seeds: int = 0, epochs: int = 0
+) -> list[Planned]:
+    """Return the runs of `papers` (none named: all) in `profile`, parents before children.
 
-    At most `seeds`; exactly `epochs` for every training, where the card has any.
+    For a first look or a test: at most `seeds`, and exactly `epochs` for every training that has
+    any; 0 leaves what the card says. Raises `InputError` for unknown names and negative numbers.
     """
-
-    seeds: int = 0
-    epochs: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("seeds", "epochs"):
-            value = getattr(self, name)
-            require(value >= 0, name, value, "0 (as the card says) or more")
-
-
-def plan(profile: str, papers: tuple[str, ...] = (), tiny: Tiny = Tiny()) -> list[Planned]:
-    """Return the runs of `papers` (none named: all) in `profile`, parents before children."""
     require_one_of("profile", profile, PROFILES)
+    for name, value in (("seeds", seeds), ("epochs", epochs)):
+        require(value >= 0, name, value, "0 (as the card says) or more")
     chosen = [card(name) for name in dict.fromkeys(papers)] or list(cards())
     sizes = {paper.id: paper.profiles[profile] for paper in chosen if profile in paper.profiles}
     if not sizes:
@@ -58,11 +57,13 @@ def plan(profile: str, papers: tuple[str, ...] = (), tiny: Tiny = Tiny()) -> lis
         run
         for paper, size in sizes.items()
         for experiment in size.experiments
-        for run in _of_experiment(paper, size, experiment, tiny)
+        for run in _of_experiment(paper, size, experiment, seeds, epochs)
     ]
 
 
-def _of_experiment(paper: str, size: Profile, experiment: Experiment, tiny: Tiny) -> list[Planned]:
+def _of_experiment(
+    paper: str, size: Profile, experiment: Experiment, seeds: int, epochs: int
+) -> list[Planned]:
     names = ("dataset", "model", "validation")
     common = {name: getattr(experiment, name) for name in names} | {
         "precision": experiment.precision or size.precision,
@@ -70,17 +71,17 @@ def _of_experiment(paper: str, size: Profile, experiment: Experiment, tiny: Tiny
         "evaluate": "validation" if experiment.purpose == "search" else "test",
     }
     counts = {e.label: e.seeds or experiment.seeds for e in experiment.methods}
-    counts = {label: min(count, tiny.seeds or count) for label, count in counts.items()}
+    counts = {label: min(count, seeds or count) for label, count in counts.items()}
     most, starts = max(counts.values()), []
     if experiment.start:
-        own = {"method": "dense", "recipe": _sized(experiment.start, tiny)}
+        own = {"method": "dense", "recipe": _sized(experiment.start, epochs)}
         starts = _by_seed(most, [], **common, **own, pretrained=experiment.pretrained)
     trained: dict[tuple[str, float | None], list[RunSettings]] = {}
     runs: dict[tuple[str, str], Planned] = {}
     for entry in experiment.methods:
         after = experiment.entry(entry.after).method if entry.after else ""
         own = {"method": entry.method, "params": entry.params}
-        own |= {"recipe": _recipe(experiment, entry, tiny)}
+        own |= {"recipe": _recipe(experiment, entry, epochs)}
         parents, targets = [] if entry.fresh else starts, _targets(experiment, entry)
         for target in targets:
             if after:
@@ -89,7 +90,7 @@ def _of_experiment(paper: str, size: Profile, experiment: Experiment, tiny: Tiny
                     before in trained, "after_target", before[1], f"a target of {entry.after!r}"
                 )
                 parents = trained[before]
-            if methods.method_class(entry.method).target_kinds:
+            if methods.method_class(entry.method).counts:
                 own["target"] = target_of(entry.target_kind or experiment.target_kind, target)
             trained[entry.label, target] = _by_seed(most, parents, **common, **own)
         for seed, target in itertools.product(range(counts[entry.label]), targets):
@@ -119,51 +120,60 @@ def _label(reading: str, stage: str, after: str) -> str:
 
 def _targets(experiment: Experiment, entry: Entry) -> tuple[float | None, ...]:
     """Shares removed, one per run; a method without a target has those of the entry before it."""
-    if methods.method_class(entry.method).target_kinds:
+    if methods.method_class(entry.method).counts:
         return entry.targets or experiment.targets
     return _targets(experiment, experiment.entry(entry.after)) if entry.after else (None,)
 
 
-def _sized(recipe: Recipe, tiny: Tiny) -> Recipe:
-    """The recipe with the epochs of `tiny`, if it trains at all."""
-    if not (tiny.epochs and recipe.epochs):
+def _sized(recipe: RunRecipe, epochs: int) -> RunRecipe:
+    """The recipe with so many `epochs` (0: its own), if it trains at all."""
+    if not (epochs and recipe.epochs):
         return recipe
-    return recipe.model_copy(update={"epochs": tiny.epochs, "steps": 0})
+    return recipe.model_copy(update={"epochs": epochs, "steps": 0})
 
 
-def _recipe(experiment: Experiment, entry: Entry, tiny: Tiny) -> Recipe:
-    recipe, start = _sized(experiment.recipe, tiny), experiment.start
+def _recipe(experiment: Experiment, entry: Entry, epochs: int) -> RunRecipe:
+    recipe, start = _sized(experiment.recipe, epochs), experiment.start
     own: dict[str, Any] = {"lr": entry.lr, "weight_decay": entry.weight_decay}
-    own["epochs"] = entry.epochs and (tiny.epochs or entry.epochs)
+    own["epochs"] = entry.epochs and (epochs or entry.epochs)
     own = {name: value for name, value in own.items() if value is not None}
     fresh = entry.fresh or methods.method_class(entry.method).from_scratch
     if start and fresh and entry.epochs is None:
-        first = _sized(start, tiny)
+        first = _sized(start, epochs)
         own |= {"epochs": recipe.epochs + first.epochs, "steps": recipe.steps + first.steps}
     return recipe.model_copy(update=own)
 
 
-def jobs(profile: str, planned: list[Planned]) -> dict[str, list[Planned]]:
-    """Group runs into jobs of the batch, by paper, experiment, seed (and method), in order."""
-    groups: dict[str, list[Planned]] = {}
-    kinds = {name: card(name).profiles[profile].job for name in {run.paper for run in planned}}
-    for run in planned:
-        settings, parts = run.settings, [run.paper, run.experiment, f"s{run.settings.seed}"]
-        if kinds[run.paper] == "method":
-            start = settings.parent is None and settings.method == "dense"
-            parts.append("start" if start else settings.method)
-        groups.setdefault(".".join(parts), []).append(run)
-    return groups
+def forecast(planned: list[Planned]) -> pd.DataFrame:
+    """One row per paper and experiment, and their sum; a run that two ask for counts once.
+
+    A training step counts as three forward passes (one forward, two for the gradients) of the
+    dense net throughout: an upper bound for methods that make it smaller. Hours are at `RATE`.
+    """
+    names = ["paper", "experiment"]
+    rows = [[item.paper, item.experiment, item.settings.run, *_cost(item)] for item in planned]
+    table = pd.DataFrame(rows, columns=[*names, "run", *_COLUMNS]).drop_duplicates("run")
+    table = table.groupby(names, sort=False)[_COLUMNS].sum()
+    table.loc[("all", ""), :] = table.sum()
+    return table.astype(dict.fromkeys(_COLUMNS[:3], int)).reset_index()
 
 
-def needed_jobs(groups: dict[str, list[Planned]]) -> dict[str, set[str]]:
-    """For each job, the jobs before it that train its runs, or parents of them."""
-    owner: dict[str, str] = {}
-    needs: dict[str, set[str]] = {}
-    for name, runs in groups.items():
-        for run in runs:
-            owner.setdefault(run.settings.run, name)
-    for name, runs in groups.items():
-        used = [s for run in runs for s in (run.settings, run.settings.parent) if s]
-        needs[name] = {owner.get(settings.run, name) for settings in used} - {name}
-    return needs
+def _cost(item: Planned) -> tuple[int, int, int, float, float, float]:
+    """`_COLUMNS` of one run without its parents; its arrays count as 1 MiB."""
+    settings, info = item.settings, datasets.info(item.settings.dataset)
+    macs, parameters = _dense(
+        settings.model, (info.channels, info.height, info.width), info.num_classes
+    )
+    recipe = settings.recipe
+    samples = recipe.epochs * (info.train_images - settings.validation)
+    if recipe.steps:
+        samples = min(samples, recipe.steps * recipe.batch_size)
+    trained = 3 * float(samples) * macs
+    hours, disk = trained / (RATE * 1e12) / 3600, (4 * parameters + 2**20) / 1e9
+    return 1, recipe.epochs, samples, trained / 1e15, hours, disk
+
+
+@functools.lru_cache(maxsize=64)
+def _dense(model: str, shape: tuple[int, int, int], num_classes: int) -> tuple[int, int]:
+    net = models.build(model, shape, num_classes)
+    return measure.macs(net, torch.zeros(1, *shape)), measure.parameters(net)

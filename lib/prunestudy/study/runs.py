@@ -1,13 +1,16 @@
 """One run, from its settings to its record."""
 
+import copy
 import functools
 import os
 import platform
+import re
 import resource
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -17,11 +20,11 @@ import torch
 from torch import nn
 
 from prunestudy import datasets, measure, methods, models, places, shrink
-from prunestudy.errors import InputError, require_one_of
+from prunestudy.errors import InputError, require, require_one_of
 from prunestudy.study.lines import FORMAT
 from prunestudy.study.records import Store
 from prunestudy.study.settings import RunSettings
-from prunestudy.train import TrainResult, deterministic, train
+from prunestudy.train import Result, deterministic, prune
 
 
 def device_of(name: str = "auto") -> torch.device:
@@ -31,6 +34,20 @@ def device_of(name: str = "auto") -> torch.device:
     if name == "cuda" and not there:
         raise InputError("device = 'cuda': no CUDA device here; allowed are auto, cpu")
     return torch.device("cuda" if there and name != "cpu" else "cpu")
+
+
+def stored_net(path: Path) -> tuple[nn.Module, tuple[int, int, int]]:
+    """Return the net that a run left in `path`, and the (channels, height, width) of its images.
+
+    Raises `InputError` for a file that `shrink.load` refuses, or that no run wrote.
+    """
+    about = shrink.about(path)
+    sizes = re.fullmatch(r"(\d{1,9}) (\d{1,9}) (\d{1,9}) (\d{1,9})", about.get("sizes", ""))
+    require(bool(sizes) and "factory" in about, "path", str(path), "the net of a run")
+    *shape, num_classes = map(int, sizes.groups())
+    with torch.random.fork_rng(devices=[]):  # reading a file changes no draw
+        fresh = models.build(about["factory"], tuple(shape), num_classes)
+    return shrink.load(path, fresh), tuple(shape)
 
 
 class Runner:
@@ -74,7 +91,7 @@ class Runner:
     def net(self, settings: RunSettings) -> nn.Module:
         """Return the finished net of a run that is done, as an ordinary module."""
         self.ensure(settings, weights=True)
-        return shrink.load_net(self.store.weights(settings.run), settings.model)
+        return stored_net(self.store.weights(settings.run))[0]
 
     def _load(self, settings: RunSettings) -> datasets.Dataset:
         today = datasets.fingerprint(settings.dataset, self.data)
@@ -88,22 +105,22 @@ class Runner:
         with deterministic(settings.threads):
             model = self._start(job)
             start = {name: w.detach().clone() for name, w in measure.prunable_weights(model)}
-            target = (settings.target.value, settings.target.kind) if settings.target else ()
-            method = methods.build(settings.method, settings.params, *target)
             work.mkdir(parents=True, exist_ok=True)
-            made = job.fit(method, model, work / "checkpoint.pt", self.show)
-            metrics = job.metrics(made, method)
+            made = job.train(model, work / "checkpoint.pt", self.show)
+            metrics, arrays = job.metrics(made), made.probe.arrays()
             pruned = made.status == "done" and settings.parent
             if pruned and measure.same_shapes(made.model, start):
                 metrics["kept_scale"] = measure.kept_scale(made.model, start)
-                made.arrays.update(measure.kept_sample(made.model, start))
+                arrays |= measure.kept_sample(made.model, start)
         weights = work / "weights.safetensors"
-        shrink.save_net(made.model.cpu(), weights, *job.like)
+        name, shape, num_classes = job.like
+        sizes = " ".join(map(str, (*shape, num_classes)))
+        like = _dense(*job.like)[0]
+        shrink.save(made.model, weights, like=like, about={"factory": name, "sizes": sizes})
         if made.status == "done":
             metrics["bytes"] = weights.stat().st_size
         record = job.record(made, metrics, time.perf_counter() - started)
-        files, cuts = {"arrays": made.arrays}, method.per_weight()
-        self.store.write(record, weights, **files | ({"cuts": cuts} if cuts else {}))
+        self.store.write(record, weights, arrays)
         shutil.rmtree(work, ignore_errors=True)
 
     def _start(self, job: "_Job") -> nn.Module:
@@ -111,7 +128,7 @@ class Runner:
         settings = job.settings
         if settings.parent:
             parent = self.store.weights(settings.parent.run)
-            return shrink.load_net(parent, settings.model).requires_grad_(True)
+            return stored_net(parent)[0]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             return models.build(*job.like, settings.pretrained)
@@ -127,7 +144,7 @@ def _dense(model: str, shape: tuple[int, int, int], num_classes: int) -> tuple[n
     """The dense net, without its numbers, and its MACs."""
     with torch.random.fork_rng(devices=[]):
         net = models.build(model, shape, num_classes)
-    macs = measure.macs(net, shape)
+    macs = measure.macs(net, torch.zeros(1, *shape))
     return net.to("meta"), macs
 
 
@@ -150,26 +167,33 @@ class _Job:
         info = self.data.info
         return measure.task(models.task_of(self.settings.model), info.mean, info.std)
 
-    def fit(
-        self, method: methods.Method, model: nn.Module, checkpoint: Path, show: bool
-    ) -> TrainResult:
+    def train(self, model: nn.Module, checkpoint: Path, show: bool) -> Result:
         settings, info, recipe = self.settings, self.data.info, self.settings.recipe
         held_in, held_out = datasets.split(self.data.train, settings.validation)
         ways = {"shift": recipe.shift, "flip": recipe.flip, "seed": settings.seed}
-        return train(
+        target = (settings.target.value, settings.target.kind) if settings.target else ()
+        return prune(
             model,
-            method,
-            recipe,
+            methods.build(settings.method, settings.params, *target),
             datasets.batches_of(held_in, info, recipe.batch_size, device=self.device, **ways),
-            datasets.batches_of(held_out, info, len(held_out), device=self.device),
+            recipe,
+            validation=datasets.batches_of(held_out, info, len(held_out), device=self.device),
+            loss=self.task.loss,
+            metric=self.scores,
+            metrics=measure.task_metrics(self.task, info.num_classes),
             seed=settings.seed,
-            task=self.task,
             device=self.device,
             precision=settings.precision,
             checkpoint=checkpoint,
             run=settings.run,
             show=show,
+            probe=methods.probe_of(settings.method, self.task.pixels),
         )
+
+    def scores(self, model: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
+        """The task's metric first, then the loss."""
+        scores = self.task.evaluate(model, batches, self.data.info.num_classes)
+        return {self.task.metric_name: scores.metric, "loss": scores.loss}
 
     def score(self, model: nn.Module) -> measure.Scores:
         """Score of `model` on the images that the run is judged by."""
@@ -177,11 +201,14 @@ class _Job:
         if self.settings.evaluate == "validation":
             _, images = datasets.split(self.data.train, self.settings.validation)
         looked_at = datasets.batches_of(images, info, len(images), device=self.device)
-        return self.task.evaluate(model, looked_at.ordered(512), info.num_classes)
+        # The layout that it was trained in.
+        net = copy.deepcopy(model).to(self.device, memory_format=torch.channels_last)
+        return self.task.evaluate(net, looked_at.ordered(512), info.num_classes)
 
-    def metrics(self, made: TrainResult, method: methods.Method) -> dict[str, Any]:
+    def metrics(self, made: Result) -> dict[str, Any]:
         """Quality and cost of the finished net, of a diverged one the dense net's cost alone."""
         _, shape, _ = self.like
+        example = torch.zeros(128, *shape)
         dense, dense_macs = _dense(*self.like)
         costs = {"dense_parameters": measure.parameters(dense), "dense_macs": dense_macs}
         if made.status != "done":
@@ -198,17 +225,17 @@ class _Job:
             "layers": measure.layer_sparsity(model),
             "parameters": measure.parameters(model),
             "nonzeros": nonzeros,
-            "macs": measure.macs(model, shape),
-            "nonzero_macs": measure.nonzero_macs(model, shape),
-            "peak_memory_mb": measure.peak_memory_mb(model, shape),
+            "macs": measure.macs(model, example),
+            "nonzero_macs": measure.nonzero_macs(model, example),
+            "peak_memory_mb": measure.peak_memory_mb(model, example),
             "stored_values": nonzeros,
             "stored_with_indices": 2 * nonzeros,  # as the papers count: an index for each value
         }
-        metrics |= method.measures(model)
-        others = {f"metric_{name}": other for name, other in method.others(model).items()}
+        metrics |= made.method.report() | made.probe.measures()
+        others = {f"metric_{name}": other for name, other in made.probe.others().items()}
         return metrics | costs | {name: self.score(net).metric for name, net in others.items()}
 
-    def record(self, made: TrainResult, metrics: dict[str, Any], seconds: float) -> dict[str, Any]:
+    def record(self, made: Result, metrics: dict[str, Any], seconds: float) -> dict[str, Any]:
         settings, data, history = self.settings, self.data, made.history
         last = history[-1] if history else {}
         columns = dict.fromkeys(name for row in history for name in row)

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from prunestudy.papers import Card, Rule
+from prunestudy.papers import Rule
 from prunestudy.study.plan import Planned
 from prunestudy.study.settings import Target
 
@@ -26,7 +26,7 @@ class Comparison(NamedTuple):
 
 
 def index(planned: Iterable[Planned]) -> Index:
-    """The runs that are looked at on test images, by what a comparison asks for, in one pass."""
+    """The runs that are judged on test images, by what a comparison asks for."""
     found: Index = {}
     for item in planned:
         s = item.settings
@@ -52,11 +52,3 @@ def comparisons(rule: Rule, runs: Index) -> list[Comparison]:
                 if pairs and rule.covers(model, dataset, share, kind):
                     found.append(Comparison(rule, against, model, dataset, target, pairs))
     return found
-
-
-def of_card(card: Card, planned: Iterable[Planned]) -> list[Comparison]:
-    """Every comparison of the card's claims among its planned runs."""
-    runs = index(item for item in planned if item.paper == card.id)
-    return [
-        each for claim in card.claims for rule in claim.tests for each in comparisons(rule, runs)
-    ]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+import torch
 from tqdm.auto import tqdm
 
 from prunestudy import datasets, measure, models, shrink
@@ -17,9 +18,9 @@ from prunestudy.errors import InputError, require, require_one_of
 from prunestudy.papers import Card, card
 from prunestudy.study import tables, verdicts
 from prunestudy.study.lines import line_of
-from prunestudy.study.plan import Planned, Tiny, plan
+from prunestudy.study.plan import Planned, plan
 from prunestudy.study.records import Store
-from prunestudy.study.runs import Runner
+from prunestudy.study.runs import Runner, stored_net
 from prunestudy.study.settings import RunSettings
 
 if TYPE_CHECKING:
@@ -33,8 +34,8 @@ _CSR_FROM = 0.8
 class Session:
     """One paper in one profile.
 
-    `seeds` and `epochs` other than 0 make everything smaller than the card says; such runs go to
-    the folder "custom", so that they never mix with the study's own.
+    `seeds` and `epochs` other than 0 replace what the card says; such runs go to the folder
+    "custom", so that they never mix with the study's own.
     """
 
     paper: str
@@ -45,19 +46,16 @@ class Session:
     data: str | Path = ""
     device: str = "auto"
     show: bool = True
+    card: Card = field(init=False)
     planned: list[Planned] = field(init=False)
 
     def __post_init__(self) -> None:
-        tiny = Tiny(self.seeds, self.epochs)
-        self.planned = plan(self.profile, (self.paper,), tiny)
-        store = Store("custom" if tiny != Tiny() else self.profile, self.results or None)
+        self.card = card(self.paper)
+        self.planned = plan(self.profile, (self.paper,), self.seeds, self.epochs)
+        small = self.seeds or self.epochs
+        store = Store("custom" if small else self.profile, self.results or None)
         self.runner = Runner(store, self.data or None, self.device)
         self.store = self.runner.store  # of the device that the runs are on
-
-    @property
-    def card(self) -> Card:
-        """The paper's card."""
-        return card(self.paper)
 
     def run(self) -> None:
         """Train what is missing, and say how much that was."""
@@ -92,10 +90,9 @@ class Session:
     def find(self, method: str, target: float | None, seed: int = 0, **where: Any) -> RunSettings:
         """Return the settings of the planned run of `method` at `target`; `InputError` if none."""
         wanted = {"method": method, "seed": seed} | where
-        for item in self.planned:
-            s = item.settings
-            right = item.variant == "" and (s.target.value if s.target else None) == target
-            if right and all(getattr(s, key) == value for key, value in wanted.items()):
+        for s in (item.settings for item in self.planned if not item.variant):
+            aim = s.target.value if s.target else None
+            if aim == target and all(getattr(s, key) == value for key, value in wanted.items()):
                 return s
         raise InputError(f"run = {method} at {target}, seed {seed}: not planned in {self.profile}")
 
@@ -139,12 +136,12 @@ def _milliseconds(store: Store, settings: RunSettings, rounds: int) -> dict[str,
     store.kept(settings.run, "weights")
     info = datasets.info(settings.dataset)
     shape = (info.channels, info.height, info.width)
-    small = shrink.load_net(store.weights(settings.run), settings.model)
+    small, _ = stored_net(store.weights(settings.run))
     dense = models.build(settings.model, shape, info.num_classes)
     nets = {"latency": shrink.to_csr(small, _CSR_FROM), "dense_latency": dense}
     times = {}
     for batch in (1, 128):
-        median = measure.latency(nets, shape, batch, rounds=rounds, threads=1)
+        median = measure.latency(nets, torch.zeros(batch, *shape), rounds, threads=1)
         times |= {f"{name}_b{batch}_ms": round(ms, 5) for name, ms in median.items()}
     return times
 

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from prunestudy import datasets, methods, models
 from prunestudy.errors import InputError, require, require_one_of
-from prunestudy.train import Recipe
+from prunestudy.papers import RunRecipe
 from prunestudy.values import Values, checked
 
 
@@ -33,7 +33,7 @@ class RunSettings(Values):
     revision: int
     params: dict[str, Any] = {}
     target: Target | None = None
-    recipe: Recipe
+    recipe: RunRecipe
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     precision: Literal["fp32", "bf16"] = "fp32"
     threads: Annotated[int, Field(ge=1, le=1024)] = 1
@@ -97,7 +97,7 @@ def resolve(
     require_one_of("model", model, models.names())
     kind, known = methods.method_class(method), datasets.info(dataset, root or None)
     target, parent = rest.get("target"), rest.get("parent")
-    takes = " or ".join(methods.TARGETS[name] for name in kind.target_kinds)
+    takes = " or ".join(methods.TARGETS[name] for name in kind.counts)
     allowed = f"{method} takes {_SHARE.format(takes) if takes else 'no target'}"
     require(bool(target) == bool(takes), "target", target and target.value, allowed)
     allowed = f"{method} needs the run whose shape it takes; see a card"
@@ -130,15 +130,15 @@ def own_settings(values: dict[str, Any], root: str = "") -> RunSettings:
     """
     rest = {"dataset": "digits", "model": "lenet300", "method": "dense", "seed": 0}
     rest |= {"epochs": 20, "lr": 0.05, "validation": 200} | values
-    allowed = sorted({*_OWN, *Recipe.model_fields, "target", "target_kind", "params.NAME"})
+    allowed = sorted({*_OWN, *RunRecipe.model_fields, "target", "target_kind", "params.NAME"})
     params = {k.removeprefix("params."): rest.pop(k) for k in values if k.startswith("params.")}
     for name in sorted(rest):
         require(name in allowed, "setting", name, f"allowed are {', '.join(allowed)}")
     own = {name: rest.pop(name) for name in _OWN if name in rest}
     target, kind = rest.pop("target", None), rest.pop("target_kind", None)
-    recipe = checked(Recipe, rest)
+    recipe = checked(RunRecipe, rest)
     if target is not None:
-        kinds = methods.method_class(own["method"]).target_kinds or ("sparsity",)
+        kinds = methods.method_class(own["method"]).counts or ("sparsity",)
         target = target_of(kind or kinds[0], target)
     return resolve(params=params, recipe=recipe, target=target, root=root, **own)
 

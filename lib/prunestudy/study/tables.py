@@ -2,18 +2,17 @@
 
 import html
 import math
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from prunestudy import datasets
-from prunestudy.errors import InputError
 from prunestudy.methods import method_class
-from prunestudy.papers import Card, card
+from prunestudy.papers import card
+from prunestudy.study.lines import write_text
 from prunestudy.study.plan import Planned
-from prunestudy.study.records import Store, write_text
-from prunestudy.study.verdicts import Interval, margin_to_dense, removed
+from prunestudy.study.records import Store
+from prunestudy.study.verdicts import interval, removed
 
 RUN_COLUMNS = (
     "run parent paper method variant model dataset seed epochs precision threads target_kind "
@@ -32,7 +31,7 @@ SUMMARY_COLUMNS = [
     *KEYS[:-1],
     *"n diverged metric metric_sd dense_metric".split(),
     *DIFFERENCE,
-    *"sparsity nonzeros published mark source verdict reading stage after device".split(),
+    *"sparsity nonzeros published mark source reading stage after device".split(),
 ]
 # By metric: the factor to its unit for people, and the unit.
 UNITS = {"top1": (100, "%"), "miou": (100, "%"), "psnr": (1, " dB")}
@@ -57,10 +56,10 @@ def runs_table(store: Store, planned: list[Planned]) -> pd.DataFrame:
 
 
 def _row(item: Planned, record: dict[str, Any]) -> dict[str, Any]:
-    settings, aim = item.settings, item.settings.aim
-    own = "method model dataset seed epochs precision threads".split()
+    settings, aim, metrics = item.settings, item.settings.aim, record["metrics"]
+    own = ("method", "model", "dataset", "seed", "epochs", "precision", "threads")
     return {
-        **{name: record["metrics"].get(name) for name in RUN_COLUMNS if name in record["metrics"]},
+        **{name: metrics[name] for name in RUN_COLUMNS if name in metrics},
         **{name: getattr(settings, name) for name in own},
         **{name: getattr(item, name) for name in ("paper", "variant", "reading", "stage", "after")},
         **(record["latency"] or {}).get("ms", {}),
@@ -88,24 +87,19 @@ def summary_table(runs: pd.DataFrame) -> pd.DataFrame:
     rows = groups.agg(**means, **words, n=("run", "size"))
     rows["metric_sd"] = groups["metric"].agg(lambda values: values.std())
     rows["diverged"] = runs.groupby(keys, dropna=False).size().reindex(rows.index) - rows["n"]
-    intervals = [Interval.of([*values.dropna()]) for _, values in groups["difference"]]
+    intervals = [interval([*values.dropna()]) for _, values in groups["difference"]]
     rows = rows.join(pd.DataFrame(intervals, rows.index, DIFFERENCE)).reset_index()
-    cards = {paper: card(paper) for paper in set(rows["paper"])}
-    beside = [_beside(cards[row["paper"]], row) for row in rows.to_dict("records")]
-    columns = ["published", "mark", "source", "verdict"]
-    return rows.join(pd.DataFrame(beside, columns=columns))[SUMMARY_COLUMNS]
+    beside = [_published(row) for row in rows.to_dict("records")]
+    return rows.join(pd.DataFrame(beside, columns=["published", "mark", "source"]))[SUMMARY_COLUMNS]
 
 
-def _beside(paper: Card, row: dict[str, Any]) -> tuple[float, str, str, str]:
-    """The published number beside a setting, its mark and source, and the verdict on it."""
-    margin = margin_to_dense(paper, row)
-    interval = Interval(*(row[name] for name in DIFFERENCE))
-    verdict = "" if margin is None else interval.verdict(margin)
+def _published(row: dict[str, Any]) -> tuple[float, str, str]:
+    """The published number that belongs beside a setting, its mark and its source."""
     keys = ("method", "model", "dataset", "target", "target_kind")
-    for number in paper.published if not row["variant"] else ():
+    for number in card(row["paper"]).published if not row["variant"] else ():
         if number.target is not None and all(getattr(number, key) == row[key] for key in keys):
-            return number.value, number.mark, number.source, verdict
-    return math.nan, "", "", verdict
+            return number.value, number.mark, number.source
+    return math.nan, "", ""
 
 
 def build(store: Store, planned: list[Planned]) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -130,8 +124,7 @@ def text_of(table: pd.DataFrame) -> str:
 def readable(summary: pd.DataFrame) -> pd.DataFrame:
     """Return the summary for people: percent and points (dB for psnr), interval in brackets.
 
-    The verdict is on the card's claim against dense, with the margin below dense that it allows.
-    Rows of several papers, and of several devices, are told apart by a column.
+    A column tells rows of several papers, and of several devices, apart.
     """
     table = pd.DataFrame(map(_for_people, summary.to_dict("records")))
     one = [name for name in ("paper", "device") if summary[name].nunique() < 2]
@@ -139,10 +132,9 @@ def readable(summary: pd.DataFrame) -> pd.DataFrame:
 
 
 def _for_people(row: dict[str, Any]) -> dict[str, Any]:
-    (factor, unit), paper = UNITS[row["metric_name"]], card(row["paper"])
-    margin, n, verdict = margin_to_dense(paper, row), row["n"], row["verdict"]
+    (factor, unit), paper, n = UNITS[row["metric_name"]], card(row["paper"]), row["n"]
     sd = "" if math.isnan(row["metric_sd"]) else f" ± {factor * row['metric_sd']:.2f}"
-    difference = [row[f"difference{bound}"] for bound in ("", "_low", "_high")]
+    difference = [factor * row[f"difference{bound}"] for bound in ("", "_low", "_high")]
     published = f"{factor * row['published']:.2f}{unit} [{row['mark']}]"
     return {
         "paper": paper.short or paper.title,
@@ -153,9 +145,8 @@ def _for_people(row: dict[str, Any]) -> dict[str, Any]:
         "removed": row["target_kind"] and removed(row["target"], row["target_kind"]),
         "n": f"{n}, {row['diverged']} diverged" if row["diverged"] else n,
         "result": f"{factor * row['metric']:.2f}{sd}{unit}",
-        "minus dense": bracket(*(factor * number for number in difference)),
+        "minus dense": bracket(*difference),
         "published": "" if math.isnan(row["published"]) else published,
-        "verdict (margin)": verdict and f"{verdict} ({factor * (margin or 0):+g})",
     }
 
 
@@ -168,31 +159,16 @@ def bracket(mean: float, low: float, high: float, digits: int = 2) -> str:
     """A difference for people, with its interval: "+0.10 [-0.02, +0.22]"; "" for NaN."""
     if math.isnan(mean):
         return ""
-    interval = "" if math.isnan(low) else f" [{low:+.{digits}f}, {high:+.{digits}f}]"
-    return f"{mean:+.{digits}f}{interval}"
+    bounds = "" if math.isnan(low) else f" [{low:+.{digits}f}, {high:+.{digits}f}]"
+    return f"{mean:+.{digits}f}{bounds}"
 
 
-_ESCAPED = {"\n": " "} | {sign: f"\\{sign}" for sign in "\\|*_`[]~"}
+_ESCAPED = str.maketrans({"\n": " "} | {sign: f"\\{sign}" for sign in "\\|*_`[]~"})
 
 
 def markdown(table: pd.DataFrame) -> str:
     """Markdown table of `table`; markup in its cells appears as text."""
     rows = [table.columns, *table.itertuples(index=False)]
-    cells = [[html.escape(str(cell), quote=False) for cell in row] for row in rows]
-    lines = [[cell.translate(str.maketrans(_ESCAPED)) for cell in row] for row in cells]
+    lines = [[html.escape(str(cell), quote=False).translate(_ESCAPED) for cell in r] for r in rows]
     lines.insert(1, ["---"] * len(table.columns))
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def fill_readme(path: Path, summary: pd.DataFrame) -> None:
-    """Put what each paper's own method reached between the two `results` comments of `path`.
-
-    Raises `InputError` if the page has no such pair.
-    """
-    own = summary[(summary["variant"] == "") & (summary["method"] == summary["paper"])]
-    begin, end = "<!-- results: made by `prunestudy readme` -->\n", "<!-- end of results -->"
-    before, found, rest = path.read_text(encoding="utf-8").partition(begin)
-    _, closed, after = rest.partition(end)
-    if not (found and closed):
-        raise InputError(f"readme = {path.name}: has no pair of results comments")
-    write_text(path, f"{before}{begin}\n{markdown(readable(own))}\n{end}{after}")

@@ -1,12 +1,12 @@
 """Verdicts on a paper's claims, made from records.
 
-Verdicts are a rule: *confirmed* if the 95% interval of the paired per-seed difference lies on the
+A verdict is a rule: *confirmed* if the 95% interval of the paired per-seed difference lies on the
 claimed side, *contradicted* if on the other, *undecided* otherwise.
 """
 
 import math
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
 
@@ -18,37 +18,31 @@ from prunestudy.study.select import Comparison, comparisons, index
 
 Record = dict[str, Any]
 NO_RUNS = "no runs in this profile"
+_COLUMNS = "claim says mark rule where difference low high n verdict record".split()
+_NO = {"where": "", "n": 0, "record": ""}
 
 
-class Interval(NamedTuple):
-    """Mean of `n` paired differences with its standard deviation and 95% t-interval."""
+def interval(values: Sequence[float]) -> tuple[int, float, float, float, float]:
+    """Number, mean, standard deviation and 95% t-interval (low, high) of paired differences.
 
-    n: int
-    mean: float
-    sd: float
-    low: float
-    high: float
+    NaN stands for what fewer than two values do not determine.
+    """
+    n = len(values)
+    if n < 2:
+        return n, *(values or [math.nan]), math.nan, math.nan, math.nan
+    from scipy.special import stdtrit  # late: it takes a second
 
-    @classmethod
-    def of(cls, values: list[float]) -> "Interval":
-        """Return the interval of `values`; without bounds for fewer than two."""
-        n = len(values)
-        if n < 2:
-            return cls(n, *(values or [math.nan]), *[math.nan] * 3)
-        from scipy.special import stdtrit  # late: it takes a second
+    mean = math.fsum(values) / n
+    sd = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1))
+    half = float(stdtrit(n - 1, 0.975)) * sd / math.sqrt(n)
+    return n, mean, sd, mean - half, mean + half
 
-        mean = math.fsum(values) / n
-        sd = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1))
-        half = float(stdtrit(n - 1, 0.975)) * sd / math.sqrt(n)
-        return cls(n, mean, sd, mean - half, mean + half)
 
-    def verdict(self, at_least: float) -> str:
-        """Judge the claim that the difference is at least `at_least`."""
-        if self.n < 2:
-            return "undecided"
-        if self.low >= at_least:
-            return "confirmed"
-        return "contradicted" if self.high < at_least else "undecided"
+def verdict(low: float, high: float, at_least: float) -> str:
+    """Judge the claim that a difference is at least `at_least` by its interval (NaN: none)."""
+    if low >= at_least:
+        return "confirmed"
+    return "contradicted" if high < at_least else "undecided"
 
 
 def pairs(store: Store, comparison: Comparison) -> list[list[Record]]:
@@ -60,18 +54,19 @@ def pairs(store: Store, comparison: Comparison) -> list[list[Record]]:
     rule, kind = comparison.rule, comparison.target.kind if comparison.target else ""
     found = []
     for items in comparison.pairs:
-        sides = [_by_device(store, item, rule.metric) for item in items]
+        sides = [
+            {
+                record["environment"]["device"]: record
+                for record in store.read_all(item.settings)
+                if record["metrics"].get(rule.metric) is not None
+            }
+            for item in items
+        ]
         for device in sorted(set.intersection(*map(set, sides))):
             pair = [side[device] for side in sides]
             if rule.within is None or _left(pair[0], kind) - _left(pair[-1], kind) <= rule.within:
                 found.append(pair)
     return found
-
-
-def _by_device(store: Store, item: Planned, metric: str) -> dict[str, Record]:
-    records = store.read_all(item.settings)
-    with_metric = [r for r in records if r["metrics"].get(metric) is not None]
-    return {record["environment"]["device"]: record for record in with_metric}
 
 
 def _left(record: Record, kind: str) -> float:
@@ -85,7 +80,7 @@ def _left(record: Record, kind: str) -> float:
 def verdicts_table(store: Store, planned: list[Planned], paper: Card) -> pd.DataFrame:
     """One row per claim and comparison: difference, interval, n and verdict.
 
-    `record` names the compared runs of the first seed. The rule of a claim that is not tested is
+    `record` names the compared runs of the first seed. For a claim that is not tested, `rule` is
     the reason why not.
     """
     runs = index(item for item in planned if item.paper == paper.id)
@@ -98,28 +93,24 @@ def verdicts_table(store: Store, planned: list[Planned], paper: Card) -> pd.Data
             found = [judged(store, comparison) for comparison in comparisons(rule, runs)]
             told = _told(rule, rule.against, rule.margin("other"))
             rows += [said | row for row in found or [{"rule": told, "verdict": NO_RUNS} | _NO]]
-    columns = ["claim", "says", "mark", "rule", "where", "difference", "low", "high", "n"]
-    return pd.DataFrame(rows, columns=[*columns, "verdict", "record"])
-
-
-_NO = {"where": "", "n": 0, "record": ""}
+    return pd.DataFrame(rows, columns=_COLUMNS)
 
 
 def judged(store: Store, comparison: Comparison) -> dict[str, Any]:
-    """What `comparison` came to: its rule and place for people, the difference, the verdict."""
+    """The result of `comparison`: its rule and place for people, the difference, the verdict."""
     rule, against, model, dataset, target, _ = comparison
     margin, compared = rule.margin(dataset), pairs(store, comparison)
     values = [[record["metrics"][rule.metric] for record in pair] for pair in compared]
-    got = Interval.of([ours - sum(theirs) for ours, *theirs in values])
+    n, mean, _, low, high = interval([ours - sum(theirs) for ours, *theirs in values])
     share = [f"{removed(target.value, target.kind)} removed"] if target else []
     return {
         "rule": _told(rule, (against,) * bool(against), margin),
         "where": ", ".join([model, dataset, *share]),
-        "difference": got.mean,
-        "low": got.low,
-        "high": got.high,
-        "n": got.n,
-        "verdict": got.verdict(margin) if got.n else NO_RUNS,
+        "difference": mean,
+        "low": low,
+        "high": high,
+        "n": n,
+        "verdict": verdict(low, high, margin) if n else NO_RUNS,
         "record": " - ".join(record["run"] for pair in compared[:1] for record in pair),
     }
 
@@ -130,16 +121,6 @@ def _told(rule: Rule, against: tuple[str, ...], margin: float) -> str:
     ours, *theirs = [f"{name} ({more})" if more else name for name, _, more in words]
     sides = f"{ours} - {' or '.join(theirs)}" if theirs else ours
     return f"{sides} of {rule.metric} >= {margin:g}"
-
-
-def margin_to_dense(paper: Card, row: Mapping[str, Any]) -> float | None:
-    """By how much at least this setting's metric is above dense, as the paper claims; or None."""
-    where = (row["model"], row["dataset"], row["target"], row["target_kind"])
-    for rule in (rule for claim in paper.claims for rule in claim.tests):
-        plain = rule.metric == "metric" and "dense" in rule.against
-        if plain and not row["variant"] and rule.method == row["method"] and rule.covers(*where):
-            return rule.margin(row["dataset"])
-    return None
 
 
 def removed(target: float, kind: str) -> str:

@@ -27,8 +27,10 @@ def write_checkpoint(path: Path, run: str, state: dict[str, Any]) -> None:
     temporary.replace(path)
 
 
-def read_checkpoint(path: Path, run: str) -> dict[str, Any] | None:
-    """Return the state that `write_checkpoint` wrote for `run`; None if there is no file.
+def read_checkpoint(
+    path: Path, run: str, device: torch.device | str = "cpu"
+) -> dict[str, Any] | None:
+    """Return the state that `write_checkpoint` wrote for `run`, its tensors on `device`, or None.
 
     Raises `InputError` for a file that is corrupt, of another format or of another run.
     """
@@ -41,7 +43,7 @@ def read_checkpoint(path: Path, run: str) -> dict[str, Any] | None:
         raise InputError(f"checkpoint = {path.name!r} of {run}: not of this version; {way_out}")
     if hashlib.sha256(payload).hexdigest().encode() != digest:
         raise InputError(f"checkpoint = {path.name!r} of {run}: corrupt (checksum); {way_out}")
-    state = torch.load(io.BytesIO(payload), weights_only=True)
+    state = torch.load(io.BytesIO(payload), map_location=device, weights_only=True)
     if state.pop("run") != run:
         raise InputError(f"checkpoint = {path.name!r} of {run}: of another run; {way_out}")
     return state

@@ -1,6 +1,5 @@
 """Training that gives the same bits whenever it is repeated on the same machine."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,8 +9,6 @@ import torch
 @contextmanager
 def deterministic(threads: int) -> Iterator[None]:
     """Use deterministic algorithms and `threads` threads inside; after it what was set before."""
-    # cuBLAS needs this before its first call to be deterministic.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True)
@@ -33,3 +30,15 @@ def seed_default(seed: int, device: torch.device) -> None:
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)
+
+
+@contextmanager
+def full_precision(on: bool) -> Iterator[None]:
+    """Compute in fp32 inside where `on`, not in TF32; after it what was set before."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = not on
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before

@@ -1,42 +1,32 @@
-"""The one training loop: phases, hooks, validation, checkpoints and exact resume.
+"""The training loop: phases, hooks, validation, checkpoints and exact resume.
 
 A run that is killed and started again goes on from its last checkpoint and ends with the same
 numbers: batches depend on (seed, epoch, step) only, a method's draws come from one generator, a
 net's (dropout) from torch's own, which is seeded at each step, and model, optimisers, method,
-generator and history are in the checkpoint.
+generator and history are in the checkpoint. A step reads nothing from the device; losses are
+looked at every `period` steps.
 """
 
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import nn
-from tqdm.auto import tqdm
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from prunestudy.datasets import Batches
 from prunestudy.datasets.batches import mix
-from prunestudy.measure import Scores, Task
-from prunestudy.methods.base import Context, Method, Progress
-from prunestudy.train.checkpoint import read_checkpoint, write_checkpoint
+from prunestudy.methods.base import At, Context, Method, boundaries, call, scalar
+from prunestudy.methods.probes import Probe
+from prunestudy.train.checkpoint import write_checkpoint
 from prunestudy.train.deterministic import seed_default
-from prunestudy.train.memory import keep_freed_memory
 from prunestudy.train.recipe import Recipe
 
-
-@dataclass
-class TrainResult:
-    """What a training leaves: the finished net, its history and whether it went well."""
-
-    model: nn.Module
-    history: list[dict[str, Any]]
-    arrays: dict[str, np.ndarray]
-    seconds: float
-    status: str
+# A checkpoint may take this share of the training's time.
+_MOST_SAVING = 0.02
 
 
 @dataclass
@@ -46,56 +36,14 @@ class _State:
     step: int = 0
     phase: int = -1
     seconds: float = 0.0
-    loss_sum: float = 0.0
-    loss_steps: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
-def train(
-    model: nn.Module,
-    method: Method,
-    recipe: Recipe,
-    batches: Batches,
-    validation: Batches,
-    *,
-    seed: int,
-    task: Task | None = None,
-    device: torch.device | str = "cpu",
-    precision: str = "fp32",
-    checkpoint: Path | None = None,
-    checkpoint_seconds: float = 20.0,
-    run: str = "",
-    show: bool = False,
-) -> TrainResult:
-    """Train `model` with `method` and return the finished plain net.
-
-    `batches` gives the training images, `validation` those looked at after each epoch; `task`
-    (classification unless given) has the loss and the metric. With a
-    `checkpoint` path the state is saved every `checkpoint_seconds` and at each end of an epoch,
-    and an interrupted training of the same `run` goes on from there. `precision` is "fp32" or
-    "bf16" (autocast). A loss that is not finite ends the training with status "diverged".
-    Raises `InputError` for a checkpoint that cannot be used.
-    """
-    keep_freed_memory()
-    device = torch.device(device)
-    loop = Loop(model, method, recipe, batches, validation, seed, task, device, precision)
-    saved = read_checkpoint(checkpoint, run) if checkpoint else None
-    if saved:
-        loop.load(saved)
-    shown = ("train_loss", f"validation_{loop.task.metric_name}", "kept")
-    bar = tqdm(total=loop.total, initial=loop.at.step, disable=not show, desc=run, leave=False)
-    with bar, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        for row in loop.steps(checkpoint, checkpoint_seconds, run):
-            bar.update()
-            if row:
-                bar.set_postfix({name: f"{row[name]:.4f}" for name in shown})
-    return loop.result()
-
-
 class Loop:
-    """A training that advances by steps; `train`, which says what the arguments are, runs one.
+    """A training that advances by steps; `prune`, which says what the arguments are, runs one.
 
-    Several can take turns. They draw from torch's own generator, which each step seeds anew.
+    `train` has `steps`, `epoch(epoch, start)`; `score(model)` gives the validation's numbers by
+    name. Several loops can take turns: each step seeds torch's own generator anew.
     """
 
     def __init__(
@@ -103,31 +51,30 @@ class Loop:
         model: nn.Module,
         method: Method,
         recipe: Recipe,
-        batches: Batches,
-        validation: Batches,
-        seed: int,
-        task: Task | None = None,
-        device: torch.device | str = "cpu",
+        train: Any,
+        context: Context,
+        score: Callable[[nn.Module], Mapping[str, float]],
+        probe: Probe | None = None,
+        *,
+        seed: int = 0,
         precision: str = "fp32",
     ) -> None:
-        self.model, self.method, self.recipe = model, method, recipe
-        self.batches, self.validation, self.device = batches, validation, torch.device(device)
-        self.seed = seed
-        self.precision, self.task = precision, task or Task()
-        self.generator = torch.Generator(device).manual_seed(seed)
-        whole = recipe.epochs * batches.steps
+        self.model, self.method, self.recipe, self.train = model, method, recipe, train
+        self.context, self.score, self.probe = context, score, probe or Probe()
+        self.seed, self.precision, self.device = seed, precision, context.device
+        whole = recipe.epochs * train.steps
         self.total = min(recipe.steps, whole) if recipe.steps else whole
+        context.period = recipe.period or min(16, max(1, self.total // 200))
         self.phases = method.phases()
-        ends = np.cumsum([phase.share for phase in self.phases])
-        # A phase boundary lies on a step; the last one is the end, whatever the rounding.
-        self.ends = [round(self.total * float(end)) for end in ends[:-1]] + [self.total]
-        self.at = _State()
+        self.ends = boundaries(self.phases, self.total)
+        self.state = _State()
         self.diverged = False
         self.optimizers: list[torch.optim.Optimizer] = []
-        method.attach(model, self.generator)
-        model.to(self.device, memory_format=torch.channels_last)
-        decay = recipe.weight_decay
-        method.prepare(model, Context(batches, validation, self.task, self.device, decay))
+        self._sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        self._count, self._saved, self._save_seconds = 0, 0.0, 0.0
+        method.attach(model, context)
+        method.to(self.device)
+        self.probe.attach(method, model, context)
 
     def steps(
         self, checkpoint: Path | None = None, every: float = 20.0, run: str = ""
@@ -135,163 +82,188 @@ class Loop:
         """Make a step at each `next`, to the end or to a loss that is not finite.
 
         Gives the epoch's row of the history after its last step and validation, else None. With a
-        `checkpoint` path the state of `run` is saved at each end of an epoch and after each
-        `every` seconds; time that passes between two calls counts for nothing.
+        `checkpoint` path the state of `run` is saved after each `every` seconds, or less often
+        where that would take more than 2% of the time (0: after each step); time that passes
+        between two calls counts for nothing.
         """
-        while self.at.step < self.total:
-            epoch, first = divmod(self.at.step, self.batches.steps)
+        while self.state.step < self.total:
+            epoch, first = divmod(self.state.step, self.train.steps)
             since = time.perf_counter()
             self.model.train()
-            for x, y in self.batches.epoch(epoch, start=first):
-                if not self._step(x, y):
-                    self.diverged = True
+            for batch in self.train.epoch(epoch, start=first):
+                self._step(*batch)
+                if self.diverged:
                     return
                 # An epoch that ends is saved with its row of the history, not before.
                 if self._ends_epoch():
                     break
-                spent = time.perf_counter() - since
-                if checkpoint and spent > every:
-                    self.at.seconds += spent
-                    self._save(checkpoint, run)
-                    spent = 0.0
+                self._clock(since, checkpoint, every, run)
                 yield None
-                since = time.perf_counter() - spent
-            self.at.history.append(self._end_epoch(epoch))
-            self.at.seconds += time.perf_counter() - since
-            if checkpoint:
-                self._save(checkpoint, run)
-            yield self.at.history[-1]
+                since = time.perf_counter()
+            row = self._end_epoch(epoch)
+            if self.diverged:
+                return
+            self.state.history.append(row)
+            self._clock(since, checkpoint, every, run)
+            yield row
         if not self.total:
-            self.at.history = [self._end_epoch(-1)]
+            self.state.history = [self._end_epoch(-1)]
 
-    def result(self) -> TrainResult:
-        """The finished plain net, and what else the training leaves; after the last step."""
+    def finish(self) -> nn.Module:
+        """The finished plain net; after the last step."""
         # The loss of the last step says nothing of the weights that it left.
-        sound = not self.diverged and math.isfinite(self.at.history[-1]["validation_loss"])
-        net, status = self.method.finish(self.model), "done" if sound else "diverged"
-        return TrainResult(net, self.at.history, self.method.arrays(), self.at.seconds, status)
+        last = self.state.history[-1] if self.state.history else {}
+        self.diverged |= not math.isfinite(last.get("validation_loss", 0.0))
+        self.probe.finish()
+        net = self.method.finish(self.model, self.context)
+        self.probe.finished(net)
+        return net.requires_grad_(True)
 
     def _ends_epoch(self) -> bool:
-        return self.at.step % self.batches.steps == 0 or self.at.step == self.total
+        return self.state.step % self.train.steps == 0 or self.state.step == self.total
 
-    def _step(self, x: torch.Tensor, y: torch.Tensor) -> bool:
+    def _step(self, x: Any, y: Any) -> None:
         self._enter_phase()
-        progress, lr = self._progress(), self._set_lr()
-        seed_default(mix(self.seed, self.at.step), self.device)
-        value = self._backward(x, y, progress)
-        if not math.isfinite(value):
-            return False
-        progress = replace(progress, loss=value)
-        self.method.after_backward(self.model, progress)
+        lr, state = self._set_lr(), self.state
+        seed_default(mix(self.seed, state.step), self.device)
+        state.step += 1
+        loss = self._backward(x, y)
+        at = self._at(lr, loss)
+        self._sum.add_(loss)
+        self._count += 1
+        self.method.after_backward(at)
         for optimizer in self.optimizers:
             optimizer.step()
-        self.method.after_step(self.model, progress, lr)
-        self.at.loss_sum += value
-        self.at.loss_steps += 1
-        self.at.step += 1
-        if self.at.step == self.ends[self.at.phase]:
-            self.method.end(self.model, self.phases[self.at.phase].name)
-        return True
+        with torch.no_grad():
+            self.method.after_step(at)
+            self.probe.after_step(at)
+        if at.step % self.context.period == 0 or at.last:
+            self.diverged = not math.isfinite(self._sum.item())
+            if not self.diverged:
+                if at.last:
+                    self.probe.leaving(at)
+                self.method.update(at)
+                self.probe.update(at)
 
-    def _backward(self, x: torch.Tensor, y: torch.Tensor, progress: Progress) -> float:
-        """Leave the batch's gradients; its loss, not finite as soon as a piece's is not."""
+    def _backward(self, x: Any, y: Any) -> Tensor:
+        """Leave the batch's gradients; its loss, 0-d on the device."""
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        value, left = 0.0, len(x)
-        pieces = (each.chunk(self.recipe.pieces) for each in (x, y))
-        for part, labels in zip(*pieces, strict=True):
+        parts = list(self._pieces(x, y))
+        found = []
+        for share, part, labels in parts:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-                loss = self.task.loss(self.model(part), part, labels)
-            left -= len(part)
-            total = loss if len(part) == len(x) else loss * (len(part) / len(x))
-            extra = None if left else self.method.extra_loss(self.model, progress)
-            total = total if extra is None else total + extra
-            value += total.item()
-            if not math.isfinite(value):
-                break
-            total.backward()
-        return value
+                loss = self.context.loss(call(self.model, part), part, labels)
+            (loss if len(parts) == 1 else loss * share).backward()
+            found.append(loss.detach() if len(parts) == 1 else loss.detach().double() * share)
+        return found[0] if len(parts) == 1 else torch.stack(found).sum()
+
+    def _pieces(self, x: Any, y: Any) -> Iterator[tuple[float, Any, Any]]:
+        """The share of the batch in each piece, its inputs and labels."""
+        whole, count = len(tree_leaves(x)[0]), self.recipe.pieces
+        size = -(-whole // count)
+        for begin in range(0, whole, size):
+            here = slice(begin, min(begin + size, whole))
+            part, labels = tree_map_only(Tensor, lambda t, h=here: t[h], (x, y))
+            yield (here.stop - begin) / whole, part, labels
 
     def _enter_phase(self) -> None:
-        phase = next(i for i, end in enumerate(self.ends) if self.at.step < end)
-        if phase != self.at.phase:
-            self.at.phase = phase
-            self.method.start(self.model, self.phases[phase].name)
+        phase = next(i for i, end in enumerate(self.ends) if self.state.step < end)
+        if phase != self.state.phase:
+            self.state.phase = phase
             self._make_optimizers()
 
     def _make_optimizers(self) -> None:
-        name, recipe = self.phases[self.at.phase].name, self.recipe
-        groups = self.method.parameter_groups(self.model, name)
+        recipe, own = self.recipe, self.method.optimizer()
+        weights = self.method.trained(self.model, own)
         common = {"lr": recipe.lr, "weight_decay": recipe.weight_decay}
         if recipe.optimizer == "adam":
-            betas = (recipe.momentum, 0.999)
-            first = torch.optim.Adam(groups, betas=betas, **common)
+            first = torch.optim.Adam(weights, betas=(recipe.momentum, 0.999), **common)
         else:
-            nesterov = recipe.nesterov
-            first = torch.optim.SGD(groups, momentum=recipe.momentum, nesterov=nesterov, **common)
-        own = self.method.own_optimizer(self.model, name)
-        self.optimizers = [first] if own is None else [first, own]
+            momentum = {"momentum": recipe.momentum, "nesterov": recipe.nesterov}
+            first = torch.optim.SGD(weights, **momentum, **common)
+        self.optimizers = [first, own] if own else [first]
 
     def _set_lr(self) -> float:
-        phases, index = self.phases, self.at.phase
+        phases, index = self.phases, self.state.phase
         first = max((i for i in range(index + 1) if phases[i].restart), default=0)
         last = next((i for i in range(index + 1, len(phases)) if phases[i].restart), len(phases))
         begin, end = (self.ends[first - 1] if first else 0), self.ends[last - 1]
-        phase = phases[index]
-        lr = self.recipe.lr_at(self.at.step - begin, end - begin, phase.schedule) * phase.lr_scale
+        step, phase = self.state.step - begin, phases[index]
+        lr = self.recipe.lr_at(step, end - begin, phase.schedule) * phase.lr_scale
         for group in self.optimizers[0].param_groups:
             group["lr"] = lr
         return lr
 
-    def _progress(self) -> Progress:
-        begin = self.ends[self.at.phase - 1] if self.at.phase else 0
-        return Progress(
-            self.phases[self.at.phase].name,
-            self.at.step - begin,
-            self.ends[self.at.phase] - begin,
-            self.at.step,
-            self.total,
-        )
+    def _at(self, lr: float, loss: Tensor) -> At:
+        """Where the present step is."""
+        state, index = self.state, self.state.phase
+        begin, end = (self.ends[index - 1] if index else 0), self.ends[index]
+        step, steps = state.step - begin, end - begin
+        share, rate = scalar((step - 1) / steps, self.device), scalar(lr, self.device)
+        name = self.phases[index].name
+        return At(name, step, steps, state.step, self.total, share, rate, loss)
 
     def _end_epoch(self, epoch: int) -> dict[str, Any]:
-        scores, name = self._validate(), f"validation_{self.task.metric_name}"
+        loss = self._sum.item() / self._count if self._count else math.nan
+        if self._count and not math.isfinite(loss):
+            self.diverged = True
+            return {}
         row = {
             "epoch": epoch + 1,
-            "phase": self.phases[self.at.phase].name,
-            "train_loss": self.at.loss_sum / self.at.loss_steps if self.at.loss_steps else math.nan,
-            "validation_loss": scores.loss,
-            name: scores.metric,
-            "kept": self.method.kept_share(self.model),
-            **self.method.row(self.model),
+            "phase": self.phases[self.state.phase].name,
+            "train_loss": loss,
+            **self._validate(),
+            **self.method.log(),
+            **self.probe.row(),
         }
-        for view_name, view in self.method.views(self.model).items():
+        for name, view in self.probe.views().items():
             with view:
-                row[f"{name}_{view_name}"] = self._validate().metric
-        self.at.loss_sum, self.at.loss_steps = 0.0, 0
+                row |= {
+                    f"{key}_{name}": n for key, n in self._validate().items() if "loss" not in key
+                }
+        self._sum.zero_()
+        self._count = 0
         return row
 
-    def _validate(self) -> Scores:
-        classes = self.validation.info.num_classes
-        return self.task.evaluate(self.model, self.validation.ordered(512), classes)
+    def _validate(self) -> dict[str, float]:
+        return {f"validation_{name}": value for name, value in self.score(self.model).items()}
 
-    def _save(self, path: Path, run: str) -> None:
-        state = {
-            "at": vars(self.at),
+    def _clock(self, since: float, checkpoint: Path | None, every: float, run: str) -> None:
+        """Count the time spent, and save what is due."""
+        state, now = self.state, time.perf_counter()
+        state.seconds += now - since
+        due = max(every, self._save_seconds / _MOST_SAVING) if every else 0.0
+        if checkpoint and state.seconds - self._saved >= due:
+            write_checkpoint(checkpoint, run, self._to_save())
+            self._saved, self._save_seconds = state.seconds, time.perf_counter() - now
+
+    def _to_save(self) -> dict[str, Any]:
+        # Behind the last step of a phase the next one makes new optimisers.
+        going = self.state.phase >= 0 and self.state.step < self.ends[self.state.phase]
+        return {
+            "state": vars(self.state),
+            "sum": (self._sum, self._count),
             "model": self.model.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "method": self.method.state(),
-            "generator": self.generator.get_state(),
+            "optimizers": [o.state_dict() for o in self.optimizers] if going else [],
+            "method": self.method.state_dict(),
+            "probe": self.probe.state(),
+            "generator": (self.device.type, self.context.generator.get_state()),
         }
-        write_checkpoint(path, run, state)
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Go on from `state`, which a checkpoint had."""
-        self.at = _State(**state["at"])
-        self.method.reshape(self.model, state["method"])
-        self.model.load_state_dict(state["model"])
-        self.method.load_state(state["method"])
-        if self.at.phase >= 0:
+    def load(self, saved: dict[str, Any]) -> None:
+        """Go on from `saved`, which a checkpoint had."""
+        self.state = _State(**saved["state"])
+        self._saved = self.state.seconds
+        self.method.load_state_dict(saved["method"])  # it may give the model other layers
+        self.model.load_state_dict(saved["model"])
+        self.probe.load_state(saved["probe"])
+        total, self._count = saved["sum"]
+        self._sum.copy_(total)
+        if saved["optimizers"]:
             self._make_optimizers()
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        self.generator.set_state(state["generator"])
+            for optimizer, each in zip(self.optimizers, saved["optimizers"], strict=True):
+                optimizer.load_state_dict(each)
+        kind, generator = saved["generator"]
+        if kind == self.device.type:  # of another device's generator nothing can be taken over
+            self.context.generator.set_state(generator.cpu())

@@ -19,7 +19,8 @@ class Recipe(Values):
     `warmup_steps` rise from `warmup_from` (share of `lr`) to `lr`; `milestones` (of a step
     schedule) are shares of the phase, `shift` is in pixels. A batch goes through the net in
     `pieces`, one after the other, where memory is short; the step is the whole batch's, but batch
-    norm sees each piece by itself.
+    norm sees each piece by itself. `period`: steps between two looks at the host (masks, closing,
+    steering, losses); 0 for min(16, steps / 200).
     """
 
     epochs: Annotated[int, Field(ge=0, le=1_000_000)]
@@ -39,6 +40,7 @@ class Recipe(Values):
     power: Annotated[float, Field(gt=0)] = 1.0
     shift: Annotated[int, Field(ge=0)] = 0
     flip: bool = False
+    period: Annotated[int, Field(ge=0, le=1_000_000)] = 0
 
     @model_validator(mode="after")
     def _nesterov_has_momentum(self) -> Self:

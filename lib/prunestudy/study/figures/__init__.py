@@ -1,21 +1,184 @@
-"""Figures, drawn from the tables and the runs' arrays; saved as PNG.
+"""Figures, drawn from the tables and the runs' arrays: their look, and what several papers draw.
 
-Here is what several papers' notebooks draw; what one paper alone draws is in a file of its name.
-They raise `InputError` ("figure = ...") where no run is done that they would show.
+What one paper's notebook alone draws is in `papers`, what compares the five in `overview`. Figures
+raise `InputError` ("figure = ...") where no run is done that they would show.
 """
 
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image
 
 from prunestudy import methods
+from prunestudy.errors import InputError
 from prunestudy.papers import Card
 from prunestudy.study import tables
-from prunestudy.study.figures import look
-from prunestudy.study.figures.look import save_to, style
 
-__all__ = ["metric_against_target", "save_to", "style", "variants"]
-
+# Colour and marker of a method in every figure: dots for the papers' own methods only.
+_LOOK = {
+    "dense": ("#4d4d4d", "x"),
+    "sparse_gates": ("#0173b2", "o"),
+    "force": ("#029e73", "o"),
+    "gdp": ("#d55e00", "o"),
+    "magnitude_attention": ("#cc78bc", "o"),
+    "component_aware": ("#56b4e9", "o"),
+    "gradual_magnitude": ("#de8f05", "s"),
+    "group_l2": ("#de8f05", "^"),
+    "plain_low_rank": ("#de8f05", "P"),
+    "uniform": ("#5e3c99", "d"),
+    "magnitude": ("#ca9161", "D"),
+    "l1_filter": ("#ca9161", "X"),
+    "l1": ("#b8a200", "^"),
+    "network_slimming": ("#b8a200", "<"),
+    "dpf": ("#5e3c99", "P"),
+    "hard_concrete": ("#5e3c99", "X"),
+    "snip": ("#f781bf", "h"),
+    "scratch": ("#f781bf", "p"),
+    "random": ("#949494", "v"),
+}
+COLOURS = {method: colour for method, (colour, _) in _LOOK.items()}
 _NAMES = {"%": "accuracy", " dB": "PSNR"}
+
+
+def style() -> None:
+    """Set the study's look; in a notebook, figures also get their size and alternative text."""
+    from IPython import get_ipython
+
+    shell = get_ipython()
+    if shell and "image/png" in shell.display_formatter.formatters:
+        # It sets formatters of its own the first time it is imported: let it, then replace them.
+        import matplotlib_inline.backend_inline  # noqa: F401
+
+        shell.display_formatter.formatters["image/png"].for_type(Figure, shown)
+    sns.set_theme(context="notebook", style="whitegrid", font_scale=0.9)
+    mpl.rcParams.update({"figure.dpi": 110, "savefig.dpi": 160, "figure.constrained_layout.use": 1})
+    mpl.rcParams.update({"legend.fontsize": 8, "axes.titlesize": 10, "figure.titlesize": 10})
+
+
+def shown(figure: Figure) -> tuple[bytes, dict[str, object]] | None:
+    """`figure` for a notebook: a PNG at twice the pixels, and its size and `alt_text`."""
+    from IPython.core.pylabtools import retina_figure
+
+    drawn = retina_figure(figure)
+    if drawn is None:
+        return None
+    png, size = drawn
+    # Executed notebooks are tracked: a palette of 256 colours halves the bytes.
+    picture, out = Image.open(io.BytesIO(png)).convert("RGB"), io.BytesIO()
+    picture.quantize(256, dither=Image.Dither.NONE).save(out, "png", optimize=True)
+    return out.getvalue(), {**size, "alt": alt_text(figure)}
+
+
+def alt_text(figure: Figure) -> str:
+    """What the figure shows, in words: titles, axes, and what the legends name."""
+    parts = [figure.get_suptitle()]
+    for axes in figure.axes:
+        against = " against ".join(filter(None, (axes.get_ylabel(), axes.get_xlabel())))
+        parts.append(": ".join(filter(None, (axes.get_title(), against))))
+    legends = [*figure.legends, *(axes.get_legend() for axes in figure.axes)]
+    parts += [", ".join(text.get_text() for text in each.get_texts()) for each in legends if each]
+    return ". ".join(dict.fromkeys(" ".join(part.split()) for part in parts if part))
+
+
+def save_to(figure: Figure, folder: Path, name: str) -> Path:
+    """Write `figure` as PNG into `folder`, without a date: the same figure gives the same file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(folder / f"{name}.png", metadata={"Software": None})
+    return folder / f"{name}.png"
+
+
+def canvas(
+    columns: int = 1, size: tuple[float, float] = (6.4, 4), rows: int = 1, **options: Any
+) -> tuple[Figure, list[Axes]]:
+    """A figure of `size` inches in the study's look, and its panels row by row."""
+    style()
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, **options)
+    return figure, list(axes.flat)
+
+
+def title_of(method: str) -> str:
+    """Name of `method` for people."""
+    return methods.method_class(method).title
+
+
+def place_of(rows: pd.DataFrame) -> str:
+    """Net and data set of `rows`, which share them: "lenet5 on MNIST"."""
+    return f"{rows.model.iloc[0]} on {tables.datasets_title(rows.dataset.iloc[0])}"
+
+
+def select(table: pd.DataFrame, figure: str, **where: Any) -> pd.DataFrame:
+    """The rows whose columns are as in `where`, of the device that has most of them.
+
+    Runs of two devices are not drawn as one line. Raises `InputError` if there is no row.
+    """
+    for name, value in where.items():
+        table = table[table[name] == value]
+    if table.empty:
+        raise InputError(f"figure = {figure}: no finished run")
+    return table[table["device"] == table["device"].mode()[0]]
+
+
+def points(axes: Axes, rows: pd.DataFrame, x: str, y: str, sd: str, **options: Any) -> None:
+    """Points of columns `x` and `y` with error bars `sd`, one line per `label`.
+
+    Each in the colour and marker of its `method`, in the order of the palette.
+    """
+    rows = rows.sort_values("method", key=lambda names: names.map([*COLOURS].index), kind="stable")
+    for label, line in rows.groupby("label", sort=False):
+        colour, marker = _LOOK[line.method.iloc[0]]
+        own = {"color": colour, "marker": marker, "ms": 7 if marker == "o" else 6, "capsize": 2}
+        own |= {"ls": line.ls.iloc[0]} if "ls" in line else {}
+        axes.errorbar(x, y, sd, data=line.sort_values(x), label=label, **(own | options))
+
+
+def histograms(
+    panels: Mapping[str, Mapping[str, tuple[np.ndarray, str]]],
+    edges: np.ndarray,
+    xlabel: str,
+    ylabel: str,
+    **options: Any,
+) -> Figure:
+    """Counts between `edges` as shares of a panel's first ones: title -> label -> counts, colour.
+
+    The first are filled, the others are lines over them.
+    """
+    figure, axes = canvas(len(panels), (3.3 * len(panels) + 0.6, 3.2), sharey=True)
+    for panel, (title, counted) in zip(axes, panels.items(), strict=True):
+        first = next(iter(counted))
+        for label, (counts, colour) in counted.items():
+            look = {"color": colour, "label": label, "fill": label == first, "lw": 1.8}
+            panel.stairs(counts / counted[first][0].sum(), edges, **look)
+        panel.set(title=title, xlabel=xlabel, **options)
+    axes[0].set_ylabel(ylabel)
+    if len(counted) > 1:
+        legend(figure, "outside upper center", columns=len(counted))
+    return figure
+
+
+def frame(axes: Axes, rows: pd.DataFrame, y: str, dense: float) -> None:
+    """Limit the y axis so that random pruning, where it fails, does not flatten the others."""
+    values = [*rows[y][rows.method != "random"], dense]
+    margin = max(0.1 * (max(values) - min(values)), 0.05)
+    axes.set_ylim(min(values) - margin, max(values) + min(margin, 0.5))
+    axes.axhline(dense, color=COLOURS["dense"], ls="--", lw=1, label="dense")
+    if rows[y].min() < min(values) - margin:
+        axes.plot([], [], " ", label="(values below the frame are cut off)")
+
+
+def legend(figure: Figure, where: str = "outside right upper", columns: int = 1) -> None:
+    """One legend beside all panels; what several of them show is named once."""
+    named = [axes.get_legend_handles_labels() for axes in figure.axes]
+    handles = {label: handle for pair in named for handle, label in zip(*pair, strict=True)}
+    figure.legend(handles.values(), handles, loc=where, ncols=columns, handlelength=3)
 
 
 def metric_against_target(
@@ -23,25 +186,26 @@ def metric_against_target(
 ) -> Figure:
     """Mean metric and sd over seeds against the share kept of what `kind` counts.
 
-    Beside them the dense net of the same epochs, and published numbers that belong here.
+    Beside them the dense net of the same epochs, and published numbers for this setting.
     """
     where = {"model": model, "dataset": dataset, "variant": "", "target_kind": kind}
-    rows = look.select(summary, f"{model} on {dataset}", **where)
-    factor, unit = tables.UNITS[rows.metric_name.iloc[0]]
+    rows = select(summary, f"{model} on {dataset}", **where)
+    metric = rows.metric_name.iloc[0]
+    factor, unit = tables.UNITS[metric]
     least, most = (rows.groupby("method").n.transform(end).map(str) for end in ("min", "max"))
     seeds = least.where(least == most, least + " to " + most)
     rows = rows.assign(
         kept=100 * (1 - (rows.sparsity if kind == "sparsity" else rows.target)),
         value=factor * rows.metric,
         sd=factor * rows.metric_sd.fillna(0),
-        label=rows.method.map(look.title_of) + " (n = " + seeds + ")",
+        label=rows.method.map(title_of) + " (n = " + seeds + ")",
     )
-    figure, (axes,) = look.canvas(size=(6.8, 4.4))
-    look.points(axes, rows, "kept", "value", "sd")
-    look.frame(axes, rows, "value", factor * rows.dense_metric.mean())
+    figure, (axes,) = canvas(size=(6.8, 4.4))
+    points(axes, rows, "kept", "value", "sd")
+    frame(axes, rows, "value", factor * rows.dense_metric.mean())
     for number in paper.published:
         place = (number.model, number.dataset, number.target_kind, number.metric)
-        if place == (model, dataset, kind, rows.metric_name.iloc[0]) and number.kept:
+        if place == (model, dataset, kind, metric) and number.kept:
             label = f"{number.method.replace('_', ' ')}, quoted [{number.mark}]"
             spot = (100 * number.kept, factor * number.value)
             axes.plot(*spot, "*", ms=14, color="black", label=label, zorder=5)
@@ -50,8 +214,8 @@ def metric_against_target(
     axes.set_xticks(ticks, [f"{tick:g}%" for tick in ticks])
     axes.minorticks_off()
     axes.set(xlabel=f"{methods.TARGETS[kind]} kept", ylabel=f"test {_NAMES[unit]}, {unit.strip()}")
-    axes.set_title(f"{look.place_of(rows)}: mean and sd over seeds")
-    look.legend(figure, "outside lower center", columns=2)
+    axes.set_title(f"{place_of(rows)}: mean and sd over seeds")
+    legend(figure, "outside lower center", columns=2)
     return figure
 
 
@@ -61,23 +225,23 @@ def variants(summary: pd.DataFrame, method: str) -> Figure:
     At the net, data set and target of the first variant.
     """
     ours = summary[summary.method == method]
-    first = look.select(ours[ours.variant != ""], f"variants of {method}").iloc[0]
+    first = select(ours[ours.variant != ""], f"variants of {method}").iloc[0]
     keys = ["model", "dataset", "target_kind", "target", "device"]
     rows = ours[(ours[keys] == first[keys]).all(axis=1)].sort_values("difference")
     lost = rows.diverged.map(lambda count: f" ({count} diverged)" if count else "")
     factor, unit = tables.UNITS[first.metric_name]
     middle, low, high = (factor * rows[f"difference{end}"] for end in ("", "_low", "_high"))
-    figure, (axes,) = look.canvas(size=(7, 0.45 * len(rows) + 1.4))
+    figure, (axes,) = canvas(size=(7, 0.45 * len(rows) + 1.4))
     labels = rows.variant.replace("", "our reading") + lost
-    style = {"fmt": "o", "color": look.COLOURS[method], "capsize": 3}
-    axes.errorbar(middle, labels, xerr=[middle - low, high - middle], **style)
+    look = {"fmt": "o", "color": COLOURS[method], "capsize": 3}
+    axes.errorbar(middle, labels, xerr=[middle - low, high - middle], **look)
     if middle.max() > -3:  # else the line of the dense net would press all points together
         axes.axvline(0, color="black", ls="--", lw=1)
         if middle.min() < -3:
             axes.set_xscale("symlog", linthresh=1)
             axes.xaxis.set_major_formatter("{x:g}")
-    points = "points" if unit == "%" else "dB"
-    axes.set(xlabel=f"{_NAMES[unit]} minus dense, {points} (mean and 95% interval)")
+    words = "points" if unit == "%" else "dB"
+    axes.set(xlabel=f"{_NAMES[unit]} minus dense, {words} (mean and 95% interval)")
     removed = tables.removed(first.target, first.target_kind)
-    axes.set_title(f"{look.place_of(rows)}, {removed} removed")
+    axes.set_title(f"{place_of(rows)}, {removed} removed")
     return figure

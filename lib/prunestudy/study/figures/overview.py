@@ -1,4 +1,4 @@
-"""Figures of the five papers side by side."""
+"""Figures that compare the five papers."""
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -7,8 +7,8 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
+from prunestudy.study import figures as look
 from prunestudy.study import tables
-from prunestudy.study.figures import look
 from prunestudy.study.overview import COSTS
 
 _CAPTIONS = {
@@ -38,13 +38,20 @@ def five_ways() -> Figure:
     factors = np.full((20, 20), np.nan)  # the mixture on the left, the basis on top
     factors[4:, :3] = 2 * left[:, :3] * np.sqrt(values[:3])
     factors[:3, 4:] = 2 * right[:3] * np.sqrt(values[:3, None])
+
+    def strongest(part: np.ndarray, rows: int, columns: int) -> np.ndarray:
+        strength, kept = np.abs(part), np.full_like(part, np.nan)
+        places = np.ix_(strength.sum(1).argsort()[-rows:], strength.sum(0).argsort()[-columns:])
+        kept[places] = part[places]
+        return kept
+
     shown = (
         weight,
         np.where(gates < 0.25, weight, np.nan),
         factors,
-        _strongest(weight, 7, 8),
+        strongest(weight, 7, 8),
         np.where(large > np.quantile(large, 0.75), weight, np.nan),
-        np.vstack([_strongest(weight[:8], 3, 12), _strongest(weight[8:], 6, 12)]),
+        np.vstack([strongest(weight[:8], 3, 12), strongest(weight[8:], 6, 12)]),
     )
     colours = plt.get_cmap("GnBu")(np.linspace(0.35, 1, 64))
     figure, axes = look.canvas(len(shown), (12.6, 2.9))
@@ -55,15 +62,6 @@ def five_ways() -> Figure:
     axes[2].text(11.5, 11.5, "their product", ha="center", va="center", fontsize=8)
     axes[5].axhline(7.5, color="black", lw=1.5)
     return figure
-
-
-def _strongest(weight: np.ndarray, rows: int, columns: int) -> np.ndarray:
-    """The matrix with only its strongest `rows` and `columns`, the others NaN."""
-    strength = np.abs(weight)
-    kept = np.full_like(weight, np.nan)
-    places = np.ix_(strength.sum(1).argsort()[-rows:], strength.sum(0).argsort()[-columns:])
-    kept[places] = weight[places]
-    return kept
 
 
 def pareto(rows: pd.DataFrame, dataset: str) -> Figure:

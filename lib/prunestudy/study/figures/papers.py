@@ -1,7 +1,4 @@
-"""Figures that one paper's notebook alone draws; papers in the order of their years.
-
-They raise `InputError` ("figure = ...") where no run is done that they would show.
-"""
+"""Figures that one paper's notebook alone draws; papers in the order of their years."""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,8 +8,8 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from prunestudy.papers import Card
+from prunestudy.study import figures as look
 from prunestudy.study import tables
-from prunestudy.study.figures import look
 from prunestudy.study.plan import Planned
 from prunestudy.study.records import Store
 
@@ -67,15 +64,16 @@ def ranks_table(store: Store, planned: Sequence[Planned]) -> pd.DataFrame:
             for layer in (name[5:] for name in metrics if name.startswith("rank.")):
                 place = s.model, s.dataset, s.method, item.variant, s.seed, layer
                 ranks = metrics[f"rank.{layer}"], len(energy[f"energy_before.{layer}"])
-                rows.append((*place, *ranks, metrics[f"speed_up.{layer}"]))
-    columns = "model dataset method variant seed layer rank full speed_up".split()
+                device = record["environment"]["device"]
+                rows.append((*place, *ranks, metrics[f"speed_up.{layer}"], device))
+    columns = "model dataset method variant seed layer rank full speed_up device".split()
     return pd.DataFrame(rows, columns=columns).drop_duplicates(ignore_index=True)
 
 
 def rank_per_layer(ranks: pd.DataFrame, paper: Card, model: str, dataset: str) -> Figure:
     """Ranks at 5% error in % of the full rank, mean and sd over seeds; published ones as marks."""
-    rows = ranks[(ranks.model == model) & (ranks.dataset == dataset) & (ranks.variant == "")]
-    look.require_rows(rows, f"ranks of {model} on {dataset}")
+    where = {"model": model, "dataset": dataset, "variant": ""}
+    rows = look.select(ranks, f"ranks of {model} on {dataset}", **where)
     rows = rows.assign(share=100 * rows["rank"] / rows.full, method=rows.method.map(look.title_of))
     figure, (axes,) = look.canvas(size=(5 + 0.45 * rows.layer.nunique(), 3.6))
     style = {"saturation": 1, "errorbar": "sd", "err_kws": {"lw": 1}, "ax": axes}
@@ -176,11 +174,6 @@ def final_gates(store: Store, runs: dict[str, str]) -> Figure:
     return look.histograms(panels, edges, "gate", "share of the channels", yscale="log")
 
 
-def layers_of(trail: dict[str, np.ndarray]) -> list[str]:
-    """Names of the layers in MAP's audit trail."""
-    return bytes(trail["trail_layers"]).decode().replace(".weight", "").split("\n")
-
-
 def flow(store: Store, runs: dict[str, str]) -> Figure:
     """Weights that are cut and that come back at each mask update, by method (name -> run)."""
     figure, axes = look.canvas(1, (7.2, 1 + 2 * len(runs)), len(runs), sharex=True, sharey=True)
@@ -217,19 +210,19 @@ def psnr_against_removed(summary: pd.DataFrame, model: str, dataset: str) -> Fig
     where = {"model": model, "dataset": dataset, "target_kind": "parameters"}
     rows = look.select(summary, f"{model} on {dataset}", **where)
     parted = rows.reading.str.endswith("by component") & (rows.method == "uniform")
-    reading = rows.reading.str.removesuffix("by component").str.removesuffix(", ")
-    reading = reading.where(parted, rows.reading)
-    known = [_READINGS.get(key, (None, None)) for key in zip(rows.method, reading, strict=True)]
+    plain = rows.reading.str.replace("(, )?by component$", "", regex=True).where(
+        parted, rows.reading
+    )
+    known = [_READINGS.get(key, (None, None)) for key in zip(rows.method, plain, strict=True)]
     labels, looks = zip(*known, strict=True)
     rows = rows.assign(
         removed=100 * rows.target,
         sd=rows.metric_sd.fillna(0),
-        ls=parted.map({True: "--", False: "-"}),
-        label=pd.Series(labels, rows.index) + parted.map({True: ", by component", False: ""}),
+        ls=np.where(parted, "--", "-"),
+        label=pd.Series(labels, rows.index) + np.where(parted, ", by component", ""),
         method=looks,
     )
-    rows = rows[rows.label.notna() & rows.stage.isin(["", "fine-tuned"])]
-    stages = [*rows.groupby("stage")]
+    stages = [*rows[rows.label.notna() & rows.stage.isin(["", "fine-tuned"])].groupby("stage")]
     figure, axes = look.canvas(len(stages), (3 + 4 * len(stages), 4), sharey=True)
     for panel, (stage, part) in zip(axes, stages, strict=True):
         look.points(panel, part, "removed", "metric", "sd")

@@ -1,0 +1,271 @@
+"""Controls that remove channels once, by a ranking, and fine-tune what is left.
+
+- `l1_filter`: L1 norm of the filter that produces the channel (Li et al., ICLR 2017).
+- `group_l2`: squared weights of all layers that hold a slice of the channel, their mean (DepGraph,
+  Fang et al., CVPR 2023, without its sparse training).
+- `taylor_channels`: |sum of w dL/dw| over each of these slices, their mean (Molchanov et al., CVPR
+  2019).
+- `network_slimming`: |gamma| of the channel's batch norm, after training with an L1 penalty on all
+  gamma (Liu et al., ICCV 2017): the opposite of polarization.
+- `random`: noise; also a random mask of single weights.
+
+The importances of the first three are torch-pruning's, divided by their mean over the dependency
+group, so that one ranking holds for the whole net. The lowest channels go until the target is met.
+"""
+
+from typing import Annotated, Any, ClassVar
+
+import torch
+import torch_pruning
+from pydantic import Field
+from torch import Tensor, nn
+from torch_pruning.pruner.importance import (
+    GroupMagnitudeImportance,
+    GroupTaylorImportance,
+    MagnitudeImportance,
+)
+
+from prunestudy.errors import require
+from prunestudy.methods.base import At, Context, Method, Phase, call
+from prunestudy.methods.channels import Channels, become
+from prunestudy.methods.masks import Mask, Masked, Scope, attach_each, kept_count, top_masks
+from prunestudy.shrink import axis_of, fold
+from prunestudy.shrink.groups import FOLLOWS, PRODUCES
+
+_NORM = nn.modules.batchnorm._BatchNorm
+
+
+class _Removal(Method):
+    """Removes channels in `attach`; a resumed run starts with the same net and removes the same."""
+
+    counts: ClassVar[tuple[str, ...]] = ("macs", "parameters")
+    measure: ClassVar[Any] = None
+
+    def attach(self, model: nn.Module, context: Context) -> None:
+        """Remove the channels of lowest score."""
+        self.channels = Channels(model, context.example, self.of)
+        self.left = torch.ones(self.channels.size, dtype=torch.bool)
+        self.remove(model, self.scores(model, context))
+
+    def scores(self, model: nn.Module, context: Context) -> Tensor:  # noqa: ARG002
+        """What the ranking is by (N,), on the CPU: the lowest go first, infinite ones never."""
+        return importance(self.channels, model, self.measure)
+
+    def remove(self, model: nn.Module, scores: Tensor) -> None:
+        """Remove channels from `model`, in place, until the target is met."""
+        order = scores.argsort(stable=True)[: int(scores.isfinite().sum())]
+        self.left = self.channels.close(order, self.left, self.target)
+        become(model, self.channels.smaller(model, self.left))
+
+    def log(self) -> dict[str, float]:
+        """Share left of the MACs or parameters."""
+        return {"kept": 1 - self.channels.removed(self.left)}
+
+    def report(self) -> dict[str, Any]:
+        """Whether the target was met, the share removed, and the channels kept of each group."""
+        return self.channels.report(self.left, self.target)
+
+
+class GroupL2(_Removal):
+    """One-shot removal by the group's squared weights, then fine-tuning."""
+
+    name: ClassVar[str] = "group_l2"
+    title: ClassVar[str] = "group L2, one shot"
+    measure: ClassVar[Any] = GroupMagnitudeImportance(p=2)
+
+
+class L1Filter(_Removal):
+    """One-shot removal of the filters of smallest L1 norm, then fine-tuning."""
+
+    name: ClassVar[str] = "l1_filter"
+    title: ClassVar[str] = "L1 filter norm, one shot"
+    measure: ClassVar[Any] = MagnitudeImportance(p=1, group_reduction="first")
+
+
+class TaylorChannels(_Removal):
+    """One-shot removal by the loss's first-order change, over training `batches`."""
+
+    name: ClassVar[str] = "taylor_channels"
+    title: ClassVar[str] = "Taylor, one shot"
+    measure: ClassVar[Any] = GroupTaylorImportance(multivariable=True)
+
+    batches: Annotated[int, Field(ge=1)] = 10
+
+    def scores(self, model: nn.Module, context: Context) -> Tensor:
+        """Importance by the gradient of the summed loss of the first batches."""
+        net = fold(model).requires_grad_(True)
+        for x, y in context.batches(self.batches):
+            context.loss(call(net, x), x, y).backward()
+        return _ranking(self.channels, net, self.measure)
+
+
+class NetworkSlimming(_Removal):
+    """L1 on batch-norm scales, removal by their size, fine-tuning. Needs a net with batch norm.
+
+    `strength`: lambda of the penalty; `cut`: share of the steps before the removal. Channels that
+    several batch norms scale (residual streams) are ranked by the mean; those without any stay.
+    """
+
+    name: ClassVar[str] = "network_slimming"
+    title: ClassVar[str] = "network slimming"
+
+    strength: Annotated[float, Field(gt=0)] = 1e-4
+    cut: Annotated[float, Field(gt=0, lt=1)] = 0.5
+
+    def phases(self) -> tuple[Phase, ...]:
+        """Scales are pressed down, then the smaller net is fine-tuned."""
+        return Phase("slim", self.cut), Phase("fine_tune", 1 - self.cut, restart=True)
+
+    def check(self, model: nn.Module) -> None:
+        """Refuse a net without batch norm."""
+        name, why = type(model).__name__, "network_slimming needs a net with batch norm"
+        require(bool(_scales(model)), "model", name, why)
+
+    def attach(self, model: nn.Module, context: Context) -> None:
+        """Number the channels; none is removed yet."""
+        self.check(model)
+        self.model = (model,)  # a tuple, since its parameters are not the method's
+        self.channels = Channels(model, context.example, self.of)
+        self.left = torch.ones(self.channels.size, dtype=torch.bool)
+
+    def after_backward(self, at: At) -> None:
+        """Add lambda sign(gamma)."""
+        if at.phase == "slim":
+            for scale in _scales(*self.model):
+                if scale.grad is not None:
+                    scale.grad.add_(scale.detach().sign(), alpha=self.strength)
+
+    def update(self, at: At) -> None:
+        """Remove channels at the end of the first phase."""
+        if at.phase == "slim" and at.last:
+            self.remove(*self.model, scale_sizes(self.channels, *self.model))
+
+    def finish(self, model: nn.Module, context: Context) -> nn.Module:
+        """Remove channels, if no step was made; an ordinary smaller net."""
+        if self.left.all():
+            self.remove(model, scale_sizes(self.channels, model))
+        return super().finish(model, context)
+
+    def log(self) -> dict[str, float]:
+        """Besides: the mean size of the scales."""
+        scales = torch.cat([scale.detach().abs() for scale in _scales(*self.model)])
+        return super().log() | {"scale": float(scales.mean())}
+
+    def get_extra_state(self) -> Tensor:
+        """Which channels are left."""
+        return self.left
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Remove the channels that were removed."""
+        self.left = state.cpu()
+        if not self.left.all():
+            become(*self.model, self.channels.smaller(*self.model, self.left))
+
+
+class Random(_Removal):
+    """A random mask of single weights in `scope`, or random channels for MACs and parameters."""
+
+    name: ClassVar[str] = "random"
+    title: ClassVar[str] = "random"
+    counts: ClassVar[tuple[str, ...]] = ("sparsity", "macs", "parameters")
+
+    scope: Scope = "all"
+
+    def __init__(self, target: float | None = None, of: str | None = None, **settings: Any) -> None:
+        super().__init__(target, of, **settings)
+        allowed = "all, where channels are removed"
+        require(self.of == "sparsity" or self.scope == "all", "scope", self.scope, allowed)
+
+    def check(self, model: nn.Module) -> None:
+        """Refuse a net without weights to mask, and a target that masks none of them."""
+        if self.of == "sparsity":
+            Masked(self.target, scope=self.scope).check(model)
+
+    def attach(self, model: nn.Module, context: Context) -> None:
+        """Mask weights or remove channels."""
+        if self.of != "sparsity":
+            super().attach(model, context)
+            return
+        _, weights, masks = attach_each(model, Mask, self.scope)
+        total = sum(weight.numel() for weight in weights)
+        keep = kept_count(total, self.target)
+        kept = top_masks([_noise(weight.shape, context) for weight in weights], keep)
+        for each, mask in zip(masks, kept, strict=True):
+            each.mask.copy_(mask)
+        self.kept = keep / total
+
+    def scores(self, model: nn.Module, context: Context) -> Tensor:  # noqa: ARG002
+        """Uniform noise."""
+        return _noise((self.channels.size,), context).cpu()
+
+    def log(self) -> dict[str, float]:
+        """Share left of the weights, MACs or parameters."""
+        return {"kept": self.kept} if self.of == "sparsity" else super().log()
+
+    def report(self) -> dict[str, Any]:
+        """Of channels: whether the target was met, and what is kept."""
+        return {} if self.of == "sparsity" else super().report()
+
+
+def importance(channels: Channels, model: nn.Module, measure: Any) -> Tensor:
+    """torch-pruning's `measure` of every channel (N,), on the CPU; of weights, not gradients."""
+    return _ranking(channels, fold(model).requires_grad_(True), measure)
+
+
+def taylor(channels: Channels, net: nn.Module) -> list[Tensor]:
+    """First-order Taylor of a loss whose gradients lie in the weights: one (channels,) per group.
+
+    As torch-pruning's: of each layer's slices at a channel the sum of |w dL/dw|, the mean of the
+    sums over the layers, divided by the mean over the group's channels. Biases do not count.
+    """
+    found = []
+    for group in channels.groups:
+        sums = []
+        for m in group.members:
+            layer = net.get_submodule(m.layer)
+            if getattr(layer, "weight", None) is not None:
+                along = axis_of(layer, FOLLOWS if m.role == FOLLOWS else m.axis)
+                terms = (layer.weight.detach() * layer.weight.grad).abs().movedim(along, 0)
+                places = terms.reshape(len(terms), -1).sum(1)
+                # One axis of a grouped convolution's weight is the same for all groups.
+                places = places.repeat(m.size // len(places))
+                sums.append(places[torch.tensor(m.indices, device=places.device)].sum(1))
+        score = torch.stack(sums).mean(0)
+        found.append(score / score.mean().clamp(min=torch.finfo(score.dtype).tiny))
+    return found
+
+
+def scale_sizes(channels: Channels, model: nn.Module) -> Tensor:
+    """Mean |gamma| of the batch norms of each channel (N,), on the CPU; infinite without any."""
+    found = []
+    for group in channels.groups:
+        layers = [(m, model.get_submodule(m.layer)) for m in group.having(FOLLOWS)]
+        sizes = [
+            layer.weight.detach().abs().cpu()[torch.tensor(m.indices)].mean(1)
+            for m, layer in layers
+            if isinstance(layer, _NORM) and layer.affine
+        ]
+        none = torch.full((group.channels,), torch.inf)
+        found.append(torch.stack(sizes).mean(0) if sizes else none)
+    return torch.cat(found)
+
+
+def _ranking(channels: Channels, net: nn.Module, measure: Any) -> Tensor:
+    example = channels.example
+    graph = torch_pruning.DependencyGraph().build_dependency(net, example, verbose=False)
+    found = []
+    for group in channels.groups:
+        root = group.having(PRODUCES)[0]
+        layer = net.get_submodule(root.layer)
+        cut = graph.get_pruner_of_module(layer).prune_out_channels
+        score = measure(graph.get_pruning_group(layer, cut, list(range(root.size)))).cpu()
+        found.append(score[torch.tensor(root.indices)].mean(1))
+    return torch.cat(found)
+
+
+def _scales(model: nn.Module) -> list[nn.Parameter]:
+    return [m.weight for m in model.modules() if isinstance(m, _NORM) and m.affine]
+
+
+def _noise(shape: tuple[int, ...], context: Context) -> Tensor:
+    return torch.rand(shape, generator=context.generator, device=context.generator.device)

@@ -1,0 +1,300 @@
+"""What component-aware pruning and its controls share: a search for the channels that can go.
+
+A trained net is pruned once to a share of its parameters, then the small net is fine-tuned.
+Parameters are counted, not channels: half of all channels are three quarters of the parameters,
+and a channel of one group may cost twenty times one of another.
+"""
+
+import copy
+import math
+from bisect import bisect_left
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from prunestudy import measure
+from prunestudy.errors import InputError, require
+from prunestudy.measure.forward import evaluating
+from prunestudy.methods.base import Context, Method, call, mean_loss
+from prunestudy.methods.channel_controls import GroupL2, importance, taylor
+from prunestudy.methods.channels import Channels, become
+from prunestudy.shrink import ComponentGroup, Narrow, component_groups, remove_groups
+
+
+class Budget:
+    """From one number per group to channels kept, at an exact share of the parameters removed.
+
+    `positions[g]` (channels,) says where each channel of group g stands in the order of removal,
+    lowest first; a channel goes when its position is below the group's number plus a common
+    offset, but `least[g]` channels stay.
+    """
+
+    def __init__(self, channels: Channels, positions: list[Tensor], least: list[int]) -> None:
+        self.channels, self.least = channels, least
+        self.positions = [p.detach().cpu().double() for p in positions]
+        self.full = [group.channels for group in channels.groups]
+        self.order = [p.argsort(stable=True) for p in self.positions]
+        self._sorted = [p[o].tolist() for p, o in zip(self.positions, self.order, strict=True)]
+
+    def removed(self, kept: Sequence[int]) -> float:
+        """Share (0-1) of the parameters that is gone with `kept` channels in each group."""
+        return 1 - self.channels.cost_at(kept) / self.channels.dense
+
+    def kept(self, numbers: list[float], offset: float = 0.0) -> list[int]:
+        """Channels kept in each group at `numbers` plus `offset`."""
+        return [
+            max(least, len(p) - bisect_left(p, number + offset))
+            for p, number, least in zip(self._sorted, numbers, self.least, strict=True)
+        ]
+
+    def indices(self, kept: Sequence[int]) -> list[Tensor]:
+        """The channels kept of each group, ascending."""
+        return [o[len(o) - k :].sort().values for o, k in zip(self.order, kept, strict=True)]
+
+    def meet(self, numbers: list[float], target: float) -> list[int]:
+        """Channels kept at the common offset that removes `target`; not one more could stay.
+
+        Raises `InputError` if even the largest offset does not reach the target.
+        """
+        kept = self.kept(numbers, self.offset(numbers, target))
+        most = f"at most {self.removed(self.least):.4f} of the parameters can be removed"
+        require(self.removed(kept) >= target, "target", target, most)
+        while True:  # give back what is not needed, the most expensive channel that fits first
+            slack, fits = self.removed(kept) - target, {}
+            for i, k in enumerate(kept):
+                rest = self.removed([*kept[:i], k + 1, *kept[i + 1 :]]) - target
+                if k < self.full[i] and 0 <= rest < slack:
+                    fits[i] = rest
+            if not fits:
+                return kept
+            kept[min(fits, key=fits.get)] += 1
+
+    def offset(self, numbers: list[float], target: float, moving: Sequence[int] = ()) -> float:
+        """Smallest common offset that removes `target`, or the largest there is; by bisection.
+
+        Of all groups; or of the groups `moving` alone, while the others keep all.
+        """
+
+        def enough(offset: float) -> bool:
+            kept = self.kept(numbers, offset)
+            if moving:
+                kept = [k if i in moving else self.full[i] for i, k in enumerate(kept)]
+            return self.removed(kept) >= target
+
+        ends = [p[0] for p in self._sorted] + [p[-1] for p in self._sorted] + list(numbers)
+        high = 2 * (max(ends) - min(ends)) + 1.0
+        low = -high
+        if not enough(high):
+            return high
+        for _ in range(40):
+            middle = (low + high) / 2
+            low, high = (low, middle) if enough(middle) else (middle, high)
+        return high
+
+
+class Point(NamedTuple):
+    """A candidate: channels kept of each group, share removed, metrics, and what limits miss."""
+
+    kept: tuple[int, ...]
+    removed: float
+    values: dict[str, float]
+    shortfall: float
+
+
+class Search(Method):
+    """Prunes once, in `attach`, what `solve` finds; a resumed run finds the same again.
+
+    `importance` of the channels within a group, with `taylor_batches` for its gradients; `most`:
+    largest share of a group's channels that may go; `samples` of validation that a candidate is
+    judged on; `constraints` such as "psnr >= 20", on the application's metrics or its loss;
+    `protect`: names of groups, layers, components, or "coupling". With `refuse` a result that
+    breaks a constraint is an error, else it is recorded. `tolerance` is that of soft masks.
+    """
+
+    counts: ClassVar[tuple[str, ...]] = ("parameters",)
+
+    importance: Literal["taylor", "group_l2"] = "taylor"
+    taylor_batches: Annotated[int, Field(ge=1)] = 16
+    most: Annotated[float, Field(gt=0, lt=1)] = 0.95
+    tolerance: Annotated[float, Field(gt=0, lt=1)] = 0.01
+    samples: Annotated[int, Field(ge=1)] = 256
+    constraints: list[str] = []
+    protect: list[str] = []
+    refuse: bool = True
+
+    def solve(self) -> tuple[list[float], Point]:
+        """Set an `order`; return one number per group, and the point there."""
+        raise NotImplementedError
+
+    def stays(self, group: ComponentGroup) -> bool:
+        """Whether no channel of `group` may go."""
+        return group.protected
+
+    def attach(self, model: nn.Module, context: Context) -> None:
+        """Search on training and validation batches, then prune `model` in place."""
+        with evaluating(model):
+            self._begin(model, context)
+            numbers, self.point = self.solve()
+            if self.refuse and self.point.shortfall:
+                self._refuse(numbers)
+            kept = self.budget.indices(self.point.kept)
+            small = remove_groups(model, self.channels.groups, kept, context.example)
+        self.cost = {"search_passes": self.passes, "search_points": len(self.seen)}
+        become(model, small)
+
+    def _begin(self, model: nn.Module, context: Context) -> None:
+        """Read the groups and limits, and measure the dense net.
+
+        `passes` counts samples: a forward pass is 1, forward and backward 3.
+        """
+        self.context, self.batches = context, context.stream()
+        self.path: list[list[float]] = []
+        self.seen: dict[tuple[int, ...], Point] = {}
+        self.channels = Channels(model, context.example, "parameters", norms=True)
+        self.groups = component_groups(model, context.example, protect=self.protect)
+        self.small = Narrow(model, self.channels.groups)
+        self.data = context.samples(self.samples)
+        self.judged_on = self.passes = sum(len(tree_leaves(x)[0]) for x, _ in self.data)
+        self.dense_loss = mean_loss(self.small.dense, context.loss, self.data)
+        alone = lambda net, data: {"loss": mean_loss(net, context.loss, data)}  # noqa: E731
+        self.metrics = context.metrics or measure.Metrics(alone)
+        values = self.metrics.values(self.small.dense, self.data)
+        self.goal, self.limits = next(iter(values)), measure.limits(self.constraints, values)
+
+    def scores(self) -> list[Tensor]:
+        """The importance of each group's channels, mean 1 in each group."""
+        dense, total = self.small.dense, None
+        if self.importance == "group_l2":
+            score = importance(self.channels, dense, GroupL2.measure)
+            return list(score.split([group.channels for group in self.channels.groups]))
+        net = copy.deepcopy(dense).requires_grad_(True)
+        for _ in range(self.taylor_batches):
+            x, y = next(self.batches)
+            net.zero_grad()
+            self.context.loss(call(net, x), x, y).backward()
+            self.passes += 3 * len(tree_leaves(x)[0])
+            found = taylor(self.channels, net)
+            total = [a + b for a, b in zip(total, found, strict=True)] if total else found
+        return [score / self.taylor_batches for score in total]
+
+    def order(self, positions: list[Tensor]) -> None:
+        """Begin a budget that removes channels in the order of `positions`."""
+        sizes, share = [(each, each.group.channels) for each in self.groups], 1 - self.most
+        least = [n if self.stays(g) else max(1, math.ceil(share * n - 1e-9)) for g, n in sizes]
+        self.budget = Budget(self.channels, positions, least)
+
+    def judge(self, kept: Sequence[int]) -> Point:
+        """The point with `kept` channels; each is judged, and its passes counted, once."""
+        key = tuple(kept)
+        if key not in self.seen:
+            small = self.small(self.budget.indices(kept), own=False)
+            values = dict(self.metrics.values(small, self.data))
+            shortfall = sum(limit.shortfall(values[limit.metric]) for limit in self.limits)
+            self.passes += self.judged_on
+            self.seen[key] = Point(key, self.budget.removed(kept), values, shortfall)
+        return self.seen[key]
+
+    def better(self, a: Point, b: Point) -> bool:
+        """Whether `a` breaks its limits by less than `b`, or as little with a better objective."""
+        if a.shortfall != b.shortfall:
+            return a.shortfall < b.shortfall
+        new, old = a.values[self.goal], b.values[self.goal]
+        return not math.isnan(new) if math.isnan(old) else _lost(self.goal, old, new) < 0
+
+    def _refuse(self, numbers: list[float]) -> None:
+        """Raise `InputError`, with the largest share found at `numbers` that keeps every limit."""
+        low, high, closest = 0.0, self.target, 0.0
+        for _ in range(10):
+            middle = (low + high) / 2
+            point = self.judge(self.budget.meet(numbers, middle))
+            if point.shortfall:
+                high = middle
+            else:
+                low, closest = middle, point.removed
+        pairs = [(limit, self.point.values[limit.metric]) for limit in self.limits]
+        lines = [limit.broken(value) for limit, value in pairs if limit.shortfall(value)]
+        raise InputError(
+            f"target = {self.target:g}: refused, {', '.join(lines)}; "
+            f"the closest that holds removes {closest:.4f} of the parameters"
+        )
+
+    def log(self) -> dict[str, float]:
+        """Share left of the parameters."""
+        return {"kept": 1 - self.point.removed}
+
+    def report(self) -> dict[str, Any]:
+        """Share removed, what is left of each group and costs alone, what the search saw."""
+        point, full, rows = self.point, self.budget.full, []
+        before = self.judge(full).values
+        for i, (each, n, k) in enumerate(zip(self.groups, full, point.kept, strict=True)):
+            about = {"group": each.name, "place": each.place, "kind": each.kind}
+            alone = self.judge([*full[:i], k, *full[i + 1 :]]).values
+            lost = {f"{m} lost alone": _lost(m, before[m], alone[m]) for m in before}
+            rows.append(about | {"channels": n, "kept": k, "removed": 1 - k / n} | lost)
+        return {
+            "removed": point.removed,
+            "groups": {row["group"]: row["kept"] / row["channels"] for row in rows},
+            "report": rows,
+            **self.cost,
+            **{f"search_{name}": value for name, value in point.values.items()},
+            "constraints_hold": float(not point.shortfall),
+            "constraints_shortfall": point.shortfall,
+        }
+
+
+class Uniform(Search):
+    """The controls: no coefficients, one common offset, no search.
+
+    `ranking`: the same share of every group ("uniform"), one ranking of all channels by their
+    importance ("global"), or a random one. With `aware` each component gives up the same share of
+    its parameters and coupling groups stay; without, components are not looked at.
+    """
+
+    name: ClassVar[str] = "uniform"
+    title: ClassVar[str] = "no coefficients"
+
+    ranking: Literal["uniform", "global", "random"] = "uniform"
+    importance: Literal["taylor", "group_l2"] = "group_l2"
+    aware: bool = False
+
+    def stays(self, group: ComponentGroup) -> bool:
+        """Whether it is protected, or with `aware` couples components."""
+        return group.protected or (self.aware and group.kind == "coupling")
+
+    def solve(self) -> tuple[list[float], Point]:
+        """The point at zero coefficients; with `aware` each component has an offset of its own."""
+        self.order(self._positions())
+        numbers = [0.0] * len(self.groups)
+        names = dict.fromkeys(name for each in self.groups for name in each.components)
+        for name in names if self.aware else ():
+            inside = [i for i, each in enumerate(self.groups) if each.components == (name,)]
+            layers = {m.layer for i in inside for m in self.channels.groups[i].members}
+            sizes = [measure.parameters(self.small.dense.get_submodule(n)) for n in layers]
+            if inside:
+                share = self.target * (sum(sizes) / self.channels.dense)
+                offset = self.budget.offset(numbers, share, inside)
+                numbers = [n + offset * (i in inside) for i, n in enumerate(numbers)]
+        return numbers, self.judge(self.budget.meet(numbers, self.target))
+
+    def _positions(self) -> list[Tensor]:
+        if self.ranking == "random":
+            make, sizes = self.context.generator, [g.channels for g in self.channels.groups]
+            return [torch.rand(n, generator=make, device=make.device).cpu() for n in sizes]
+        return placed(self.scores(), evenly=self.ranking == "uniform")
+
+
+def placed(scores: list[Tensor], evenly: bool) -> list[Tensor]:
+    """Positions: each score's rank within its group, spread `evenly` over 0-1, or its logarithm."""
+    if not evenly:
+        return [score.cpu().double().clamp(min=1e-30).log() for score in scores]
+    ranks = [score.cpu().argsort(stable=True).argsort() for score in scores]
+    return [(rank.double() + 0.5) / len(rank) for rank in ranks]
+
+
+def _lost(metric: str, before: float, after: float) -> float:
+    """By how much `after` is worse."""
+    return after - before if metric == "loss" else before - after

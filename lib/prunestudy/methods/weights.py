@@ -1,0 +1,194 @@
+"""Controls on single weights: magnitude pruning, LASSO, SNIP, dynamic pruning with feedback.
+
+All rank over the whole net at once and keep exactly the target share.
+"""
+
+import copy
+from typing import Annotated, Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from prunestudy.errors import require
+from prunestudy.methods.base import At, Context, Phase, call
+from prunestudy.methods.masks import Mask, Masked, Scope, layers_in
+from prunestudy.methods.steering import Steering
+
+
+class Magnitude(Masked):
+    """The smallest |w| of the start weights are cut at once; what is left is fine-tuned.
+
+    Han et al., "Learning both Weights and Connections", NeurIPS 2015, in one round.
+    """
+
+    name: ClassVar[str] = "magnitude"
+    title: ClassVar[str] = "one-shot magnitude"
+
+    def attach(self, model: nn.Module, context: Context) -> None:
+        """Put masks on the weights and cut at once."""
+        super().attach(model, context)
+        self.cut(self.target)
+
+
+class GradualMagnitude(Masked):
+    """The sparsity grows cubically; a weight once cut has no gradient and stays at zero.
+
+    Zhu and Gupta, "To prune, or not to prune", 2017. `harden`: share of all steps after which the
+    mask is fixed; `ramp`: share of that phase in which the sparsity grows; `period`: steps between
+    masks; `prune_phase_lr`: learning rate until then, times the recipe's.
+    """
+
+    name: ClassVar[str] = "gradual_magnitude"
+    title: ClassVar[str] = "gradual magnitude"
+    harden: Annotated[float, Field(gt=0, lt=1)] = 0.7
+    ramp: Annotated[float, Field(gt=0, le=1)] = 0.8
+    period: Annotated[int, Field(ge=1)] = 16
+    prune_phase_lr: Annotated[float, Field(gt=0)] = 1.0
+
+    def phases(self) -> tuple[Phase, ...]:
+        """The sparsity grows, then the mask stays."""
+        prune = Phase("prune", self.harden, lr_scale=self.prune_phase_lr, schedule="constant")
+        return prune, Phase("fine_tune", 1 - self.harden, restart=True)
+
+    def scores(self) -> list[Tensor]:
+        """|w| of the weights in use, -1 of those cut."""
+        pairs = zip(self.masks, super().scores(), strict=True)
+        return [torch.where(each.mask == 1, size, -1.0) for each, size in pairs]
+
+    def update(self, at: At) -> None:
+        """Raise the sparsity every `period` steps, and to the target at the end of the phase."""
+        if at.phase != "prune":
+            return
+        self.grow(at, self.period, self.ramp * at.steps)
+        if at.last:
+            self.cut(self.target, at.total_step)
+
+
+class L1(Masked):
+    """LASSO: a penalty on the size of the weights, where gates penalise their number.
+
+    Proximal gradient: after each step w <- sign(w) max(|w| - lr lambda, 0), which gives exact
+    zeros and shrinks every weight that is kept. lambda is steered to the target share as for the
+    gates; then exactly the target share of largest |w| is kept and fine-tuned.
+
+    `ramp`: share of the penalty's phase in which the kept share falls to the target; `harden`:
+    share of all steps after which the mask is fixed; `penalty_phase_lr`: learning rate until
+    then, times the recipe's.
+    """
+
+    name: ClassVar[str] = "l1"
+    title: ClassVar[str] = "L1 (LASSO)"
+    ramp: Annotated[float, Field(gt=0, le=1)] = 0.8
+    harden: Annotated[float, Field(gt=0, lt=1)] = 0.55
+    penalty_phase_lr: Annotated[float, Field(gt=0)] = 0.5
+
+    def __init__(self, target: float | None = None, of: str | None = None, **settings: Any) -> None:
+        super().__init__(target, of, **settings)
+        # A fifth more than the target, so that the mask need not keep a zero.
+        self.steering = Steering(min(1.0, 1.2 * (1 - self.target)), self.ramp)
+
+    def phases(self) -> tuple[Phase, ...]:
+        """The penalty, then fine-tuning without it."""
+        penalty = Phase("penalty", self.harden, lr_scale=self.penalty_phase_lr, schedule="constant")
+        return penalty, Phase("fine_tune", 1 - self.harden, restart=True)
+
+    @torch.no_grad()
+    def after_step(self, at: At) -> None:
+        """Soft-threshold every weight; at first by a thousandth of the mean |w|."""
+        if at.phase != "penalty":
+            return
+        if at.first:
+            total = sum(weight.abs().sum().double() for weight in self.weights)
+            self.steering.start(1e-3 * total / sum(w.numel() for w in self.weights) / at.lr)
+        threshold = self.steering.strength * at.lr
+        for weight in self.weights:
+            weight.sub_(weight.clamp(-threshold, threshold))
+
+    def update(self, at: At) -> None:
+        """Steer lambda; fix the mask at the end of the penalty."""
+        if at.phase != "penalty":
+            return
+        if self.steering.due(at):
+            self.steering.update(self.kept(), at)
+        if at.last:
+            self.cut(self.target, at.total_step)
+
+    @torch.no_grad()
+    def kept(self) -> float:
+        """The share of weights that are not zero."""
+        pairs = zip(self.weights, self.masks, strict=True)
+        kept = sum(int((weight * each.mask).count_nonzero()) for weight, each in pairs)
+        return kept / sum(weight.numel() for weight in self.weights)
+
+    def log(self) -> dict[str, float]:
+        """The share of weights that are not zero; lambda."""
+        return super().log() | {"lambda": self.steering.strength.nan_to_num().item()}
+
+
+class Snip(Masked):
+    """The most sensitive connections are kept before any training, then trained.
+
+    Lee, Ajanthan, Torr, "SNIP", ICLR 2019. The sensitivity of a connection is |dL / dc| at c = 1
+    of the net with weights c w, |w dL/dw|, L being the task's loss on the first `batches` training
+    batches (the paper: one).
+    """
+
+    name: ClassVar[str] = "snip"
+    title: ClassVar[str] = "SNIP"
+    batches: Annotated[int, Field(ge=1)] = 1
+
+    def attach(self, model: nn.Module, context: Context) -> None:
+        """Put masks on the weights; measure the sensitivity and cut at once."""
+        require(context.loss is not None, "context.loss", None, "SNIP needs the task's loss")
+        # A copy: batch norm must not count these batches.
+        net = copy.deepcopy(model).train()
+        weights = [layer.weight for layer in layers_in(net, self.scope).values()]
+        sums = [torch.zeros_like(weight) for weight in weights]
+        for x, y in context.batches(self.batches):
+            loss = context.loss(call(net, x), x, y)
+            gradients = torch.autograd.grad(loss, weights, materialize_grads=True)
+            for total, gradient in zip(sums, gradients, strict=True):
+                total.add_(gradient)
+        pairs = zip(weights, sums, strict=True)
+        self.sensitivity = [(weight.detach() * total).abs() for weight, total in pairs]
+        super().attach(model, context)
+        self.cut(self.target)
+
+    def scores(self) -> list[Tensor]:
+        """The sensitivities."""
+        return self.sensitivity
+
+
+class Dpf(Masked):
+    r"""A mask by |w| of dense weights that are all trained on, so that cut weights may return.
+
+    Lin, Stich, Barba, Dmitriev, Jaggi, "Dynamic Model Pruning with Feedback", ICLR 2020:
+
+        forward   W~ = M * W     M: the largest |W| of the *dense* weights, over the net
+        backward  dW = dW~       straight through: cut weights are updated, too
+
+    M is chosen anew every `period` steps, to the end of the training. The sparsity grows by the
+    cubic schedule s (1 - (1 - e / e_t)^3) and stays at s. Ours: `ramp`, e_t as a share of all
+    steps, and `scope`, as in the paper that this is the control of (magnitude attention).
+    """
+
+    name: ClassVar[str] = "dpf"
+    title: ClassVar[str] = "dynamic pruning with feedback"
+    scope: Scope = "auto"
+    ramp: Annotated[float, Field(gt=0, le=1)] = 0.75
+    period: Annotated[int, Field(ge=1)] = 16
+
+    def phases(self) -> tuple[Phase, ...]:
+        """One: the mask never freezes."""
+        return (Phase("explore"),)
+
+    def mask_for(self, weight: Tensor) -> Mask:
+        """A mask that lets the gradient through."""
+        return Mask(weight, feedback=True)
+
+    def update(self, at: At) -> None:
+        """Choose the mask anew every `period` steps; reach the target at the end."""
+        self.grow(at, self.period, self.ramp * at.total_steps)
+        if at.last and self.sparsity < self.target:
+            self.cut(self.target, at.total_step)

@@ -1,0 +1,269 @@
+"""Nets in files: safetensors and a log of the layers, which `load` replays on a fresh net.
+
+The log lists modules as [path, class, arguments]: the constructor's arguments for the layers of
+`_FIELDS`, the [name, class, arguments] of each part for a Sequential of these, and null for other
+modules, which a fresh net must have already; [path, "=", first] is another name of a tensor. Only
+layers of `_FIELDS` are ever made, and nothing is unpickled. Their weights, as matrices
+(out, everything else), are stored as compressed sparse rows (CSR) where this takes fewer bytes:
+values, column indices (int16 if they fit, else int32) and row pointers (int32).
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from prunestudy.errors import InputError, require, written_whole
+from prunestudy.shrink.csr import CsrLinear, csr_arrays
+from prunestudy.shrink.factors import replace
+from prunestudy.shrink.fold import fold
+from prunestudy.shrink.layers import CONVOLUTIONS, TRANSPOSED
+from prunestudy.shrink.remove import Constant, Nothing
+
+FORMAT = "prunestudy-sparse-1"
+_OURS = ("format", "structure", "sha256")
+_CSR = ("rows", "columns", "values")
+_CONV = "in_channels out_channels kernel_size stride padding groups dilation padding_mode"
+_NORM = "num_features eps momentum affine track_running_stats"
+_FIELDS: dict[type[nn.Module], str] = {
+    **dict.fromkeys(CONVOLUTIONS, f"{_CONV} bias"),
+    **dict.fromkeys(TRANSPOSED, f"{_CONV} output_padding bias"),
+    nn.Linear: "in_features out_features bias",
+    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), _NORM),
+    **dict.fromkeys((nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d), _NORM),
+    nn.LayerNorm: "normalized_shape eps elementwise_affine bias",
+    nn.GroupNorm: "num_groups num_channels eps affine",
+    nn.PReLU: "num_parameters",
+    nn.Embedding: "num_embeddings embedding_dim padding_idx max_norm norm_type scale_grad_by_freq",
+    nn.Identity: "",
+    Constant: "channels geometry bias",
+    Nothing: "geometry",
+}
+_KINDS = {cls.__name__: cls for cls in _FIELDS}
+Entry = list[Any]
+
+
+def save(
+    net: nn.Module,
+    path: str | Path,
+    *,
+    like: nn.Module | None = None,
+    about: Mapping[str, str] | None = None,
+) -> None:
+    """Write `net`, folded, to `path`, for `load` to rebuild; the file appears whole or not at all.
+
+    With a fresh net `like` only what differs from it is logged: a smaller file. `about` is text
+    to keep with the net. Raises `InputError` for a path that no file can be written to, and
+    naming a module or tensor that cannot be stored.
+    """
+    texts, plain, name = dict(about or {}), fold(_module(net)), type(net).__name__
+    right = all(type(each) is str for pair in texts.items() for each in pair)
+    allowed = f"texts by name; {', '.join(_OURS)} are taken"
+    require(right and not texts.keys() & set(_OURS), "about", about, allowed)
+    csr = any(isinstance(module, CsrLinear) for module in plain.modules())
+    require(not csr, "net", name, "save the net before to_csr")
+    log = _log(plain, None if like is None else fold(like))
+    if like is not None:
+        try:
+            rebuilt = _replayed(fold(like), log)
+        except ValueError as error:
+            raise InputError(f"net = {name!r}: not as `like`, and not rebuilt: {error}") from None
+        same = str(rebuilt) == str(plain) and _shapes(rebuilt) == _shapes(plain)
+        require(same, "net", name, "not as `like` in modules or tensors that are not rebuilt")
+    tensors, ties = _packed(plain)
+    metadata = {"format": FORMAT, **texts}
+    if log or ties:
+        short = {"separators": (",", ":"), "default": lambda number: number.item()}
+        metadata["structure"] = json.dumps([*log, *ties], **short)
+    metadata["sha256"] = _digest(tensors, metadata)
+    with written_whole(path) as part:
+        part.write_bytes(safetensors.torch.save(tensors, metadata))
+
+
+def load(path: str | Path, net: nn.Module) -> nn.Module:
+    """The saved net, rebuilt on a copy of the fresh `net`: on the CPU, in eval mode, trainable.
+
+    Tensors come back bit for bit, in torch's default memory layout (in CSR, -0 comes back as 0).
+    Raises `InputError` if the file is missing, damaged or of another kind, or of another net.
+    """
+    tensors, metadata = _read(path)
+    fresh = fold(_module(net))
+    try:
+        log = json.loads(metadata.get("structure", "[]"))
+        fresh = _replayed(fresh, [entry for entry in log if entry[1] != "="])
+        _fill(fresh, tensors, {name: first for name, kind, first in log if kind == "="})
+        fresh.cpu()
+    except Exception as error:  # whatever a file may say that another version wrote, or a person
+        why = " ".join(str(error).split())[:300]
+        raise InputError(f"net = {type(net).__name__!r}: does not fit {path}: {why}") from None
+    for tensor in fresh.parameters():
+        tensor.requires_grad_(tensor.is_floating_point())
+    return fresh
+
+
+def about(path: str | Path) -> dict[str, str]:
+    """The text that `save` kept with the net; `InputError` for a file that `load` refuses."""
+    return {key: value for key, value in _read(path)[1].items() if key not in _OURS}
+
+
+def _module(net: Any) -> nn.Module:
+    require(isinstance(net, nn.Module), "net", net, "a torch module")
+    return net
+
+
+def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+
+
+def _log(plain: nn.Module, like: nn.Module | None) -> list[Entry]:
+    """An entry for each module of `plain`, or for those that differ from the modules of `like`."""
+    others = dict(like.named_modules(remove_duplicate=False)) if like is not None else {}
+    log, whole = [], set()
+    for path, module in plain.named_modules(remove_duplicate=False):
+        if path.rpartition(".")[0] in whole:
+            continue  # its entry is part of its Sequential's
+        other, parts = others.get(path), list(dict(module.named_children()))
+        if parts and type(other) is type(module) and parts == list(dict(other.named_children())):
+            continue  # what differs is inside
+        entry = _entry(path, module)
+        if entry[2] is not None:
+            made = _made(*entry)
+            allowed = f"has the tensors {_shapes(module)}, not those of {made}"
+            require(_shapes(made) == _shapes(module), "module", path, allowed)
+            whole.add(path or None)
+        if other is None or entry != _entry(path, other):
+            log.append(entry)
+    return log
+
+
+def _entry(path: str, module: nn.Module) -> Entry:
+    """[path, class, arguments] of `module`; see the top of this file."""
+    kind = type(module)
+    if path and kind is nn.Sequential and len(module):
+        inner = [_entry(name, part) for name, part in module.named_children()]
+        rebuilt = all(type(part) in _FIELDS for part in module) and len(inner) == len(module)
+        return [path, "Sequential", inner if rebuilt else None]
+    if kind not in _FIELDS:
+        return [path, kind.__name__, None]
+    values = {field: getattr(module, field) for field in _FIELDS[kind].split()}
+    if "bias" in values:
+        values["bias"] = module.bias is not None
+    # As JSON gives it back.
+    values = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+    return [path, kind.__name__, values]
+
+
+def _made(path: str, kind: str, arguments: Any) -> nn.Module:
+    """The layer of an entry on the meta device: no numbers are drawn."""
+    if kind == "Sequential":
+        layer = nn.Sequential()
+        for name, *part in arguments:
+            layer.add_module(name, _made(name, *part))
+    else:
+        values = {field: arguments[field] for field in _FIELDS[_KINDS[kind]].split()}
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        with torch.device("meta"):
+            layer = _KINDS[kind](**values)
+    if _entry(path, layer) != [path, kind, arguments]:  # also what torch takes and we never write
+        raise ValueError(f"{path!r} is no {kind}")
+    return layer.eval()
+
+
+def _replayed(net: nn.Module, log: list[Entry]) -> nn.Module:
+    """`net` with the layers of `log` in place of its own; `ValueError` for what is not there."""
+    for path, kind, arguments in log:
+        try:
+            there = net.get_submodule(path)
+        except AttributeError:
+            raise ValueError(f"{path!r} is a {kind}, here absent") from None
+        if type(there).__name__ != kind and (arguments is None or not path):
+            raise ValueError(f"{path or 'the whole'!r} is a {kind}, here a {type(there).__name__}")
+        if arguments is not None and _entry(path, there) != [path, kind, arguments]:
+            new = _made(path, kind, arguments)
+            if not path:
+                return new
+            replace(net, path, new)
+    return net
+
+
+def _fill(net: nn.Module, tensors: dict[str, Tensor], ties: dict[str, str]) -> None:
+    """Give `net` the tensors of the file, of the same names and shapes."""
+    dense = {name: tensor for name, tensor in tensors.items() if ":" not in name}
+    for name, like in net.state_dict().items():
+        if f"{name}:values" in tensors:
+            dense[name] = _dense(*(tensors[f"{name}:{part}"] for part in _CSR), like.shape)
+    dense |= {name: dense[first] for name, first in ties.items()}
+    net.load_state_dict(dense, assign=True)
+    for name, first in ties.items():
+        (owner, slot), (other, origin) = (n.rpartition(".")[::2] for n in (name, first))
+        setattr(net.get_submodule(owner), slot, getattr(net.get_submodule(other), origin))
+
+
+def _packed(plain: nn.Module) -> tuple[dict[str, Tensor], list[Entry]]:
+    """The tensors of the file (of a CSR matrix NAME:rows, ...), and entries of further names."""
+    layers = {n for n, m in plain.named_modules(remove_duplicate=False) if type(m) in _FIELDS}
+    packed, ties, first = {}, [], {}
+    for name, tensor in plain.state_dict(keep_vars=True).items():
+        real = isinstance(tensor, Tensor) and not tensor.is_complex() and not tensor.is_meta
+        kind = str(getattr(tensor, "dtype", type(tensor).__name__))
+        require(real, name, kind, "only tensors of real numbers can be stored")
+        if first.setdefault(id(tensor), name) != name:
+            ties.append([name, "=", first[id(tensor)]])
+            continue
+        # The copy: safetensors refuses tensors that share memory.
+        dense = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        packed[name] = dense
+        if tensor.dim() > 1 and name.endswith("weight") and name.rpartition(".")[0] in layers:
+            rows, columns, values = csr_arrays(dense.flatten(1))
+            if dense[0].numel() - 1 <= torch.iinfo(torch.int16).max:
+                columns = columns.to(torch.int16)
+            if rows.nbytes + columns.nbytes + values.nbytes < dense.nbytes:
+                del packed[name]
+                packed |= {
+                    f"{name}:rows": rows,
+                    f"{name}:columns": columns,
+                    f"{name}:values": values,
+                }
+    return packed, ties
+
+
+def _dense(rows: Tensor, columns: Tensor, values: Tensor, shape: torch.Size) -> Tensor:
+    matrix = torch.zeros(shape, dtype=values.dtype).flatten(1)
+    if len(rows) != len(matrix) + 1:
+        raise ValueError(f"{len(rows) - 1} rows, here {len(matrix)}")
+    row = torch.repeat_interleave(torch.arange(len(matrix)), rows.diff())
+    matrix[row, columns.long()] = values
+    return matrix.view(shape)
+
+
+def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+    names = ("format", *sorted(metadata.keys() - set(_OURS)), "structure")
+    digest = hashlib.sha256(repr([metadata[n] for n in names if n in metadata]).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a file of ours, checked against its sha256."""
+    try:
+        require(Path(path).is_file(), "path", str(path), "a file that save wrote")
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            # The copy: safetensors maps the file, which may change.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError):
+        raise InputError(f"path = {str(path)!r}: not a whole safetensors file") from None
+    ours = metadata.get("format") == FORMAT and "sha256" in metadata
+    require(ours, "path", str(path), "a file that save wrote")
+    whole = metadata["sha256"] == _digest(tensors, metadata)
+    require(whole, "path", str(path), "its contents do not match their sha256")
+    return tensors, metadata

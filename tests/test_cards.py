@@ -1,0 +1,226 @@
+"""What a card may say, and what it says once for several places."""
+
+from functools import partial
+
+import pytest
+from conftest import CARD, one_line, refused
+
+from prunestudy import datasets, models, papers
+from prunestudy.errors import InputError
+from prunestudy.papers import RunRecipe as Recipe
+from prunestudy.study.tables import RUN_COLUMNS
+
+CLAIMS, TESTS, QUICK = (
+    CARD.index(f"    [{name}]") for name in ("[claims]", "[claims.tests]", "profiles.quick")
+)
+CITATION = ("authors", "venue", "year", "arxiv")
+FIRST = "profiles.quick.experiments.0"
+
+
+def ids(found):
+    return [card.id for card in found]
+
+
+def without(text, *names):
+    lines = [line for line in text.splitlines() if line.split(" = ")[0].strip() not in names]
+    return "\n".join(lines) + "\n"
+
+
+def test_the_toy_card(toy_card):
+    card = papers.card("toy")
+    assert (papers.cards(), card) == ((card,), papers.read_card(toy_card))
+    experiment = card.profiles["quick"].experiments[0]
+    assert experiment.recipe == Recipe(epochs=1, lr=0.05)
+    assert [entry.method for entry in experiment.methods] == ["dense", "magnitude", "random"]
+    assert (experiment.purpose, experiment.targets) == ("results", (0.9,))
+    assert card.claims[0].tests == (papers.Rule(method="magnitude", against=("random",)),)
+    refused(lambda: papers.card("nope"), "paper = 'nope': allowed are toy")
+
+
+def test_cards_come_in_the_order_of_their_notebooks(card_file):
+    for name, notebook in (("a", "02_x"), ("b", "00_y"), ("c", "01_z")):
+        card_file(CARD.replace("99_toy", notebook).replace('"toy"', f'"{name}"'), name)
+    assert ids(papers.cards()) == ["b", "c", "a"]
+
+
+def test_a_card_is_read_again_when_its_file_changes(card_file):
+    card_file()
+    assert papers.card("toy").title == "A toy"
+    card_file(CARD.replace("A toy", "Another toy"))
+    assert papers.card("toy").title == "Another toy"
+
+
+def test_a_card_without_a_citation_has_runs_and_no_claims_and_comes_last(card_file):
+    """What compares the papers is no paper."""
+    text = without(CARD[:CLAIMS], *CITATION).replace("99_toy", "00_sum") + "    claims = []\n"
+    card_file()
+    card_file((text + CARD[QUICK:]).replace('"toy"', '"sum"'), "sum")
+    assert [(card.id, card.is_paper) for card in papers.cards()] == [("toy", True), ("sum", False)]
+    assert papers.card("sum").year is None
+
+
+AGAINST, JOB, DENSE = 'against = ["random"]', 'job = "seed"', '{ method = "dense" }'
+EXTRA = "extra inputs are not permitted"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "where", "what"),
+    [
+        ("[claims]", "[claims", "", "not valid TOML ("),
+        ('id = "toy"', 'id = "toy"\n    tittle = "x"', "tittle", EXTRA),
+        ('title = "A toy"', "", "title", "field required"),
+        ("year = 2000", 'year = "2000"', "year", "valid integer"),
+        ("year = 2000", "", "as a whole", "the citation lacks year"),
+        ('mark = "O"', 'mark = "O"\n    marc = "O"', "claims.0.marc", EXTRA),
+        ('mark = "O"', 'mark = "X"', "claims.0.mark", "input should be 'p', 's'"),
+        (
+            'place = "here"',
+            'place = "here"\n    not_testable = "x"',
+            "claims.0",
+            "has either tests",
+        ),
+        (CARD[TESTS:QUICK], "", "claims.0", "a claim has either tests or a reason in not_testable"),
+        (AGAINST, 'agaisnt = ["random"]', "claims.0.tests.0.agaisnt", EXTRA),
+        (AGAINST, "where = { targets = [0.9] }", "claims.0.tests.0", "where and why come together"),
+        (AGAINST, 'why = "x"', "claims.0.tests.0", "where and why come together"),
+        (AGAINST, "where = { nets = [] }", "claims.0.tests.0.where.nets.[key]", "'models', "),
+        (AGAINST, "at_least = { digits = 0.1 }", "claims.0.tests.0", "needs one for all other"),
+        ("[profiles.quick]", "[profiles.fast]", "profiles.fast.[key]", "input should be 'quick'"),
+        (JOB, 'jobs = "seed"', "profiles.quick.jobs", EXTRA),
+        (JOB, 'precision = "fp16"', "profiles.quick.precision", "input should be 'fp32'"),
+        (JOB, "threads = 0", "profiles.quick.threads", "greater than or equal to 1"),
+        (JOB, "start = 3", "profiles.quick.start", EXTRA),
+        ("validation = 200", "valid = 3", f"{FIRST}.valid", EXTRA),
+        ("recipe = { epochs = 1,", "recipe = { epoch = 1,", f"{FIRST}.recipe.epochs", "required"),
+        ("seeds = 1", "seeds = 0", f"{FIRST}.seeds", "greater than or equal to 1"),
+        ("seeds = 1", "seeds = 1.0", f"{FIRST}.seeds", "valid integer"),
+        ("lr = 0.05 }", "lr = -0.05 }", f"{FIRST}.start.lr", "greater than 0"),
+        ("lr = 0.05 }", "lr = inf }", f"{FIRST}.start.lr", "finite number"),
+        ("targets = [0.9]", 'targets = ["a"]', f"{FIRST}.targets.0", "valid number"),
+        (DENSE, '{ method = "dense", param = {} }', f"{FIRST}.methods.0.param", EXTRA),
+        (DENSE, f"{DENSE}, {DENSE}", FIRST, "two methods have the same name, variant and stage"),
+        (DENSE, '{ method = "l1", stage = "combined" }', FIRST, "'l1, combined' is combined after"),
+        (
+            DENSE,
+            '{ method = "dense", variant = "tuned", after = "magnitude" }',
+            FIRST,
+            "after 'magnitude' is no entry before 'dense, tuned'",
+        ),
+        # shorthand
+        ('name = "digits"', 'columns = ["name"]\n    rows = [["one", "two"]]', "", "at most 1 val"),
+        (DENSE, '{ set = "chance" }', "", "set = 'chance'"),
+        (
+            '    method = "magnitude"',
+            '    method = "two"\n    [sets]\n    two = ["magnitude", "random"]',
+            "",
+            "method = 'two': a method, or a set of one",
+        ),
+    ],
+)
+def test_a_wrong_card_is_refused_in_one_line(card_file, old, new, where, what):
+    assert old in CARD
+    path = card_file(CARD.replace(old, new, 1))
+    with pytest.raises(InputError) as caught:
+        papers.read_card(path)
+    start = f"card toy.toml: {where}: " if where else "card"
+    assert one_line(caught).startswith(start)
+    assert what in one_line(caught)
+
+
+def test_a_citation_is_whole_and_claims_have_one(card_file):
+    for gone, why in (
+        (CITATION[:3], "the citation lacks authors, venue, year"),
+        (CITATION, "claims, published numbers and unknowns are a paper's: cite it"),
+    ):
+        path = card_file(without(CARD, *gone))
+        refused(partial(papers.read_card, path), f"card toy.toml: as a whole: value error, {why}")
+
+
+def test_a_claim_that_cannot_be_tested(card_file):
+    card = papers.read_card(card_file(CARD[:TESTS] + 'not_testable = "why"\n' + CARD[QUICK:]))
+    assert (card.claims[0].tests, card.claims[0].not_testable) == ((), "why")
+
+
+def test_ranks_have_one_value_a_layer_and_none_above_the_full_one():
+    values = dict.fromkeys(("text", "method", "model", "dataset", "source"), "x")
+    values |= {"mark": "P", "layers": ("a", "b"), "full": (4, 5), "ranks": (4, 1)}
+    assert papers.PublishedRanks(**values).ranks == (4, 1)
+    for wrong in ({"ranks": (4,)}, {"gpu": (1.0,)}):
+        with pytest.raises(ValueError, match="differ in length"):
+            papers.PublishedRanks(**values | wrong)
+    for ranks in ((5, 1), (4, 0)):
+        with pytest.raises(ValueError, match="a rank is above the full one, or below 1"):
+            papers.PublishedRanks(**values | {"ranks": ranks})
+
+
+def test_a_margin_may_differ_by_data_set():
+    rule = papers.Rule(method="a", at_least={"mnist": -0.1, "other": -0.5})
+    assert (rule.margin("mnist"), rule.margin("digits")) == (-0.1, -0.5)
+    assert papers.Rule(method="a", at_least=0.3).margin("mnist") == 0.3
+
+
+@pytest.mark.parametrize("card", papers.cards(), ids=ids(papers.cards()))
+def test_what_the_cards_name_is_there(card):
+    """A misspelt name in a claim would only ever say that there are no runs."""
+    metrics = {*RUN_COLUMNS, "kept_scale", "surviving", "layer_focus", "polarised", "unchanged"}
+    metrics |= {"roughness", "top1", "search_saving", "metric_whole", "log2_rank_total"}
+    metrics |= {"validation_factorised"}
+    for rule in (rule for claim in card.claims for rule in claim.tests):
+        assert rule.metric in metrics
+        assert rule.method not in rule.against
+        margins = rule.at_least if isinstance(rule.at_least, dict) else {}
+        assert {*rule.where.get("models", ())} <= {*models.names()}
+        assert {*margins, *rule.where.get("datasets", ())} - {"other"} <= {*datasets.names()}
+    assert len({claim.id for claim in card.claims}) == len(card.claims)
+    for number in card.published:
+        assert number.kept is None or 0 < number.kept < 1
+        assert number.source
+    assert all(unknown.reading for unknown in card.unknown)
+
+
+def test_defaults_sets_rows_and_readings_are_written_out(card_file):
+    text = CARD[:QUICK].replace(AGAINST, 'against = ["chance", "chance, fine-tuned", "l1"]')
+    card_file(
+        text
+        + """
+    [sets]
+    chance = ["random", { method = "random", variant = "rows", params = { seed = 1 } }]
+    few = [{ set = "chance", seeds = 2, params = { more = 2 } }, "dense"]
+
+    [profiles.quick]
+    time = "a second"
+    model = "lenet300"
+    start = { epochs = 4 }
+    recipe = { epochs = 2, lr = 0.05 }
+    seeds = 3
+
+    [[profiles.quick.experiments]]
+    recipe = { lr = 0.1 }
+    methods = ["few", "l1"]
+    targets = [0.5]
+    columns = ["name", "dataset", "start"]
+    rows = [["one", "digits"], ["two", "mnist", { epochs = 0, lr = 0.2 }]]
+    [profiles.quick.experiments.readings.l1]
+    "slow" = { ramp = 0.5 }
+    """
+    )
+    card = papers.card("toy")
+    both = ("random", "random, rows")
+    assert card.claims[0].tests[0].against == (*both, *(f"{b}, fine-tuned" for b in both), "l1")
+    one, two = card.profiles["quick"].experiments
+    assert (one.name, one.dataset, one.model, one.seeds) == ("one", "digits", "lenet300", 3)
+    assert (one.recipe, one.start) == (Recipe(epochs=2, lr=0.1), Recipe(epochs=4, lr=0.1))
+    # a start that trains nothing takes nothing over
+    assert (two.dataset, two.start) == ("mnist", Recipe(epochs=0, lr=0.2))
+    assert [(e.method, e.variant, e.seeds, e.params) for e in one.methods] == [
+        ("random", "", 2, {"more": 2}),
+        ("random", "rows", 2, {"seed": 1, "more": 2}),
+        ("dense", "", None, {}),
+        ("l1", "", None, {}),
+        ("l1", "slow", None, {"ramp": 0.5}),
+    ]
+
+
+def test_a_profiles_default_is_checked_in_its_experiments(card_file):
+    text = CARD.replace("    seeds = 1\n", "").replace(JOB, "seeds = 0")
+    refused(lambda: papers.read_card(card_file(text)), f"card toy.toml: {FIRST}.seeds: ")

@@ -1,0 +1,240 @@
+"""The public face: README's lines, every method on nets of one's own."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import prunestudy as ps
+
+README = Path(__file__).parents[1] / "README.md"
+METHODS = {
+    "SparseGates": {"target": 0.8},
+    "Force": {"target": 0.5, "of": "rank"},
+    "GDP": {"target": 0.4, "of": "macs"},
+    "MagnitudeAttention": {"target": 0.8},
+    "ComponentAware": {"target": 0.4},
+    "Magnitude": {"target": 0.8},
+    "GradualMagnitude": {"target": 0.8},
+    "L1": {"target": 0.8},
+    "Snip": {"target": 0.8},
+    "Dpf": {"target": 0.8},
+    "Random": {"target": 0.4, "of": "macs"},
+    "GroupL2": {"target": 0.4},
+    "L1Filter": {"target": 0.4},
+    "HardConcrete": {"target": 0.4},
+    "Uniform": {"target": 0.4},
+    "PlainLowRank": {"target": 0.5, "of": "rank"},
+}
+
+
+class MyNet(nn.Module):
+    """A small convolutional net that no registry knows."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(1, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.body = nn.Conv2d(8, 16, 3, stride=2)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x):
+        x = F.relu(self.norm(self.stem(x)))
+        return self.head(F.relu(self.body(x)).mean((2, 3)))
+
+
+def loader(count=96, shape=(1, 8, 8), seed=0, size=16):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, *shape, generator=generator)
+    y = (x.flatten(1)[:, :4] + 0.5 * x.flatten(1)[:, 4:8]).argmax(1)
+    return DataLoader(TensorDataset(x, y), batch_size=size, shuffle=True)
+
+
+def blocks():
+    """The blocks of Python in README."""
+    return re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.S)
+
+
+def test_the_lines_of_readme_run_as_they_stand(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = {"MyNet": MyNet, "train_loader": loader(), "val_loader": loader(seed=1)}
+    exec(blocks()[0].replace("epochs=10", "epochs=3"), names)
+    assert "MACs: " in capsys.readouterr().out
+    x = torch.randn(5, 1, 8, 8)
+    result, net = names["result"], names["net"]
+    assert torch.equal(net(x), result.model(x))
+    assert sum(p.numel() for p in net.parameters()) < sum(p.numel() for p in MyNet().parameters())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["small.onnx", "small.safetensors"]
+
+
+def test_the_loop_of_readme_runs_as_it_stands():
+    net, batches = MyNet(), [batch for _ in range(10) for batch in loader()]
+    names = {"net": net, "batches": batches, "steps": len(batches), "x": batches[0][0]}
+    namespace = names | {"ps": ps, "torch": torch, "F": F}
+    exec(blocks()[1], namespace)
+    small = namespace["small"]
+    weights = [m.weight for m in small.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    total, kept = sum(w.numel() for w in weights), sum(int(w.count_nonzero()) for w in weights)
+    assert kept == round(0.1 * total)
+    assert type(small) is MyNet
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_takes_a_net_and_loaders_in_the_same_lines(name, tmp_path):
+    torch.manual_seed(0)
+    net, before = MyNet(), None
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    method = getattr(ps, name)(**METHODS[name])
+    recipe = ps.Recipe(epochs=4, lr=0.02)
+    result = ps.prune(net, method, loader(), recipe, validation=loader(seed=1))
+    assert result.status == "done"
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+    assert all(p.requires_grad for p in result.model.parameters())
+    result.model(torch.randn(2, 1, 8, 8)).sum().backward()
+    assert method.title in result.report()
+    result.save(tmp_path / "net.safetensors")
+    loaded = ps.load(tmp_path / "net.safetensors", MyNet())
+    x = torch.randn(3, 1, 8, 8)
+    assert torch.equal(loaded(x), result.model(x))
+    result.export(tmp_path / "net.onnx")
+    program = torch.export.export(loaded, (x,))
+    torch.testing.assert_close(program.module()(x), loaded(x))
+
+
+NETS = {
+    "numbers": (lambda: nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 4)), (16,)),
+    "signals": (
+        lambda: nn.Sequential(
+            *(nn.Conv1d(2, 8, 3), nn.ReLU(), nn.Conv1d(8, 8, 3), nn.ReLU()),
+            *(nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(8, 4)),
+        ),
+        (2, 16),
+    ),
+    "volumes": (
+        lambda: nn.Sequential(
+            *(nn.Conv3d(1, 4, 3), nn.ReLU(), nn.Conv3d(4, 8, 3), nn.ReLU()),
+            *(nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(8, 4)),
+        ),
+        (1, 6, 6, 6),
+    ),
+}
+
+
+@pytest.mark.parametrize("shape", NETS)
+@pytest.mark.parametrize("name", ["SparseGates", "Force", "GDP", "MagnitudeAttention"])
+def test_inputs_of_any_rank(name, shape):
+    make, size = NETS[shape]
+    torch.manual_seed(0)
+    options = METHODS[name] | ({"factorise": "*", "layers": "*"} if name == "Force" else {})
+    method = getattr(ps, name)(**options)
+    data = loader(shape=size)
+    result = ps.prune(make(), method, data, ps.Recipe(epochs=3, lr=0.02), validation=data)
+    assert result.status == "done"
+    assert result.model(torch.randn(3, *size)).shape == (3, 4)
+
+
+class Tokens(nn.Module):
+    """Sequences (n, T, d) through linear layers and a layer norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm = nn.Linear(6, 12), nn.LayerNorm(12)
+        self.second, self.head = nn.Linear(12, 10), nn.Linear(10, 4)
+
+    def forward(self, x):
+        return self.head(F.gelu(self.second(self.norm(self.first(x))))).mean(1)
+
+
+@pytest.mark.parametrize("name", ["SparseGates", "GDP", "MagnitudeAttention", "GroupL2"])
+def test_sequences_of_tokens(name):
+    data = loader(shape=(5, 6))
+    method = getattr(ps, name)(**(METHODS[name] | {"target": 0.3}))
+    result = ps.prune(Tokens(), method, data, ps.Recipe(epochs=3, lr=0.02), validation=data)
+    assert result.model(torch.randn(3, 5, 6)).shape == (3, 4)
+
+
+class Two(nn.Module):
+    """Two inputs of different size."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right, self.head = nn.Linear(5, 8), nn.Linear(3, 8), nn.Linear(8, 1)
+
+    def forward(self, a, b):
+        return self.head(torch.relu(self.left(a) + self.right(b)))
+
+
+@pytest.mark.parametrize("form", ["tuple", "dict"])
+@pytest.mark.parametrize("name", ["SparseGates", "GDP", "GroupL2"])
+def test_several_inputs_and_a_regression(name, form):
+    torch.manual_seed(0)
+    a, b = torch.randn(64, 5), torch.randn(64, 3)
+    parts = [(a[i : i + 16], b[i : i + 16]) for i in range(0, 64, 16)]
+    batches = [
+        ((x if form == "tuple" else dict(zip("ab", x, strict=True))), x[0].sum(1, keepdim=True))
+        for x in parts
+    ]
+    method = getattr(ps, name)(**METHODS[name])
+    recipe = ps.Recipe(epochs=4, lr=0.02)
+    result = ps.prune(Two(), method, batches, recipe, validation=batches)
+    assert list(result.history[-1])[:4] == ["epoch", "phase", "train_loss", "validation_loss"]
+    assert result.model(a, b).shape == (64, 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"model": 3}, "model = 'int': a torch module"),
+        ({"method": "gdp"}, "method = 'str': a method such as GDP(target=0.5)"),
+        ({"recipe": {"epochs": 1}}, "recipe = 'dict': a Recipe"),
+        ({"train": 3}, "train = 'int': batches (x, y) with a length, such as a DataLoader"),
+        ({"train": []}, "train = 'list of length 0': batches (x, y) with a length"),
+        ({"train": [torch.zeros(2, 1, 8, 8)]}, "train = 'a batch that is Tensor': batches are"),
+        ({"validation": iter([])}, "validation = 'list_iterator': batches (x, y) with a length"),
+        ({"loss": 5}, "loss = 'int': a function of (output, y) or (output, x, y)"),
+        ({"loss": lambda output, y: output}, "loss = '<lambda>': a function that gives one number"),
+        ({"loss": F.mse_loss}, "loss = 'mse_loss': fails on a batch of train: "),
+        ({"precision": "fp16"}, "precision = 'fp16': allowed are fp32, tf32, bf16"),
+    ],
+)
+def test_wrong_arguments_are_refused_in_one_line(change, line):
+    options = {"model": MyNet(), "method": ps.Magnitude(target=0.5), "train": loader()}
+    options |= {"recipe": ps.Recipe(epochs=1, lr=0.1)} | change
+    with pytest.raises(ps.InputError) as caught:
+        ps.prune(**options)
+    assert str(caught.value).startswith(line)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("target", "of"), [(0.0, "macs"), (1.0, "macs"), ("half", "macs"), (None, "macs"), (0.5, "x")]
+)
+def test_wrong_targets_are_refused_in_one_line(target, of):
+    with pytest.raises(ps.InputError) as caught:
+        ps.GDP(target=target, of=of)
+    assert str(caught.value).startswith("of = 'x'" if of == "x" else f"target = {target!r}")
+
+
+def test_numbers_of_numpy_and_torch_are_numbers():
+    import numpy as np
+
+    method = ps.GDP(target=np.float32(0.5), gate_lr=torch.tensor(0.25))
+    assert (method.target, method.gate_lr) == (0.5, 0.25)
+    assert ps.Recipe(epochs=np.int64(2), lr=torch.tensor(0.5)).epochs == 2
+
+
+def test_a_smaller_net_in_one_line():
+    x = torch.randn(2, 1, 8, 8)
+    net = MyNet()
+    for by, of in (("group_l2", "macs"), ("l1_filter", "parameters"), ("random", "macs")):
+        small = ps.shrink_to(net, 0.4, x, of=of, by=by)
+        assert small(x).shape == (2, 4)
+        assert small.stem.out_channels < 8 or small.body.out_channels < 16
+    sparse = ps.shrink_to(net, 0.5, x, of="sparsity", by="magnitude")
+    assert int(sparse.head.weight.count_nonzero()) < 64
+    with pytest.raises(ps.InputError, match="by = 'gdp': allowed are"):
+        ps.shrink_to(net, 0.5, x, by="gdp")

@@ -1,0 +1,633 @@
+import dataclasses
+import hashlib
+import json
+from collections import Counter
+from functools import partial
+
+import pytest
+from conftest import CARD, child_run, compared, one_line, refused, small_run
+from pydantic import Field
+
+from prunestudy import datasets, methods, papers
+from prunestudy.errors import InputError
+from prunestudy.papers import RunRecipe as Recipe
+from prunestudy.study import settings as settings_module
+from prunestudy.study.plan import Planned, plan
+from prunestudy.study.settings import RunSettings, Target, own_settings, resolve
+
+PROFILES = [(c.id, p) for c in papers.cards() for p in c.profiles]
+
+
+def with_methods(*entries):
+    """The toy card with these entries, each the inside of a TOML table."""
+    inside = ", ".join(f"{{ {entry} }}" for entry in entries)
+    return f"{CARD[: CARD.index('methods = [{')]}methods = [{inside}]"
+
+
+# --- what a card compares
+
+
+def comparisons_of(card):
+    """Profile to what the card's claims compare there."""
+    return {name: compared(card, plan(name, (card.id,))) for name in card.profiles}
+
+
+@pytest.mark.parametrize("card", papers.cards(), ids=lambda card: card.id)
+def test_every_rule_and_opponent_is_compared_in_some_profile(card):
+    found = [comparison for part in comparisons_of(card).values() for comparison in part]
+    compared = {(rule_key(c.rule), c.against) for c in found}
+    rules = [rule for claim in card.claims for rule in claim.tests]
+    named = {(rule_key(rule), name) for rule in rules for name in rule.against or ("",)}
+    assert named == compared
+
+
+def rule_key(rule):
+    return rule.model_dump_json()
+
+
+def test_a_rule_holds_for_every_net_data_set_and_target():
+    """The pairs that look bad are judged like the others."""
+    for profile, found in comparisons_of(papers.card("gdp")).items():
+        runs = [p.settings for p in plan(profile, ("gdp",)) if p.purpose == "results"]
+        for name in ("random", "l1_filter", "group_l2"):
+            ours, theirs = (
+                {(s.model, s.dataset, s.aim) for s in runs if s.method == method}
+                for method in ("gdp", name)
+            )
+            sides = ("gdp", name, "metric")
+            both = [c for c in found if (c.rule.method, c.against, c.rule.metric) == sides]
+            judged = Counter((c.model, c.dataset, c.target) for c in both)
+            assert judged == dict.fromkeys(ours & theirs, 1)
+    gdp = comparisons_of(papers.card("gdp"))["cpu"]
+    targets = (("macs", 0.7), ("macs", 0.9), ("parameters", 0.8))
+    found = {(c.dataset, c.target.kind, c.target.value) for c in gdp if c.against == "l1_filter"}
+    assert found == {(data, *target) for data in ("mnist", "fashion_mnist") for target in targets}
+
+
+def test_pairs_share_seed_and_total_epochs_and_a_control_without_target_is_there(card_file):
+    text = with_methods(
+        'method = "dense", seeds = 2',
+        'method = "magnitude"',
+        'method = "random", seeds = 2, epochs = 3',
+    )
+    text = text.replace('against = ["random"]', 'against = ["random", "dense"]')
+    card_file(text.replace("seeds = 1", "seeds = 3").replace("[0.9]", "[0.9, 0.8]"))
+    found = compared(papers.card("toy"), plan("quick"))
+    # random was trained for other epochs; dense has two of the three seeds
+    seeds = [[ours.settings.seed for ours, _ in c.pairs] for c in found]
+    assert [(c.against, c.target.value) for c in found] == [("dense", 0.9), ("dense", 0.8)]
+    assert seeds == [[0, 1], [0, 1]]
+    for comparison in found:
+        for ours, theirs in comparison.pairs:
+            assert ours.settings.parent == theirs.settings.parent
+
+
+@pytest.mark.parametrize(
+    ("narrowed", "targets"),
+    [
+        ("", [0.9, 0.8]),
+        ('where = { targets = [0.8] }\n    why = "x"', [0.8]),
+        ('where = { datasets = ["mnist"] }\n    why = "x"', []),
+        ('where = { models = ["lenet300"] }\n    why = "x"', [0.9, 0.8]),
+        ('target_kind = "sparsity"', [0.9, 0.8]),
+        ('target_kind = "macs"', []),
+    ],
+)
+def test_a_rule_can_be_narrowed(card_file, narrowed, targets):
+    rule = f'against = ["random"]\n    {narrowed}'
+    card_file(CARD.replace('against = ["random"]', rule).replace("[0.9]", "[0.9, 0.8]"))
+    found = compared(papers.card("toy"), plan("quick"))
+    assert [c.target.value for c in found] == targets
+
+
+def test_a_margin_may_differ_by_data_set():
+    rule = papers.Rule(method="a", at_least={"mnist": -0.1, "other": -0.5})
+    assert (rule.margin("mnist"), rule.margin("digits")) == (-0.1, -0.5)
+    assert papers.Rule(method="a", at_least=0.3).margin("mnist") == 0.3
+
+
+# --- what a card says once
+
+
+def test_defaults_sets_rows_and_readings_are_written_out(card_file):
+    head, _ = CARD.split("    [profiles.quick]")
+    text = head.replace('against = ["random"]', 'against = ["chance", "chance, fine-tuned", "l1"]')
+    card_file(
+        text
+        + """
+    [sets]
+    chance = ["random", { method = "random", variant = "rows", params = { seed = 1 } }]
+    few = [{ set = "chance", seeds = 2, params = { more = 2 } }, "dense"]
+
+    [profiles.quick]
+    time = "a second"
+    model = "lenet300"
+    start = { epochs = 4 }
+    recipe = { epochs = 2, lr = 0.05 }
+    seeds = 3
+
+    [[profiles.quick.experiments]]
+    recipe = { lr = 0.1 }
+    methods = ["few", "l1"]
+    targets = [0.5]
+    columns = ["name", "dataset", "start"]
+    rows = [["one", "digits"], ["two", "mnist", { epochs = 0, lr = 0.2 }]]
+    [profiles.quick.experiments.readings.l1]
+    "slow" = { ramp = 0.5 }
+    """
+    )
+    card = papers.card("toy")
+    assert card.claims[0].tests[0].against == (
+        "random",
+        "random, rows",
+        "random, fine-tuned",
+        "random, rows, fine-tuned",
+        "l1",
+    )
+    one, two = card.profiles["quick"].experiments
+    assert (one.name, one.dataset, one.model, one.seeds) == ("one", "digits", "lenet300", 3)
+    assert (one.recipe, one.start) == (Recipe(epochs=2, lr=0.1), Recipe(epochs=4, lr=0.1))
+    # a start that trains nothing takes nothing over
+    assert (two.dataset, two.start) == ("mnist", Recipe(epochs=0, lr=0.2))
+    assert [(e.method, e.variant, e.seeds, e.params) for e in one.methods] == [
+        ("random", "", 2, {"more": 2}),
+        ("random", "rows", 2, {"seed": 1, "more": 2}),
+        ("dense", "", None, {}),
+        ("l1", "", None, {}),
+        ("l1", "slow", None, {"ramp": 0.5}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (
+            'name = "digits"',
+            'columns = ["name"]\n    rows = [["one", "two"]]',
+            "row = ['one', 'two']: at most 1 values, one for each of columns",
+        ),
+        (
+            'time = "a second"',
+            'time = "a second"\n    sedes = 3',
+            "profiles.quick.sedes: extra inputs are not permitted",
+        ),
+        (
+            'time = "a second"',
+            'time = "a second"\n    start = 3',
+            "profiles.quick.start: extra inputs are not permitted",
+        ),
+        (
+            'time = "a second"',
+            'time = "a second"\n    seeds = 0',
+            "profiles.quick.experiments.0.seeds: input should be greater than or equal to 1",
+        ),
+    ],
+)
+def test_wrong_shorthand_is_refused_in_one_line(card_file, old, new, message):
+    text = CARD if "seeds = 0" not in new else CARD.replace("    seeds = 1\n", "")
+    with pytest.raises(InputError) as caught:
+        papers.read_card(card_file(text.replace(old, new, 1)))
+    assert one_line(caught) == f"card toy.toml: {message}"
+
+
+def test_a_rule_is_on_one_method(card_file):
+    text = CARD.replace('    method = "magnitude"', '    method = "two"')
+    sets = '    [sets]\n    two = ["magnitude", "random"]\n    [profiles.quick]'
+    with pytest.raises(InputError) as caught:
+        papers.read_card(card_file(text.replace("    [profiles.quick]", sets)))
+    assert one_line(caught) == "card toy.toml: method = 'two': a method, or a set of one"
+
+
+def test_an_unknown_set_is_refused_in_one_line(card_file):
+    text = CARD.replace('{ method = "random" }', '{ set = "chance" }')
+    path = card_file(text.replace("    [profiles.quick]", "    [sets]\n    [profiles.quick]"))
+    with pytest.raises(InputError) as caught:
+        papers.read_card(path)
+    assert one_line(caught).startswith("card toy.toml: set = 'chance'")
+
+
+@pytest.mark.parametrize(("paper", "profile"), PROFILES)
+def test_every_setting_of_an_experiment_has_a_label_of_its_own(paper, profile):
+    """Two settings under one label would be averaged as seeds of one."""
+    labels = Counter(
+        (p.experiment, p.variant, p.settings.method, p.settings.aim, p.settings.seed)
+        for p in plan(profile, (paper,))
+    )
+    assert {label for label, count in labels.items() if count > 1} == set()
+
+
+# --- plans
+
+
+@pytest.mark.parametrize(("paper", "profile"), PROFILES)
+def test_plans_need_no_data_and_list_parents_first(paper, profile, no_data, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("planning must not read data")
+
+    monkeypatch.setattr("prunestudy.datasets.sources.load", refuse)
+    planned = plan(profile, (paper,))
+    seen = set()
+    for item in planned:
+        parent = item.settings.parent
+        assert parent is None or parent.run in seen
+        seen.add(item.settings.run)
+    assert list(no_data.iterdir()) == []
+    size = papers.card(paper).profiles[profile]
+    precision = {e.precision or size.precision for e in size.experiments}
+    assert {p.settings.precision for p in planned} == precision
+    assert {p.settings.threads for p in planned} == {size.threads}
+
+
+@pytest.mark.parametrize(("paper", "profile"), PROFILES)
+def test_counts_and_epochs_follow_from_the_card(paper, profile):
+    planned = plan(profile, (paper,))
+    for experiment in papers.card(paper).profiles[profile].experiments:
+        mine = [p for p in planned if p.experiment == experiment.name]
+        started = [e for e in experiment.methods if not e.fresh] if experiment.start else []
+        count = max((e.seeds or experiment.seeds for e in started), default=0)
+        for entry in experiment.methods:
+            aims = entry
+            while aims.after and not methods.method_class(aims.method).target_kinds:
+                aims = experiment.entry(aims.after)
+            prunes = methods.method_class(aims.method).target_kinds
+            targets = len(aims.targets or experiment.targets) if prunes else 1
+            count += targets * (entry.seeds or experiment.seeds)
+        assert len(mine) == count
+        # controls beside each method, at the same total epochs
+        epochs = experiment.recipe.epochs + (experiment.start.epochs if experiment.start else 0)
+        alone = [e for e in experiment.methods if not (e.after or e.epochs)]
+        words = {(e.method, e.variant, e.stage) for e in alone}
+        planned_alone = [p for p in mine if (p.settings.method, p.reading, p.stage) in words]
+        assert {p.settings.epochs for p in planned_alone} == {epochs}
+        where = "validation" if experiment.purpose == "search" else "test"
+        assert {p.settings.evaluate for p in mine} == {where}
+        assert {p.settings.validation for p in mine} == {experiment.validation}
+
+
+def test_an_entry_after_another_has_its_run_as_parent(card_file):
+    last = '{ method = "random" }]'
+    more = (
+        '{ method = "random" }, { method = "dense", variant = "tuned", after = "magnitude",'
+        ' epochs = 2 }, { method = "random", variant = "more", after = "magnitude",'
+        " targets = [0.95], after_target = 0.8 }]"
+    )
+    card_file(CARD.replace("targets = [0.9]", "targets = [0.8, 0.9]").replace(last, more))
+    planned = plan("quick")
+    runs = {
+        (p.settings.method, p.variant, p.settings.aim and p.settings.aim.value): p.settings
+        for p in planned
+    }
+    for share in (0.8, 0.9):
+        tuned = runs["dense", "tuned", share]
+        assert tuned.parent == runs["magnitude", "", share]
+        assert (tuned.target, tuned.aim, tuned.epochs) == (None, tuned.parent.target, 1 + 1 + 2)
+    assert runs["random", "more", 0.95].parent == runs["magnitude", "", 0.8]
+    assert [p.settings for p in planned].index(tuned.parent) < len(planned) - 1
+
+
+def test_stages_and_what_came_before_are_fields_and_one_label(card_file):
+    text = with_methods(
+        'method = "magnitude", stage = "half"',
+        'method = "dense", variant = "long", stage = "fine-tuned"',
+        'method = "random", stage = "combined", after = "magnitude, half"',
+        'method = "l1", variant = "slow", stage = "combined", after = "magnitude, half"',
+    )
+    card_file(text)
+    found = [(p.settings.method, p.variant, p.reading, p.stage, p.after) for p in plan("quick")]
+    assert found == [
+        ("dense", "start", "", "start", ""),
+        ("magnitude", "half", "", "half", ""),
+        ("dense", "long, fine-tuned", "long", "fine-tuned", ""),
+        ("random", "after magnitude", "", "combined", "magnitude"),
+        ("l1", "slow, after magnitude", "slow", "combined", "magnitude"),
+    ]
+
+
+def test_the_toy_plan(toy_card):
+    planned = plan("quick")
+    assert [(p.variant, p.settings.method) for p in planned] == [
+        ("start", "dense"),
+        ("", "dense"),
+        ("", "magnitude"),
+        ("", "random"),
+    ]
+    start, dense, magnitude, _ = (p.settings for p in planned)
+    assert (start.parent, dense.parent, magnitude.parent) == (None, start, start)
+    assert magnitude.target == Target(kind="sparsity", value=0.9)
+    assert (start.epochs, dense.epochs, magnitude.epochs) == (1, 2, 2)
+    assert {(p.paper, p.experiment, p.purpose) for p in planned} == {("toy", "digits", "results")}
+
+
+def test_entries_may_differ_from_their_experiment(card_file):
+    text = with_methods(
+        'method = "dense", fresh = true, variant = "fresh", lr = 0.2, weight_decay = 0.5',
+        'method = "magnitude", seeds = 2, targets = [0.5, 0.8]',
+        'method = "gradual_magnitude", variant = "period", params = { period = 4 }, seeds = 1',
+    )
+    card_file(text.replace("seeds = 1", "seeds = 3", 1))
+    planned = plan("quick")
+    labels = Counter((p.variant, p.settings.method) for p in planned)
+    assert labels == {
+        ("fresh", "dense"): 3,
+        ("start", "dense"): 2,
+        ("", "magnitude"): 4,
+        ("period", "gradual_magnitude"): 1,
+    }
+    fresh = planned[0].settings
+    assert (fresh.parent, fresh.epochs, fresh.recipe.lr) == (None, 2, 0.2)
+    assert [p.settings.recipe.weight_decay for p in planned[:4]] == [0.5, 0.5, 0.5, 0.0]
+    last = planned[-1].settings
+    assert last.params["period"] == 4
+    assert last.recipe.lr == 0.05
+
+
+def test_unknown_profiles_and_papers_are_refused(toy_card):
+    for name in ("fast", ""):
+        allowed = "allowed are cpu, cpu-long, paper, quick"
+        refused(partial(plan, name), f"profile = {name!r}: {allowed}")
+    refused(lambda: plan("cpu"), "profile = 'cpu': the chosen papers have quick")
+    refused(lambda: plan("quick", ("toy", "nope")), "paper = 'nope': allowed are toy")
+
+
+RANDOM = '{ method = "random" }'
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("random", "rnd", "method = 'rnd': allowed are component_aware, dense"),
+        ("lenet300", "lenet", "model = 'lenet': allowed are alexnet"),
+        ('dataset = "digits"', 'dataset = "digit"', "dataset = 'digit': allowed are digits"),
+        ("validation = 200", "validation = 1437", "validation = 1437: below 1437"),
+        (RANDOM, '{ method = "l1", params = { rmap = 0.5 } }', "params.rmap = 0.5: allowed are "),
+        ("targets = [0.9]", "targets = [0.0]", "target = "),
+        ("targets = [0.9]", "targets = [1.5]", "target.*= 1.5"),
+        (
+            RANDOM,
+            '{ method = "random", variant = "x", after = "magnitude", after_target = 0.7 }',
+            "after_target = 0.7: a target of 'magnitude'",
+        ),
+    ],
+)
+def test_what_a_card_cannot_know_is_refused_at_planning(card_file, old, new, message):
+    head, profile = CARD.split("    [profiles.quick]")
+    card_file(head + "    [profiles.quick]" + profile.replace(old, new))
+    with pytest.raises(InputError, match=f"^{message}") as caught:
+        plan("quick")
+    assert one_line(caught)
+
+
+def test_tiny_is_smaller_than_the_card(card_file):
+    text = CARD.replace("epochs = 1", "epochs = 7").replace("seeds = 1", "seeds = 3")
+    card_file(text.replace('{ method = "dense" }', '{ method = "dense", seeds = 5 }'))
+    assert len(plan("quick", (), 0, 0)) == 2 * 5 + 2 * 3
+    for tiny, seeds, epochs in (((1, 2), 1, 2), ((2, 0), 2, 7), ((9, 50), 5, 50)):
+        planned = plan("quick", (), *tiny)
+        assert {p.settings.seed for p in planned} == set(range(seeds))
+        assert {p.settings.recipe.epochs for p in planned} == {epochs}
+    assert plan("quick", epochs=7) == plan("quick")
+
+
+def test_tiny_never_has_more_seeds_than_the_card(card_file):
+    text = CARD.replace("seeds = 1", "seeds = 3")
+    card_file(text.replace('{ method = "random" }', '{ method = "random", seeds = 1 }'))
+    planned = plan("quick", seeds=2)
+    assert [p.settings.seed for p in planned if p.settings.method == "random"] == [0]
+
+
+@pytest.mark.parametrize("key", ["seeds", "epochs"])
+def test_tiny_refuses_negative_numbers(key):
+    with pytest.raises(InputError) as caught:
+        plan("quick", **{key: -1})
+    assert one_line(caught) == f"{key} = -1: 0 (as the card says) or more"
+
+
+# --- names of runs
+
+
+PARENT = own_settings({"epochs": 2})
+
+
+def example(**changes):
+    values = {
+        "dataset": "digits",
+        "model": "lenet300",
+        "method": "gradual_magnitude",
+        "params": {"period": 7},
+        "target": Target(kind="sparsity", value=0.9),
+        "recipe": Recipe(epochs=3, lr=0.05, weight_decay=1e-4),
+        "seed": 1,
+        "validation": 200,
+        "parent": PARENT,
+    }
+    return resolve(**(values | changes))
+
+
+def test_the_name_is_a_hash_of_all_that_is_not_a_default():
+    values = {
+        "dataset": "digits",
+        "dataset_version": "1",
+        "method": "gradual_magnitude",
+        "model": "lenet300",
+        "params": {"period": 7},
+        "parent": PARENT.run,
+        "recipe": {"epochs": 3, "lr": 0.05, "weight_decay": 1e-4},
+        "revision": methods.method_class("gradual_magnitude").revision,
+        "seed": 1,
+        "target": {"kind": "sparsity", "value": 0.9},
+        "validation": 200,
+    }
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"))
+    digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+    assert example().run == f"gradual_magnitude-lenet300-digits-{digest}"
+
+
+def test_a_pinned_name():
+    """If this fails, every record made so far is lost: do not just paste the new name here."""
+    settings = own_settings({"epochs": 2, "seed": 3})
+    assert settings.run == "dense-lenet300-digits-dc86f2062406"
+
+
+def test_settings_that_are_given_as_their_defaults_change_nothing():
+    plain = example()
+    assert example(precision="fp32", threads=1, evaluate="test").run == plain.run
+    assert example(params={"period": 7, "ramp": plain.params["ramp"]}).run == plain.run
+    longer = Recipe(epochs=3, lr=0.05, weight_decay=1e-4, momentum=0.9, flip=False, power=1)
+    assert example(recipe=longer).run == plain.run
+    assert own_settings({"lr": 1}).run == own_settings({"lr": 1.0}).run
+
+
+def test_a_pretrained_start_is_another_run():
+    colour = {"dataset": "cifar10", "model": "mobilenet_v2_cifar"}
+    with pytest.raises(InputError, match="pretrained = True: for a run without a parent"):
+        own_settings(colour | {"pretrained": True})
+    plain, started = (
+        own_settings(colour | {"model": "mobilenet_v2", "pretrained": p}) for p in (False, True)
+    )
+    assert plain.run != started.run
+    assert plain.run == own_settings(colour | {"model": "mobilenet_v2"}).run
+    with pytest.raises(InputError, match="pretrained = True: for a run without a parent"):
+        resolve(**(started.model_dump(include=PLAIN) | {"recipe": RECIPE, "parent": started}))
+
+
+PLAIN = {"dataset", "model", "pretrained", "method", "seed"}
+RECIPE = Recipe(epochs=1, lr=0.1)
+
+
+def test_names_outlive_a_new_setting_with_a_default(monkeypatch):
+    before = example()
+
+    class More(methods.method_class("gradual_magnitude").Settings):
+        blend: float = 0.5
+
+    class MoreRecipe(Recipe):
+        decay_bias: bool = True
+
+    class MoreSettings(RunSettings):
+        recipe: MoreRecipe
+        layout: str = "channels_last"
+        tags: tuple[str, ...] = Field(default=())
+
+    monkeypatch.setattr(methods.method_class("gradual_magnitude"), "Settings", More)
+    values = before.model_dump(mode="json")
+    after = MoreSettings.model_validate_json(json.dumps(values))
+    assert after.run == before.run
+    values["layout"] = "contiguous"
+    assert MoreSettings.model_validate_json(json.dumps(values)).run != before.run
+
+
+CHANGES = {
+    "model": {"model": "lenet5", "dataset": "mnist"},
+    "dataset": {"dataset": "mnist"},
+    "method": {"method": "magnitude", "params": {}},
+    "params": {"params": {"period": 8}},
+    "target": {"target": Target(kind="sparsity", value=0.95)},
+    "epochs": {"recipe": Recipe(epochs=4, lr=0.05, weight_decay=1e-4)},
+    "lr": {"recipe": Recipe(epochs=3, lr=0.06, weight_decay=1e-4)},
+    "batch size": {"recipe": Recipe(epochs=3, lr=0.05, weight_decay=1e-4, batch_size=64)},
+    "seed": {"seed": 2},
+    "precision": {"precision": "bf16"},
+    "threads": {"threads": 2},
+    "validation": {"validation": 201},
+    "evaluate": {"evaluate": "validation"},
+    "no parent": {"parent": None},
+    "parent": {"parent": own_settings({"epochs": 2, "seed": 1})},
+    "grandparent": {"parent": PARENT.model_copy(update={"parent": own_settings({"epochs": 1})})},
+}
+
+
+def test_whatever_changes_changes_the_name():
+    names = {"": example().run} | {key: example(**CHANGES[key]).run for key in CHANGES}
+    names["kind"] = example().model_copy(update={"target": Target(kind="macs", value=0.9)}).run
+    assert len(set(names.values())) == len(CHANGES) + 2
+
+
+def test_a_kind_of_target_that_the_method_does_not_take_is_refused():
+    wrong = partial(example, target=Target(kind="macs", value=0.9))
+    refused(wrong, "target_kind = 'macs': gradual_magnitude takes sparsity")
+    wrong = {"method": "magnitude", "target": 0.9, "target_kind": "weight"}
+    refused(partial(own_settings, wrong), "target_kind = 'weight': allowed are energy, macs")
+
+
+def test_the_methods_revision_and_the_datas_version_are_in_the_name(monkeypatch):
+    before = example()
+    monkeypatch.setattr(methods.method_class("gradual_magnitude"), "revision", 99)
+    revised = example()
+    newer = dataclasses.replace(datasets.info("digits"), version="2")
+    monkeypatch.setattr(settings_module.datasets, "info", lambda name, root: newer)
+    assert len({before.run, revised.run, example().run}) == 3
+
+
+def test_every_planned_name_is_a_folder_name():
+    for profile in papers.PROFILES:
+        for run in {item.settings.run for item in plan(profile)}:
+            assert run.replace("-", "").replace("_", "").isalnum()
+            assert len(run) < 100
+    odd = own_settings({}).model_copy(update={"dataset": "folder:/some where/ä?*"})
+    assert odd.run.startswith("dense-lenet300-folder__some_where____-")
+
+
+def test_planned_settings_survive_their_json():
+    """Of each experiment the last run: it has all parents that there are."""
+    for profile in papers.PROFILES:
+        last = {(p.paper, p.experiment, p.stage): p.settings for p in plan(profile)}
+        for settings in last.values():
+            text = json.dumps(settings.model_dump(mode="json"))
+            assert RunSettings.model_validate_json(text) == settings
+
+
+# --- settings from flat values
+
+
+def test_own_settings():
+    made = small_run("gradual_magnitude", 0.8, p_period=3, seed=5, weight_decay=0.1)
+    assert made.recipe == Recipe(epochs=1, lr=0.05, batch_size=64, weight_decay=0.1)
+    assert (made.dataset, made.model, made.seed, made.validation) == ("digits", "lenet300", 5, 200)
+    assert made.target == Target(kind="sparsity", value=0.8)
+    assert made.params["period"] == 3
+    assert child_run().epochs == 2
+    assert own_settings({"batch_size": 1237}).recipe.batch_size == 1237
+    assert own_settings({"validation": 1436, "batch_size": 1}).validation == 1436
+    assert own_settings({"milestones": [0.5], "schedule": "step"}).recipe.milestones == (0.5,)
+
+
+BAD = [
+    ({"colour": "red"}, "setting = 'colour': allowed are batch_size"),
+    ({"model": "vgg"}, "model = 'vgg': allowed are alexnet"),
+    ({"model": 5}, "model = 5: allowed are alexnet"),
+    ({"method": "lasso"}, "method = 'lasso': allowed are component_aware, dense"),
+    ({"dataset": "cifar"}, "dataset = 'cifar': allowed are digits"),
+    ({"dataset": 5}, "dataset = 5: allowed are digits"),
+    ({"lr": -1.0}, "lr = -1.0: "),
+    ({"lr": "abc"}, "lr = 'abc': "),
+    ({"epochs": 0}, "epochs = 0: "),
+    ({"epochs": 1.5}, "epochs = 1.5: "),
+    ({"epochs": True}, "epochs = True: "),
+    ({"seed": -1}, "seed = -1: "),
+    ({"seed": 2**32}, f"seed = {2**32}: "),
+    ({"threads": 0}, "threads = 0: "),
+    ({"precision": "fp16"}, "precision = 'fp16': "),
+    ({"validation": 0}, "validation = 0: "),
+    ({"validation": 1437}, "validation = 1437: below 1437, the training images"),
+    ({"batch_size": 8, "pieces": 9}, "pieces = 9: at most 8, the images of a batch"),
+    ({"batch_size": 1238}, "batch_size = 1238: at most 1237, the training images left"),
+    ({"shift": 8}, "shift = 8: "),
+    ({"pretrained": True}, "pretrained = True: for a run without a parent, of a net that"),
+    ({"pretrained": 1}, "pretrained = 1: "),
+    ({"model": "lenet5"}, "model = 'lenet5': not for digits: .* needs images of at least 16x16"),
+    ({"target": 0.5}, "target = 0.5: dense takes no target"),
+    ({"method": "magnitude"}, "target = None: magnitude takes the share"),
+    ({"method": "l1", "target": 0.5, "params.ramp": 2.0}, "params.ramp = 2.0: "),
+    ({"params.ramp": 0.5}, "params.ramp = 0.5: none is allowed"),
+    *(
+        ({"method": "magnitude", "target": t}, f"target = {t!r}: the share of weights to remove")
+        for t in (0, 1, -0.1, 1.5, "a", float("nan"), True)
+    ),
+]
+
+
+@pytest.mark.parametrize(("values", "message"), BAD)
+def test_bad_settings_are_refused_in_one_line_before_anything_starts(values, message):
+    with pytest.raises(InputError, match=f"^{message}") as caught:
+        own_settings(values)
+    assert one_line(caught)
+
+
+def test_plans_compare_by_value_and_a_paper_named_twice_counts_once(toy_card):
+    assert plan("quick") == plan("quick", ("toy", "toy"))
+    assert isinstance(plan("quick")[0], Planned)
+
+
+def test_epochs_are_what_was_asked_for_wherever_something_is_trained(card_file):
+    entries = 'method = "magnitude", epochs = 0', 'method = "random", epochs = 5'
+    text = with_methods(*entries, 'method = "l1"', 'method = "dense", fresh = true')
+    card_file(text.replace("recipe = { epochs = 1", "recipe = { epochs = 2, steps = 9"))
+    planned = plan("quick", epochs=50)
+    assert {(p.settings.method, p.stage): p.settings.recipe.epochs for p in planned} == {
+        ("dense", "start"): 50,
+        ("magnitude", ""): 0,
+        ("random", ""): 50,
+        ("l1", ""): 50,
+        ("dense", ""): 100,
+    }
+    assert {p.settings.recipe.steps for p in planned} == {0}
