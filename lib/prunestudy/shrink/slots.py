@@ -112,7 +112,8 @@ class _Channels:
                 found[int(labels[i])].append((self.name_of[node], side, int(i)))
                 if side == "out" and self._produces(node):
                     made.add(int(labels[i]))
-        return [slots for number, slots in found.items() if number in made - kept]
+        made -= kept
+        return [slots for number, slots in found.items() if number in made]
 
     def _follow(self, node: Any) -> None:
         waiting = [(node, "out", self._new(node, "out", np.arange(self._size(node, "out"))))]
