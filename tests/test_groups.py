@@ -209,7 +209,7 @@ class Detach(nn.Module):
 @pytest.mark.parametrize(
     ("middle", "words"),
     [
-        (Shuffle(), ["module = 'last'", "computes something else"]),
+        (Shuffle(), ["module = 'middle'", "invalid for input of size"]),
         (
             nn.Sequential(nn.Identity(), nn.PixelShuffle(2)),
             ["module = 'middle.1'", "pixel_shuffle"],

@@ -260,6 +260,7 @@ EXACT = {
         IMAGE,
         "a",
     ),
+    "a branch on the batch": (after_a(Only(lambda x: x.tanh() if len(x) > 1 else x)), IMAGE, "a"),
     "a head of training": (lambda: Auxiliary(Only(lambda x: x.mean())), IMAGE, None),
 }
 # Nets that are refused: the net, its inputs, the module to blame.
@@ -290,10 +291,14 @@ REFUSED = {
     "the product of halves": (after_a(nn.GLU(1), 4), IMAGE, "[mc]"),
     "a slice": (after_a(lambda x: x[:, :6], 6), IMAGE, "c"),
     "a slice from the end": (after_a(lambda x: x[:, -3:], 3), IMAGE, "c"),
-    "narrow": (after_a(lambda x: x.narrow(1, 2, 4), 4), IMAGE, "c"),
+    "narrow": (after_a(lambda x: x.narrow(1, 2, 4), 4), IMAGE, "the net itself"),
     "every second": (after_a(lambda x: x[:, ::2], 4), IMAGE, "c"),
     "two of them": (after_a(lambda x: x[:, [5, 1]], 2), IMAGE, "c"),
-    "selected": (after_a(lambda x: x.index_select(1, torch.tensor([1, 2, 6])), 3), IMAGE, "c"),
+    "selected": (
+        after_a(lambda x: x.index_select(1, torch.tensor([1, 2, 6])), 3),
+        IMAGE,
+        "the net itself",
+    ),
     "flipped": (after_a(lambda x: x.flip(1)), IMAGE, "c"),
     "rolled": (after_a(lambda x: x.roll(1, 1)), IMAGE, "c"),
     "cumulated": (after_a(Only(lambda x: x.cumsum(1))), IMAGE, "m"),
@@ -328,11 +333,6 @@ REFUSED = {
     ),
     "a branch on values": (after_a(Branching()), IMAGE, "m"),
     "an index of values": (after_a(Only(lambda x: x * x.max().item())), IMAGE, "m"),
-    "a branch on the batch": (
-        after_a(Only(lambda x: x.tanh() if len(x) > 1 else x)),
-        IMAGE,
-        "the net itself",
-    ),
     "a view of fixed size": (
         net(lambda n, x: n.c(n.a(x).view(-1, 8 * 6 * 6)), a=conv(1, 8, 3), c=nn.Linear(288, 3)),
         IMAGE,

@@ -9,7 +9,7 @@ from prunestudy import models, shrink
 from prunestudy.errors import InputError
 from prunestudy.methods.channels import Channels
 from prunestudy.shrink import Constant, Nothing
-from prunestudy.shrink.remove import geometry_of
+from prunestudy.shrink.narrow import geometry_of
 
 BLOCKS = {
     "identity": {"stage1.1.conv1": []},

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 from prunestudy.errors import require
 from prunestudy.methods.base import At, Context, Method, scalar
 from prunestudy.shrink import fold, require_ordinary
-from prunestudy.shrink.trace import LAYERS
+from prunestudy.shrink.layers import LAYERS
 
 Scope = Literal["auto", "convolutions", "all"]
 

@@ -17,9 +17,9 @@ from prunestudy.shrink.factors import (
 from prunestudy.shrink.files import about, load, save
 from prunestudy.shrink.fold import fold, require_ordinary
 from prunestudy.shrink.groups import Group, Member, find
-from prunestudy.shrink.narrow import Narrow, axis_of, narrow
-from prunestudy.shrink.proof import folded, groups, groups_of, remove, remove_groups
-from prunestudy.shrink.remove import Constant, Nothing
+from prunestudy.shrink.narrow import Constant, Narrow, Nothing, axis_of, narrow
+from prunestudy.shrink.proof import groups, groups_of
+from prunestudy.shrink.remove import folded, remove, remove_groups
 from prunestudy.shrink.view import describe, draw
 
 __all__ = [

@@ -24,7 +24,7 @@ from prunestudy.shrink.csr import CsrLinear, csr_arrays
 from prunestudy.shrink.factors import replace
 from prunestudy.shrink.fold import fold
 from prunestudy.shrink.layers import CONVOLUTIONS, TRANSPOSED
-from prunestudy.shrink.remove import Constant, Nothing
+from prunestudy.shrink.narrow import Constant, Nothing
 
 FORMAT = "prunestudy-sparse-1"
 _OURS = ("format", "structure", "sha256")

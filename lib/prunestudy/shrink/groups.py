@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from prunestudy.errors import require_one_of
-from prunestudy.shrink.trace import Slot, Trace, channels_of, is_follower
+from prunestudy.shrink.layers import channels_of, is_follower
+from prunestudy.shrink.slots import Slot
+from prunestudy.shrink.trace import Trace
 
 PRODUCES, CONSUMES, FOLLOWS = "produces", "consumes", "follows"
 

@@ -1,57 +1,60 @@
-"""A net run on random numbers: what ran, where it failed, what it depends on."""
+"""Forward passes of a net on random numbers: what ran, and where it failed."""
 
 import math
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from prunestudy.errors import InputError, require
+from prunestudy.errors import InputError
 from prunestudy.shrink.layers import is_one_node
 
 _READS = set(
     """__array__ __bool__ __complex__ __float__ __index__ __int__ allclose argwhere equal
     is_nonzero item masked_select nonzero numpy tolist unique unique_consecutive""".split()
 )
-# What reshaping leaves in autograd's graph depends on strides, and so on the size of the batch.
-_LAYOUT = ("view", "alias", "clone", "expand", "asstrided", "transpose", "permute", "squeeze")
 
 
+def tensors_of(tree: Any) -> list[Tensor]:
+    """All tensors of nested tuples, lists and dicts."""
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+@dataclass
 class Watch:
-    """Which modules of a net ran, in order, which is at work, and which lost the gradient.
+    """`order`: the modules that ran, by name; `stack`: those at work.
 
-    `first` is what the first of them got that has a weight of two dimensions or more.
+    `cut`: the first whose output has no gradient. `first`: the first with a weight, and its input.
     """
 
-    def __init__(self) -> None:
-        self.order: dict[str, nn.Module] = {}
-        self.stack: list[str] = []
-        self.cut: str | None = None
-        self.first: tuple[nn.Module, Tensor] | None = None
+    order: dict[str, nn.Module] = field(default_factory=dict)
+    stack: list[str] = field(default_factory=list)
+    cut: str | None = None
+    first: tuple[nn.Module, Tensor] | None = None
 
     def enter(self, name: str, module: nn.Module, given: tuple) -> None:
-        """Called before the forward pass of each module."""
+        """Called before each forward pass of `module`."""
         self.stack.append(name)
         weighted = getattr(module, "weight", None) is not None
         if self.first is None and weighted and given and isinstance(given[0], Tensor):
             self.first = module, given[0]
 
     def leave(self, module: nn.Module, output: Any) -> None:
-        """Called after the forward pass of each module."""
-        name = self.stack.pop()
+        """Called after each forward pass of `module`."""
+        name, tensors = self.stack.pop(), tensors_of(output)
         self.order.setdefault(name, module)
-        tensors = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
         if self.cut is None and tensors and not any(t.requires_grad for t in tensors):
             self.cut = name
 
 
 @contextmanager
 def watching(net: nn.Module, failed: str) -> Iterator[Watch]:
-    """Watch the modules of `net`; what is raised becomes `InputError`.
+    """Watch the modules of `net`; any exception becomes `InputError`.
 
     Its line names the innermost module at work, says that it `failed` and why.
     """
@@ -65,16 +68,15 @@ def watching(net: nn.Module, failed: str) -> Iterator[Watch]:
     except InputError:
         raise
     except Exception as error:
-        line = next(iter(str(error).splitlines()), type(error).__name__)
         name = called(watch.stack[-1] if watch.stack else "")
-        raise InputError(f"module = {name!r}: {failed}: {line}") from error
+        raise InputError(f"module = {name!r}: {failed}: {first_line(error)}") from error
     finally:
         for handle in handles:
             handle.remove()
 
 
 class _Plain(TorchFunctionMode):
-    """Dropout does nothing; with `strict` no value of a tensor may be read but of `known` ones."""
+    """Dropout does nothing; with `strict`, only values of the `known` tensors may be read."""
 
     def __init__(self, strict: bool, known: set[int]) -> None:
         super().__init__()
@@ -92,11 +94,11 @@ class _Plain(TorchFunctionMode):
 
 
 def outputs_of(
-    net: nn.Module, example: tuple[Tensor, ...], strict: bool = False, seed: int = 0
+    net: nn.Module, batch: tuple[Tensor, ...], strict: bool = False, seed: int = 0
 ) -> list[Tensor]:
-    """All tensors that `net` returns for `example`, without dropout, seeded.
+    """All tensors that `net` returns for `batch`, without dropout, seeded.
 
-    With `strict` the net may not read values of tensors but its own.
+    With `strict` the net may not read values of tensors other than its own.
     """
     known = {t.untyped_storage().data_ptr() for t in net.state_dict().values()} if strict else set()
     usual = torch.get_default_dtype()
@@ -104,14 +106,13 @@ def outputs_of(
     try:
         with torch.random.fork_rng(devices=[]), _Plain(strict, known):
             torch.manual_seed(seed)
-            found = tree_leaves(net(*(x.clone() for x in example)))
+            return tensors_of(net(*(x.clone() for x in batch)))
     finally:
         torch.set_default_dtype(usual)
-    return [t for t in found if isinstance(t, Tensor)]
 
 
 def dtype_of(net: nn.Module) -> torch.dtype:
-    """The precision of the first parameter or buffer of `net` that has one."""
+    """The precision of the first floating-point tensor of `net`."""
     kinds = (t.dtype for t in net.state_dict().values() if t.is_floating_point())
     return next(kinds, torch.get_default_dtype())
 
@@ -119,7 +120,7 @@ def dtype_of(net: nn.Module) -> torch.dtype:
 def fresh(net: nn.Module) -> nn.Module:
     """Give `net` random parameters and batch-norm statistics, in place; return it.
 
-    Norms divide by no small number, so that rounding errors stay small in training mode.
+    Each eps is at least 0.1, so that rounding errors stay small in training mode.
     """
     generator = torch.Generator().manual_seed(0)
     for module in net.modules():
@@ -127,9 +128,9 @@ def fresh(net: nn.Module) -> nn.Module:
             module.eps = max(module.eps, 0.1)
     for name, tensor in (*net.named_parameters(), *net.named_buffers()):
         last, own = name.rpartition(".")[2], isinstance(tensor, nn.Parameter)
-        values = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
         if not tensor.is_floating_point():
             continue
+        values = torch.randn(tensor.shape, generator=generator)
         if last == "running_mean" or (own and "bias" in last):
             tensor.data.copy_(0.3 * values)
         elif last == "running_var" or (own and tensor.dim() < 2):
@@ -142,9 +143,9 @@ def fresh(net: nn.Module) -> nn.Module:
 def drawn(
     example: tuple[Tensor, ...], net: nn.Module, positive: bool = False
 ) -> tuple[Tensor, ...]:
-    """Two inputs as those of `example`, random, on the device and in the precision of `net`.
+    """Batches of two as `example`, random, on the device and in the precision of `net`.
 
-    With `positive` uniform in 0-1, else normal; integers and booleans are those of `example`.
+    Normal, or with `positive` uniform in 0-1; integers and booleans are those of `example`.
     """
     generator = torch.Generator().manual_seed(0)
     device = next((t.device for t in net.state_dict().values()), torch.device("cpu"))
@@ -159,33 +160,6 @@ def drawn(
     return tuple(made)
 
 
-def survey(net: nn.Module, example: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], bool]:
-    """Random inputs on which `net` gives finite numbers, and whether their last axis is channels.
-
-    Raises `InputError` naming the module where the net fails, where it reads values of a tensor,
-    and for a net whose graph depends on its inputs or on how many there are.
-    """
-    fails = f"cannot be traced on {[tuple(x.shape) for x in example]}"
-    for positive in (False, True):
-        batch = drawn(example, net, positive)
-        with watching(net, fails) as watch, one_node_each(net):
-            found = outputs_of(net, batch, strict=True)
-        if all(bool(t.isfinite().all()) for t in found):
-            break
-    finite = any(bool(t.isfinite().any()) for t in found)
-    require(finite, "module", called(""), "cannot be traced: on random inputs nothing is finite")
-    with watching(net, fails) as again, one_node_each(net):
-        other = tuple(-x[:1] if x.is_floating_point() else x[:1] for x in batch)
-        done = _operations(outputs_of(net, other))
-    differ = [a for a, b in zip(watch.order, again.order, strict=False) if a != b]
-    same = not differ and _operations(found) == done and len(watch.order) == len(again.order)
-    why = "cannot be traced: what runs depends on the values or the number of its inputs"
-    require(same, "module", called(differ[0] if differ else ""), why)
-    layer, given = watch.first or (None, None)
-    linear = isinstance(layer, nn.Linear | nn.LayerNorm) and given.dim() > 2
-    return batch, linear and any(x.shape[-1] == given.shape[-1] for x in batch)
-
-
 class _Node(torch.autograd.Function):
     """A call of a module as one node of autograd's graph, whatever operations it is made of."""
 
@@ -195,33 +169,28 @@ class _Node(torch.autograd.Function):
 
 
 @contextmanager
-def one_node_each(net: nn.Module, copies: Collection[nn.Module] = ()) -> Iterator[set]:
+def one_node_each(net: nn.Module, copies: Collection[nn.Module]) -> Iterator[set]:
     """Make a call of each layer one node of autograd's graph; gives the set of these nodes.
 
-    Those of `copies` only copy what they get.
+    Layers in `copies` only copy their input.
     """
     nodes, anchor = set(), torch.zeros((), requires_grad=True)
     changed = [m for m in net.modules() if is_one_node(m)]
 
     def wrapped(before: Callable) -> Callable:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            flat, spec = tree_flatten((args, kwargs))
-            where = [i for i, x in enumerate(flat) if isinstance(x, Tensor)]
-            form = []
+            result = []
 
             def call(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-                for i, tensor in zip(where, tensors, strict=True):
-                    flat[i] = tensor
-                inner_args, inner_kwargs = tree_unflatten(flat, spec)
-                form.append(tree_flatten(before(*inner_args, **inner_kwargs)))
-                leaves = form[0][0]
-                return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
+                given = iter(tensors)
+                inner, named = tree_map_only(Tensor, lambda _: next(given), (args, kwargs))
+                result.append(before(*inner, **named))
+                return tuple(tensors_of(result[0]))
 
-            made = iter(_Node.apply(call, anchor, *(flat[i] for i in where)))
-            leaves, out = form[0]
-            leaves = [next(made) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-            nodes.update(leaf.grad_fn for leaf in leaves if isinstance(leaf, Tensor))
-            return tree_unflatten(leaves, out)
+            made = iter(_Node.apply(call, anchor, *tensors_of((args, kwargs))))
+            out = tree_map_only(Tensor, lambda _: next(made), result[0])
+            nodes.update(t.grad_fn for t in tensors_of(out))
+            return out
 
         return forward
 
@@ -239,14 +208,6 @@ def called(name: str) -> str:
     return name or "the net itself"
 
 
-def _operations(outputs: list[Tensor]) -> list[str]:
-    """The operations in autograd's graph of `outputs`, but for those of layout."""
-    seen, waiting, names = set(), [t.grad_fn for t in outputs], []
-    while waiting:
-        operation = waiting.pop()
-        if operation is not None and operation not in seen:
-            seen.add(operation)
-            waiting += [before for before, _ in operation.next_functions]
-            if not any(word in operation.name().lower() for word in _LAYOUT):
-                names.append(operation.name())
-    return names
+def first_line(error: Exception) -> str:
+    """The first line of an exception's text, or its class."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
