@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from conftest import BatchNormNet, apart, one_line, randomise
+from conftest import BatchNormNet, apart, one_line, pairs_of, randomise
 from torch import nn
 
 from prunestudy import measure, models, shrink
@@ -131,7 +131,7 @@ def test_convolutions_in_one_and_three_dimensions_equal_their_factors(kind, grou
     assert apart(pair(x), whole(x)) < 1e-9
     assert [type(part) for part in pair] == [kind, kind]
     net = shrink.factorise(nn.Sequential(whole), shrink.ranks_by_energy(nn.Sequential(whole), 0.7))
-    assert list(factors.pairs_of(net)) == ["0"]
+    assert list(pairs_of(net)) == ["0"]
     rank = len(net[0][0].weight)
     assert shrink.layer_speed_up(whole, rank) == 8 * whole.weight[0].numel() / (
         rank * (whole.weight[0].numel() + 8 / groups)
@@ -236,7 +236,7 @@ def test_a_net_factorised_at_full_rank_equals_the_net(name, dtype, most):
     every = ("conv*", "*fc*") if name != "resnet20" else ("stage*.conv?", "*shortcut*", "fc")
     small = shrink.factorise(net, shrink.ranks_by_share(net, 1.0, every))
     x = torch.randn(4, 1, side, side, dtype=dtype)
-    assert len(factors.pairs_of(small)) >= 3
+    assert len(pairs_of(small)) >= 3
     assert apart(small(x), net(x)) < most
     assert not small.training
     assert not any(p.requires_grad for p in small.parameters())
@@ -326,7 +326,7 @@ def test_layers_that_others_read_are_left_out_and_those_with_two_names_replaced_
     assert list(factors.layers_to_factorise(net, ("*",))) == names
     small = shrink.factorise(net, {"twice": 8, "normed": 8})
     assert small.twice is small.again
-    assert list(factors.pairs_of(small)) == ["twice", "normed"]
+    assert list(pairs_of(small)) == ["twice", "normed"]
     x = torch.randn(2, 3, 8, dtype=torch.float64)
     assert apart(small(x), net(x)) < 1e-9
     line = r"^layers = 'attention\.\*': a layer of the net: twice, tied"
@@ -354,7 +354,7 @@ def test_weights_that_are_not_a_layers_own_are_refused(name, why):
 
 def test_a_depthwise_separable_convolution_is_no_pair():
     separable = nn.Sequential(nn.Conv2d(4, 4, 3, groups=4, bias=False), nn.Conv2d(4, 8, 1))
-    assert not factors.pairs_of(nn.Sequential(separable))
+    assert not pairs_of(nn.Sequential(separable))
 
 
 # --- bad input

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import one_line, toy_batches
+from conftest import one_line, pairs_of, toy_batches
 from matplotlib import pyplot as plt
 from torch import nn
 
@@ -321,7 +321,7 @@ def test_finish_equals_the_net_with_projected_weights(target, kind, params):
         projected = net.eval()(x)
     assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
     small = method.finish(net)
-    assert factors.pairs_of(small)
+    assert pairs_of(small)
     assert float((small(x) - projected).abs().max() / projected.abs().max()) < 1e-9
     assert not any(p.requires_grad for p in small.parameters())
 
@@ -329,7 +329,7 @@ def test_finish_equals_the_net_with_projected_weights(target, kind, params):
 @pytest.mark.parametrize("params", [{}, {"fine_tune": 0.5}])
 def test_the_finished_net_comes_back_from_disk_bit_for_bit(tmp_path, params):
     small = trained(made(target=0.7, by="rank", **params), epochs=2)[0].model
-    assert list(factors.pairs_of(small)) == ["conv1", "conv2", "conv3"]
+    assert list(pairs_of(small)) == ["conv1", "conv2", "conv3"]
     shrink.save(small, tmp_path / "net")
     loaded, x = shrink.load(tmp_path / "net", convnet()), weights(4, 1, 8, 8, dtype=torch.float32)
     with torch.no_grad():
@@ -341,7 +341,7 @@ def test_onnx_runtime_computes_the_same(tmp_path):
     net = convnet()
     method.attach(net, torch.Generator())
     small, x = method.finish(net), weights(3, 1, 8, 8, dtype=torch.float32)
-    assert factors.pairs_of(small)
+    assert pairs_of(small)
     shrink.export(small, tmp_path / "net.onnx", torch.rand(2, 1, 8, 8))
     with torch.no_grad():
         wanted = small(x)
@@ -359,9 +359,9 @@ def test_each_kind_of_target_removes_what_it_says():
         method = made("plain_low_rank", target, kind)
         method.attach(net, torch.Generator())
         small[kind] = method.finish(net)
-    pairs = factors.pairs_of(small["rank"])
+    pairs = pairs_of(small["rank"])
     assert [len(p[0].weight) for p in pairs.values()] == [6, 8, 16]  # of 25, 32 and 64
-    for name, pair in factors.pairs_of(small["energy"]).items():
+    for name, pair in pairs_of(small["energy"]).items():
         whole = net.get_submodule(name).weight.detach()
         lost = (whole - factors.merged(pair).detach()).square().sum() / whole.square().sum()
         assert 0.1 < float(lost) <= 0.2
@@ -434,7 +434,7 @@ def test_history_has_the_rank_and_the_accuracy_if_factorised_now():
 def test_a_diverged_training_ends_without_factors():
     result, _ = trained(made(), epochs=3, lr=1e20)
     assert result.status == "diverged"
-    assert not factors.pairs_of(result.model)
+    assert not pairs_of(result.model)
 
 
 # --- fine-tuning and dynamic rank pruning
@@ -449,7 +449,7 @@ def test_fine_tuning_trains_the_factors_at_equal_ranks():
             ("fine_tune", 0.5, True),
         ]
         result, _ = trained(method, epochs=2)
-        pairs = factors.pairs_of(result.model)
+        pairs = pairs_of(result.model)
         shapes[name] = {n: [tuple(x.weight.shape) for x in p] for n, p in pairs.items()}
         assert shapes[name]["conv2"] == [(8, 32, 5, 5), (32, 8, 1, 1)]
         start = shrink.factorise(net_after(name, 1), shrink.ranks_by_share(convnet(), 0.25))
@@ -481,7 +481,7 @@ def test_dynamic_rank_pruning_starts_full_and_narrows_each_round():
         seen = []
         for name in names:
             method.start(net, name)
-            pairs = factors.pairs_of(net)
+            pairs = pairs_of(net)
             seen.append({n: len(p[0].weight) for n, p in pairs.items()})
             if name == "fine_tune":
                 assert float((net(x) - whole).abs().max() / whole.abs().max()) < 1e-9
@@ -675,7 +675,7 @@ def test_records_of_the_study_hold_ranks_and_both_scores(study):
         assert metrics["rank_total"] == sum(layers)
         assert ("metric_whole" in metrics) == (item.settings.target.kind == "energy")
         assert 0 <= metrics["validation_factorised"] <= 1
-        pairs = factors.pairs_of(study.runner.net(item.settings))
+        pairs = pairs_of(study.runner.net(item.settings))
         assert {n: len(p[0].weight) for n, p in pairs.items()} == {
             n.removeprefix("factor_rank."): rank
             for n, rank in metrics.items()
@@ -747,7 +747,7 @@ def test_a_factorised_net_is_trained_and_its_weights_are_pruned(runner, method, 
 
 def test_channels_of_a_factorised_net_are_removed(runner):
     before, after, metrics = after_force(runner, "l1_filter", 0.4, "macs")
-    shape, full, ranks_ = (1, 8, 8), factors.pairs_of(before), factors.pairs_of(after)
+    shape, full, ranks_ = (1, 8, 8), pairs_of(before), pairs_of(after)
     assert full.keys() == ranks_.keys()
     macs = measure.macs(after, torch.zeros(1, *shape))
     assert (

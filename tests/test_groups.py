@@ -7,6 +7,7 @@ from torch.nn.utils import parametrizations
 
 from prunestudy import models, shrink
 from prunestudy.errors import InputError
+from prunestudy.study.figures.groups import describe, draw
 
 
 def sides(group, role):
@@ -164,7 +165,7 @@ def test_gated_layers_and_modes_stay_as_they_are():
 
 
 def test_the_printed_view():
-    text = shrink.describe(shrink.groups(BatchNormNet(), torch.zeros(2, *(1, 8, 8))))
+    text = describe(shrink.groups(BatchNormNet(), torch.zeros(2, *(1, 8, 8))))
     assert text.splitlines() == [
         "  1. conv1: 2 channels in 3 layers, at least one stays",
         "     conv1  (Conv2d) produces: makes them, 2 outputs each",
@@ -179,7 +180,7 @@ def test_the_printed_view():
 
 def test_the_drawn_view():
     found = shrink.groups(models.build("resnet20", (3, 32, 32), 10), torch.zeros(2, *(3, 32, 32)))
-    figure = shrink.draw(found)
+    figure = draw(found)
     (axes,) = figure.axes
     marks = sum(len(drawn.get_offsets()) for drawn in axes.collections)
     assert marks == sum(len(group.members) for group in found)

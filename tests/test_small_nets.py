@@ -11,12 +11,12 @@ from functools import cache
 import pytest
 import torch
 import torchvision
-from conftest import apart, narrowed
+from conftest import apart, narrowed, pairs_of
 from torch import nn
 
 from prunestudy import measure, models, shrink
 from prunestudy.methods.channels import Channels, scale_consumers
-from prunestudy.shrink.factors import layers_to_factorise, pairs_of
+from prunestudy.shrink.factors import layers_to_factorise
 
 
 class Autoencoder(nn.Sequential):
