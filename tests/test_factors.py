@@ -277,9 +277,8 @@ def test_a_budget_of_macs_is_kept_and_shared_at_one_ratio_of_energy(share):
     least = min(float(factors.energy_shares(net.get_submodule(n))[m - 1]) for n, m in found.items())
     assert factors.cheaper(net, shrink.ranks_by_energy(net, least)) == found
     more = factors.cheaper(net, shrink.ranks_by_energy(net, least + 1e-12))
-    assert measure.macs(shrink.factorise(net, more), shape) > share * measure.macs(
-        net, torch.zeros(1, *shape)
-    )
+    one = torch.zeros(1, *shape)
+    assert measure.macs(shrink.factorise(net, more), one) > share * measure.macs(net, one)
 
 
 def test_speed_up_from_ranks_is_that_of_the_factors():
@@ -291,7 +290,6 @@ def test_speed_up_from_ranks_is_that_of_the_factors():
         measure.layer_macs(small, torch.zeros(1, *shape)),
     )
     expected = factors.speed_up_at(net, whole, found)
-    assert factors.speed_up_of_pairs(small, part) == pytest.approx(expected, rel=1e-12)
     low = sum(macs for name, macs in part.items() if name.count(".") == 2)
     assert sum(whole[f"{n}.weight"] for n in found) / low == pytest.approx(expected, rel=1e-12)
 
@@ -350,11 +348,6 @@ def test_weights_that_are_not_a_layers_own_are_refused(name, why):
         factors.factorise_in_place(net, {"twice": 2, name: 2})
     assert one_line(caught) == f"module = {name!r}: {why}"
     assert str(net) == before
-
-
-def test_a_depthwise_separable_convolution_is_no_pair():
-    separable = nn.Sequential(nn.Conv2d(4, 4, 3, groups=4, bias=False), nn.Conv2d(4, 8, 1))
-    assert not pairs_of(nn.Sequential(separable))
 
 
 # --- bad input

@@ -46,8 +46,7 @@ class Member:
     def channel_of(self) -> Tensor:
         """For each place of the axis (size,) the group's channel there, -1 if of another group."""
         found = torch.full((self.size,), -1)
-        for channel, places in enumerate(self.indices):
-            found[list(places)] = channel
+        found[torch.tensor(self.indices)] = torch.arange(len(self.indices))[:, None]
         return found
 
     def spread(self, values: Tensor, elsewhere: float = 1.0) -> Tensor:

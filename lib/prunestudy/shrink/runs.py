@@ -29,20 +29,12 @@ def tensors_of(tree: Any) -> list[Tensor]:
 class Watch:
     """`order`: the modules that ran, by name; `stack`: those at work.
 
-    `cut`: the first whose output has no gradient. `first`: the first with a weight, and its input.
+    `cut`: the first whose output has no gradient.
     """
 
     order: dict[str, nn.Module] = field(default_factory=dict)
     stack: list[str] = field(default_factory=list)
     cut: str | None = None
-    first: tuple[nn.Module, Tensor] | None = None
-
-    def enter(self, name: str, module: nn.Module, given: tuple) -> None:
-        """Called before each forward pass of `module`."""
-        self.stack.append(name)
-        weighted = getattr(module, "weight", None) is not None
-        if self.first is None and weighted and given and isinstance(given[0], Tensor):
-            self.first = module, given[0]
 
     def leave(self, module: nn.Module, output: Any) -> None:
         """Called after each forward pass of `module`."""
@@ -60,7 +52,7 @@ def watching(net: nn.Module, failed: str) -> Iterator[Watch]:
     """
     watch, handles = Watch(), []
     for name, module in net.named_modules():
-        enter = lambda module, given, name=name: watch.enter(name, module, given)  # noqa: E731
+        enter = lambda _, __, name=name: watch.stack.append(name)  # noqa: E731
         handles.append(module.register_forward_pre_hook(enter))
         handles.append(module.register_forward_hook(lambda m, _, out: watch.leave(m, out)))
     try:
@@ -140,23 +132,20 @@ def fresh(net: nn.Module) -> nn.Module:
     return net
 
 
-def drawn(
-    example: tuple[Tensor, ...], net: nn.Module, positive: bool = False
-) -> tuple[Tensor, ...]:
-    """Batches of two as `example`, random, on the device and in the precision of `net`.
+def drawn(example: tuple[Tensor, ...], net: nn.Module) -> tuple[Tensor, ...]:
+    """Batches of two as `example`, powers of uniform numbers in 0-1, on the device and in the precision of `net`.
 
-    Normal, or with `positive` uniform in 0-1; integers and booleans are those of `example`.
+    Integers and booleans are those of `example`.
     """
     generator = torch.Generator().manual_seed(0)
     device = next((t.device for t in net.state_dict().values()), torch.device("cpu"))
     made = []
     for x in example:
+        new = torch.cat([x.detach(), x.detach()])[:2]
         if x.is_floating_point():
-            draw = torch.rand if positive else torch.randn
-            new = draw((2, *x.shape[1:]), generator=generator, dtype=torch.float64)
-            made.append(new.to(device, dtype_of(net)))
-        else:
-            made.append(torch.cat([x.detach(), x.detach()])[:2].to(device))
+            new = torch.rand(new.shape, generator=generator, dtype=torch.float64).pow(4)
+            new = new.to(dtype_of(net))
+        made.append(new.to(device))
     return tuple(made)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from prunestudy.errors import require
 from prunestudy.shrink.fold import fold, require_untied
-from prunestudy.shrink.layers import FOLLOWERS, LAYERS, is_layer, is_one_node
+from prunestudy.shrink.layers import FOLLOWERS, LAYERS, channels_of, is_layer, is_one_node
 from prunestudy.shrink.runs import (
     Watch,
     called,
@@ -22,7 +22,7 @@ from prunestudy.shrink.runs import (
     outputs_of,
     watching,
 )
-from prunestudy.shrink.slots import Graph, Slot, classes_of
+from prunestudy.shrink.slots import Channels, Graph, Slot
 from prunestudy.values import inputs
 
 
@@ -57,9 +57,9 @@ def trace(model: nn.Module, example: Tensor | tuple[Tensor, ...]) -> Trace:
     require_untied(model)
     # In channels_last some operations go by other names.
     plain = fresh(fold(model).to(memory_format=torch.contiguous_format)).requires_grad_(True)
+    batch = drawn(given, plain)
     with torch.enable_grad():
-        batch, last = _first_pass(plain, given)
-        probe = _Probe(plain, batch, last)
+        probe = _Probe(plain, batch, last=_first_pass(plain, batch))
         graph, outputs, watch, opaque = _build(probe, batch)
     _require_all(plain, graph, watch)
     layers = {n: m for n, m in watch.order.items() if is_layer(m) and m in graph.module2node}
@@ -72,7 +72,7 @@ def trace(model: nn.Module, example: Tensor | tuple[Tensor, ...]) -> Trace:
     fixed = [n for n in number if n.grad_fn in opaque and n.module not in own]
     fixed += [n for n in number if isinstance(n.module, nn.Parameter)]
     return Trace(
-        channels=classes_of(graph, images, outputs, fixed, layers),
+        channels=Channels(graph, images, outputs, fixed, layers).classes(),
         layers=layers,
         edges={number[node]: [number[after] for after in node.outputs] for node in number},
         node_of={name: number[graph.module2node[layer]] for name, layer in layers.items()},
@@ -83,23 +83,20 @@ def trace(model: nn.Module, example: Tensor | tuple[Tensor, ...]) -> Trace:
     )
 
 
-def _first_pass(net: nn.Module, example: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], bool]:
-    """Random inputs on which `net` gives finite numbers, and whether their last axis is channels.
+def _first_pass(net: nn.Module, batch: tuple[Tensor, ...]) -> bool:
+    """Whether the channels of the inputs lie on their last axis; runs `net` on `batch`.
 
     Raises `InputError` naming the module where the net fails or reads values of a tensor.
     """
-    fails = f"cannot be traced on {[tuple(x.shape) for x in example]}"
-    for positive in (False, True):
-        batch = drawn(example, net, positive)
-        with watching(net, fails) as watch:
-            found = outputs_of(net, batch, strict=True)
-        if all(bool(t.isfinite().all()) for t in found):
-            break
+    fails = f"cannot be traced on {[tuple(x.shape) for x in batch]}"
+    with watching(net, fails) as watch:
+        found = outputs_of(net, batch, strict=True)
     finite = any(bool(t.isfinite().any()) for t in found)
     require(finite, "module", called(""), "cannot be traced: on random inputs nothing is finite")
-    layer, given = watch.first or (None, None)
-    linear = isinstance(layer, nn.Linear | nn.LayerNorm) and given.dim() > 2
-    return batch, linear and any(x.shape[-1] == given.shape[-1] for x in batch)
+    weighted = (m for m in watch.order.values() if getattr(m, "weight", None) is not None)
+    first = next(weighted, None)
+    linear = isinstance(first, nn.Linear | nn.LayerNorm)
+    return linear and any(x.dim() > 2 and x.shape[-1] == channels_of(first, "in") for x in batch)
 
 
 class _Probe(nn.Module):
