@@ -53,6 +53,7 @@ class Channels:
         only: Sequence[str] = (),
         norms: bool = False,
     ) -> None:
+        shrink.require_ordinary(model)
         require_whole(model)
         self.example = inputs(example)
         self.traced = trace(model, self.example)

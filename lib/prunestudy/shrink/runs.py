@@ -133,9 +133,9 @@ def fresh(net: nn.Module) -> nn.Module:
 
 
 def drawn(example: tuple[Tensor, ...], net: nn.Module) -> tuple[Tensor, ...]:
-    """Batches of two as `example`, powers of uniform numbers in 0-1, on the device and in the precision of `net`.
+    """Batches of two as `example`, on the device and in the precision of `net`.
 
-    Integers and booleans are those of `example`.
+    Random numbers in 0-1, most of them small; integers and booleans are those of `example`.
     """
     generator = torch.Generator().manual_seed(0)
     device = next((t.device for t in net.state_dict().values()), torch.device("cpu"))
