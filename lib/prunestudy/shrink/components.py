@@ -30,7 +30,7 @@ class ComponentGroup:
 
     @property
     def name(self) -> str:
-        """The dependency group's name: its first producer's."""
+        """The dependency group's name."""
         return self.group.name
 
     @property
@@ -50,7 +50,7 @@ def component_groups(
     components: Components | None = None,
     protect: Collection[str] = (),
 ) -> list[ComponentGroup]:
-    """The dependency groups of `model` on inputs of `shape` (no batch), with their components.
+    """The dependency groups of `model` on inputs as `example`, with their components.
 
     `components` maps names to the modules of each; by default the model's own `components`, else
     its direct children. `protect` names groups, layers, components (their internal groups) or

@@ -83,33 +83,29 @@ def folded(model: nn.Module, example: Inputs) -> nn.Module:
 
 def _kept(groups: Sequence[Group], keep: Mapping[str, set[int]]) -> list[Tensor]:
     """The channels kept of each group, from those kept of layers."""
-    places: dict[str, dict[int, tuple[int, int]]] = {}
-    sizes = {}
+    sizes: dict[str, int] = {}
+    places: dict[str, dict[int, tuple[int, int]]] = {}  # by layer: group and channel of each place
     for number, group in enumerate(groups):
         for m in group.having(PRODUCES):
             sizes[m.layer] = m.size
-            here = places.setdefault(m.layer, {})
-            here.update({i: (number, c) for c, each in enumerate(m.indices) for i in each})
-    kept: dict[int, tuple[str, set[int]]] = {}
+            here = {i: (number, c) for c, each in enumerate(m.indices) for i in each}
+            places.setdefault(m.layer, {}).update(here)
+    kept = {number: set(range(group.channels)) for number, group in enumerate(groups)}
+    said: dict[int, str] = {}
     for layer, channels in keep.items():
         require_one_of("keep", layer, places)
-        named, size = f"keep[{layer!r}]", sizes[layer]
-        inside = all(0 <= i < size for i in channels)
-        require(inside, named, sorted(channels), f"channels of 0..{size - 1}")
-        gone = set(range(size)) - channels
-        fixed = sorted(gone - set(places[layer]))
-        require(not fixed, named, sorted(channels), f"channels {fixed} must stay, others need them")
-        lost = {places[layer][i] for i in gone}
-        half = sorted(i for i in channels if places[layer][i] in lost) if lost else []
-        require(not half, named, sorted(channels), f"channels {half} go with others that are gone")
-        for number in {number for number, _ in places[layer].values()}:
-            stay = {c for n, c in places[layer].values() if n == number} - {
-                c for n, c in lost if n == number
-            }
-            other, before = kept.setdefault(number, (layer, stay))
+        named, all_, shown = f"keep[{layer!r}]", set(range(sizes[layer])), sorted(channels)
+        require(channels <= all_, named, shown, f"channels of 0..{sizes[layer] - 1}")
+        gone, owner = all_ - channels, places[layer]
+        fixed = sorted(gone - set(owner))
+        require(not fixed, named, shown, f"channels {fixed} must stay, others need them")
+        lost = {owner[i] for i in gone}
+        half = sorted(i for i in channels if owner.get(i) in lost)
+        require(not half, named, shown, f"channels {half} go with others that are gone")
+        for number in {number for number, _ in owner.values()}:
+            stay = {c for n, c in set(owner.values()) - lost if n == number}
+            other = said.setdefault(number, layer)
             why = f"other channels than {other!r}, which is of the same group"
-            require(before == stay, named, sorted(channels), why)
-    return [
-        torch.tensor(sorted(kept[i][1] if i in kept else range(g.channels)), dtype=torch.long)
-        for i, g in enumerate(groups)
-    ]
+            require(other == layer or kept[number] == stay, named, shown, why)
+            kept[number] = stay
+    return [torch.tensor(sorted(stay), dtype=torch.long) for stay in kept.values()]
