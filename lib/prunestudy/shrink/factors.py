@@ -24,6 +24,7 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 
 from prunestudy.errors import InputError, require, require_one_of
 from prunestudy.shrink.fold import fold
+from prunestudy.shrink.runs import first_line
 
 Variant = Literal["pca", "svd"]
 Layer = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
@@ -43,12 +44,12 @@ def layers_to_factorise(
         known = any(fnmatchcase(name, pattern) for names in every.values() for name in names)
         require(known, parameter, pattern, _allowed(every))
 
-    def chosen(layer: Layer, names: list[str]) -> bool:
-        if not patterns:
-            return prod(getattr(layer, "kernel_size", ())) > 1
-        return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
-
-    found = {names[0]: layer for layer, names in every.items() if chosen(layer, names)}
+    found = {
+        names[0]: layer
+        for layer, names in every.items()
+        if any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
+        or (not patterns and prod(getattr(layer, "kernel_size", ())) > 1)
+    }
     kind = "a net with convolutions larger than 1x1, or patterns that name layers"
     require(bool(found), parameter, "", kind)
     return found
@@ -93,10 +94,7 @@ def factorise_layer(layer: Layer, rank: int, variant: Variant = "pca") -> nn.Seq
 
 
 def factorise(model: nn.Module, ranks: Mapping[str, int], variant: Variant = "pca") -> nn.Module:
-    """A copy of `model`, folded, with factors of these `ranks`; in eval mode, without gradients.
-
-    Raises `InputError` as `factorise_in_place`.
-    """
+    """A folded copy of `model` with factors of these `ranks`: see `factorise_in_place`."""
     plain = fold(model)
     factorise_in_place(plain, ranks, variant)
     return plain.requires_grad_(False)
@@ -143,8 +141,8 @@ def require_factorisable(
                 with torch.no_grad():
                     trial(*example)
             except Exception as error:  # whatever a net may raise
-                line = next(iter(str(error).splitlines()), type(error).__name__)
-                raise InputError(f"module = {name!r}: fails as factors: {line}") from error
+                why = f"module = {name!r}: fails as factors: {first_line(error)}"
+                raise InputError(why) from error
 
 
 def replace(model: nn.Module, name: str, new: nn.Module) -> None:
@@ -217,9 +215,8 @@ def ranks_by_macs(
 ) -> dict[str, int]:
     """Ranks at which the net needs at most `share` of its MACs, `macs` as by `measure.layer_macs`.
 
-    All layers keep the same share of their energy, the largest that fits the budget. A layer whose
-    factors would cost as much as the layer is left out. Raises `InputError` for a share outside
-    (0, 1] or below `least_share`.
+    All layers keep the same share of their energy; those that factors would not make cheaper are
+    left out. Raises `InputError` for a share outside (0, 1] or below `least_share`.
     """
     _require_share("share", share)
     chosen, total = layers_to_factorise(model, patterns), sum(macs.values())
