@@ -120,13 +120,6 @@ def test_grouped_and_depthwise_convolutions():
     ]
 
 
-def test_transposed_convolutions_and_what_an_output_holds():
-    net = nn.Sequential(
-        nn.Conv2d(1, 4, 3, stride=2), nn.ReLU(), nn.ConvTranspose2d(4, 6, 3), nn.PReLU(6)
-    )
-    assert [(m.layer, m.axis) for m in only(net).members] == [("0", "out"), ("2", "in")]
-
-
 def test_a_view_takes_several_outputs():
     layers = {"a": nn.Linear(64, 8), "b": nn.ConvTranspose2d(2, 1, 2)}
     group = only(Net(lambda n, x: n.b(n.a(x.flatten(1)).view(len(x), -1, 2, 2)), **layers))

@@ -210,11 +210,6 @@ EXACT = {
         IMAGE,
         "0",
     ),
-    "channels through a group norm": (
-        lambda: nn.Sequential(conv(1, 6, 3), nn.GroupNorm(2, 6), conv(6, 5), nn.ReLU(), conv(5, 3)),
-        IMAGE,
-        "2",
-    ),
     "attention": (Attention, TOKENS, "b"),
     "an LSTM": (Recurrent, TOKENS, "b"),
     "an LSTM in float64": (lambda: Recurrent().double(), TOKENS.double(), "b"),
@@ -271,22 +266,6 @@ REFUSED = {
         IMAGE,
         "[cd]",
     ),
-    "a whole and a half": (
-        net(lambda n, x: n.e(n.a(x)) + n.d(n.a(x).split(4, 1)[1]), e=conv(8, 3), **HALF),
-        IMAGE,
-        "[cde]",
-    ),
-    "joined halves": (
-        net(
-            lambda n, x: n.e(
-                torch.cat([m(h) for m, h in zip((n.c, n.d), n.a(x).chunk(2, 1), strict=True)], 1)
-            ),
-            e=conv(6, 2),
-            **HALF,
-        ),
-        IMAGE,
-        "[cd]",
-    ),
     "chunks of chunks": (after_a(lambda x: x.chunk(2, 1)[0].chunk(2, 1)[1], 2), IMAGE, "c"),
     "the product of halves": (after_a(nn.GLU(1), 4), IMAGE, "[mc]"),
     "a slice": (after_a(lambda x: x[:, :6], 6), IMAGE, "c"),
@@ -306,17 +285,7 @@ REFUSED = {
     "softmax": (after_a(nn.Softmax(1)), IMAGE, "m"),
     "normalised": (after_a(Only(lambda x: F.normalize(x, dim=1))), IMAGE, "m"),
     "less its mean": (after_a(Only(lambda x: x - x.mean(1, keepdim=True))), IMAGE, "m"),
-    "less its detached mean": (
-        after_a(Only(lambda x: x - x.detach().mean(1, keepdim=True))),
-        IMAGE,
-        "m",
-    ),
     "pooled over channels": (after_a(nn.MaxPool3d(3, 1, 1)), IMAGE, "m"),
-    "a series pooled over channels": (
-        after_a(nn.MaxPool2d(3, 1, 1), first=nn.Conv1d(6, 8, 3), last=nn.Conv1d(8, 3, 1)),
-        SERIES,
-        "m",
-    ),
     "shuffled": (after_a(nn.ChannelShuffle(2)), IMAGE, "[mc]"),
     "pixels shuffled": (after_a(nn.PixelShuffle(2), 2), IMAGE, "[mc]"),
     "response norm": (after_a(nn.LocalResponseNorm(3)), IMAGE, "m"),

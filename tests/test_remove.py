@@ -94,20 +94,6 @@ def test_places_behind_a_layer_that_is_gone(layer, x):
     assert Constant(3, where, bias=False)(empty).count_nonzero() == 0
 
 
-@pytest.mark.parametrize(
-    ("keep", "message"),
-    [
-        ({"conv9": [0]}, "keep = 'conv9': allowed are conv1, conv2, fc1"),
-        ({"conv1": [20]}, "keep['conv1'] = [20]: channels of 0..19"),
-        ({"conv1": []}, "keep = 'conv1': without these no signal is left"),
-    ],
-)
-def test_what_cannot_be_removed_is_refused_in_one_line(keep, message):
-    with pytest.raises(InputError) as caught:
-        shrink.remove(models.build("lenet5", (1, 16, 16), 10), keep, torch.zeros(2, *(1, 16, 16)))
-    assert one_line(caught) == message
-
-
 # --- stored and read
 
 
