@@ -225,6 +225,11 @@ EXACT = {
         IMAGE,
         "a b g",
     ),
+    "depth-wise, twice as many channels": (
+        lambda: nn.Sequential(conv(1, 4, 3), conv(4, 8, 3, groups=4), nn.ReLU(), conv(8, 3)),
+        IMAGE,
+        "0 1",
+    ),
     "a weight norm": (
         lambda: nn.Sequential(parametrizations.weight_norm(conv(1, 6, 3)), nn.ReLU(), conv(6, 3)),
         IMAGE,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from prunestudy.shrink.groups import CONSUMES, Group
 from prunestudy.shrink.runs import first_line, outputs_of, watching
 
-_LIMIT = 1e-9  # of the largest output
+_LIMIT = 1e-9  # in float64, of the largest output
 
 
 class Gated:
@@ -150,6 +150,8 @@ def apart(expected: list[Tensor], found: list[Tensor]) -> str:
         a, b = right.detach()[known].double(), given.detach()[known].double()
         if a.numel():
             gap, most = float((a - b).abs().max()), float(a.abs().max())
-            if not gap <= _LIMIT * most + 1e-12:
+            single = right.is_floating_point() and right.dtype != torch.float64
+            limit = torch.finfo(right.dtype).eps ** 0.5 if single else _LIMIT
+            if not gap <= limit * most + 1e-12:
                 return f"its output is {gap / (most or 1):.1e} off"
     return ""
