@@ -60,7 +60,7 @@ def _interleaved(channels: int, times: int, reverse: bool, pairs: list) -> list:
     ]
 
 
-class Channels:
+class Slots:
     """Which slots of a dependency graph depend on each other: each a channel at a node's side.
 
     The channels of the nodes `images` and `outputs` stay, and those of what is `fixed`: parameters

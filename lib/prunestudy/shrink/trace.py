@@ -22,7 +22,7 @@ from prunestudy.shrink.runs import (
     outputs_of,
     watching,
 )
-from prunestudy.shrink.slots import Channels, Graph, Slot
+from prunestudy.shrink.slots import Graph, Slot, Slots
 from prunestudy.values import inputs
 
 
@@ -72,7 +72,7 @@ def trace(model: nn.Module, example: Tensor | tuple[Tensor, ...]) -> Trace:
     fixed = [n for n in number if n.grad_fn in opaque and n.module not in own]
     fixed += [n for n in number if isinstance(n.module, nn.Parameter)]
     return Trace(
-        channels=Channels(graph, images, outputs, fixed, layers).classes(),
+        channels=Slots(graph, images, outputs, fixed, layers).classes(),
         layers=layers,
         edges={number[node]: [number[after] for after in node.outputs] for node in number},
         node_of={name: number[graph.module2node[layer]] for name, layer in layers.items()},
