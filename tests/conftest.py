@@ -257,6 +257,21 @@ def apart(found, expected):
     return float((found - expected).detach().abs().max() / expected.detach().abs().max())
 
 
+def pairs_of(net):
+    """The factorised layers of `net`: a basis without biases, then 1x1 filters that mix it."""
+    pairs = {name: m for name, m in net.named_modules() if type(m) is nn.Sequential}
+    layers = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+    return {
+        name: pair
+        for name, pair in pairs.items()
+        if name
+        and len(pair) == 2
+        and all(type(part) in layers for part in pair)
+        and pair[0].bias is None
+        and set(getattr(pair[1], "kernel_size", (1,))) == {1}
+    }
+
+
 class BatchNormNet(nn.Module):
     """Convolution, batch norm, convolution, linear: 1x8x8 to 10 classes."""
 

@@ -21,7 +21,7 @@ from prunestudy.methods.channels import Channels
 from prunestudy.methods.component_aware import ComponentAware, masked_output
 from prunestudy.methods.search import Budget, Uniform, placed
 from prunestudy.models import TDMPC, Autoencoder
-from prunestudy.shrink import component_groups, narrow
+from prunestudy.shrink import Narrow, component_groups
 from prunestudy.train import Recipe, prune
 
 IMAGES = torch.zeros(2, 1, 8, 8)
@@ -320,7 +320,7 @@ def test_soft_masks_of_a_layer_norm_are_the_pruned_net():
     x = torch.randn(6, 5, dtype=torch.float64)
     groups = [each.group for each in component_groups(net, x)]
     masks = [(torch.arange(g.channels) % 2).double() for g in groups]
-    small = narrow(net, groups, [m.nonzero().flatten() for m in masks])
+    small = Narrow(net, groups)([m.nonzero().flatten() for m in masks])
     for a, b in zip(masked_output(net, groups, masks, x), small(x), strict=True):
         assert (a - b).abs().max() <= 1e-9 * b.abs().max()
 

@@ -9,7 +9,7 @@ from prunestudy import shrink
 from prunestudy.errors import InputError
 from prunestudy.methods.channels import Channels
 from prunestudy.models import TDMPC, Autoencoder
-from prunestudy.shrink import Narrow, component_groups, narrow
+from prunestudy.shrink import Narrow, component_groups
 
 SMALL = (1, 8, 8)
 IMAGES = torch.zeros(2, *SMALL)
@@ -108,7 +108,7 @@ def test_parameters_are_those_of_the_small_net(number):
     generator = torch.Generator().manual_seed(number)
     for _ in range(3):
         kept = [int(torch.randint(1, g.channels + 1, (), generator=generator)) for g in groups]
-        small = narrow(net, groups, [torch.arange(k) for k in kept])
+        small = Narrow(net, groups)([torch.arange(k) for k in kept])
         assert channels.cost_at(kept) == sum(p.numel() for p in small.parameters())
         soft = [
             torch.full((g.channels,), k / g.channels) for g, k in zip(groups, kept, strict=True)
@@ -122,7 +122,7 @@ def test_the_small_net_computes_what_the_masked_one_does(number):
     net = randomise(net, number).double().eval()
     groups, generator = plain(net, shape), torch.Generator().manual_seed(number)
     kept = [torch.randperm(g.channels, generator=generator)[: g.channels // 2] for g in groups]
-    small = narrow(net, groups, [k.sort().values for k in kept])
+    small = Narrow(net, groups)([k.sort().values for k in kept])
     masked = copy.deepcopy(net)
     for group, stay in zip(groups, kept, strict=True):
         mask = torch.zeros(group.channels, dtype=torch.float64)

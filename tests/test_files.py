@@ -17,7 +17,7 @@ from torch.nn.utils import parametrizations, parametrize
 from prunestudy import models, shrink
 from prunestudy.errors import InputError
 from prunestudy.shrink import files
-from prunestudy.shrink.remove import geometry_of
+from prunestudy.shrink.narrow import geometry_of
 
 
 class Mlp(nn.Sequential):
@@ -111,7 +111,7 @@ def drawn(*shape):
 
 def narrow_mlp():
     net = randomised(Mlp())
-    return shrink.remove(net, (16,), {"0": [1, 4, 5]})
+    return shrink.remove(net, {"0": [1, 4, 5]}, torch.zeros(2, 16))
 
 
 def factored_sound():
@@ -131,8 +131,8 @@ def pruned_block():
 
 def cut_residual():
     net = shrink.fold(randomised(Residual()))
-    net.a = shrink.Nothing(geometry_of(net.a))
-    net.a_norm = shrink.Nothing(None)
+    net.a = shrink.Constant(0, geometry_of(net.a), bias=False)
+    net.a_norm = shrink.Constant(0, None, bias=False)
     net.b = shrink.Constant(6, None)
     net.b.bias.data += torch.arange(6)
     net.b.requires_grad_(False)
@@ -479,7 +479,7 @@ def damaged():
         "Sequential in it": [["0", "Sequential", [["0", "Sequential", []]]]],
         "other size": [["0", "Linear", linear | {"out_features": 11}]],
         "constant": [["0", "Constant", {"channels": "many", "geometry": None, "bias": True}]],
-        "geometry": [["0", "Nothing", {"geometry": [1]}]],
+        "geometry": [["0", "Constant", {"channels": 2, "geometry": [1], "bias": True}]],
         "shared with nothing": [["0.weight", "=", "9.weight"]],
     }
     texts = {name: log if isinstance(log, str) else json.dumps(log) for name, log in logs.items()}

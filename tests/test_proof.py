@@ -210,11 +210,6 @@ EXACT = {
         IMAGE,
         "0",
     ),
-    "channels through a group norm": (
-        lambda: nn.Sequential(conv(1, 6, 3), nn.GroupNorm(2, 6), conv(6, 5), nn.ReLU(), conv(5, 3)),
-        IMAGE,
-        "2",
-    ),
     "attention": (Attention, TOKENS, "b"),
     "an LSTM": (Recurrent, TOKENS, "b"),
     "an LSTM in float64": (lambda: Recurrent().double(), TOKENS.double(), "b"),
@@ -229,6 +224,11 @@ EXACT = {
         ),
         IMAGE,
         "a b g",
+    ),
+    "depth-wise, twice as many channels": (
+        lambda: nn.Sequential(conv(1, 4, 3), conv(4, 8, 3, groups=4), nn.ReLU(), conv(8, 3)),
+        IMAGE,
+        "0 1",
     ),
     "a weight norm": (
         lambda: nn.Sequential(parametrizations.weight_norm(conv(1, 6, 3)), nn.ReLU(), conv(6, 3)),
@@ -246,6 +246,21 @@ EXACT = {
         IMAGE,
         "a b",
     ),
+    "one-hot words": (
+        net(
+            lambda n, x: n.out(n.a(F.one_hot(x, 20).to(n.a.weight.dtype)).relu().mean(1)),
+            a=nn.Linear(20, 6),
+            out=nn.Linear(6, 3),
+        ),
+        WORDS,
+        "a",
+    ),
+    "a layer that runs twice": (
+        net(lambda n, x: n.c(n.b(n.b(n.a(x)).relu())), a=conv(1, 6, 3), b=conv(6, 6), c=conv(6, 3)),
+        IMAGE,
+        "a",
+    ),
+    "a branch on the batch": (after_a(Only(lambda x: x.tanh() if len(x) > 1 else x)), IMAGE, "a"),
     "a head of training": (lambda: Auxiliary(Only(lambda x: x.mean())), IMAGE, None),
 }
 # Nets that are refused: the net, its inputs, the module to blame.
@@ -256,30 +271,18 @@ REFUSED = {
         IMAGE,
         "[cd]",
     ),
-    "a whole and a half": (
-        net(lambda n, x: n.e(n.a(x)) + n.d(n.a(x).split(4, 1)[1]), e=conv(8, 3), **HALF),
-        IMAGE,
-        "[cde]",
-    ),
-    "joined halves": (
-        net(
-            lambda n, x: n.e(
-                torch.cat([m(h) for m, h in zip((n.c, n.d), n.a(x).chunk(2, 1), strict=True)], 1)
-            ),
-            e=conv(6, 2),
-            **HALF,
-        ),
-        IMAGE,
-        "[cd]",
-    ),
     "chunks of chunks": (after_a(lambda x: x.chunk(2, 1)[0].chunk(2, 1)[1], 2), IMAGE, "c"),
     "the product of halves": (after_a(nn.GLU(1), 4), IMAGE, "[mc]"),
     "a slice": (after_a(lambda x: x[:, :6], 6), IMAGE, "c"),
     "a slice from the end": (after_a(lambda x: x[:, -3:], 3), IMAGE, "c"),
-    "narrow": (after_a(lambda x: x.narrow(1, 2, 4), 4), IMAGE, "c"),
+    "narrow": (after_a(lambda x: x.narrow(1, 2, 4), 4), IMAGE, "the net itself"),
     "every second": (after_a(lambda x: x[:, ::2], 4), IMAGE, "c"),
     "two of them": (after_a(lambda x: x[:, [5, 1]], 2), IMAGE, "c"),
-    "selected": (after_a(lambda x: x.index_select(1, torch.tensor([1, 2, 6])), 3), IMAGE, "c"),
+    "selected": (
+        after_a(lambda x: x.index_select(1, torch.tensor([1, 2, 6])), 3),
+        IMAGE,
+        "the net itself",
+    ),
     "flipped": (after_a(lambda x: x.flip(1)), IMAGE, "c"),
     "rolled": (after_a(lambda x: x.roll(1, 1)), IMAGE, "c"),
     "cumulated": (after_a(Only(lambda x: x.cumsum(1))), IMAGE, "m"),
@@ -287,17 +290,7 @@ REFUSED = {
     "softmax": (after_a(nn.Softmax(1)), IMAGE, "m"),
     "normalised": (after_a(Only(lambda x: F.normalize(x, dim=1))), IMAGE, "m"),
     "less its mean": (after_a(Only(lambda x: x - x.mean(1, keepdim=True))), IMAGE, "m"),
-    "less its detached mean": (
-        after_a(Only(lambda x: x - x.detach().mean(1, keepdim=True))),
-        IMAGE,
-        "m",
-    ),
     "pooled over channels": (after_a(nn.MaxPool3d(3, 1, 1)), IMAGE, "m"),
-    "a series pooled over channels": (
-        after_a(nn.MaxPool2d(3, 1, 1), first=nn.Conv1d(6, 8, 3), last=nn.Conv1d(8, 3, 1)),
-        SERIES,
-        "m",
-    ),
     "shuffled": (after_a(nn.ChannelShuffle(2)), IMAGE, "[mc]"),
     "pixels shuffled": (after_a(nn.PixelShuffle(2), 2), IMAGE, "[mc]"),
     "response norm": (after_a(nn.LocalResponseNorm(3)), IMAGE, "m"),
@@ -314,11 +307,6 @@ REFUSED = {
     ),
     "a branch on values": (after_a(Branching()), IMAGE, "m"),
     "an index of values": (after_a(Only(lambda x: x * x.max().item())), IMAGE, "m"),
-    "a branch on the batch": (
-        after_a(Only(lambda x: x.tanh() if len(x) > 1 else x)),
-        IMAGE,
-        "the net itself",
-    ),
     "a view of fixed size": (
         net(lambda n, x: n.c(n.a(x).view(-1, 8 * 6 * 6)), a=conv(1, 8, 3), c=nn.Linear(288, 3)),
         IMAGE,
@@ -334,6 +322,8 @@ REFUSED = {
         ROW,
         "u",
     ),
+    "padded with channels": (after_a(lambda x: F.pad(x, (0, 0, 0, 0, 1, 1)), 10), IMAGE, "c"),
+    "less the mean of all": (after_a(lambda x: x - x.mean()), IMAGE, "c"),
     "a buffer": (after_a(Buffered(8)), IMAGE, "m"),
     "a constant": (after_a(Only(lambda x: x + torch.linspace(0, 1, 8).view(-1, 1, 1))), IMAGE, "m"),
     "a matrix of channels": (

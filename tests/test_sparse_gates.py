@@ -5,6 +5,7 @@ import torch
 from weight_tools import at, attached, fit, layer, original
 
 from prunestudy import methods
+from prunestudy.methods import Context
 from prunestudy.methods.weight_probes import Gates
 from prunestudy.train import Recipe
 
@@ -186,7 +187,8 @@ def test_the_largest_gates_are_kept_and_ties_go_by_weight(weights, gates, target
     method.update(at(100))
     assert row(method.masks[0].mask) == mask
     expected = [w * on for w, on in zip(weights, mask, strict=True)]
-    assert row(method.finish(model, None).weight) == expected
+    context = Context((torch.zeros(2, len(weights)),))
+    assert row(method.finish(model, context).weight) == expected
 
 
 def test_after_the_phase_of_the_gates_nothing_moves_them():

@@ -294,7 +294,7 @@ def test_magnitude_ranks_over_the_whole_net():
     method = attached("magnitude", model)
     assert [m.mask.flatten().tolist() for m in method.masks] == [[0, 1, 0, 1], [0, 1]]
     assert method.log() == {"kept": 0.5}
-    plain = method.finish(model, None)
+    plain = method.finish(model, Context((torch.zeros(2, 2),)))
     assert plain[0].weight.tolist() == [[0, -4], [0, 3]]
     assert plain[0].bias.tolist() == biases
 

@@ -26,7 +26,7 @@ def attached(name, model, target=0.5, seed=0, batch_list=(), **params):
     """A method on `model`, which may look at the batches of `batch_list`."""
     method, generator = methods.build(name, params, target), torch.Generator().manual_seed(seed)
     context = Context((torch.zeros(2, 1),), lambda out, x, y: F.cross_entropy(out, y))
-    context.train, context.generator = lambda epoch: iter(batch_list), generator
+    context.train, context.generator = lambda epoch=0: iter(batch_list), generator
     method.attach(model, context)
     return method
 

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from prunestudy.errors import require
 from prunestudy.measure import Metrics
-from prunestudy.shrink import fold
+from prunestudy.shrink import folded
 from prunestudy.values import Values, checked, plain
 
 # What a target may be a share of.
@@ -220,9 +220,9 @@ class Method(nn.Module):
     def update(self, at: At) -> None:
         """Decide on the host: new masks, closing, steering; and what the end of a phase needs."""
 
-    def finish(self, model: nn.Module, context: Context) -> nn.Module:  # noqa: ARG002
+    def finish(self, model: nn.Module, context: Context) -> nn.Module:
         """A frozen ordinary module that equals `model` in eval mode; on target without any step."""
-        return fold(model)
+        return folded(model, context.example)
 
     def log(self) -> dict[str, float]:
         """Numbers for the history; `kept` is the share left of what the target counts."""

@@ -25,9 +25,11 @@ from prunestudy import measure, shrink
 from prunestudy.errors import require
 from prunestudy.methods.base import Method
 from prunestudy.shrink.groups import CONSUMES, PRODUCES, signal_remains, silent_layers
-from prunestudy.shrink.proof import groups_of, remove_groups
-from prunestudy.shrink.remove import require_whole
-from prunestudy.shrink.trace import LAYERS, TRANSPOSED, channels_of, is_follower, trace
+from prunestudy.shrink.layers import LAYERS, TRANSPOSED, channels_of, is_follower
+from prunestudy.shrink.narrow import require_whole
+from prunestudy.shrink.proof import groups_of
+from prunestudy.shrink.remove import remove_groups
+from prunestudy.shrink.trace import trace
 from prunestudy.values import inputs
 
 _CPU = torch.device("cpu")
@@ -51,6 +53,7 @@ class Channels:
         only: Sequence[str] = (),
         norms: bool = False,
     ) -> None:
+        shrink.require_ordinary(model)
         require_whole(model)
         self.example = inputs(example)
         self.traced = trace(model, self.example)

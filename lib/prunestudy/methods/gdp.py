@@ -53,7 +53,7 @@ from prunestudy.errors import require
 from prunestudy.methods.base import At, Context, Phase, scalar
 from prunestudy.methods.channels import Channelled, Channels, scale_consumers
 from prunestudy.methods.steering import Steering
-from prunestudy.shrink import fold
+from prunestudy.shrink import folded
 
 
 def gate(t: Tensor, eps: Tensor | float) -> Tensor:
@@ -161,14 +161,14 @@ class GDP(Channelled):
         share = min(1.0, at.step / (self.eps_share * at.steps))
         self.gates.eps.fill_(self.eps_start * (self.eps_end / self.eps_start) ** share)
 
-    def finish(self, model: nn.Module, context: Context) -> nn.Module:  # noqa: ARG002
+    def finish(self, model: nn.Module, context: Context) -> nn.Module:
         """Absorb the gates, remove closed channels and emptied blocks; an ordinary smaller net."""
         if not self.frozen:
             with torch.no_grad():
                 self._close(late=True)
                 self._freeze()
             self.gates.eps.fill_(self.eps_end)
-        return self.channels.smaller(fold(model), self.open())
+        return self.channels.smaller(folded(model, context.example), self.open())
 
     def open(self) -> Tensor:
         """Which channels are open (N,), on the CPU."""

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from prunestudy.methods.base import At, Context, Phase, then_fine_tune
 from prunestudy.methods.channels import Channelled, Channels, scale_consumers
 from prunestudy.methods.steering import Steering
-from prunestudy.shrink import fold
+from prunestudy.shrink import folded
 
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
 
@@ -128,11 +128,11 @@ class HardConcrete(Channelled):
             if at.last:
                 self._decide()
 
-    def finish(self, model: nn.Module, context: Context) -> nn.Module:  # noqa: ARG002
+    def finish(self, model: nn.Module, context: Context) -> nn.Module:
         """Absorb the gates and remove closed channels; an ordinary smaller net."""
         if not self.gates.hard:
             self._decide()
-        return self.channels.smaller(fold(model), self.open())
+        return self.channels.smaller(folded(model, context.example), self.open())
 
     def open(self) -> Tensor:
         """Which channels are open at test time (N,), on the CPU."""

@@ -10,8 +10,8 @@ from torch.nn.utils import parametrize
 
 from prunestudy.errors import require
 from prunestudy.methods.base import At, Context, Method, scalar
-from prunestudy.shrink import fold, require_ordinary
-from prunestudy.shrink.trace import LAYERS
+from prunestudy.shrink import folded, require_ordinary
+from prunestudy.shrink.layers import LAYERS
 
 Scope = Literal["auto", "convolutions", "all"]
 
@@ -74,11 +74,11 @@ class Masked(Method):
         if at.total_step - self.masked_at.item() >= period:
             self.cut(cubic_sparsity(self.target, at.total_step / end), at.total_step)
 
-    def finish(self, model: nn.Module, context: Context) -> nn.Module:  # noqa: ARG002
+    def finish(self, model: nn.Module, context: Context) -> nn.Module:
         """Reach the target, if the training was too short to, and fold the masks in."""
         if self.sparsity < self.target:
             self.cut(self.target)
-        return fold(model)
+        return folded(model, context.example)
 
     def kept(self) -> float:
         """The share of the weights that eval mode uses; on the host."""

@@ -1,20 +1,67 @@
-"""The gated net, and how the small one differs from it."""
+"""The gated net, and how a small one differs from it."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from contextlib import contextmanager, nullcontext
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from prunestudy.shrink.groups import CONSUMES, Group
+from prunestudy.shrink.runs import first_line, outputs_of, watching
 
-_LIMIT = 1e-9  # of the largest output
+_LIMIT = 1e-9  # in float64, of the largest output
+
+
+class Gated:
+    """A net in float64 that reads zeros in place of the channels that are not kept."""
+
+    def __init__(self, net: nn.Module, groups: Sequence[Group], batch: tuple[Tensor, ...]) -> None:
+        self.net, self.groups, self.two = net, groups, batch
+        self.one = tuple(x[:1] for x in batch)
+
+    def gap(self, small: nn.Module, kept: Sequence[Tensor], training: bool = True) -> str:
+        """How `small` fails or differs with the channels `kept` of each group; empty if it doesn't.
+
+        In eval mode on one input; with `training` also on two, in training mode where it is
+        defined. `small` may change its batch-norm statistics.
+        """
+        gap = self._gap(small, kept, self.one, False)
+        if gap or not training:
+            return gap
+        gap = self._gap(small, kept, self.two, True)
+        return self._gap(small, kept, self.two, False) if gap and not self.trains else gap
+
+    def _gap(
+        self, small: nn.Module, kept: Sequence[Tensor], batch: tuple[Tensor, ...], train: bool
+    ) -> str:
+        try:
+            expected = self.outputs(kept, batch, train)
+            with watching(small, "fails"):
+                return apart(expected, outputs_of(small.train(train), batch))
+        except Exception as error:  # whatever a user's net raises
+            return first_line(error)
+
+    def outputs(
+        self, kept: Sequence[Tensor], batch: tuple[Tensor, ...], train: bool
+    ) -> list[Tensor]:
+        """What the gated net computes; its statistics stay as they are."""
+        with _gates(self.net, self.groups, kept), _training(self.net) if train else nullcontext():
+            return outputs_of(self.net, batch)
+
+    @cached_property
+    def trains(self) -> bool:
+        """Whether the net in training mode gives one answer for one batch."""
+        try:
+            with _training(self.net):
+                return not apart(*(outputs_of(self.net, self.two, seed=seed) for seed in (0, 1)))
+        except Exception:  # a batch norm of one value, or anything of a user's net
+            return False
 
 
 @contextmanager
-def gated(net: nn.Module, groups: Sequence[Group], kept: Sequence[Tensor]) -> Iterator[None]:
+def _gates(net: nn.Module, groups: Sequence[Group], kept: Sequence[Tensor]) -> Iterator[None]:
     """Within, the layers of `net` read zeros of all channels but those kept.
 
     A layer norm takes its statistics over those kept: it is the one layer that a gate before it
@@ -52,10 +99,10 @@ def _norm_gated(layer: nn.LayerNorm, _: Callable, gate: Tensor, x: Tensor) -> Te
 
 
 @contextmanager
-def mode(net: nn.Module, training: bool) -> Iterator[None]:
-    """Within, `net` is in training or eval mode; its statistics are put back after."""
-    buffers = {name: buffer.clone() for name, buffer in net.named_buffers()} if training else {}
-    net.train(training)
+def _training(net: nn.Module) -> Iterator[None]:
+    """Within, `net` is in training mode; then in eval mode with the statistics that it had."""
+    buffers = {name: buffer.clone() for name, buffer in net.named_buffers()}
+    net.train()
     try:
         yield
     finally:
@@ -88,13 +135,9 @@ def inside(whole: object, part: object) -> bool:
         return False
     if not differ:
         return not apart([whole], [part])
-    a, b = (t.detach().movedim(differ[0], 0).flatten(1).double() for t in (whole, part))
-    mix = torch.randn(a.shape[1], generator=torch.Generator().manual_seed(0), dtype=a.dtype)
-    a, b = ((t.cpu() @ mix) for t in (a, b))
-    a = a.sort().values
-    near = torch.searchsorted(a, b).clamp(max=len(a) - 1)
-    gaps = torch.minimum((a[near] - b).abs(), (a[(near - 1).clamp(min=0)] - b).abs())
-    return bool((gaps <= _LIMIT * a.abs().max() + 1e-12).all())
+    a, b = (t.movedim(differ[0], 0).flatten(1).double() for t in (whole, part))
+    near = torch.cdist(b, a, p=torch.inf).min(1).values
+    return bool((near <= _LIMIT * a.abs().max() + 1e-12).all())
 
 
 def apart(expected: list[Tensor], found: list[Tensor]) -> str:
@@ -107,6 +150,8 @@ def apart(expected: list[Tensor], found: list[Tensor]) -> str:
         a, b = right.detach()[known].double(), given.detach()[known].double()
         if a.numel():
             gap, most = float((a - b).abs().max()), float(a.abs().max())
-            if not gap <= _LIMIT * most + 1e-12:
+            single = right.is_floating_point() and right.dtype != torch.float64
+            limit = torch.finfo(right.dtype).eps ** 0.5 if single else _LIMIT
+            if not gap <= limit * most + 1e-12:
                 return f"its output is {gap / (most or 1):.1e} off"
     return ""

@@ -30,7 +30,7 @@ class ComponentGroup:
 
     @property
     def name(self) -> str:
-        """The dependency group's name: its first producer's."""
+        """The dependency group's name."""
         return self.group.name
 
     @property

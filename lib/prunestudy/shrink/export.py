@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from prunestudy.errors import InputError, require, writable_file, written_whole
 from prunestudy.shrink.fold import fold, require_net
+from prunestudy.shrink.runs import first_line, tensors_of
 from prunestudy.values import inputs
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -20,10 +20,10 @@ _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 def export(net: nn.Module, path: str | Path, example: Tensor | tuple[Tensor, ...]) -> None:
     """Write `net`, folded, to `path` as ONNX, for batches of any size.
 
-    `example` is an input batch, or a tuple of them; they are called `input`, `input_1`, ..., and
-    what comes out `output`, `output_1`, ... The file appears whole or not at all, once ONNX
-    Runtime's outputs for the example equal the net's up to rounding. Raises `InputError` for a
-    path that no file can be written to (see `writable_file`), and if that does not come about.
+    `example` is an input batch, or a tuple of them; they are called `input`, `input_1`, ..., the
+    outputs `output`, `output_1`, ... The file appears only once ONNX Runtime's outputs for the
+    example equal the net's up to rounding. Raises `InputError` if they do not, and for a path that
+    no file can be written to.
     """
     require_net(net)
     writable_file(path)
@@ -33,14 +33,13 @@ def export(net: nn.Module, path: str | Path, example: Tensor | tuple[Tensor, ...
     with written_whole(path) as part:
         try:
             with torch.no_grad():
-                leaves = tree_leaves(plain(*given))
-                expected = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+                expected = tensors_of(plain(*given))
             _onnx(plain, traced).save(part)
-            got = tree_leaves(OnnxNet(part)(*given))
+            got = tensors_of(OnnxNet(part)(*given))
         except OSError:
             raise
         except Exception as error:  # of the net, the exporter or the runtime
-            line = next(iter(str(error.__cause__ or error).splitlines()), type(error).__name__)
+            line = first_line(error.__cause__ or error)
             raise InputError(f"net = {type(net).__name__!r}: no ONNX of it: {line}") from None
         equal = len(got) == len(expected) and all(map(_is_close, got, expected))
         allowed = "no ONNX of it: ONNX Runtime computes other outputs for the example"

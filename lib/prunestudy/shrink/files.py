@@ -24,7 +24,7 @@ from prunestudy.shrink.csr import CsrLinear, csr_arrays
 from prunestudy.shrink.factors import replace
 from prunestudy.shrink.fold import fold
 from prunestudy.shrink.layers import CONVOLUTIONS, TRANSPOSED
-from prunestudy.shrink.remove import Constant, Nothing
+from prunestudy.shrink.narrow import Constant
 
 FORMAT = "prunestudy-sparse-1"
 _OURS = ("format", "structure", "sha256")
@@ -43,7 +43,6 @@ _FIELDS: dict[type[nn.Module], str] = {
     nn.Embedding: "num_embeddings embedding_dim padding_idx max_norm norm_type scale_grad_by_freq",
     nn.Identity: "",
     Constant: "channels geometry bias",
-    Nothing: "geometry",
 }
 _KINDS = {cls.__name__: cls for cls in _FIELDS}
 Entry = list[Any]

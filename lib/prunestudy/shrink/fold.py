@@ -52,8 +52,8 @@ def require_ordinary(model: nn.Module) -> None:
     """
     require_untied(model)
     for name, module in model.named_modules():
-        rewritten = parametrize.is_parametrized(module) or any(_rewriting(module))
-        require(not rewritten, "module", name, "its weight is made of others: fold the net first")
+        plain = not _is_rewritten(module)
+        require(plain, "module", name, "its weight is made of others: fold the net first")
 
 
 def require_untied(model: nn.Module) -> None:
@@ -69,7 +69,11 @@ def require_untied(model: nn.Module) -> None:
 
 def is_plain(model: nn.Module) -> bool:
     """Whether no tensor of `model` is parametrised or made by such a hook."""
-    return not any(parametrize.is_parametrized(m) or any(_rewriting(m)) for m in model.modules())
+    return not any(map(_is_rewritten, model.modules()))
+
+
+def _is_rewritten(module: nn.Module) -> bool:
+    return parametrize.is_parametrized(module) or any(_rewriting(module))
 
 
 def _rewriting(module: nn.Module) -> Iterator[tuple[int, object]]:

@@ -10,14 +10,16 @@ input and of the output belong to no group: they are never cut.
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from prunestudy.errors import require_one_of
-from prunestudy.shrink.trace import Slot, Trace, channels_of, is_follower
+from prunestudy.shrink.layers import channels_of, is_follower
+from prunestudy.shrink.slots import Slot
+from prunestudy.shrink.trace import Trace
 
 PRODUCES, CONSUMES, FOLLOWS = "produces", "consumes", "follows"
 
@@ -44,8 +46,7 @@ class Member:
     def channel_of(self) -> Tensor:
         """For each place of the axis (size,) the group's channel there, -1 if of another group."""
         found = torch.full((self.size,), -1)
-        for channel, places in enumerate(self.indices):
-            found[list(places)] = channel
+        found[torch.tensor(self.indices)] = torch.arange(len(self.indices))[:, None]
         return found
 
     def spread(self, values: Tensor, elsewhere: float = 1.0) -> Tensor:
@@ -79,26 +80,20 @@ class Group:
 
 def read_groups(traced: Trace) -> list[Group]:
     """The dependency groups that a trace suggests, in order of execution, before the proof."""
-    order = {name: i for i, name in enumerate(traced.layers)}
     gathered = defaultdict(list)
     for slots in traced.channels:
-        gathered[frozenset(Counter((layer, side) for layer, side, _ in slots).items())].append(
-            slots
-        )
-    found, used = [], defaultdict(int)
-    for counted, channels in gathered.items():
-        sides = [side for side, _ in counted]
-        members = _members(traced, sorted(sides, key=lambda s: (order[s[0]], s[1])), channels)
-        name = next(m.layer for m in members if m.role == PRODUCES)
-        found.append((name, min(members[0].indices), members))
-    found.sort(key=lambda each: (order[each[0]], each[1]))
-    made = []
-    for name, _, members in found:
+        counted = Counter((layer, side) for layer, side, _ in slots)
+        gathered[frozenset(counted.items())].append(slots)
+    found = [_members(traced, channels) for channels in gathered.values()]
+    producer = {members: next(m for m in members if m.role == PRODUCES) for members in found}
+    found.sort(key=lambda members: (producer[members].order, min(members[0].indices)))
+    made, used = [], Counter()
+    for members in found:
+        name = producer[members].layer
         label = f"{name}:{used[name]}" if used[name] else name
         used[name] += 1
         group = Group(label, len(members[0].indices), members, skippable=False)
-        skippable = signal_remains(traced, [group])
-        made.append(Group(label, group.channels, members, skippable))
+        made.append(replace(group, skippable=signal_remains(traced, [group])))
     return made
 
 
@@ -132,22 +127,22 @@ def silent_layers(layers: Mapping[str, nn.Module], emptied: Iterable[Group]) -> 
     return {layer for (layer, _), count in left.items() if count == 0}
 
 
-def _members(
-    traced: Trace, sides: list[tuple[str, str]], channels: list[list[Slot]]
-) -> tuple[Member, ...]:
-    places = {side: [] for side in sides}
+def _members(traced: Trace, channels: list[list[Slot]]) -> tuple[Member, ...]:
+    """The layers that hold these channels, in order of execution, "in" before "out"."""
+    order = {name: i for i, name in enumerate(traced.layers)}
+    sides = sorted({(n, side) for n, side, _ in channels[0]}, key=lambda s: (order[s[0]], s[1]))
     first = next(s for s in sides if s[1] == "out" and not is_follower(traced.layers[s[0]]))
-    channels = sorted(channels, key=lambda slots: min(i for *s, i in slots if tuple(s) == first))
-    for slots in channels:
+    places = {side: [] for side in sides}
+    for slots in sorted(channels, key=lambda slots: min(i for *s, i in slots if tuple(s) == first)):
         here = defaultdict(list)
         for layer, side, index in slots:
             here[layer, side].append(index)
         for side, indices in here.items():
             places[side].append(tuple(sorted(indices)))
-    return tuple(_member(traced, *side, tuple(places[side])) for side in sides)
-
-
-def _member(traced: Trace, name: str, axis: str, indices: tuple[tuple[int, ...], ...]) -> Member:
-    layer, order = traced.layers[name], list(traced.layers).index(name)
-    role = FOLLOWS if is_follower(layer) else PRODUCES if axis == "out" else CONSUMES
-    return Member(name, type(layer).__name__, order, role, axis, channels_of(layer, axis), indices)
+    made = []
+    for (name, axis), indices in places.items():
+        layer = traced.layers[name]
+        role = FOLLOWS if is_follower(layer) else PRODUCES if axis == "out" else CONSUMES
+        size, kind = channels_of(layer, axis), type(layer).__name__
+        made.append(Member(name, kind, order[name], role, axis, size, tuple(indices)))
+    return tuple(made)

@@ -12,8 +12,10 @@ LAYERS = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)
 
 
 def is_depthwise(layer: nn.Module) -> bool:
-    """Whether each input channel of a convolution has output channels of its own."""
-    return isinstance(layer, LAYERS[:-1]) and layer.groups == layer.in_channels > 1
+    """Whether each channel of a convolution has a kernel of its own."""
+    if not isinstance(layer, LAYERS[:-1]):
+        return False
+    return layer.groups == layer.in_channels == layer.out_channels > 1
 
 
 def is_follower(layer: nn.Module) -> bool:

@@ -1,121 +1,122 @@
-"""What takes the place of layers in a branch that lost all its channels.
+"""Channels removed by name, and what was removed or folded compared with what was there."""
 
-A layer without outputs becomes `Nothing`, one without inputs `Constant`: its output is its bias,
-and a batch norm after it makes of that beta + gamma (b - mean) / sqrt(var + eps). What is left of
-a residual branch is that constant, and no multiplication.
-"""
-
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from operator import index
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from prunestudy.errors import require
-from prunestudy.shrink.fold import require_net
-from prunestudy.shrink.trace import TRANSPOSED
+from prunestudy.errors import require, require_one_of
+from prunestudy.shrink.compare import Gated, apart
+from prunestudy.shrink.fold import fold
+from prunestudy.shrink.groups import PRODUCES, Group, signal_remains
+from prunestudy.shrink.narrow import Narrow, require_whole
+from prunestudy.shrink.proof import groups_of
+from prunestudy.shrink.runs import drawn, outputs_of
+from prunestudy.shrink.trace import trace
+from prunestudy.values import inputs
 
-Geometry = Mapping[str, Sequence[int]] | str | None
-_NUMBERS = ("kernel_size", "stride", "padding", "dilation", "output_padding")
+Inputs = Tensor | tuple[Tensor, ...]
 
 
-class Nothing(nn.Module):
-    """In place of a layer all of whose outputs were removed: no channel, at the layer's size.
+def remove(model: nn.Module, keep: Mapping[str, Sequence[int]], example: Inputs) -> nn.Module:
+    """Return a copy of `model` in which the layers that `keep` names have only those channels.
 
-    Maps (batch, any, *places) to (batch, 0, *places of the layer's output). `geometry` as in
-    `geometry_of`; None for a layer that keeps the places (batch norm), "linear" for a linear one.
+    `keep` maps a layer's name (a convolution or linear layer) to its output channels that stay;
+    all other layers stay whole, but those that share or read these channels follow. `example` is
+    an input batch, or a tuple of them. The copy computes what `model` does with the weights at zero
+    that read the removed channels; it is trainable as `model` is. Raises `InputError` for a layer
+    or channel that does not exist or cannot go, and as `groups`.
     """
+    require_whole(model)
+    traced = trace(model, example)
+    found = groups_of(traced)
+    require(isinstance(keep, Mapping), "keep", keep, "channels by the name of their layer")
+    kept = _kept(found, {name: _numbers(name, channels) for name, channels in keep.items()})
+    for group, stay in zip(found, kept, strict=True):
+        norm = next((m.layer for m in group.members if m.kind == "LayerNorm"), None)
+        why = f"its statistics are of all channels, those of {group.name!r} cannot go"
+        require(norm is None or len(stay) == group.channels, "module", norm, why)
+    emptied = [group for group, stay in zip(found, kept, strict=True) if not len(stay)]
+    names = ", ".join(group.name for group in emptied)
+    possible = all(g.skippable for g in emptied) and signal_remains(traced, emptied)
+    require(possible or not emptied, "keep", names, "without these no signal is left")
+    small, learns = remove_groups(model, found, kept, example), {}
+    for name, parameter in model.named_parameters():
+        name = name.replace("parametrizations.", "").partition(".original")[0]  # noqa: PLW2901
+        learns[name] = parameter.requires_grad
+    modes = {name: module.training for name, module in model.named_modules()}
+    for name, module in small.named_modules():
+        module.training = modes.get(name, model.training)
+    for name, parameter in small.named_parameters():
+        parameter.requires_grad_(learns.get(name, True))
+    return small
 
-    def __init__(self, geometry: Geometry) -> None:
-        super().__init__()
-        _require_geometry(geometry)
-        self.geometry = geometry
 
-    def forward(self, x: Tensor) -> Tensor:
-        """An empty tensor; see the class."""
-        return x.new_zeros(_output_shape(x, self.geometry, 0))
+def remove_groups(
+    model: nn.Module, groups: Sequence[Group], kept: Sequence[Tensor], example: Inputs
+) -> nn.Module:
+    """Return `narrow(model, groups, kept)`, compared with the gated net; raise `InputError`.
 
-    def extra_repr(self) -> str:
-        """What `print` shows of it."""
-        return f"{self.geometry}"
-
-
-class Constant(nn.Module):
-    """In place of a layer all of whose inputs were removed: a bias (channels,), or zero.
-
-    Maps (batch, any, *places) to (batch, channels, *places of the layer's output).
+    They are compared in eval mode, and in training mode where that gives one answer.
     """
-
-    def __init__(self, channels: int, geometry: Geometry, bias: bool = True) -> None:
-        super().__init__()
-        _require_geometry(geometry)
-        if type(channels) is not int or channels < 1:
-            raise ValueError(f"channels = {channels!r}: at least 1")
-        self.channels, self.geometry = channels, geometry
-        self.bias = nn.Parameter(torch.zeros(channels)) if bias else None
-
-    def reset_parameters(self) -> None:
-        """Set the bias to zero."""
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The constant at every place; see the class."""
-        shape = _output_shape(x, self.geometry, self.channels)
-        if self.bias is None:
-            return x.new_zeros(shape)
-        places = 0 if self.geometry == "linear" else len(shape) - 2
-        values = self.bias.view(-1, *[1] * places).expand(shape)
-        return values.clone()  # what follows may work in place
-
-    def extra_repr(self) -> str:
-        """What `print` shows of it."""
-        return f"{self.channels}, bias={self.bias is not None}, {self.geometry}"
+    plain = fold(model)
+    small = Narrow(plain, groups)(kept)
+    batch = drawn(inputs(example), plain.double())
+    gap = Gated(plain, groups, batch).gap(fold(small).double(), kept)
+    require(not gap, "model", type(model).__name__, f"the smaller net differs: {gap}")
+    return small
 
 
-def require_whole(model: nn.Module) -> None:
-    """Raise `InputError` for a net with a branch that was removed: its constant cannot be cut."""
-    require_net(model)
-    for name, module in model.named_modules():
-        gone = isinstance(module, Constant | Nothing)
-        require(not gone, "module", name, "a branch was removed here, no more can be")
+def folded(model: nn.Module, example: Inputs) -> nn.Module:
+    """Return `fold(model)`, compared with `model` in eval mode; `InputError` if they differ."""
+    plain = fold(model)
+    batch, modes = drawn(inputs(example), plain), [(m, m.training) for m in model.modules()]
+    try:
+        with torch.no_grad():
+            gap = apart(outputs_of(model.eval(), batch), outputs_of(plain, batch))
+    finally:
+        for module, training in modes:
+            module.training = training
+    require(not gap, "model", type(model).__name__, f"cannot be folded: {gap}")
+    return plain
 
 
-def geometry_of(layer: nn.Module) -> Geometry:
-    """How the places of the output of `layer` follow from those of its input, as plain values."""
-    if isinstance(layer, nn.Linear):
-        return "linear"
-    if not hasattr(layer, "kernel_size"):
-        return None
-    values = {name: getattr(layer, name) for name in _NUMBERS}
-    if isinstance(values["padding"], str):
-        if values["padding"] == "same":
-            return None
-        values["padding"] = (0,) * len(layer.kernel_size)
-    numbers = {name: list(value) for name, value in values.items()}
-    return numbers | {"transposed": [int(isinstance(layer, TRANSPOSED))]}
+def _numbers(layer: str, channels: Any) -> set[int]:
+    """The channels as plain numbers; `InputError` for others and for a mask."""
+    numbers = channels.tolist() if hasattr(channels, "tolist") else channels
+    numbers = list(numbers) if isinstance(numbers, Iterable) else [None]
+    right = not any(isinstance(i, bool) or not hasattr(i, "__index__") for i in numbers)
+    require(right, f"keep[{layer!r}]", channels, "numbers of channels")
+    return {index(i) for i in numbers}
 
 
-def _output_shape(x: Tensor, geometry: Geometry, channels: int) -> list[int]:
-    if geometry == "linear":
-        return [*x.shape[:-1], channels]
-    places = list(x.shape[2:])
-    if geometry is not None:
-        rows = zip(*(geometry[name] for name in _NUMBERS), strict=True)
-        back = geometry["transposed"][0]
-        places = [_after(n, *row, back) for n, row in zip(places, rows, strict=True)]
-    return [x.shape[0], channels, *places]  # not len: ONNX keeps the batch open
-
-
-def _after(n: int, k: int, stride: int, pad: int, dilation: int, more: int, transposed: int) -> int:
-    """Places behind a convolution on `n` places."""
-    reach = dilation * (k - 1)
-    if transposed:
-        return (n - 1) * stride - 2 * pad + reach + more + 1
-    return (n + 2 * pad - reach - 1) // stride + 1
-
-
-def _require_geometry(geometry: Geometry) -> None:
-    names = {*_NUMBERS, "transposed"}
-    right = isinstance(geometry, dict) and set(geometry) == names
-    if not (right or geometry in (None, "linear")):
-        raise ValueError(f"geometry = {geometry!r}: what geometry_of gives")
+def _kept(groups: Sequence[Group], keep: Mapping[str, set[int]]) -> list[Tensor]:
+    """The channels kept of each group, from those kept of layers."""
+    sizes: dict[str, int] = {}
+    places: dict[str, dict[int, tuple[int, int]]] = {}  # by layer: group and channel of each place
+    for number, group in enumerate(groups):
+        for m in group.having(PRODUCES):
+            sizes[m.layer] = m.size
+            here = {i: (number, c) for c, each in enumerate(m.indices) for i in each}
+            places.setdefault(m.layer, {}).update(here)
+    kept = {number: set(range(group.channels)) for number, group in enumerate(groups)}
+    said: dict[int, str] = {}
+    for layer, channels in keep.items():
+        require_one_of("keep", layer, places)
+        named, all_, shown = f"keep[{layer!r}]", set(range(sizes[layer])), sorted(channels)
+        require(channels <= all_, named, shown, f"channels of 0..{sizes[layer] - 1}")
+        gone, owner = all_ - channels, places[layer]
+        fixed = sorted(gone - set(owner))
+        require(not fixed, named, shown, f"channels {fixed} must stay, others need them")
+        lost = {owner[i] for i in gone}
+        half = sorted(i for i in channels if owner.get(i) in lost)
+        require(not half, named, shown, f"channels {half} go with others that are gone")
+        for number in {number for number, _ in owner.values()}:
+            stay = {c for n, c in set(owner.values()) - lost if n == number}
+            other = said.setdefault(number, layer)
+            why = f"other channels than {other!r}, which is of the same group"
+            require(other == layer or kept[number] == stay, named, shown, why)
+            kept[number] = stay
+    return [torch.tensor(sorted(stay), dtype=torch.long) for stay in kept.values()]

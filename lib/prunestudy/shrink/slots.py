@@ -3,6 +3,7 @@
 import math
 from collections import defaultdict
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,57 +15,28 @@ from torch_pruning import ops
 from torch_pruning._helpers import _HybridIndex
 from torch_pruning.dependency import index_mapping
 
-from prunestudy.errors import require
 from prunestudy.shrink.layers import channels_of, is_depthwise, is_follower
 
 Slot = tuple[str, str, int]  # layer, side ("in" or "out"), channel number there
 
 
 class Graph(torch_pruning.DependencyGraph):
-    """A dependency graph that leaves reshapes alone until all else is known."""
+    """A dependency graph that maps the channels of reshapes last, once all else is known."""
 
     _2d_4d = property(lambda self: "done" in vars(self), lambda *_: None)
 
     def build_dependency(self, *arguments: Any, **options: Any) -> "Graph":
-        """Build it as torch-pruning does, reshapes last."""
+        """Build it as torch-pruning does, but for reshapes."""
         super().build_dependency(*arguments, **options)
         self.done = True
         for node in self.module2node.values():
-            _map_reshape(self, node)
+            if isinstance(node.module, ops._ReshapeOp):
+                _map_reshape(self, node)
         return self
-
-
-def classes_of(
-    graph: Graph, images: list, outputs: list, fixed: list, layers: dict[str, nn.Module]
-) -> list[list[Slot]]:
-    """Classes of the slots of `layers` that can only go together, as far as they may go.
-
-    The channels of the nodes `images` and `outputs` stay, and those of what is `fixed`:
-    parameters of the net's own, embeddings, attention, recurrent layers.
-    """
-    return _Channels(graph, images, outputs, fixed, layers).classes()
-
-
-class _Interleaved:
-    """Index mapping of a flatten whose channels lie on the last axis: channel c at c, c + n, ..."""
-
-    def __init__(self, channels: int, times: int, reverse: bool) -> None:
-        self.channels, self.times, self.reverse = channels, times, reverse
-
-    def __call__(self, pairs: list) -> list:
-        if self.reverse:
-            return [_HybridIndex(idx=p.idx % self.channels, root_idx=p.root_idx) for p in pairs]
-        return [
-            _HybridIndex(idx=p.idx + self.channels * k, root_idx=p.root_idx)
-            for p in pairs
-            for k in range(self.times)
-        ]
 
 
 def _map_reshape(graph: Any, node: Any) -> None:
     """Say which channels a reshape makes of which, for inputs of any rank."""
-    if not isinstance(node.module, ops._ReshapeOp):
-        return
     with suppress(ArithmeticError):  # of sizes it does not understand; the proof will find out
         index_mapping.update_reshape_index_mapping(graph, node)
     size = tuple(getattr(node.grad_fn, "_saved_self_sym_sizes", ()))
@@ -74,14 +46,27 @@ def _map_reshape(graph: Any, node: Any) -> None:
         if len(size) > 2 and isinstance(flat, index_mapping._FlattenIndexMapping):
             total, times = math.prod(size[1:]), flat._stride
             if size[-1] * times == total != size[1] * times:
-                edge.index_mapping[0] = _Interleaved(size[-1], times, flat.reverse)
+                edge.index_mapping[0] = partial(_interleaved, size[-1], times, flat.reverse)
 
 
-class _Channels:
+def _interleaved(channels: int, times: int, reverse: bool, pairs: list) -> list:
+    """The index map of a flatten with channels on the last axis: c at c, c + channels, ..."""
+    if reverse:
+        return [_HybridIndex(idx=p.idx % channels, root_idx=p.root_idx) for p in pairs]
+    return [
+        _HybridIndex(idx=p.idx + channels * k, root_idx=p.root_idx)
+        for p in pairs
+        for k in range(times)
+    ]
+
+
+class Slots:
     """Which slots of a dependency graph depend on each other: each a channel at a node's side.
 
-    torch-pruning's own groups keep one root where several channels meet in one slot (unflatten),
-    so its edges and index maps are followed here, each slot once.
+    The channels of the nodes `images` and `outputs` stay, and those of what is `fixed`: parameters
+    of the net's own, embeddings, attention, recurrent layers. torch-pruning's own groups keep one
+    root where several channels meet in one slot (unflatten), so its edges and index maps are
+    followed here, each slot once.
     """
 
     def __init__(
@@ -96,10 +81,11 @@ class _Channels:
         self.ties: list[tuple[np.ndarray, np.ndarray]] = []
         for node in [*images, *(node for node in self.name_of if self._produces(node))]:
             self._follow(node)
-        self._tie_groups()
+        for node in self.name_of:
+            self._tie_groups(node)
 
     def classes(self) -> list[list[Slot]]:
-        """See `classes_of`; each has a producer among its layers."""
+        """Classes of the layers' slots that can only go together; each has a producer."""
         if not self.ties:
             return []
         label = dict(zip(self.seen, self._labels(), strict=True))
@@ -112,9 +98,11 @@ class _Channels:
                 found[int(labels[i])].append((self.name_of[node], side, int(i)))
                 if side == "out" and self._produces(node):
                     made.add(int(labels[i]))
-        return [slots for number, slots in found.items() if number in made - kept]
+        made -= kept
+        return [slots for number, slots in found.items() if number in made]
 
     def _follow(self, node: Any) -> None:
+        """Tie what depends on the outputs of `node`, and so on."""
         waiting = [(node, "out", self._new(node, "out", np.arange(self._size(node, "out"))))]
         while waiting:
             node, side, here = waiting.pop()
@@ -147,19 +135,15 @@ class _Channels:
         graph = coo_array((np.ones(len(a), bool), (a, b)), (size, size))
         return connected_components(graph, directed=False)[1].reshape(-1, self.most)
 
-    def _tie_groups(self) -> None:
+    def _tie_groups(self, node: Any) -> None:
         """The groups of a grouped convolution must stay of one size: tie the same place of all."""
-        for node, name in self.name_of.items():
-            groups = getattr(node.module, "groups", 1)
-            if is_depthwise(node.module):
-                why = "cannot be traced: a depth-wise convolution that multiplies its channels"
-                require(node.module.out_channels == groups, "module", name, why)
-            elif groups > 1:
-                for side in ("in", "out"):
-                    channels = np.arange(self._size(node, side))
-                    first = channels % (len(channels) // groups)
-                    self._new(node, side, channels)
-                    self._join((node, side), (node, side), first, channels)
+        groups = getattr(node.module, "groups", 1)
+        if groups > 1 and not is_depthwise(node.module):
+            for side in ("in", "out"):
+                channels = np.arange(self._size(node, side))
+                first = channels % (len(channels) // groups)
+                self._new(node, side, channels)
+                self._join((node, side), (node, side), first, channels)
 
     def _side(self, function: Any) -> str:
         return "out" if self.graph.is_out_channel_pruning_fn(function) else "in"

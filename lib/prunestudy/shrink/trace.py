@@ -1,7 +1,7 @@
 """A net's channels and how they depend on each other, read off torch-pruning's graph.
 
-The graph comes from autograd: it knows modules, concatenations, splits and reshapes, and takes
-every other operation to keep channel c at place c. Where that is wrong, `proof` finds out.
+The graph comes from autograd: it knows modules, concatenations, splits and reshapes, and assumes
+that every other operation keeps channel c at place c. Where that is wrong, `proof` finds out.
 """
 
 from dataclasses import dataclass
@@ -12,49 +12,29 @@ from torch import Tensor, nn
 
 from prunestudy.errors import require
 from prunestudy.shrink.fold import fold, require_untied
-from prunestudy.shrink.layers import (
-    FOLLOWERS,
-    LAYERS,
-    TRANSPOSED,
-    channels_of,
-    is_depthwise,
-    is_follower,
-    is_layer,
-    is_one_node,
-)
-from prunestudy.shrink.slots import Graph, Slot, classes_of
-from prunestudy.shrink.survey import (
+from prunestudy.shrink.layers import FOLLOWERS, LAYERS, channels_of, is_layer, is_one_node
+from prunestudy.shrink.runs import (
     Watch,
     called,
+    drawn,
     fresh,
     one_node_each,
     outputs_of,
-    survey,
     watching,
 )
+from prunestudy.shrink.slots import Graph, Slot, Slots
 from prunestudy.values import inputs
-
-__all__ = [
-    "LAYERS",
-    "TRANSPOSED",
-    "Slot",
-    "Trace",
-    "channels_of",
-    "is_depthwise",
-    "is_follower",
-    "trace",
-]
 
 
 @dataclass(frozen=True)
 class Trace:
-    """What forward passes of a net say about its channels.
+    """What a forward pass of a net says about its channels.
 
     `channels`: classes of slots that can only go together, none of the input's or output's.
     `layers`: those that ran, by name, in order of execution, of `net`.
     `edges`: for each node of the graph, by number, those that it feeds; `inputs`, `outputs` and
-    `node_of` (by the layer's name) say which number is what. `net`: the model folded, in float64,
-    with random parameters; `example`: random inputs for it, a batch of two.
+    `node_of` (by the layer's name) are such numbers. `net`: the model folded, in float64, with
+    random parameters; `example`: random inputs for it, a batch of two.
     """
 
     channels: list[list[Slot]]
@@ -68,36 +48,31 @@ class Trace:
 
 
 def trace(model: nn.Module, example: Tensor | tuple[Tensor, ...]) -> Trace:
-    """Trace `model`, folded, on inputs as those of `example`: a batch, or a tuple of them.
+    """Trace `model`, folded, on inputs as `example`: a batch, or a tuple of them.
 
-    Raises `InputError` naming the module if a pass fails there, for tied weights, and for layers
-    that run without a gradient or not at all.
+    Raises `InputError` naming the module if a pass fails there, for tied weights, for a net that
+    reads values of its input, and for layers that run without a gradient or not at all.
     """
     given = inputs(example)
     require_untied(model)
     # In channels_last some operations go by other names.
     plain = fresh(fold(model).to(memory_format=torch.contiguous_format)).requires_grad_(True)
+    batch = drawn(given, plain)
     with torch.enable_grad():
-        batch, last = survey(plain, given)
-    probe = _Probe(plain, batch, last)
-    graph, outputs, watch, opaque = _build(probe, batch)
-    _refuse_lost(plain, graph, watch)
-    layers = {
-        name: module
-        for name, module in watch.order.items()
-        if is_layer(module) and module in graph.module2node
-    }
+        probe = _Probe(plain, batch, last=_first_pass(plain, batch))
+        graph, outputs, watch, opaque = _build(probe, batch)
+    _require_all(plain, graph, watch)
+    layers = {n: m for n, m in watch.order.items() if is_layer(m) and m in graph.module2node}
     number = {node: i for i, node in enumerate(graph.module2node.values())}
     images = [graph.module2node[m] for m in probe.images if m in graph.module2node]
-    # what reads integers, or their one-hot codes, begins a path as well
+    # A layer that reads integers, or their one-hot codes, begins a path as well.
     begin = (nn.Embedding, *LAYERS)
     sources = [n for n in number if isinstance(n.module, begin) and not n.inputs]
-    fixed = [
-        node for node in number if node.grad_fn in opaque and node.module not in layers.values()
-    ]
-    fixed += [node for node in number if isinstance(node.module, nn.Parameter)]
+    own = set(layers.values())
+    fixed = [n for n in number if n.grad_fn in opaque and n.module not in own]
+    fixed += [n for n in number if isinstance(n.module, nn.Parameter)]
     return Trace(
-        channels=classes_of(graph, images, outputs, fixed, layers),
+        channels=Slots(graph, images, outputs, fixed, layers).classes(),
         layers=layers,
         edges={number[node]: [number[after] for after in node.outputs] for node in number},
         node_of={name: number[graph.module2node[layer]] for name, layer in layers.items()},
@@ -106,6 +81,22 @@ def trace(model: nn.Module, example: Tensor | tuple[Tensor, ...]) -> Trace:
         net=plain.requires_grad_(False).double(),
         example=tuple(x.double() if x.is_floating_point() else x for x in batch),
     )
+
+
+def _first_pass(net: nn.Module, batch: tuple[Tensor, ...]) -> bool:
+    """Whether the channels of the inputs lie on their last axis; runs `net` on `batch`.
+
+    Raises `InputError` naming the module where the net fails or reads values of a tensor.
+    """
+    fails = f"cannot be traced on {[tuple(x.shape) for x in batch]}"
+    with watching(net, fails) as watch:
+        found = outputs_of(net, batch, strict=True)
+    finite = any(bool(t.isfinite().any()) for t in found)
+    require(finite, "module", called(""), "cannot be traced: on random inputs nothing is finite")
+    weighted = (m for m in watch.order.values() if getattr(m, "weight", None) is not None)
+    first = next(weighted, None)
+    linear = isinstance(first, nn.Linear | nn.LayerNorm)
+    return linear and any(x.dim() > 2 and x.shape[-1] == channels_of(first, "in") for x in batch)
 
 
 class _Probe(nn.Module):
@@ -132,17 +123,14 @@ def _build(probe: _Probe, batch: tuple[Tensor, ...]) -> tuple[Any, list, Watch, 
     graph, found = Graph(), []
 
     def run(net: nn.Module, batch: tuple[Tensor, ...]) -> list[Tensor]:
-        outputs = outputs_of(net, batch)
-        found.extend(t for t in outputs if t.requires_grad)
+        found.extend(t for t in outputs_of(net, batch) if t.requires_grad)
         culprit = called(watch.cut or "")
         require(bool(found), "module", culprit, "cannot be traced: no gradient passes through it")
         return found
 
-    fails = "cannot be traced"
     with (
-        torch.enable_grad(),
         one_node_each(probe, set(probe.images)) as nodes,
-        watching(probe.net, fails) as watch,
+        watching(probe.net, "cannot be traced") as watch,
     ):
         graph.build_dependency(probe, batch, forward_fn=run, verbose=False)
     ends = {t.grad_fn for t in found}
@@ -150,17 +138,12 @@ def _build(probe: _Probe, batch: tuple[Tensor, ...]) -> tuple[Any, list, Watch, 
     return graph, outputs, watch, nodes
 
 
-def _refuse_lost(net: nn.Module, graph: Any, watch: Watch) -> None:
-    inner = {
-        child
-        for module in net.modules()
-        if is_one_node(module)
-        for child in module.modules()
-        if child is not module
-    }
+def _require_all(net: nn.Module, graph: Any, watch: Watch) -> None:
+    """Raise `InputError` for a layer that is not in the graph, unless it is part of another."""
+    inner = {child for m in net.modules() if is_one_node(m) for child in list(m.modules())[1:]}
     for name, module in net.named_modules():
-        if isinstance(module, (*LAYERS, *FOLLOWERS)) and module not in {*graph.module2node, *inner}:
-            ran = name in watch.order
-            why = "no gradient passes through it" if ran else "the output does not depend on it"
-            culprit = called((watch.cut or name) if ran else name)
-            require(False, "module", culprit, f"cannot be traced: {why}")
+        lost = isinstance(module, (*LAYERS, *FOLLOWERS)) and module not in graph.module2node
+        ran = name in watch.order
+        why = "no gradient passes through it" if ran else "the output does not depend on it"
+        culprit = called((watch.cut or name) if ran else name)
+        require(not lost or module in inner, "module", culprit, f"cannot be traced: {why}")

@@ -1,12 +1,11 @@
 """Dependency groups to look at: a numbered list, and a drawing."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 from prunestudy.shrink.groups import CONSUMES, FOLLOWS, PRODUCES, Group, Member
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 _MARKS = {
     PRODUCES: ("o", "#0173b2"),
@@ -20,10 +19,8 @@ def describe(groups: Sequence[Group]) -> str:
     return "\n".join(line for i, group in enumerate(groups, 1) for line in _lines(i, group))
 
 
-def draw(groups: Sequence[Group]) -> "Figure":
+def draw(groups: Sequence[Group]) -> Figure:
     """One row a group, one column a layer in order of execution; a mark where they meet."""
-    import matplotlib.pyplot as plt  # late: it takes half a second
-
     layers = sorted({(m.order, m.layer) for group in groups for m in group.members})
     column = {layer: x for x, (_, layer) in enumerate(layers)}
     size = (max(5.0, 2.5 + 0.22 * len(layers)), 1.6 + 0.28 * len(groups))

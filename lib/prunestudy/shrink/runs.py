@@ -1,0 +1,202 @@
+"""Forward passes of a net on random numbers: what ran, and where it failed."""
+
+import math
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from prunestudy.errors import InputError
+from prunestudy.shrink.layers import is_one_node
+
+_READS = set(
+    """__array__ __bool__ __complex__ __float__ __index__ __int__ allclose argwhere equal
+    is_nonzero item masked_select nonzero numpy tolist unique unique_consecutive""".split()
+)
+
+
+def tensors_of(tree: Any) -> list[Tensor]:
+    """All tensors of nested tuples, lists and dicts."""
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+@dataclass
+class Watch:
+    """`order`: the modules that ran, by name; `stack`: those at work.
+
+    `cut`: the first whose output has no gradient.
+    """
+
+    order: dict[str, nn.Module] = field(default_factory=dict)
+    stack: list[str] = field(default_factory=list)
+    cut: str | None = None
+
+    def leave(self, module: nn.Module, output: Any) -> None:
+        """Called after each forward pass of `module`."""
+        name, tensors = self.stack.pop(), tensors_of(output)
+        self.order.setdefault(name, module)
+        if self.cut is None and tensors and not any(t.requires_grad for t in tensors):
+            self.cut = name
+
+
+@contextmanager
+def watching(net: nn.Module, failed: str) -> Iterator[Watch]:
+    """Watch the modules of `net`; any exception becomes `InputError`.
+
+    Its line names the innermost module at work, says that it `failed` and why.
+    """
+    watch, handles = Watch(), []
+    for name, module in net.named_modules():
+        enter = lambda _, __, name=name: watch.stack.append(name)  # noqa: E731
+        handles.append(module.register_forward_pre_hook(enter))
+        handles.append(module.register_forward_hook(lambda m, _, out: watch.leave(m, out)))
+    try:
+        yield watch
+    except InputError:
+        raise
+    except Exception as error:
+        name = called(watch.stack[-1] if watch.stack else "")
+        raise InputError(f"module = {name!r}: {failed}: {first_line(error)}") from error
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Plain(TorchFunctionMode):
+    """Dropout does nothing; with `strict`, only values of the `known` tensors may be read."""
+
+    def __init__(self, strict: bool, known: set[int]) -> None:
+        super().__init__()
+        self.strict, self.known = strict, known
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None):
+        name = getattr(func, "__name__", "")
+        if "dropout" in name:
+            return args[0]
+        if self.strict and name in _READS:
+            read = [t for t in args if isinstance(t, Tensor)]
+            if any(t.untyped_storage().data_ptr() not in self.known for t in read):
+                raise RuntimeError("what it does depends on the values of its input")
+        return func(*args, **(kwargs or {}))
+
+
+def outputs_of(
+    net: nn.Module, batch: tuple[Tensor, ...], strict: bool = False, seed: int = 0
+) -> list[Tensor]:
+    """All tensors that `net` returns for `batch`, without dropout, seeded.
+
+    With `strict` the net may not read values of tensors other than its own.
+    """
+    known = {t.untyped_storage().data_ptr() for t in net.state_dict().values()} if strict else set()
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype_of(net))
+    try:
+        with torch.random.fork_rng(devices=[]), _Plain(strict, known):
+            torch.manual_seed(seed)
+            return tensors_of(net(*(x.clone() for x in batch)))
+    finally:
+        torch.set_default_dtype(usual)
+
+
+def dtype_of(net: nn.Module) -> torch.dtype:
+    """The precision of the first floating-point tensor of `net`."""
+    kinds = (t.dtype for t in net.state_dict().values() if t.is_floating_point())
+    return next(kinds, torch.get_default_dtype())
+
+
+def fresh(net: nn.Module) -> nn.Module:
+    """Give `net` random parameters and batch-norm statistics, in place; return it.
+
+    Each eps is at least 0.1, so that rounding errors stay small in training mode.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for module in net.modules():
+        if isinstance(getattr(module, "eps", None), float):
+            module.eps = max(module.eps, 0.1)
+    for name, tensor in (*net.named_parameters(), *net.named_buffers()):
+        last, own = name.rpartition(".")[2], isinstance(tensor, nn.Parameter)
+        if not tensor.is_floating_point():
+            continue
+        values = torch.randn(tensor.shape, generator=generator)
+        if last == "running_mean" or (own and "bias" in last):
+            tensor.data.copy_(0.3 * values)
+        elif last == "running_var" or (own and tensor.dim() < 2):
+            tensor.data.copy_(0.5 + values.abs())
+        elif own:
+            tensor.data.copy_(values * math.sqrt(2 / max(tensor[0].numel(), 1)))
+    return net
+
+
+def drawn(example: tuple[Tensor, ...], net: nn.Module) -> tuple[Tensor, ...]:
+    """Batches of two as `example`, on the device and in the precision of `net`.
+
+    Random numbers in 0-1, most of them small; integers and booleans are those of `example`.
+    """
+    generator = torch.Generator().manual_seed(0)
+    device = next((t.device for t in net.state_dict().values()), torch.device("cpu"))
+    made = []
+    for x in example:
+        new = torch.cat([x.detach(), x.detach()])[:2]
+        if x.is_floating_point():
+            new = torch.rand(new.shape, generator=generator, dtype=torch.float64).pow(4)
+            new = new.to(dtype_of(net))
+        made.append(new.to(device))
+    return tuple(made)
+
+
+class _Node(torch.autograd.Function):
+    """A call of a module as one node of autograd's graph, whatever operations it is made of."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Callable, anchor: Tensor, *tensors: Tensor) -> Any:  # noqa: ARG004
+        return call(tensors)
+
+
+@contextmanager
+def one_node_each(net: nn.Module, copies: Collection[nn.Module]) -> Iterator[set]:
+    """Make a call of each layer one node of autograd's graph; gives the set of these nodes.
+
+    Layers in `copies` only copy their input.
+    """
+    nodes, anchor = set(), torch.zeros((), requires_grad=True)
+    changed = [m for m in net.modules() if is_one_node(m)]
+
+    def wrapped(before: Callable) -> Callable:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            result = []
+
+            def call(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+                given = iter(tensors)
+                inner, named = tree_map_only(Tensor, lambda _: next(given), (args, kwargs))
+                result.append(before(*inner, **named))
+                return tuple(tensors_of(result[0]))
+
+            made = iter(_Node.apply(call, anchor, *tensors_of((args, kwargs))))
+            out = tree_map_only(Tensor, lambda _: next(made), result[0])
+            nodes.update(t.grad_fn for t in tensors_of(out))
+            return out
+
+        return forward
+
+    for module in changed:
+        module.forward = wrapped(Tensor.clone if module in copies else module.forward)
+    try:
+        yield nodes
+    finally:
+        for module in changed:
+            del module.forward
+
+
+def called(name: str) -> str:
+    """The name of a module as errors give it."""
+    return name or "the net itself"
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an exception's text, or its class."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
