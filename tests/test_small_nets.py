@@ -11,7 +11,7 @@ from functools import cache
 import pytest
 import torch
 import torchvision
-from conftest import apart, narrowed, pairs_of
+from conftest import apart, narrowed
 from torch import nn
 
 from prunestudy import measure, models, shrink

@@ -22,7 +22,7 @@ from prunestudy.errors import require
 from prunestudy.measure.forward import Example, evaluating, inputs_for, run
 from prunestudy.shrink import CsrLinear, fold
 from prunestudy.shrink.fold import is_plain
-from prunestudy.shrink.layers import LAYERS, TRANSPOSED
+from prunestudy.shrink.layers import LAYERS
 
 
 def parameters(model: nn.Module) -> int:
