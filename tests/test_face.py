@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import prunestudy as ps
+from prunestudy import measure
 
 README = Path(__file__).parents[1] / "README.md"
 METHODS = {
@@ -212,14 +213,15 @@ def test_several_inputs_and_a_regression(name, form):
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("hook", [nn.utils.weight_norm, nn.utils.spectral_norm])
-def test_a_weight_made_by_a_hook_is_folded_or_refused(hook):
+def test_a_weight_made_by_a_hook_is_refused_and_folding_the_net_helps(hook):
     net = MyNet()
     hook(net.body)
     recipe = ps.Recipe(epochs=0, lr=0.1)
-    assert ps.prune(net, ps.GroupL2(target=0.4), loader(), recipe).model.body.out_channels < 16
-    for method in (ps.GDP(target=0.4), ps.SparseGates(target=0.4)):
+    for kind in (ps.GDP, ps.SparseGates, ps.GroupL2):
         with pytest.raises(ps.InputError, match=r"^module = 'body': its weight is made"):
-            ps.prune(net, method, loader(), recipe)
+            ps.prune(net, kind(target=0.4), loader(), recipe)
+        result = ps.prune(ps.fold(net).requires_grad_(), kind(target=0.4), loader(), recipe)
+        assert measure.nonzeros(result.model) < measure.nonzeros(net)
 
 
 def test_a_method_prunes_one_net():

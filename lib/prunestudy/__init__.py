@@ -26,7 +26,7 @@ __version__ = version("prunestudy")
 # The public face; torch is imported with the first name that is asked for.
 _PLACES = {
     "errors": "InputError",
-    "shrink": "Group export groups load remove save",
+    "shrink": "Group export fold groups load remove save",
     "measure": "Metrics",
     "methods": "At Context Method",
     "methods.sparse_gates": "SparseGates",

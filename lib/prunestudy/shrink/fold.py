@@ -53,7 +53,7 @@ def require_ordinary(model: nn.Module) -> None:
     require_untied(model)
     for name, module in model.named_modules():
         plain = not _is_rewritten(module)
-        require(plain, "module", name, "its weight is made of others: fold the net first")
+        require(plain, "module", name, "its weight is made of others: take fold(net).requires_grad_()")
 
 
 def require_untied(model: nn.Module) -> None:
