@@ -257,8 +257,6 @@ def scale_consumers(model: nn.Module, channels: Channels, gates: nn.Module) -> N
     consumers = {m.layer for group in channels.groups for m in group.having(CONSUMES)}
     for name in sorted(consumers, key=list(channels.traced.layers).index):
         layer = model.get_submodule(name)
-        own = "weight" in layer._parameters or parametrize.is_parametrized(layer, "weight")
-        require(own, "module", name, "its weight is made by a hook: take fold(net).requires_grad_()")
         numbers = channels.numbers(name, "in").to(layer.weight.device)
         made = _Scaled(gates, numbers, channels.size, layer)
         parametrize.register_parametrization(layer, "weight", made)

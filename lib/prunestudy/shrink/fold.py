@@ -52,8 +52,8 @@ def require_ordinary(model: nn.Module) -> None:
     """
     require_untied(model)
     for name, module in model.named_modules():
-        plain = not _is_rewritten(module)
-        require(plain, "module", name, "its weight is made of others: take fold(net).requires_grad_()")
+        made = "its weight is made of others: take fold(net).requires_grad_()"
+        require(not _is_rewritten(module), "module", name, made)
 
 
 def require_untied(model: nn.Module) -> None:
