@@ -70,22 +70,6 @@ def test_ranks_of_the_card_fit_the_nets_that_we_have(method, derived):
             assert speed_up == pytest.approx(derived, abs=0.01)
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"ranks": (1, 2, 3)}, "differ in length"),
-        ({"cpu": (1.0,)}, "differ in length"),
-        ({"ranks": (21, 1)}, "above the full one"),
-        ({"ranks": (0, 1)}, "above the full one"),
-        ({"rank": (1, 1)}, "extra inputs"),
-    ],
-)
-def test_a_table_of_ranks_that_cannot_be_is_refused(change, words):
-    lenet = next(t for t in papers.card("force").ranks if t.model == "lenet5")
-    with pytest.raises(ValueError, match="(?i)" + words):
-        papers.PublishedRanks(**(lenet.model_dump() | change))
-
-
 def test_a_layer_that_does_not_exist_is_refused_before_a_run_starts():
     for params, words in (
         ({"params.layers": "conv9"}, "layers = 'conv9'"),

@@ -31,7 +31,6 @@ from prunestudy.shrink import (
     ranks_by_macs,
     ranks_by_share,
     reduce_rank,
-    require_ordinary,
 )
 from prunestudy.shrink.factors import (
     Layer,
@@ -81,7 +80,6 @@ class LowRank(Method):
 
     def check(self, model: nn.Module) -> None:
         """Refuse patterns that name no layer of `model`, and layers that factors cannot replace."""
-        require_ordinary(model)
         require_factorisable(model, self.layers_of(model))
 
     def attach(self, model: nn.Module, context: Context) -> None:
