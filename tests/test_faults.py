@@ -47,7 +47,7 @@ methods/gdp.py test_gdp.py test_gate_and_its_slope_by_hand
     square = t.square() => square = t
 methods/gdp.py test_gdp.py test_soft_threshold_by_hand
     t.abs() - self.steering => t.abs() + self.steering
-methods/gdp.py test_gdp.py test_soft_threshold_by_hand
+methods/gdp.py test_gdp.py test_paces
     falls = self.gate_lr * self.rate => falls = self.gate_lr
 methods/gdp.py test_gdp.py test_at_the_floor_of_eps_what_is_missing_is_closed
     if late: => if False:
@@ -76,7 +76,7 @@ shrink/factors.py test_factors.py test_the_theory_column_of_the_alexnet_table
 shrink/factors.py test_factors.py test_at_full_rank_a_linear_layer_equals_its_factors
     return left, size[..., None] * right => return left, right
 shrink/factors.py test_factors.py test_narrowing_a_pair_keeps_what_its_basis_keeps
-    (mixture).double() @ weight_matrix(inner[1]).double() => (inner[1]).double() @ mixture
+    (mixture).double() @ weight_matrix(inner[1]) => (inner[1]).double() @ weight_matrix(mixture)
 shrink/factors.py test_factors.py test_groups_share_a_rank_and_never_mix
     getattr(layer, "groups", 1) => 1
 methods/search.py test_component_aware.py test_positions_are_even_ranks
@@ -105,13 +105,13 @@ shrink/narrow.py test_channels.py test_the_finished_net and batch_norm-dtype0 an
     indices[gone[number]] => indices[gone[number].flip(0)]
 shrink/narrow.py test_channels.py test_the_finished_net and batch_norm-dtype0 and l1_filter
     (axis == "in" and name != "weight") => False
-shrink/narrow.py test_remove.py test_an_emptied_block_leaves_its_constant
+shrink/narrow.py test_remove.py test_a_branch_without_inputs_leaves_its_bias
     new.bias = bias => pass
 shrink/remove.py test_remove.py test_places_behind_a_layer_that_is_gone
     2 * pad - reach - 1) => 2 * pad - reach)
 shrink/csr.py test_shrink.py test_csr_equals_dense and lenet300
     pointers[1:] = => pointers[:-1] =
-shrink/files.py test_files.py test_weights_are_compressed_rows
+shrink/files.py test_files.py test_dense_or_rows_is_decided_by_bytes
     torch.zeros(shape, dtype=values.dtype) => torch.ones(shape, dtype=values.dtype)
 measure/cost.py test_measure.py test_counts_by_hand
     None if place == _BIAS.get(op) else value => value
@@ -178,7 +178,7 @@ def _run(lib: Path, files: list[str], chosen: str, said: Path) -> None:
         os.dup2(file.fileno(), 2)
     sys.path.insert(0, str(lib))
     sys.dont_write_bytecode = True
-    options = ["-qx", "-p", "no:cacheprovider", "-p", "no:xdist", "--durations=0"]
+    options = ["-qx", "-p", "no:cacheprovider", "-p", "no:xdist"]
     options += [f"--basetemp={lib.with_name('temporary')}", "-k", chosen]
     sys.exit(pytest.main([*options, *(str(Path(__file__).with_name(name)) for name in files)]))
 
@@ -189,7 +189,9 @@ def test_the_tests_pass_on_the_code_as_it_is(clean):
     assert code == 0, said
 
 
-@pytest.mark.parametrize(("file", "test", "chosen", "old", "new"), _EACH)
+@pytest.mark.parametrize(
+    ("file", "test", "chosen", "old", "new"), _EACH, ids=[each[0] for each in _EACH]
+)
 def test_a_fault_is_found(file, test, chosen, old, new, clean, tmp_path):
     lib = shutil.copytree(clean, tmp_path / "lib")
     path = lib / "prunestudy" / file
