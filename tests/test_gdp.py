@@ -200,6 +200,11 @@ def test_paces():
     for pace, rate in (("equal", 69 / 5), ("by_share", 1)):
         method = prepared(copy.deepcopy(net), {"pace": pace})
         assert method.rate.tolist() == pytest.approx([1] * 3 + [rate] * 5)
+        method.steering.start(torch.tensor(1.0))
+        method.after_step(method.at(1, 100, LOSS))
+        g = 1 / 1.1  # so that the shares are (64 + 5 g) / 217 and (3 g + 2) / 217
+        falls = [0.05 * (64 + 5 * g) / 217] * 3 + [0.05 * rate * (3 * g + 2) / 217] * 5
+        assert (1 - method.gates.t).tolist() == pytest.approx(falls, rel=1e-4)
 
 
 @pytest.mark.parametrize(("step", "eps"), [(1, 0.1 * 1e-3**0.02), (25, 0.1**2.5), (61, 1e-4)])

@@ -66,6 +66,24 @@ def test_the_constant_by_hand():
         torch.testing.assert_close(block(x), expected)
 
 
+class Biased(nn.Module):
+    """A residual branch of two layers with a bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return x + self.second(self.first(x).relu())
+
+
+def test_a_branch_without_inputs_leaves_its_bias():
+    net, x = nn.Sequential(nn.Linear(2, 3), Biased(), nn.Linear(3, 2)), torch.ones(5, 2)
+    small = shrink.remove(net, {"1.first": []}, x)
+    with torch.no_grad():
+        torch.testing.assert_close(small(x), net[2](net[0](x) + net[1].second.bias))
+
+
 @pytest.mark.parametrize(
     ("layer", "x"),
     [
