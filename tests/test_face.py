@@ -224,6 +224,15 @@ def test_a_weight_made_by_a_hook_is_refused_and_folding_the_net_helps(hook):
         assert measure.nonzeros(result.model) < measure.nonzeros(net)
 
 
+def test_a_target_out_of_reach_is_said_in_the_report():
+    result = ps.prune(MyNet(), ps.GroupL2(target=0.999), loader(), ps.Recipe(epochs=0, lr=0.1))
+    removed = 1 - measure.macs(result.model, X) / measure.macs(MyNet(), X)
+    assert f"target not met: {removed:.4f} of MACs removed, no more can be" in result.report()
+
+
+X = torch.zeros(1, 1, 8, 8)
+
+
 def test_a_method_prunes_one_net():
     method, recipe = ps.Dpf(target=0.5), ps.Recipe(epochs=1, lr=0.1)
     ps.prune(MyNet(), method, loader(), recipe)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from prunestudy import measure, shrink
 from prunestudy.measure.forward import device_of
-from prunestudy.methods.base import Method, moved
+from prunestudy.methods.base import TARGETS, Method, moved
 from prunestudy.methods.probes import Probe
 
 
@@ -49,6 +49,10 @@ class Result:
         dense, small, target = self.dense, self.model, self.method.target
         aim = f", target {target:g} of {self.method.of}" if target else ""
         yield f"{self.method.title}{aim}: {self.status} in {self.seconds:.1f} s"
+        found = self.method.report()
+        if found.get("target_met") == 0:
+            share = f"{found['removed']:.4f} of {TARGETS[self.method.of]}"
+            yield f"target not met: {share} removed, no more can be"
         after, weights = dict(small.named_modules()), measure.prunable_weights(dense)
         width = max(len(name) for name, _ in weights)
         for name, weight in weights:
