@@ -107,7 +107,7 @@ shrink/narrow.py test_channels.py test_the_finished_net and batch_norm-dtype0 an
     (axis == "in" and name != "weight") => False
 shrink/narrow.py test_remove.py test_a_branch_without_inputs_leaves_its_bias
     new.bias = bias => pass
-shrink/remove.py test_remove.py test_places_behind_a_layer_that_is_gone
+shrink/narrow.py test_remove.py test_places_behind_a_layer_that_is_gone
     2 * pad - reach - 1) => 2 * pad - reach)
 shrink/csr.py test_shrink.py test_csr_equals_dense and lenet300
     pointers[1:] = => pointers[:-1] =

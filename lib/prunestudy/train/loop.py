@@ -74,7 +74,9 @@ class Loop:
         self.diverged = False
         self.optimizers: list[torch.optim.Optimizer] = []
         self._sum = torch.zeros((), dtype=torch.float64, device=self.device)
-        self._count, self._saved, self._save_seconds = 0, 0.0, 0.0
+        self._count, self._saved = 0, 0.0
+        # Until the first checkpoint tells: weights and two moments at 200 MB a second.
+        self._save_seconds = 3 * sum(p.nbytes for p in model.parameters()) / 2e8
         method.attach(model, context)
         method.to(self.device)
         self.probe.attach(method, model, context)
@@ -84,9 +86,10 @@ class Loop:
     ) -> Iterator[dict[str, Any] | None]:
         """Make a step at each `next`, to the end or to a loss that is not finite.
 
-        Gives the epoch's row of the history after its last step, else None. With a `checkpoint`
-        path the state of `run` is saved every `every` seconds, or less often where that would take
-        more than 2% of the time (0: after each step). Time between two calls does not count.
+        Gives the epoch's row of the history after its last step and validation, else None. With a
+        `checkpoint` path the state of `run` is saved at ends of epochs and after each `every`
+        seconds, less often where that would take more than 2% of the time (0: after each step);
+        time that passes between two calls counts for nothing.
         """
         while self.state.step < self.total:
             epoch, first = divmod(self.state.step, self.train.steps)
@@ -106,7 +109,7 @@ class Loop:
             if self.diverged:
                 return
             self.state.history.append(row)
-            self._clock(since, checkpoint, every, run)
+            self._clock(since, checkpoint, every, run, ends=True)
             yield row
         if not self.total:
             self.state.history = [self._end_epoch(-1)]
@@ -204,11 +207,13 @@ class Loop:
         self._count = 0
         return row
 
-    def _clock(self, since: float, checkpoint: Path | None, every: float, run: str) -> None:
-        """Count the time spent, and save what is due."""
+    def _clock(
+        self, since: float, checkpoint: Path | None, every: float, run: str, *, ends: bool = False
+    ) -> None:
+        """Count the time spent, and save what is due; where an epoch `ends`, sooner."""
         state, now = self.state, time.perf_counter()
         state.seconds += now - since
-        due = max(every, self._save_seconds / _MOST_SAVING) if every else 0.0
+        due = max(0.0 if ends else every, self._save_seconds / _MOST_SAVING) if every else 0.0
         if checkpoint and state.seconds - self._saved >= due:
             write_checkpoint(checkpoint, run, self._to_save())
             self._saved, self._save_seconds = state.seconds, time.perf_counter() - now
