@@ -7,6 +7,7 @@ and a channel of one group may cost twenty times one of another.
 
 import copy
 import math
+from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
@@ -105,7 +106,7 @@ class Point(NamedTuple):
     shortfall: float
 
 
-class Search(Method):
+class Search(Method, ABC):
     """Prunes once, in `attach`, what `solve` finds; a resumed run finds the same again.
 
     `importance` of the channels within a group, its gradients over `taylor_batches`; `most`:
@@ -126,9 +127,9 @@ class Search(Method):
     protect: list[str] = []
     refuse: bool = True
 
+    @abstractmethod
     def solve(self) -> tuple[list[float], Point]:
         """Set an `order`; return one number per group, and the point there."""
-        raise NotImplementedError
 
     def stays(self, group: ComponentGroup) -> bool:
         """Whether no channel of `group` may go."""
