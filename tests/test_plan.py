@@ -81,62 +81,7 @@ def test_a_rule_can_be_narrowed(card_file, narrowed, targets):
     assert [c.target.value for c in found] == targets
 
 
-def test_a_margin_may_differ_by_data_set():
-    rule = papers.Rule(method="a", at_least={"mnist": -0.1, "other": -0.5})
-    assert (rule.margin("mnist"), rule.margin("digits")) == (-0.1, -0.5)
-    assert papers.Rule(method="a", at_least=0.3).margin("mnist") == 0.3
-
-
 # --- what a card says once
-
-
-def test_defaults_sets_rows_and_readings_are_written_out(card_file):
-    head, _ = CARD.split("    [profiles.quick]")
-    text = head.replace('against = ["random"]', 'against = ["chance", "chance, fine-tuned", "l1"]')
-    card_file(
-        text
-        + """
-    [sets]
-    chance = ["random", { method = "random", variant = "rows", params = { seed = 1 } }]
-    few = [{ set = "chance", seeds = 2, params = { more = 2 } }, "dense"]
-
-    [profiles.quick]
-    time = "a second"
-    model = "lenet300"
-    start = { epochs = 4 }
-    recipe = { epochs = 2, lr = 0.05 }
-    seeds = 3
-
-    [[profiles.quick.experiments]]
-    recipe = { lr = 0.1 }
-    methods = ["few", "l1"]
-    targets = [0.5]
-    columns = ["name", "dataset", "start"]
-    rows = [["one", "digits"], ["two", "mnist", { epochs = 0, lr = 0.2 }]]
-    [profiles.quick.experiments.readings.l1]
-    "slow" = { ramp = 0.5 }
-    """
-    )
-    card = papers.card("toy")
-    assert card.claims[0].tests[0].against == (
-        "random",
-        "random, rows",
-        "random, fine-tuned",
-        "random, rows, fine-tuned",
-        "l1",
-    )
-    one, two = card.profiles["quick"].experiments
-    assert (one.name, one.dataset, one.model, one.seeds) == ("one", "digits", "lenet300", 3)
-    assert (one.recipe, one.start) == (Recipe(epochs=2, lr=0.1), Recipe(epochs=4, lr=0.1))
-    # a start that trains nothing takes nothing over
-    assert (two.dataset, two.start) == ("mnist", Recipe(epochs=0, lr=0.2))
-    assert [(e.method, e.variant, e.seeds, e.params) for e in one.methods] == [
-        ("random", "", 2, {"more": 2}),
-        ("random", "rows", 2, {"seed": 1, "more": 2}),
-        ("dense", "", None, {}),
-        ("l1", "", None, {}),
-        ("l1", "slow", None, {"ramp": 0.5}),
-    ]
 
 
 @pytest.mark.parametrize(("paper", "profile"), PROFILES)

@@ -11,6 +11,7 @@ ones it is exactly what the small net costs.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import accumulate
@@ -208,14 +209,14 @@ class _Tables(NamedTuple):
     constant: Tensor
 
 
-class Channelled(Method):
+class Channelled(Method, ABC):
     """A method that removes some of its `channels`, and keeps those that are `open`."""
 
     counts = ("macs", "parameters")
 
+    @abstractmethod
     def open(self) -> Tensor:
         """Which channels are open (N,), on the CPU."""
-        raise NotImplementedError
 
     def log(self) -> dict[str, float]:
         """The share of the MACs or parameters left with the open channels."""
