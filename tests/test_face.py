@@ -224,6 +224,11 @@ def test_a_weight_made_by_a_hook_is_refused_and_folding_the_net_helps(hook):
         assert measure.nonzeros(result.model) < measure.nonzeros(net)
 
 
+def test_only_nets_are_folded():
+    with pytest.raises(ps.InputError, match=r"^model = 'int': a torch module$"):
+        ps.fold(3)
+
+
 def test_a_target_out_of_reach_is_said_in_the_report():
     result = ps.prune(MyNet(), ps.GroupL2(target=0.999), loader(), ps.Recipe(epochs=0, lr=0.1))
     removed = 1 - measure.macs(result.model, X) / measure.macs(MyNet(), X)

@@ -19,6 +19,7 @@ def fold(model: nn.Module) -> nn.Module:
     random gates take their value at test time. Hooks of `nn.utils.prune`, `weight_norm` and
     `spectral_norm` are folded as well. `model` is left untouched.
     """
+    require(isinstance(model, nn.Module), "model", type(model).__name__, "a torch module")
     plain = copied(model).eval()
     for module in list(plain.modules()):
         if parametrize.is_parametrized(module):
