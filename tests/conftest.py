@@ -256,11 +256,16 @@ def one_line(caught):
     return text
 
 
-def refused(call, *words):
-    """`call` raises one line that has these words in it."""
+def refusal(call):
+    """The one line that `call` is refused with."""
     with pytest.raises(InputError) as caught:
         call()
-    text = one_line(caught)
+    return one_line(caught)
+
+
+def refused(call, *words):
+    """`call` raises one line that has these words in it."""
+    text = refusal(call)
     assert all(word in text for word in words), text
 
 
