@@ -71,7 +71,9 @@ NASTY = "x'; touch OWNED; echo 'y \"$(touch OWNED)\" `touch OWNED` {b} a: #1 % \
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
+    """Here and in every process that a test starts: more would fight for the cores."""
     torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture
