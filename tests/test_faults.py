@@ -161,7 +161,7 @@ def outcome(lib, files, chosen):
     said = lib.with_name("said")
     run = _FORK.Process(target=_run, args=(lib, files, chosen, said))
     run.start()
-    run.join(timeout=300)
+    run.join(timeout=900)
     run.kill()
     return run.exitcode, said.read_text()
 
