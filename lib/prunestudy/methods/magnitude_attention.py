@@ -73,7 +73,8 @@ class MagnitudeAttention(Masked):
 
     Shares are of all steps. `scope`: which layers, see `layers_in`; `ramp`: e_t; `period`: steps
     between masks; `norm`: what n is; `exploitation`: whether the mask freezes, at `exploit_from`
-    (None: at the end of `ramp`); `passes`: where A is used; `differentiate`: through A, too.
+    (None: at the end of `ramp`); `passes`: where A is used; `differentiate`: through A, too;
+    `normalise`: divide gradients by `rate`, so that alphas are compared at one effective rate.
     """
 
     name, title = "magnitude_attention", "magnitude attention (ours)"
@@ -86,6 +87,7 @@ class MagnitudeAttention(Masked):
     exploit_from: Annotated[float, Field(gt=0)] | None = None
     passes: Literal["both", "forward", "backward"] = "both"
     differentiate: bool = False
+    normalise: bool = False
 
     def __init__(self, target: float | None = None, of: str | None = None, **settings: Any) -> None:
         super().__init__(target, of, **settings)
@@ -121,10 +123,28 @@ class MagnitudeAttention(Masked):
         """Whether exploitation has begun."""
         return not self.masks[0].feedback
 
-    def after_backward(self, at: At) -> None:  # noqa: ARG002
-        """Remember the weights as they are when exploitation begins, or is resumed."""
+    def after_backward(self, at: At) -> None:
+        """Match the rate; remember weights as they are when exploitation begins, or is resumed."""
+        super().after_backward(at)
+        if self.normalise:
+            rate = self.rate()
+            for weight in self.weights:
+                if weight.grad is not None:
+                    weight.grad.div_(rate)
         if self.frozen and not self.frozen_weights:
             self.frozen_weights = [weight.detach().clone() for weight in self.weights]
+
+    @torch.no_grad()
+    def rate(self) -> Tensor:
+        """How much further than without attention a step moves the kept W~, on average (0-d).
+
+        A step of W is scaled by A, and moves W~ by its derivative (1 + alpha) A, n being constant.
+        """
+        forward, backward = self.passes != "backward", self.passes != "forward"
+        factor = (1 + self.alpha) ** (forward + self.differentiate)
+        pairs = list(zip(self.masks, self.weights, strict=True))
+        moved = sum((m.mask * m.attention(w) ** (forward + backward)).sum() for m, w in pairs)
+        return factor * moved / sum(m.mask.sum() for m, _ in pairs)
 
     @torch.no_grad()
     def after_step(self, at: At) -> None:  # noqa: ARG002

@@ -50,6 +50,7 @@ class Masked(Method):
         self.names = [f"{name}.weight".lstrip(".") for name in layers]
         self.weights = [layer.weight for layer in layers.values()]
         self.masks = [self.mask_for(weight) for weight in self.weights]
+        self.start = mean_size(self.weights)
         for layer, mask in zip(layers.values(), self.masks, strict=True):
             parametrize.register_parametrization(layer, "weight", mask)
 
@@ -88,6 +89,10 @@ class Masked(Method):
     def log(self) -> dict[str, float]:
         """The share of weights that is kept."""
         return {"kept": self.kept()}
+
+    def report(self) -> dict[str, float]:
+        """`grew`: mean |w| of the stored weights, cut ones too, over that at the start."""
+        return {"grew": mean_size(self.weights) / self.start}
 
 
 class Mask(nn.Module):
@@ -165,6 +170,13 @@ def layers_in(model: nn.Module, scope: Scope) -> dict[str, nn.Module]:
     found = layers if scope == "all" else convolutions
     require(bool(found), "scope", scope, f"{kind} has no convolution: all, auto")
     return found
+
+
+@torch.no_grad()
+def mean_size(weights: list[Tensor]) -> float:
+    """The mean |w| over all `weights`; on the host."""
+    total = sum(weight.abs().sum(dtype=torch.float64) for weight in weights)
+    return (total / sum(weight.numel() for weight in weights)).item()
 
 
 def kept_count(total: int, target: float) -> int:

@@ -45,7 +45,7 @@ class Trail(Probe):
     steps in which cut weights were updated.
     """
 
-    noted = tuple("step explored moved_at told threshold changes parts last moved masks".split())
+    noted = ("step", "explored", "moved_at", "changes", "parts", "last", "moved", "masks")
 
     def attach(self, method: Method, model: Any, context: Context) -> None:
         """Look at weights and masks; count the layers' MACs, for the cost of training."""
@@ -55,8 +55,7 @@ class Trail(Probe):
         self.last = [weight.detach().clone() for weight in method.weights]
         self.moved = [torch.zeros_like(weight) for weight in self.last]
         self.masks = [each.mask.clone() for each in method.masks]
-        self.step = self.explored = self.moved_at = self.told = 0
-        self.threshold = 0.0
+        self.step = self.explored = self.moved_at = 0
         self.changes: list[tuple[int, list[int], list[int]]] = []
         self.parts: list[tuple[list[float], list[float]]] = []
 
@@ -79,17 +78,12 @@ class Trail(Probe):
             self._note()
         self._close()
 
-    @torch.no_grad()
     def _note(self) -> None:
-        cut, returned, lowest = [], [], []
-        triples = zip(self.method.weights, self.masks, self.method.masks, strict=True)
-        for weight, before, each in triples:
-            lowest.append(torch.where(each.mask == 1, weight.abs(), torch.inf).min())
-            cut.append(int((before > each.mask).sum()))
-            returned.append(int((before < each.mask).sum()))
-            before.copy_(each.mask)
-        self.threshold = torch.stack(lowest).min().item()
+        pairs = [(was, each.mask) for was, each in zip(self.masks, self.method.masks, strict=True)]
+        cut = [int((was > mask).sum()) for was, mask in pairs]
+        returned = [int((was < mask).sum()) for was, mask in pairs]
         self.changes.append((self.step, cut, returned))
+        self.masks = [mask.clone() for _, mask in pairs]
 
     @torch.no_grad()
     def _move(self) -> None:
@@ -106,33 +100,24 @@ class Trail(Probe):
         for moved in self.moved:
             moved.zero_()
 
-    def row(self) -> dict[str, float]:
-        """The smallest |w| that the last mask kept; weights cut and returned in this epoch."""
-        new, self.told = self.changes[self.told :], len(self.changes)
-        cut, returned = (sum(sum(change[i]) for change in new) for i in (1, 2))
-        return {"threshold": self.threshold, "cut": cut, "returned": returned}
-
     def measures(self) -> dict[str, Any]:
         """What the trail comes to.
 
-        `scope_weights`, `scope_sparsity`: of the layers that are pruned. `returns`: how often a
-        weight came back, on average. `surviving`: share of all movement that fell on weights kept
-        in the end, in all and by part of the training. `layer_focus`: density of the layer in
-        which a movement falls, over the net's (1: updates do not prefer dense layers).
+        `returns`: how often a weight came back, on average. `surviving`: share of all movement
+        that fell on weights kept in the end, in all and by part of the training. `layer_focus`:
+        density of the layer in which a movement falls, over the net's (1: updates do not prefer
+        dense layers). `train_cost`: see `_train_cost`.
         """
         total = self.sizes.sum()
         kept = np.array([int(mask.count_nonzero()) for mask in self.masks])
-        density, overall = kept / self.sizes, kept.sum() / total
         movement = np.array(self.parts)  # (parts, all or kept, layers)
         every, surviving = movement.sum(0)
         parts = zip(("explore", "exploit"), movement.sum(2), strict=False)
         found = {
-            "scope_weights": int(total),
-            "scope_sparsity": float(1 - overall),
-            "returns": sum(sum(returned) for _, _, returned in self.changes) / int(total),
+            "returns": sum(sum(returned) for *_, returned in self.changes) / int(total),
             "surviving": _share(surviving.sum(), every.sum()),
             **{f"surviving_{part}": _share(kept, moved) for part, (moved, kept) in parts},
-            "layer_focus": _share(every @ density, every.sum() * overall),
+            "layer_focus": _share(every @ (kept / self.sizes), every.sum() * (kept.sum() / total)),
         }
         return found | ({"train_cost": self._train_cost()} if self.step else {})
 
@@ -163,13 +148,16 @@ class Trail(Probe):
 
         `trail_step` (rows,), `trail_cut`, `trail_returned` (rows, layers), `trail_size` (layers,).
         """
-        count, width = len(self.changes), len(self.sizes)
-        groups = np.array_split(np.arange(count), max(1, min(count, _MOST // width)))
-        rows = [[self.changes[i] for i in group] for group in groups if len(group)]
-        found = {"trail_step": [row[-1][0] for row in rows], "trail_size": self.sizes}
-        for i, name in ((1, "trail_cut"), (2, "trail_returned")):
-            found[name] = np.reshape([np.sum([c[i] for c in row], 0) for row in rows], (-1, width))
-        return {name: np.array(values, np.int32) for name, values in found.items()}
+        columns = zip(*self.changes, strict=True)
+        step, cut, returned = (np.array(column, np.int32) for column in columns)
+        every = -(-len(step) // max(1, _MOST // len(self.sizes)))
+        first = np.arange(0, len(step), every)
+        return {
+            "trail_step": step[np.minimum(first + every, len(step)) - 1],
+            "trail_size": self.sizes.astype(np.int32),
+            "trail_cut": np.add.reduceat(cut, first, dtype=np.int32),
+            "trail_returned": np.add.reduceat(returned, first, dtype=np.int32),
+        }
 
 
 class Attentions(Trail):
@@ -183,9 +171,9 @@ class Attentions(Trail):
         self.histograms = [self._histogram()]
 
     def row(self) -> dict[str, float]:
-        """The trail's columns; counts the attention."""
+        """No column; counts the attention."""
         self.histograms.append(self._histogram())
-        return super().row()
+        return {}
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The trail; `attention` (epochs + 1, 2, 80): how often A takes each value."""
