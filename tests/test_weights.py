@@ -431,3 +431,33 @@ def test_dpf_updates_cut_weights_and_takes_them_back():
     original(model).data[0, 1] = -10.0
     method.cut(0.5)
     assert model.weight.tolist() == [[0, -10], [0, 16]]
+
+
+def test_bounded_feedback_clips_at_the_kept_gradients_of_the_layer():
+    for bounded, cut in ((False, [-30, 30]), (True, [-2, 2])):
+        model = layer([1.0, -4.0], [9.0, 16.0])
+        method = attached("dpf", model, bounded=bounded)
+        method.cut(0.5)
+        y = model(torch.tensor([[1.0, -1.0]], dtype=torch.float64))
+        (0.5 * (y - torch.tensor([[30.0, -9.0]])) ** 2).sum().backward()
+        method.after_backward(at(phase="explore"))
+        # the kept row's gradient is (2, -2)
+        assert original(model).grad.tolist() == [cut, [2, -2]]
+
+
+def test_batch_norm_multiplies_the_gradient_of_a_filter_that_is_wholly_cut():
+    """By about 1 / sqrt(eps) = 316; bounded, its weights move as those of other filters do."""
+    x = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
+    for bounded in (False, True):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(8, 4, bias=False), nn.BatchNorm1d(4))
+        with torch.no_grad():
+            net[0].weight[0] *= 0.01
+        method = attached("dpf", net, 0.25, bounded=bounded)
+        method.cut(0.25)
+        assert method.masks[0].mask.sum(1).tolist() == [0, 8, 8, 8]
+        (net(x) @ torch.ones(4)).square().mean().backward()
+        method.after_backward(at(phase="explore"))
+        sizes = original(net[0]).grad.square().mean(1).sqrt()
+        factor = sizes[0] / sizes[1:].max()
+        assert factor <= 1 if bounded else factor > 100

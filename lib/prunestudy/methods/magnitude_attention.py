@@ -74,7 +74,8 @@ class MagnitudeAttention(Masked):
     Shares are of all steps. `scope`: which layers, see `layers_in`; `ramp`: e_t; `period`: steps
     between masks; `norm`: what n is; `exploitation`: whether the mask freezes, at `exploit_from`
     (None: at the end of `ramp`); `passes`: where A is used; `differentiate`: through A, too;
-    `normalise`: divide gradients by `rate`, so that alphas are compared at one effective rate.
+    `normalise`: divide gradients by `rate`, so that alphas are compared at one effective rate;
+    `bounded`: cut weights' gradients are clipped, see `Masked.bound`.
     """
 
     name, title = "magnitude_attention", "magnitude attention (ours)"
@@ -88,6 +89,7 @@ class MagnitudeAttention(Masked):
     passes: Literal["both", "forward", "backward"] = "both"
     differentiate: bool = False
     normalise: bool = False
+    bounded: bool = False
 
     def __init__(self, target: float | None = None, of: str | None = None, **settings: Any) -> None:
         super().__init__(target, of, **settings)
@@ -123,9 +125,10 @@ class MagnitudeAttention(Masked):
         """Whether exploitation has begun."""
         return not self.masks[0].feedback
 
-    def after_backward(self, at: At) -> None:
-        """Match the rate; remember weights as they are when exploitation begins, or is resumed."""
-        super().after_backward(at)
+    def after_backward(self, at: At) -> None:  # noqa: ARG002
+        """Bound the feedback; match rates; remember weights as exploitation begins or resumes."""
+        if self.bounded:
+            self.bound()
         if self.normalise:
             rate = self.rate()
             for weight in self.weights:

@@ -75,6 +75,21 @@ class Masked(Method):
         if at.total_step - self.masked_at.item() >= period:
             self.cut(cubic_sparsity(self.target, at.total_step / end), at.total_step)
 
+    @torch.no_grad()
+    def bound(self) -> None:
+        """Clip the gradient of cut weights at the root mean square of the layer's kept weights'.
+
+        A filter that is wholly cut puts out a constant, which batch norm divides by sqrt(eps): the
+        gradient of its weights is hundreds of times that of others. They grow past the threshold
+        at once and push the rest of the net out of the mask, filter after filter.
+        """
+        for weight, each in zip(self.weights, self.masks, strict=True):
+            if (gradient := weight.grad) is not None:
+                squares = (gradient.square() * each.mask).sum() / each.mask.sum().clamp(min=1)
+                most = squares.sqrt()
+                clipped = gradient.clamp(-most, most)
+                gradient.copy_(torch.where(each.mask == 1, gradient, clipped))
+
     def finish(self, model: nn.Module, context: Context) -> nn.Module:
         """Reach the target, if the training was too short to, and fold the masks in."""
         if self.sparsity < self.target:

@@ -162,13 +162,15 @@ class Dpf(Masked):
 
     M is chosen anew every `period` steps, to the end of the training. The sparsity grows by the
     cubic schedule s (1 - (1 - e / e_t)^3) and stays at s. Ours: `ramp`, e_t as a share of all
-    steps, and `scope`, as in the paper that this is the control of (magnitude attention).
+    steps, and `scope`, as in the paper that this is the control of (magnitude attention);
+    `bounded`: cut weights' gradients are clipped, see `Masked.bound`.
     """
 
     name, title = "dpf", "dynamic pruning with feedback"
     scope: Scope = "auto"
     ramp: Annotated[float, Field(gt=0, le=1)] = 0.75
     period: Annotated[int, Field(ge=1)] = 16
+    bounded: bool = False
 
     def phases(self) -> tuple[Phase, ...]:
         """One: the mask never freezes."""
@@ -177,6 +179,11 @@ class Dpf(Masked):
     def mask_for(self, weight: Tensor) -> Mask:
         """A mask that lets the gradient through."""
         return Mask(weight, feedback=True)
+
+    def after_backward(self, at: At) -> None:  # noqa: ARG002
+        """Bound the feedback to cut weights."""
+        if self.bounded:
+            self.bound()
 
     def update(self, at: At) -> None:
         """Choose the mask anew every `period` steps; reach the target at the end."""
