@@ -40,12 +40,11 @@ class Trail(Probe):
     """What a method's masks cut, when, and what came back; and where the training moved weights.
 
     `changes`: the step of each change of the masks, and how many weights of each layer it cut and
-    took back. `parts`: for each part of the training the summed |change| of each layer's weights,
-    sampled every `period` steps, of all of them and of those kept in the end. `explored`: the
-    steps in which cut weights were updated.
+    took back. `moved`: by phase the summed |change| of each weight, sampled every `period` steps.
+    `explored`: the steps in which cut weights were updated.
     """
 
-    noted = ("step", "explored", "moved_at", "changes", "parts", "last", "moved", "masks")
+    noted = ("step", "phase", "explored", "moved_at", "changes", "last", "moved", "masks")
 
     def attach(self, method: Method, model: Any, context: Context) -> None:
         """Look at weights and masks; count the layers' MACs, for the cost of training."""
@@ -53,30 +52,29 @@ class Trail(Probe):
         self.macs = measure.layer_macs(model, context.example)
         self.sizes = np.array([weight.numel() for weight in method.weights])
         self.last = [weight.detach().clone() for weight in method.weights]
-        self.moved = [torch.zeros_like(weight) for weight in self.last]
+        self.moved: dict[str, list[Tensor]] = {}
         self.masks = [each.mask.clone() for each in method.masks]
-        self.step = self.explored = self.moved_at = 0
+        self.step, self.phase, self.explored, self.moved_at = 0, "explore", 0, 0
         self.changes: list[tuple[int, list[int], list[int]]] = []
-        self.parts: list[tuple[list[float], list[float]]] = []
 
     def update(self, at: At) -> None:
         """Note a change of the masks; add the movement every `period` steps."""
-        self.step = at.total_step
-        if self.step - self.moved_at >= self.method.period:
+        self.step, self.phase = at.total_step, at.phase
+        due = self.step - self.moved_at >= self.method.period
+        if due:
             self.moved_at = self.step
+        if due or at.last:
             self._move()
         if self.method.masked_at == self.step:
             self._note()
         if at.phase == "explore":
             self.explored = self.step
-            if at.last and self.step < at.total_steps:
-                self._close()
 
     def finished(self, net: Any) -> None:  # noqa: ARG002
         """Note the masks that the method finished with, and the rest of the movement."""
         if any((a != m.mask).any() for a, m in zip(self.masks, self.method.masks, strict=True)):
             self._note()
-        self._close()
+        self._move()
 
     def _note(self) -> None:
         pairs = [(was, each.mask) for was, each in zip(self.masks, self.method.masks, strict=True)]
@@ -87,18 +85,10 @@ class Trail(Probe):
 
     @torch.no_grad()
     def _move(self) -> None:
-        for moved, last, weight in zip(self.moved, self.last, self.method.weights, strict=True):
-            moved.add_(last.sub_(weight).abs_())
+        moved = self.moved.setdefault(self.phase, [torch.zeros_like(last) for last in self.last])
+        for total, last, weight in zip(moved, self.last, self.method.weights, strict=True):
+            total.add_(last.sub_(weight).abs_())
             last.copy_(weight)
-
-    def _close(self) -> None:
-        self._move()
-        every = [moved.sum(dtype=torch.float64).item() for moved in self.moved]
-        pairs = zip(self.moved, self.masks, strict=True)
-        surviving = [moved[mask == 1].sum(dtype=torch.float64).item() for moved, mask in pairs]
-        self.parts.append((every, surviving))
-        for moved in self.moved:
-            moved.zero_()
 
     def measures(self) -> dict[str, Any]:
         """What the trail comes to.
@@ -110,13 +100,16 @@ class Trail(Probe):
         """
         total = self.sizes.sum()
         kept = np.array([int(mask.count_nonzero()) for mask in self.masks])
-        movement = np.array(self.parts)  # (parts, all or kept, layers)
-        every, surviving = movement.sum(0)
-        parts = zip(("explore", "exploit"), movement.sum(2), strict=False)
+        movement = {}  # by phase: all or kept, layers
+        for phase, moved in self.moved.items():
+            pairs = zip(moved, self.masks, strict=True)
+            sums = [(_sum(each), _sum(each[mask == 1])) for each, mask in pairs]
+            movement[phase] = np.array(sums).T.copy()
+        every, surviving = sum(movement.values())
         found = {
             "returns": sum(sum(returned) for *_, returned in self.changes) / int(total),
             "surviving": _share(surviving.sum(), every.sum()),
-            **{f"surviving_{part}": _share(kept, moved) for part, (moved, kept) in parts},
+            **{f"surviving_{name}": _share(*part.sum(1)[::-1]) for name, part in movement.items()},
             "layer_focus": _share(every @ (kept / self.sizes), every.sum() * (kept.sum() / total)),
         }
         return found | ({"train_cost": self._train_cost()} if self.step else {})
@@ -187,6 +180,10 @@ class Attentions(Trail):
         kept = torch.cat([m.mask.flatten() for _, m in pairs]).cpu() == 1
         every.clamp_(max=_HIGHEST)
         return torch.stack([torch.histc(a, _BINS, 0, _HIGHEST) for a in (every, every[kept])])
+
+
+def _sum(values: Tensor) -> float:
+    return values.sum(dtype=torch.float64).item()
 
 
 def _share(part: float, whole: float) -> float:
