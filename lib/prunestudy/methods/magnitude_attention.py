@@ -18,11 +18,14 @@ exploits; the sparsity grows gradually (paper: abstract). The formulas are our r
 | e_t | `ramp`, a share of all steps; exploitation begins there or at `exploit_from` |
 
 With alpha = 0 and without exploitation this is DPF (weights.py), bit for bit. Only a net-wide n
-lets A rank layers: batch norm cancels a layer's own factor in the forward pass (derived). A maximum
-makes A small, and with it every update (derived). A is a constant in the backward pass;
-differentiating through it as well (Powerpropagation) multiplies all gradients by 1 + alpha when n
-is constant (derived), so it acts as a learning rate: `differentiate`. A weight at exactly 0 would
-stay there, which is why the dense weights are kept.
+lets A rank layers: batch norm cancels a layer's own factor in the forward pass. A is a constant in
+the backward pass; differentiating through it (Powerpropagation) multiplies all gradients by
+1 + alpha: `differentiate`. A weight at exactly 0 would stay there, so the dense ones are kept.
+
+A step moves W~ by (1 + alpha) A^2 times what it would without attention, in the mean over normal
+weights 1.5 at alpha = 0.5 and 3.1 at 1, more once only large ones are kept, and little if n is a
+maximum: alpha is also a learning rate, which `normalise` takes out. Of a layer before batch norm,
+whose gradient goes as 1 / |W~|, the direction turns 1 + alpha times as fast, whatever A. (Derived.)
 
 Unknown in the paper, ours here: the formula of A, n, alpha, the period of the mask, where
 exploitation begins, and that n and the values of cut weights freeze together with M: nothing that
