@@ -175,13 +175,13 @@ def watched(name=CUT, recipe=None, **params):
 
 
 def test_masks_follow_the_cubic_schedule_every_period_until_they_freeze():
-    made, seen = watched(period=5, ramp=0.5, exploit_from=0.7)
-    # 48 steps: the ramp ends after 24, exploration after round(33.6)
+    made, seen = watched(period=5, ramp=0.5)
+    # 48 steps: the ramp and exploration end after 24
     total = len(seen[0][1])
-    kept = [kept_count(total, cubic_sparsity(0.9, 5 * (step // 5) / 24)) for step in range(1, 35)]
-    assert [int(m.sum()) for _, m, *_ in seen[:34]] == kept
-    assert [phase for phase, *_ in seen] == ["explore"] * 34 + ["exploit"] * 14
-    assert made.probe.arrays()["trail_step"].tolist() == [5, 10, 15, 20, 25, 30, 34]
+    kept = [kept_count(total, cubic_sparsity(0.9, 5 * (step // 5) / 24)) for step in range(1, 24)]
+    assert [int(m.sum()) for _, m, *_ in seen[:24]] == [*kept, kept_count(total, 0.9)]
+    assert [phase for phase, *_ in seen] == ["explore"] * 24 + ["exploit"] * 24
+    assert made.probe.arrays()["trail_step"].tolist() == [5, 10, 15, 20, 24]
 
 
 def test_while_exploring_cut_weights_are_updated_and_return_and_n_follows():
@@ -237,17 +237,9 @@ def test_a_weight_of_the_finished_net_is_what_the_attended_net_used():
         assert torch.equal(found, each(weight).detach())
 
 
-@pytest.mark.parametrize(
-    ("params", "said"),
-    [
-        ({"exploit_from": 1.0}, "exploit_from = 1.0: from ramp = 0.75 on and before the last"),
-        ({"exploit_from": 0.5}, "exploit_from = 0.5: from ramp = 0.75 on and before the last"),
-        ({"ramp": 1.0}, "ramp = 1.0: below 1"),
-        ({"exploit_from": 0.8, "exploitation": False}, "exploit_from = 0.8: nothing where"),
-    ],
-)
-def test_settings_that_contradict_each_other_are_refused(params, said):
-    refused(lambda: methods.build(CUT, params, 0.9), said)
+def test_exploitation_needs_an_end_of_the_ramp():
+    refused(lambda: methods.build(CUT, {"ramp": 1.0}, 0.9), "ramp = 1.0: below 1")
+    methods.build(CUT, {"ramp": 1.0, "exploitation": False}, 0.9)
 
 
 # --- the trail

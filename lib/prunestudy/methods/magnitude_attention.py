@@ -15,7 +15,7 @@ exploits; the sparsity grows gradually (paper: abstract). The formulas are our r
 | W | `MagnitudeAttention.weights`, dense, never overwritten by zeros |
 | M | `Attention.mask` |
 | A, n | `Attention.attention`, `Attention.scale` |
-| e_t | `ramp`, a share of all steps; exploitation begins there or at `exploit_from` |
+| e_t | `ramp`, a share of all steps; exploitation begins there |
 
 With alpha = 0 and without exploitation this is DPF (weights.py), bit for bit. Only a net-wide n
 lets A rank layers: batch norm cancels a layer's own factor in the forward pass. A is a constant in
@@ -74,11 +74,11 @@ class Attention(Mask):
 class MagnitudeAttention(Masked):
     """A mask with an attention by magnitude in both passes, which freezes in the last part.
 
-    Shares are of all steps. `scope`: which layers, see `layers_in`; `ramp`: e_t; `period`: steps
-    between masks; `norm`: what n is; `exploitation`: whether the mask freezes, at `exploit_from`
-    (None: at the end of `ramp`); `passes`: where A is used; `differentiate`: through A, too;
-    `normalise`: divide gradients by `rate`, so that alphas are compared at one effective rate;
-    `bounded`: cut weights' gradients are clipped, see `Masked.bound`.
+    `scope`: which layers, see `layers_in`; `ramp`: e_t; `period`: steps between masks; `norm`: what
+    n is; `exploitation`: whether the mask freezes at the end of `ramp`; `passes`: where A is used;
+    `differentiate`: through A, too; `normalise`: divide gradients by `rate`, so that alphas are
+    compared at one effective rate; `bounded`: cut weights' gradients are scaled down,
+    see `Masked.bound`.
     """
 
     name, title = "magnitude_attention", "magnitude attention (ours)"
@@ -88,7 +88,6 @@ class MagnitudeAttention(Masked):
     alpha: Annotated[float, Field(ge=0)] = 0.5
     norm: Literal["network_mean", "network_max", "layer_max"] = "network_mean"
     exploitation: bool = True
-    exploit_from: Annotated[float, Field(gt=0)] | None = None
     passes: Literal["both", "forward", "backward"] = "both"
     differentiate: bool = False
     normalise: bool = False
@@ -96,22 +95,15 @@ class MagnitudeAttention(Masked):
 
     def __init__(self, target: float | None = None, of: str | None = None, **settings: Any) -> None:
         super().__init__(target, of, **settings)
-        ramp, own, name = self.ramp, self.exploit_from, "exploit_from"
-        if not self.exploitation:
-            require(own is None, name, own, "nothing where exploitation is off")
-        elif own is None:
-            require(ramp < 1, "ramp", ramp, "below 1, where exploitation begins then")
-        else:
-            allowed = f"from ramp = {ramp:g} on and before the last epoch (below 1)"
-            require(ramp <= own < 1, name, own, allowed)
-        self.begin = ramp if own is None else own
+        right = self.ramp < 1 or not self.exploitation
+        require(right, "ramp", self.ramp, "below 1, where exploitation begins then")
         self.frozen_weights: list[Tensor] = []
 
     def phases(self) -> tuple[Phase, ...]:
         """Exploration, then exploitation; one learning-rate schedule over both."""
         if not self.exploitation:
             return (Phase("explore"),)
-        return Phase("explore", self.begin), Phase("exploit", 1 - self.begin)
+        return Phase("explore", self.ramp), Phase("exploit", 1 - self.ramp)
 
     def attach(self, model: nn.Module, context: Context) -> None:
         """Put the attention on every weight in the scope."""

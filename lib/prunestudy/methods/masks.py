@@ -77,18 +77,21 @@ class Masked(Method):
 
     @torch.no_grad()
     def bound(self) -> None:
-        """Clip the gradient of cut weights at the root mean square of the layer's kept weights'.
+        """Scale gradients of cut weights down to those of the kept weights of their layer.
 
-        A filter that is wholly cut puts out a constant, which batch norm divides by sqrt(eps): the
-        gradient of its weights is hundreds of times that of others. They grow past the threshold
-        at once and push the rest of the net out of the mask, filter after filter.
+        In each filter (first dimension) their root mean square becomes at most that of all kept
+        weights of the layer. A filter that is wholly cut puts out a constant, which batch norm
+        divides by sqrt(eps): its gradient is hundreds of times that of others. Unbounded, it grows
+        past the threshold at once and pushes other filters out of the mask, which then do the same.
         """
         for weight, each in zip(self.weights, self.masks, strict=True):
             if (gradient := weight.grad) is not None:
-                squares = (gradient.square() * each.mask).sum() / each.mask.sum().clamp(min=1)
-                most = squares.sqrt()
-                clipped = gradient.clamp(-most, most)
-                gradient.copy_(torch.where(each.mask == 1, gradient, clipped))
+                kept, cut, inside = each.mask, 1 - each.mask, tuple(range(1, weight.dim()))
+                squares, counts = gradient.square(), cut.sum(inside, keepdim=True).clamp(min=1)
+                found = (squares * cut).sum(inside, keepdim=True) / counts
+                allowed = (squares * kept).sum() / kept.sum().clamp(min=1)
+                least = torch.finfo(found.dtype).tiny  # no 0 / 0
+                gradient.mul_(kept + cut * (allowed / found.clamp(min=least)).clamp(max=1).sqrt())
 
     def finish(self, model: nn.Module, context: Context) -> nn.Module:
         """Reach the target, if the training was too short to, and fold the masks in."""

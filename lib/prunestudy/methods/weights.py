@@ -123,27 +123,23 @@ class Snip(Masked):
     """The most sensitive connections are kept before any training, then trained.
 
     Lee, Ajanthan, Torr, "SNIP", ICLR 2019. The sensitivity of a connection is |dL / dc| at c = 1
-    of the net with weights c w, |w dL/dw|, L being the task's loss on the first `batches` training
-    batches (the paper: one).
+    of the net with weights c w, |w dL/dw|, L being the task's loss on the first training batch.
     """
 
     name, title = "snip", "SNIP"
-    batches: Annotated[int, Field(ge=1)] = 1
 
     def attach(self, model: nn.Module, context: Context) -> None:
         """Put masks on the weights; measure the sensitivity and cut at once."""
         require(context.loss is not None, "context.loss", None, "SNIP needs the task's loss")
-        # A copy: batch norm must not count these batches.
-        net, batches = copy.deepcopy(model).train(), list(context.batches(self.batches))
-        require(bool(batches), "context.train", "no batch", "batches (x, y)")
+        batch = next(context.batches(1), None)
+        require(batch is not None, "context.train", "no batch", "batches (x, y)")
+        # A copy: batch norm must not count this batch.
+        net, (x, y) = copy.deepcopy(model).train(), batch
         weights = [layer.weight for layer in layers_in(net, self.scope).values()]
-        sums = [torch.zeros_like(weight) for weight in weights]
-        for x, y in batches:
-            loss = context.loss(call(net, x), x, y)
-            gradients = torch.autograd.grad(loss, weights, materialize_grads=True)
-            for total, gradient in zip(sums, gradients, strict=True):
-                total.add_(gradient)
-        self.sensitivity = [(w.detach() * s).abs() for w, s in zip(weights, sums, strict=True)]
+        loss = context.loss(call(net, x), x, y)
+        gradients = torch.autograd.grad(loss, weights, materialize_grads=True)
+        pairs = zip(weights, gradients, strict=True)
+        self.sensitivity = [(w.detach() * g).abs() for w, g in pairs]
         super().attach(model, context)
         self.cut(self.target)
 
@@ -163,7 +159,7 @@ class Dpf(Masked):
     M is chosen anew every `period` steps, to the end of the training. The sparsity grows by the
     cubic schedule s (1 - (1 - e / e_t)^3) and stays at s. Ours: `ramp`, e_t as a share of all
     steps, and `scope`, as in the paper that this is the control of (magnitude attention);
-    `bounded`: cut weights' gradients are clipped, see `Masked.bound`.
+    `bounded`: cut weights' gradients are scaled down, see `Masked.bound`.
     """
 
     name, title = "dpf", "dynamic pruning with feedback"
