@@ -276,7 +276,7 @@ def test_a_trail_by_hand():
     assert arrays["trail_returned"].tolist() == [[0, 0], [1, 0], [0, 1]]
     assert arrays["trail_size"].tolist() == [4, 2]
     # 4 weights for 2 steps, then 2 for 2, 2 for 2 and 1 for 4; one of the second is away for 2
-    assert probe.kept_steps(10).tolist() == [8 + 4 + 4 + 4, 4 + 4 + 2 + 8]
+    assert probe.passes.tolist() == [2 * (8 + 4 + 4 + 4), 2 * (4 + 4 + 2 + 8)]
     # the first row moved by 0.5 and by 1, and neither of its weights was kept
     found = probe.measures()
     assert found["returns"] == 2 / 6

@@ -41,10 +41,12 @@ class Trail(Probe):
 
     `changes`: the step of each change of the masks, and how many weights of each layer it cut and
     took back. `moved`: by phase the summed |change| of each weight, sampled every `period` steps.
-    `explored`: the steps in which cut weights were updated.
+    `passes`: per layer and step, how many of the three passes of a training step (forward,
+    gradients by input and by weights) went over kept weights only, times their number; `whole`: the
+    steps in which the last of them was over all weights, as cut ones were updated, too.
     """
 
-    noted = ("step", "phase", "explored", "moved_at", "changes", "last", "moved", "masks")
+    noted = ("step", "phase", "moved_at", "changes", "passes", "whole", "last", "moved", "masks")
 
     def attach(self, method: Method, model: Any, context: Context) -> None:
         """Look at weights and masks; count the layers' MACs, for the cost of training."""
@@ -54,11 +56,15 @@ class Trail(Probe):
         self.last = [weight.detach().clone() for weight in method.weights]
         self.moved: dict[str, list[Tensor]] = {}
         self.masks = [each.mask.clone() for each in method.masks]
-        self.step, self.phase, self.explored, self.moved_at = 0, "explore", 0, 0
+        self.step, self.phase, self.moved_at = 0, "explore", 0
+        self.passes, self.whole = torch.zeros(len(self.masks), dtype=torch.int64), 0
         self.changes: list[tuple[int, list[int], list[int]]] = []
 
     def update(self, at: At) -> None:
         """Note a change of the masks; add the movement every `period` steps."""
+        done, exploring = at.total_step - self.step, at.phase == "explore"
+        self.passes = self.passes + (2 if exploring else 3) * done * self.kept()
+        self.whole += done * exploring
         self.step, self.phase = at.total_step, at.phase
         due = self.step - self.moved_at >= self.method.period
         if due:
@@ -67,8 +73,10 @@ class Trail(Probe):
             self._move()
         if self.method.masked_at == self.step:
             self._note()
-        if at.phase == "explore":
-            self.explored = self.step
+
+    def kept(self) -> Tensor:
+        """Number of weights of each layer that the masks in force keep (layers,)."""
+        return torch.stack([mask.count_nonzero() for mask in self.masks]).cpu()
 
     def finished(self, net: Any) -> None:  # noqa: ARG002
         """Note the masks that the method finished with, and the rest of the movement."""
@@ -99,7 +107,7 @@ class Trail(Probe):
         dense layers). `train_cost`: see `_train_cost`.
         """
         total = self.sizes.sum()
-        kept = np.array([int(mask.count_nonzero()) for mask in self.masks])
+        kept = self.kept().numpy()
         movement = {}  # by phase: all or kept, layers
         for phase, moved in self.moved.items():
             pairs = zip(moved, self.masks, strict=True)
@@ -117,24 +125,14 @@ class Trail(Probe):
     def _train_cost(self) -> float:
         """Multiplications of the training, as a share of the dense net's, if zeros were skipped.
 
-        Sparse forward pass and gradient by the input; the gradient by the weights is dense while
-        cut weights are updated and sparse after that. Layers outside the scope count as dense.
+        Layers outside the scope count as dense.
         """
-        steps, macs = self.step, dict(self.macs)
+        dense, macs = 3 * self.step, dict(self.macs)
         inside = np.array([macs.pop(name) for name in self.method.names])
-        kept = self.kept_steps(steps)
-        late = kept - self.kept_steps(self.explored)
-        passes = (2 * kept + late) / self.sizes + self.explored
-        dense = 3 * steps * (inside.sum() + sum(macs.values()))
-        return float(1 - (inside @ (3 * steps - passes)) / dense)
-
-    def kept_steps(self, steps: int) -> np.ndarray:
-        """Sum over the steps up to `steps` of each layer's number of kept weights."""
-        kept, found, before = self.sizes, np.zeros_like(self.sizes), 0
-        for step, cut, returned in self.changes:
-            found = found + (step - before) * kept
-            kept, before = kept - cut + returned, step
-        return found + (steps - before) * kept
+        passes = self.passes.numpy() / self.sizes + self.whole
+        return float(
+            1 - (inside @ (dense - passes)) / (dense * (inside.sum() + sum(macs.values())))
+        )
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The trail for figures; rows of a long one cover several changes (their last step).
