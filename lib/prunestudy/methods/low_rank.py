@@ -33,7 +33,6 @@ from prunestudy.shrink import (
     fold,
     rank_at,
     ranks_by_energy,
-    ranks_by_loss,
     ranks_by_macs,
     ranks_by_share,
     reduce_rank,
@@ -147,9 +146,8 @@ class LowRank(Method):
         patterns, kept = tuple(self.factorise.split()), 1 - self.target
         if self.of == "macs":
             macs = measure.layer_macs(model, self._held[1].example)
-            if self.by == "energy":
-                return ranks_by_macs(model, macs, kept, patterns)
-            return ranks_by_loss(model, macs, kept, self._loss(), patterns)
+            loss = self._loss() if self.by == "loss" else None
+            return ranks_by_macs(model, macs, kept, patterns, loss)
         if self.of == "rank":
             return cheaper(model, ranks_by_share(model, kept, patterns))
         return cheaper(model, ranks_by_energy(model, kept, patterns, self.variant))

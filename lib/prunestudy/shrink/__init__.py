@@ -15,7 +15,6 @@ from prunestudy.shrink.ranks import (
     energy_shares,
     rank_at,
     ranks_by_energy,
-    ranks_by_loss,
     ranks_by_macs,
     ranks_by_share,
 )

@@ -4,7 +4,6 @@ Ours: a layer whose factors would cost as many MACs as the layer does stays whol
 """
 
 import math
-from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from itertools import pairwise
 from operator import itemgetter
@@ -50,7 +49,8 @@ def rank_at(layer: Layer, ratio: float, variant: Variant = "pca") -> int:
     require_one_of("variant", variant, ("pca", "svd"))
     if ratio == 1:
         return full_rank(layer)
-    return _rank(layer, energy_shares(layer), ratio if variant == "pca" else ratio**2)
+    shares, least = energy_shares(layer), ratio if variant == "pca" else ratio**2
+    return groups_of(layer) * min(int((shares < least).sum()) + 1, len(shares))
 
 
 def ranks_by_energy(
@@ -72,75 +72,47 @@ def ranks_by_share(
 
 
 def ranks_by_macs(
-    model: nn.Module, macs: Mapping[str, int], share: float, patterns: tuple[str, ...] = ()
-) -> dict[str, int]:
-    """Ranks at which the net needs at most `share` of its MACs, `macs` as by `measure.layer_macs`.
-
-    All layers keep the same share of their energy, the largest that fits the budget. Raises
-    `InputError` for a share outside (0, 1] or below `least_share`.
-    """
-    chosen, budget = _within(model, macs, share, patterns)
-    shares = {name: energy_shares(layer) for name, layer in chosen.items()}
-
-    def at(ratio: float) -> dict[str, int]:
-        return {name: _rank(layer, shares[name], ratio) for name, layer in chosen.items()}
-
-    ratios = sorted({0.0, *torch.cat(list(shares.values())).tolist()})
-    count = bisect_right(ratios, budget, key=lambda ratio: _cost(macs, chosen, at(ratio)))
-    return cheaper(model, at(ratios[max(count, 1) - 1]))
-
-
-def ranks_by_loss(
     model: nn.Module,
     macs: Mapping[str, int],
     share: float,
-    loss: Callable[[nn.Module], float],
     patterns: tuple[str, ...] = (),
+    loss: Callable[[nn.Module], float] | None = None,
 ) -> dict[str, int]:
-    """Ranks in the same budget, shared over the layers by what the net loses (ours).
+    """Ranks at which the net needs at most `share` of its MACs, `macs` as by `measure.layer_macs`.
 
-    `loss(net)` is measured with one layer at a time at a few ranks: the largest that saves MACs,
-    and half the one before down to 1; in between the layer's curve is convex. From the whole net
-    ranks then go down one by one, where the loss rises least per MAC, and up again where the last
-    step leaves room: no rank can be raised within the budget. Raises `InputError` as
-    `ranks_by_macs`.
+    From the whole net ranks go down one by one until the budget is met: of the layer that then
+    keeps the largest share of its energy, so that all keep the same; or (ours) with `loss(net)`,
+    where the loss rises least per MAC, as measured with one layer at a time at a few ranks. Raises
+    `InputError` for a share outside (0, 1] or below `least_share`.
     """
-    chosen, budget = _within(model, macs, share, patterns)
-    trial, steps, cost = fold(model), [], sum(macs.values())
-    base = _measured(trial, loss)
+    _require_share("share", share)
+    chosen, cost = layers_to_factorise(model, patterns), sum(macs.values())
+    least, budget, steps, ranks = least_share(macs, chosen), share * cost, [], {}
+    require(least <= share, "share", share, f"at least {least:.4f}, that of rank 1 everywhere")
+    trial = fold(model)
+    base = _finite(loss(trial)) if loss else 0.0
     for name, layer in chosen.items():
-        whole, groups = macs[f"{name}.weight"], groups_of(layer)
-        unit = round(whole / layer_speed_up(layer, groups))  # MACs of a rank in each group
-        top = max(whole - 1, 0) // max(unit, 1)
-        weight, points, rank = trial.get_submodule(name).weight, [(whole, base)], top
-        while rank:
-            weight.copy_(merged(factorise_layer(layer, rank * groups)))
-            points.append((rank * unit, _measured(trial, loss)))
-            rank //= 2
-        weight.copy_(layer.weight.detach())
-        slopes = _slopes(points)
-        for rank in range(top, 0, -1):
-            rate = next(rate for low, rate in slopes if low <= rank * unit)
-            before, saved = (rank + 1, unit) if rank < top else (0, whole - top * unit)
-            steps.append((rate, name, rank * groups, before * groups, saved))
-    ranks, taken = {}, []
-    for step in sorted(steps, key=itemgetter(0)):
+        whole, unit = _whole_and_unit(macs, name, layer)
+        costs = [*range(unit, whole, unit or 1), whole]
+        if loss:
+            rates = _rises(trial, name, costs, loss, base)
+        else:
+            rates = (1 - energy_shares(layer)).tolist()
+        for i in reversed(range(len(costs) - 1)):
+            rank = (i + 1) * groups_of(layer)
+            steps.append((rates[i], name, rank, costs[i + 1] - costs[i]))
+    for _, name, rank, saved in sorted(steps, key=itemgetter(0)):
         if cost <= budget:
             break
-        _, name, ranks[name], _, saved = step
+        ranks[name] = rank
         cost -= saved
-        taken.append(step)
-    for _, name, rank, before, saved in reversed(taken):
-        if ranks[name] == rank and cost + saved <= budget:
-            ranks[name] = before
-            cost += saved
-    return {name: ranks[name] for name in chosen if ranks.get(name)}
+    return {name: ranks[name] for name in chosen if name in ranks}
 
 
 def least_share(macs: Mapping[str, int], chosen: Mapping[str, Layer]) -> float:
     """The share of the net's MACs that is left at rank 1 in each group of the layers `chosen`."""
-    ranks = {name: groups_of(layer) for name, layer in chosen.items()}
-    return _cost(macs, chosen, ranks) / sum(macs.values())
+    both = [_whole_and_unit(macs, name, layer) for name, layer in chosen.items()]
+    return 1 - sum(max(0, whole - unit) for whole, unit in both) / sum(macs.values())
 
 
 def cheaper(model: nn.Module, ranks: Mapping[str, int]) -> dict[str, int]:
@@ -149,22 +121,31 @@ def cheaper(model: nn.Module, ranks: Mapping[str, int]) -> dict[str, int]:
     return {name: rank for name, rank in ranks.items() if faster[name] > 1}
 
 
-def _within(
-    model: nn.Module, macs: Mapping[str, int], share: float, patterns: tuple[str, ...]
-) -> tuple[dict[str, Layer], float]:
-    """The layers that `patterns` choose, and the MACs of which `share` is a budget they reach."""
-    _require_share("share", share)
-    chosen = layers_to_factorise(model, patterns)
-    least = least_share(macs, chosen)
-    require(least <= share, "share", share, f"at least {least:.4f}, that of rank 1 everywhere")
-    return chosen, share * sum(macs.values())
+def _whole_and_unit(macs: Mapping[str, int], name: str, layer: Layer) -> tuple[int, int]:
+    """MACs of the layer, and those of its factors for each rank that all groups have."""
+    whole = macs[f"{name}.weight"]
+    return whole, round(whole / layer_speed_up(layer, groups_of(layer)))
 
 
-def _cost(macs: Mapping[str, int], chosen: Mapping[str, Layer], ranks: Mapping[str, int]) -> float:
-    """MACs of the net at `ranks` of the layers `chosen`, each whole where that is cheaper."""
-    whole = {name: macs[f"{name}.weight"] for name in chosen}
-    faster = {n: max(1.0, layer_speed_up(chosen[n], rank)) for n, rank in ranks.items()}
-    return sum(macs.values()) - sum(whole.values()) + sum(whole[n] / faster[n] for n in whole)
+def _rises(
+    trial: nn.Module, name: str, costs: list[int], loss: Callable[[nn.Module], float], base: float
+) -> list[float]:
+    """How much the loss rises per MAC saved on the way to each rank of the layer, from rank 1 on.
+
+    `costs` are MACs at ranks 1, 2, ... and of the whole layer, which has the loss `base`. The
+    largest rank is tried, half of it, and so on to 1; between them the curve is the convex one
+    below. The layer is whole again afterwards.
+    """
+    layer = trial.get_submodule(name)
+    whole, points, rank = layer.weight.clone(), [(costs[-1], base)], len(costs) - 1
+    while rank:
+        layer.weight.copy_(whole)
+        layer.weight.copy_(merged(factorise_layer(layer, rank * groups_of(layer))))
+        points.append((costs[rank - 1], _finite(loss(trial))))
+        rank //= 2
+    layer.weight.copy_(whole)
+    slopes = _slopes(points)
+    return [next(rate for low, rate in slopes if low <= cost) for cost in costs[:-1]]
 
 
 def _slopes(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
@@ -184,13 +165,9 @@ def _slopes(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
     return [(b[0], slope(a, b)) for a, b in pairwise(hull)]
 
 
-def _measured(net: nn.Module, loss: Callable[[nn.Module], float]) -> float:
-    """`loss(net)`; a loss that is not finite is just very large."""
-    return found if math.isfinite(found := loss(net)) else 1e30
-
-
-def _rank(layer: Layer, shares: Tensor, ratio: float) -> int:
-    return groups_of(layer) * min(int((shares < ratio).sum()) + 1, len(shares))
+def _finite(loss: float) -> float:
+    """`loss`, very large where it is not finite."""
+    return loss if math.isfinite(loss) else 1e30
 
 
 def _require_share(parameter: str, value: float) -> None:
