@@ -90,12 +90,18 @@ def ranks_by_macs(
     least, budget, steps, ranks = least_share(macs, chosen), share * cost, [], {}
     require(least <= share, "share", share, f"at least {least:.4f}, that of rank 1 everywhere")
     trial = fold(model)
-    base = _finite(loss(trial)) if loss else 0.0
+
+    def measured() -> float:
+        found = loss(trial)
+        return found if math.isfinite(found) else 1e30
+
+    base = measured() if loss else 0.0
     for name, layer in chosen.items():
         whole, unit = _whole_and_unit(macs, name, layer)
         costs = [*range(unit, whole, unit or 1), whole]
         if loss:
-            rates = _rises(trial, name, costs, loss, base)
+            tried = trial.get_submodule(name).weight
+            rates = _rises(layer, costs, tried, measured, base)
         else:
             rates = (1 - energy_shares(layer)).tolist()
         for i in reversed(range(len(costs) - 1)):
@@ -127,23 +133,22 @@ def _whole_and_unit(macs: Mapping[str, int], name: str, layer: Layer) -> tuple[i
     return whole, round(whole / layer_speed_up(layer, groups_of(layer)))
 
 
+@torch.no_grad()
 def _rises(
-    trial: nn.Module, name: str, costs: list[int], loss: Callable[[nn.Module], float], base: float
+    layer: Layer, costs: list[int], tried: Tensor, measured: Callable[[], float], base: float
 ) -> list[float]:
-    """How much the loss rises per MAC saved on the way to each rank of the layer, from rank 1 on.
+    """How much the loss rises per MAC saved on the way to ranks 1, 2, ... of the layer.
 
-    `costs` are MACs at ranks 1, 2, ... and of the whole layer, which has the loss `base`. The
-    largest rank is tried, half of it, and so on to 1; between them the curve is the convex one
-    below. The layer is whole again afterwards.
+    `costs` are the MACs at these ranks and, last, of the whole layer, which has the loss `base`.
+    The weight `tried` takes the largest rank, half of it, and so on down to 1, and is whole again
+    afterwards; between them the curve of losses is the convex one below.
     """
-    layer = trial.get_submodule(name)
-    whole, points, rank = layer.weight.clone(), [(costs[-1], base)], len(costs) - 1
+    points, rank = [(costs[-1], base)], len(costs) - 1
     while rank:
-        layer.weight.copy_(whole)
-        layer.weight.copy_(merged(factorise_layer(layer, rank * groups_of(layer))))
-        points.append((costs[rank - 1], _finite(loss(trial))))
+        tried.copy_(merged(factorise_layer(layer, rank * groups_of(layer))))
+        points.append((costs[rank - 1], measured()))
         rank //= 2
-    layer.weight.copy_(whole)
+    tried.copy_(layer.weight)
     slopes = _slopes(points)
     return [next(rate for low, rate in slopes if low <= cost) for cost in costs[:-1]]
 
@@ -163,11 +168,6 @@ def _slopes(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
             hull.pop()
         hull.append(point)
     return [(b[0], slope(a, b)) for a, b in pairwise(hull)]
-
-
-def _finite(loss: float) -> float:
-    """`loss`, very large where it is not finite."""
-    return loss if math.isfinite(loss) else 1e30
 
 
 def _require_share(parameter: str, value: float) -> None:
