@@ -30,7 +30,8 @@ class Filters(Probe):
     full rank), `speed_up` (MACs of these layers over those of their factors at those ranks),
     `speed_up.NAME`; `rank_total_svd`, where 5% is meant of the norm, not of its square;
     `factor_rank.NAME`, `factor_rank_total`, `factor_speed_up` of the factors that the net has;
-    `validation_factorised`, the metric before any fine-tuning of them.
+    `validation_factorised`, the metric before any fine-tuning of them, with batch norm's statistics
+    estimated anew if they are.
     """
 
     noted: ClassVar[tuple[str, ...]] = ("found", "drawn")

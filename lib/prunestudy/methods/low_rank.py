@@ -7,8 +7,8 @@ be much of the function.
 
 The target is the share removed: of each layer's squared energy (0.05: "at most 5% reconstruction
 error"), of each layer's full rank (equal ranks for every method), or of the net's MACs. All layers
-then lose the same share of energy; or (ours) each what the net bears by trial on validation images.
-Ours: a layer whose factors would cost as many MACs as the layer stays whole.
+then lose the same share of energy, or each as much as the net bears in a trial on validation images
+(ours). Ours: a layer whose factors would cost as many MACs as the layer stays whole.
 
 Dynamic rank pruning, the paper's other way to factorise: all layers start at full rank, and the PCA
 is run again on the basis `rounds` times during fine-tuning, at the target's energy each time; the
