@@ -21,7 +21,7 @@ SETTINGS = {
     "sparse_gates sgd": {"gate_optimizer": "sgd", "gate_lr": 1.0},
     "force": {"kind": "l1", "fine_tune": 0.5, "rounds": 1},
     "force agree": {"adaptive": True, "agree": True, "stop": 0.5},
-    "plain_low_rank": {"fine_tune": 0.5},
+    "plain_low_rank": {"fine_tune": 0.5, "recalibrate": 3},
     "component_aware": {"steps": 4, "check": 2, "refuse": False},
     "uniform": {"refuse": False},
 }
