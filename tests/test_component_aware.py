@@ -244,6 +244,20 @@ def test_groups_of_a_component_share_a_coefficient(digits):
     assert removed[3] == pytest.approx(removed[4], abs=1 / 8)
 
 
+def test_a_net_may_be_judged_by_how_well_it_recovers(digits):
+    given = {"target": 0.7, "steps": 20, "check": 20}
+    frozen, made = digits.prune(**given).method, digits.prune(**given, recover=10)
+    method = made.method
+    assert method.point.values["psnr"] > frozen.point.values["psnr"] + 1
+    # Each point is judged on 64 samples, after ten batches of 64, forward and backward.
+    points = [each.cost["search_points"] for each in (frozen, method)]
+    more = method.cost["search_passes"] - frozen.cost["search_passes"]
+    assert more == 64 * (points[1] - points[0]) + 10 * 3 * 64 * points[1]
+    # What was trained to be judged is thrown away: the small net is cut out of the dense one.
+    (kept, *_), whole = method.budget.indices(method.point.kept), digits.net.encoder.fc1.weight
+    assert torch.equal(made.model.encoder.fc1.weight, whole[kept])
+
+
 def test_the_report_says_what_each_group_costs_alone(digits):
     method = digits.prune().method
     rows = {row["group"]: row for row in method.report()["report"]}

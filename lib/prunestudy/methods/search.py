@@ -276,15 +276,14 @@ class Uniform(Search):
         else:
             self.order(placed(self.scores(), evenly=self.ranking == "uniform"))
         numbers = [0.0] * len(self.groups)
-        names = dict.fromkeys(name for each in self.groups for name in each.components)
-        for name in names if self.aware else ():
-            inside = [i for i, each in enumerate(self.groups) if each.components == (name,)]
+        inner = dict.fromkeys(g.components for g in self.groups if g.kind == "internal")
+        for component in inner if self.aware else ():
+            inside = [i for i, each in enumerate(self.groups) if each.components == component]
             layers = {m.layer for i in inside for m in self.channels.groups[i].members}
             sizes = [measure.parameters(self.small.dense.get_submodule(n)) for n in layers]
-            if inside:
-                share = self.target * (sum(sizes) / self.channels.dense)
-                offset = self.budget.offset(numbers, share, inside)
-                numbers = [n + offset * (i in inside) for i, n in enumerate(numbers)]
+            share = self.target * (sum(sizes) / self.channels.dense)
+            offset = self.budget.offset(numbers, share, inside)
+            numbers = [n + offset * (i in inside) for i, n in enumerate(numbers)]
         return numbers, self.judge(self.budget.meet(numbers, self.target))
 
 
