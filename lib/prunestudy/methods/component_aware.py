@@ -43,8 +43,10 @@ grid point; the best such point counts.
 Also ours, and switchable: `coefficient` "multiplier" takes p_gj = log of the importance, so that
 exp(-alpha_g) multiplies a group's importance in one global ranking; `per` "component" gives the
 internal groups of a component one coefficient in common; the importance within a group is a
-first-order Taylor term of the application's loss, or the group's L2 norm. Unknown: all of this,
-the paper's nets and its numbers.
+first-order Taylor term of the application's loss, or the group's L2 norm; with `recover` a net is
+judged by what training makes of it. To frozen weights a channel of a hidden layer, which training
+replaces, and one of the latent vector, which nothing does, are worth what they lose at once.
+Unknown: all of this, the paper's nets and its numbers.
 """
 
 import copy
@@ -74,9 +76,8 @@ class ComponentAware(Search):
     `solver`, `coefficient` and `per` as above; `levels` of the grid for each coefficient. Of
     gradient descent: `steps` batches, Adam's `lr` falling to zero, `hot` and `cold` temperature at
     its ends (in units of p), how it is to `hold` the target, penalties' `strength` mu, `check`:
-    steps between hardened points. With `recover` a net is judged after so many steps of training
-    (Adam at `recover_lr`), and in the descent the weights learn along with the coefficients: what
-    is judged is how well a net recovers, not how little it lost.
+    steps between hardened points. `recover`: steps of training (Adam at `recover_lr`) before a net
+    is judged, and then the weights learn along in the descent.
     """
 
     name: ClassVar[str] = "component_aware"
