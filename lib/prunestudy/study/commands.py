@@ -136,10 +136,6 @@ def do_status(a: Namespace) -> None:
         print(f"  {name}" + ("  (begun)" if store.work(name).exists() else ""))
 
 
-def do_table(a: Namespace) -> None:
-    tables.write(_store(a), _planned(a))
-
-
 def do_latency(a: Namespace) -> None:
     session.measure_latency(_store(a), _planned(a))
 

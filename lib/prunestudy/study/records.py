@@ -112,19 +112,15 @@ class Store:
             self.require_same(record, settings.model_dump(mode="json"), fingerprint)
         return record
 
-    def load(self, run: str) -> dict[str, Any] | None:
-        """Return the record of the run named `run`, its checksum verified, or None."""
-        return self.at(self.place(run))
-
     def require(self, run: str) -> dict[str, Any]:
-        """Return the record of the run named `run` as `load` does; `InputError` if it has none."""
-        record = self.load(run)
+        """Return the record of the run named `run`; `InputError` if it has none."""
+        record = self.at(self.place(run))
         if record is None:
             raise InputError(f"run = {run}: has no record in {self.folder}")
         return record
 
     def at(self, name: str) -> dict[str, Any] | None:
-        """The record filed under `name`: the collected one, else that of training here.
+        """The record filed under `name` or None: the collected one, else that of training here.
 
         The collected one counts even after a second training; from an equal one trained here it
         takes a latency that was measured since.
