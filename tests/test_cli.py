@@ -147,7 +147,7 @@ def test_edited_records_stop_every_command(call, refused, results):
     assert call("run", *names_of("start"))[0] == 0
     path = results / "quick" / "runs" / names_of("start")[0] / "record.json"
     path.write_text(path.read_text().replace('"seed":0', '"seed":1'))
-    words = [["status"], ["latency"], ["run", "magnitude"], ["study"]]
+    words = [["status"], ["run", "magnitude"], ["study"]]
     for each in [*words, ["show", names_of("start")[0]]]:
         said = refused(*each)
         assert said.startswith(f"record = {names_of('start')[0]}: was edited or cut off (checksum)")
@@ -192,7 +192,7 @@ def test_help_names_every_command(capsys):
         cli.main(["--help"])
     assert caught.value.code == 0
     out = capsys.readouterr().out
-    names = "study plan list status table latency run collect show compare export"
+    names = "study plan list status latency run collect show compare export"
     for name in [*names.split(), "train"]:
         assert f"\n    {name} " in out
 
@@ -207,7 +207,7 @@ def test_list(call, results):
     assert not results.exists()
 
 
-def test_run_status_show_table(call, results):
+def test_run_status_show(call, results):
     start, dense, magnitude, random = names_of("start", "dense", "magnitude", "random")
     code, out, _ = call("status")
     assert code == 0
