@@ -74,4 +74,5 @@ def run_cells(notebook: Any) -> None:
         except CellExecutionError as error:
             raise InputError(f"{error.ename}: {error.evalue}") from None
         finally:
-            client._cleanup_kernel()
+            if client.km:  # else it was done when the kernel died
+                client._cleanup_kernel()
