@@ -11,6 +11,7 @@ import torch
 from conftest import NASTY, put_record, tree
 from nbclient import NotebookClient
 
+from prunestudy.errors import InputError
 from prunestudy.study import batch, notebooks
 from prunestudy.study.plan import plan
 from prunestudy.study.records import Store
@@ -149,3 +150,5 @@ def test_a_notebooks_kernel_is_as_new_as_one_of_its_own(monkeypatch):
             drawn += outputs_of("import torch; print(torch.rand(3))", notebooks.run_cells)
     assert drawn[0] == drawn[1]  # on a kernel of its own, a cell without a seed differs
     assert not hasattr(torch.Tensor, "mine")
+    with pytest.raises(InputError, match="its kernel died"):
+        outputs_of("import os; os._exit(1)", notebooks.run_cells)

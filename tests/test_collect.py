@@ -302,7 +302,9 @@ def test_killed_in_the_middle_each_file_is_the_old_or_the_new(stores, settings, 
         assert run_collect(killed, there.folder, replace=True) == []
         new = tracked(killed)
         assert all(middle[name] in (old[name], new[name]) for name in old)
-        assert [killed.require(s.run)["metrics"]["metric"] for s in settings] == [0.6] * len(settings)
+        assert [killed.require(s.run)["metrics"]["metric"] for s in settings] == [0.6] * len(
+            settings
+        )
         changed.append([name for name in old if middle[name] != old[name]])
     assert changed == [[], [], ["toy.safetensors"]]
 

@@ -12,7 +12,7 @@ import torch
 from ipykernel.kernelapp import IPKernelApp
 from jupyter_client import AsyncKernelClient, write_connection_file
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
+from nbclient.exceptions import CellExecutionError, DeadKernelError
 
 from prunestudy.errors import InputError
 from prunestudy.study.figures import groups, overview, papers  # noqa: F401 (all notebooks do)
@@ -66,13 +66,18 @@ def _serve(connection_file: str, parent: int) -> None:
 
 
 def run_cells(notebook: Any) -> None:
-    """Execute `notebook` in place, on a kernel of its own; `InputError` where a cell fails."""
+    """Execute `notebook` in place, on a kernel of its own.
+
+    Raises `InputError` where a cell fails or the kernel dies.
+    """
     with tempfile.TemporaryDirectory() as folder:
         client = NotebookClient(notebook, km=_Kernel(folder))
         try:
             client.execute()
         except CellExecutionError as error:
             raise InputError(f"{error.ename}: {error.evalue}") from None
+        except DeadKernelError:
+            raise InputError("its kernel died, perhaps of too little memory") from None
         finally:
             if client.km:  # else it was done when the kernel died
                 client._cleanup_kernel()
