@@ -417,16 +417,16 @@ def test_lost_weights_are_trained_again_and_reproduce(runner, store, count, dama
         shutil.copy(store.weights(small_run(seed=1).run), path)
     else:
         path.write_bytes(damage(path.read_bytes()))
-    line = refused(store.require_file, parent.run, "weights")
+    line = refused(store.require_weights, parent.run)
     assert line.startswith(f"weights = {parent.run}: missing, or not as its record says, in ")
     count.clear()
     assert runner.ensure(parent) == first
-    assert (count, store.has_all(parent.run)) == ([], False)
+    assert (count, store.has(parent.run, "arrays", "weights")) == ([], False)
     runner.ensure(settings)
     assert count == [parent.run, settings.run]
     assert lines.noted(load_file(path), "weights") == lines.noted(before, "weights")
-    store.require_file(parent.run, "weights")
-    assert store.has_all(parent.run)
+    store.require_weights(parent.run)
+    assert store.has(parent.run, "arrays", "weights")
     assert store.require(parent.run) == first
     assert not store.work(parent.run).exists()
 

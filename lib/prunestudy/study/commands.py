@@ -219,7 +219,6 @@ def differences(store: Store, a: str, b: str) -> pd.DataFrame:
 
 def do_export(a: Namespace) -> None:
     store, name = _done(a, a.first)
-    store.require_file(name, "weights")
-    net, shape = stored_net(store.weights(name))
+    net, shape = stored_net(store.require_weights(name))
     shrink.export(net, a.file, torch.rand(2, *shape))
     print(a.file)

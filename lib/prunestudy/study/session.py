@@ -133,10 +133,9 @@ def is_untimed(store: Store, item: Planned) -> bool:
 
 
 def _milliseconds(store: Store, settings: RunSettings, rounds: int) -> dict[str, float]:
-    store.require_file(settings.run, "weights")
     info = datasets.info(settings.dataset)
     shape = (info.channels, info.height, info.width)
-    small, _ = stored_net(store.weights(settings.run))
+    small, _ = stored_net(store.require_weights(settings.run))
     dense = models.build(settings.model, shape, info.num_classes)
     nets = {"latency": shrink.to_csr(small, _CSR_FROM), "dense_latency": dense}
     times = {}
