@@ -37,10 +37,11 @@ class _Kernel:
     def client(self) -> AsyncKernelClient:
         client = AsyncKernelClient(connection_file=self.file)
         client.load_connection_file()
-        client.is_alive = self.is_alive  # not by its heartbeat, which is late on a busy machine
+        # Not by its heartbeat, which is late on a busy machine.
+        client.is_alive = client._async_is_alive = self.is_alive
         return client
 
-    def is_alive(self) -> bool:
+    async def is_alive(self) -> bool:
         return self.process.is_alive()
 
     def shutdown_kernel(self, now: bool = True) -> None:  # noqa: ARG002 (nothing is lost)
