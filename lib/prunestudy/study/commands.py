@@ -139,11 +139,10 @@ def do_status(a: Namespace) -> None:
 def do_search(a: Namespace) -> int:
     found = search.grids(_store(a), _planned(a))
     complete = [grid for grid in found if grid.complete]
-    differ, unequal = [grid for grid in complete if grid.differences], search.unequal(found)
-    for line in (*(line for grid in found for line in search.lines(grid)), *unequal):
-        print(line)
+    differ = [grid for grid in complete if grid.differences]
+    print(*(line for grid in found for line in search.lines(grid)), sep="\n")
     print(f"{len(found)} grids, {len(complete)} complete; {len(differ)} of a card differ")
-    return int(a.check and bool(differ or unequal))
+    return int(a.check and bool(differ))
 
 
 def do_table(a: Namespace) -> None:

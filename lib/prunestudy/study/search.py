@@ -1,8 +1,9 @@
 """Which settings a method gets: the best of its grid, by one rule for every method and control.
 
-A card's searches have a grid per method and control: of six settings each, on validation images.
-The best has the best mean score over the seeds. A setting of which a run fails (its status is not
-"done") is the worst; equals go to the lower learning rate, then to the one that comes first.
+A card's searches have a grid for each method and control, all of as many settings, which are scored
+on validation images. The best has the best mean score over the seeds. A setting of which a run
+fails (its status is not "done") is the worst; equals go to the lower learning rate, then to the
+one that comes first.
 """
 
 import math
@@ -17,42 +18,35 @@ from prunestudy.study.settings import RunSettings
 from prunestudy.study.tables import datasets_title
 from prunestudy.study.verdicts import removed
 
-# What the search settles beside the lists of its grids, for all methods alike.
-_COMMON = ("lr", "weight_decay", "schedule", "one_schedule")
+# What is the same in all grids of a net, beside what each varies.
+_COMMON = ("weight_decay", "schedule", "one_schedule")
 
 
 @dataclass(frozen=True)
 class Tried:
-    """A setting of a grid, with a score per seed: None if not done, -inf for a run that failed."""
+    """A setting and its score for each seed: None if that run is missing, -inf if it failed."""
 
     settings: RunSettings
-    scores: tuple[float | None, ...]
+    scores: list[float | None]
 
     @property
     def mean(self) -> float:
-        """The mean score; NaN while a seed is not done."""
-        done = [score for score in self.scores if score is not None]
-        return math.nan if len(done) < len(self.scores) else sum(done) / len(done)
+        """The mean over the seeds; NaN where a run is missing."""
+        return sum(math.nan if score is None else score for score in self.scores) / len(self.scores)
 
 
 @dataclass(frozen=True)
 class Grid:
-    """The settings tried for the entry `label` of a paper, and those of its other runs (`used`)."""
+    """The settings `tried` for the entry `label`, and those that its other runs have `now`."""
 
     paper: str
     label: str
-    tried: tuple[Tried, ...]
-    used: tuple[RunSettings, ...]
+    tried: list[Tried]
+    now: list[RunSettings]
 
-    @cached_property
-    def place(self) -> tuple[str, str, str]:
-        """Paper, net and data set: where all grids are equally large."""
-        first = self.tried[0].settings
-        return self.paper, first.model, first.dataset
-
-    @cached_property
+    @property
     def complete(self) -> bool:
-        """Whether all runs are done."""
+        """Whether no run is missing."""
         return not any(math.isnan(tried.mean) for tried in self.tried)
 
     @cached_property
@@ -61,41 +55,39 @@ class Grid:
         return max(self.tried, key=lambda tried: (tried.mean, -tried.settings.recipe.lr))
 
     @cached_property
-    def lists(self) -> dict[str, list[Any]]:
+    def varied(self) -> dict[str, list[Any]]:
         """What the grid varies, by name: its values in order."""
         every = [tried.settings for tried in self.tried]
-        names = ["lr", *(n for n in every[0].params if len({str(s.params[n]) for s in every}) > 1)]
+        names = [
+            "lr",
+            *(n for n, v in every[0].params.items() if any(s.params[n] != v for s in every)),
+        ]
         return {name: sorted({_of(settings, name) for settings in every}) for name in names}
 
     @property
     def edges(self) -> list[str]:
-        """Lists, of three values or more, at whose end the best lies: "lr lowest"."""
-        found = []
-        for name, values in self.lists.items():
-            value = _of(self.best.settings, name)
-            if len(values) > 2 and value in (values[0], values[-1]):
-                found.append(f"{name} {'lowest' if value == values[0] else 'highest'}")
-        return found
+        """Where the best is the first or last of three values or more: "lr lowest"."""
+        ends = {n: values for n, values in self.varied.items() if len(values) > 2}
+        words = {n: {v[0]: "lowest", v[-1]: "highest"} for n, v in ends.items()}
+        places = {n: words[n].get(_of(self.best.settings, n)) for n in ends}
+        return [f"{name} {place}" for name, place in places.items() if place]
 
     @property
     def differences(self) -> list[str]:
         """Where the runs of the card differ from the best: "lr 0.05 instead of 0.1"."""
-        found = [] if self.used else ["no such runs"]
-        for name in dict.fromkeys((*_COMMON, *self.lists)):
+        found = [] if self.now else ["no such runs"]
+        for name in (*self.varied, *_COMMON):
             right = _of(self.best.settings, name)
-            wrong = {_of(settings, name) for settings in self.used} - {right}
+            wrong = {_of(settings, name) for settings in self.now} - {right}
             found += [f"{name} {_text(value)} instead of {_text(right)}" for value in sorted(wrong)]
         return found
 
     @property
     def gain(self) -> float:
-        """What the best scores more than the settings of the grid that the card has; NaN if none.
-
-        Those are the same in what the grid varies; what is common to all grids may differ.
-        """
-        now = {tuple(_of(settings, name) for name in self.lists) for settings in self.used}
-        means = [t.mean for t in self.tried if tuple(_of(t.settings, n) for n in self.lists) in now]
-        return self.best.mean - max(means) if means else math.nan
+        """Mean of the best minus that of the setting that has what the card has; NaN if none."""
+        now = [[_of(settings, name) for name in self.varied] for settings in self.now]
+        same = [t for t in self.tried if [_of(t.settings, name) for name in self.varied] in now]
+        return self.best.mean - max((tried.mean for tried in same), default=math.nan)
 
 
 def _of(settings: RunSettings, name: str) -> Any:
@@ -108,56 +100,39 @@ def _text(value: Any) -> str:
 
 def grids(store: Store, planned: list[Planned]) -> list[Grid]:
     """The grids of all searches among `planned`, with what the records say so far."""
-    of = {
+    labels = {
         (paper, experiment.name, entry.method, entry.variant): entry.grid
-        for paper in dict.fromkeys(item.paper for item in planned)
+        for paper in {item.paper for item in planned}
         for profile in card(paper).profiles.values()
         for experiment in profile.experiments
         for entry in experiment.methods
-        if entry.grid
     }
-    used: dict[tuple[str, ...], list[RunSettings]] = {}
-    runs: dict[tuple[str, ...], dict[str, list[RunSettings]]] = {}
+    tried: dict[tuple[str, ...], dict[str, list[RunSettings]]] = {}
+    now: dict[tuple[str, ...], list[RunSettings]] = {}
     for item in planned:
         s = item.settings
-        place = (item.paper, s.model, s.dataset)
-        label = of.get((item.paper, item.experiment, s.method, item.variant))
-        if label:
-            runs.setdefault((*place, label), {}).setdefault(item.variant, []).append(s)
-        elif item.purpose != "search":
+        place = item.paper, s.model, s.dataset
+        if item.purpose != "search":
             label = ", ".join(filter(None, (s.method, item.variant)))
-            used.setdefault((*place, label), []).append(s)
+            now.setdefault((*place, label), []).append(s)
+        elif label := labels.get((item.paper, item.experiment, s.method, item.variant)):
+            tried.setdefault((*place, label), {}).setdefault(item.variant, []).append(s)
     return [
         Grid(
             paper=place[0],
             label=place[-1],
-            tried=tuple(_tried(store, seeds) for seeds in variants.values()),
-            used=tuple(used.get(place, ())),
+            tried=[Tried(seeds[0], [_score(store, s) for s in seeds]) for seeds in by.values()],
+            now=now.get(place, []),
         )
-        for place, variants in runs.items()
+        for place, by in tried.items()
     ]
 
 
-def _tried(store: Store, seeds: list[RunSettings]) -> Tried:
-    records = [store.read(settings) for settings in seeds]
-    scores = (record and _score_of(record) for record in records)
-    return Tried(seeds[0], tuple(scores))
-
-
-def _score_of(record: dict[str, Any]) -> float:
-    return record["metrics"]["metric"] if record["status"] == "done" else -math.inf
-
-
-def unequal(found: list[Grid]) -> list[str]:
-    """A line for each place whose grids are not equally large."""
-    sizes: dict[tuple[str, str, str], dict[int, str]] = {}
-    for grid in found:
-        sizes.setdefault(grid.place, {}).setdefault(len(grid.tried), grid.label)
-    return [
-        f"{', '.join(place)}: " + ", ".join(f"{n} settings of {label}" for n, label in own.items())
-        for place, own in sizes.items()
-        if len(own) > 1
-    ]
+def _score(store: Store, settings: RunSettings) -> float | None:
+    record = store.read(settings)
+    if record and record["status"] != "done":
+        return -math.inf
+    return record and record["metrics"]["metric"]
 
 
 def lines(grid: Grid) -> list[str]:
@@ -166,17 +141,14 @@ def lines(grid: Grid) -> list[str]:
     share = f", {removed(first.aim.value, first.aim.kind)} removed" if first.aim else ""
     text = [f"{grid.paper}: {grid.label}, {first.model} on {datasets_title(first.dataset)}{share}"]
     for tried in grid.tried:
-        name = ", ".join(f"{n} {_text(_of(tried.settings, n))}" for n in grid.lists)
-        scores = map(_score, (*tried.scores, tried.mean))
-        text.append(f"  {'*' if tried is best else ' '} {name:26}{''.join(scores)}")
+        name = ", ".join(f"{name} {_text(_of(tried.settings, name))}" for name in grid.varied)
+        scores = [math.nan if score is None else score for score in (*tried.scores, tried.mean)]
+        told = "".join(f"{score:9.4f}" for score in scores).replace("nan", "  -")
+        text.append(
+            f"  {'*' if tried is best else ' '} {name:26}{told.replace('  -inf', 'failed')}"
+        )
     if best:
         gain = "" if math.isnan(grid.gain) else f", {grid.gain:+.4f} by the search"
-        card = "; ".join(grid.differences) or "the best"
-        text.append(f"    card: {card}{gain}" + "".join(f"; best at {edge}" for edge in grid.edges))
+        edges = "".join(f"; best at {edge}" for edge in grid.edges)
+        text.append(f"    card: {'; '.join(grid.differences) or 'the best'}{gain}{edges}")
     return text
-
-
-def _score(score: float | None) -> str:
-    if score is None or math.isnan(score):
-        return f"{'-':>9}"
-    return f"{score:9.4f}" if math.isfinite(score) else f"{'failed':>9}"
