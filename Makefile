@@ -10,6 +10,8 @@ LOCKED ?=
 BIN := .venv/bin
 # Jobs call `prunestudy` by its name, whether or not the environment is activated.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
+# Dozens of processes start: each would compile the library anew.
+unexport PYTHONDONTWRITEBYTECODE
 FOLDER := $(RESULTS)/$(PROFILE)
 papers := $(foreach paper,$(PAPER),--paper '$(paper)')
 

@@ -21,7 +21,7 @@ def study(start, *words):
 
 
 @pytest.mark.usefixtures("toy_card")
-def test_any_path_is_a_path_and_a_second_study_does_nothing(start, tmp_path):
+def test_any_path_is_a_path_and_a_second_study_does_nothing(start, checkout, tmp_path):
     results, data = tmp_path / NASTY, tmp_path / f"-data {NASTY}"
     data.mkdir()
     out, err = study(start, f"--results={results}", f"--data={data.name}")
@@ -51,6 +51,21 @@ def test_any_path_is_a_path_and_a_second_study_does_nothing(start, tmp_path):
     now = tree(results / "quick/runs"), notebooks.executed(store, "toy").stat().st_mtime_ns
     assert now == before
 
+    # Of a failed job all is shown, and the earlier copy stays.
+    source = checkout / "notebooks/99_toy.ipynb"
+    notebook = nbformat.read(source, as_version=4)
+    notebook.cells.append(nbformat.v4.new_code_cell("1 / 0"))
+    nbformat.write(notebook, source)
+    process = start("study", "--results", results.name)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 2
+    assert "toy: notebook 99_toy: ZeroDivisionError: division by zero" in err
+    assert err.splitlines()[-1] == (
+        "prunestudy: study = quick: a job failed, see above; finished runs are kept"
+    )
+    now = tree(results / "quick/runs"), notebooks.executed(store, "toy").stat().st_mtime_ns
+    assert now == before
+
 
 @pytest.mark.usefixtures("toy_card")
 def test_what_is_missing_is_done_parents_first(tmp_path):
@@ -71,8 +86,9 @@ def alive(process):
     return psutil.Process(process.pid).children(recursive=True)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("command", ["train", "study"])
+@pytest.mark.parametrize(
+    ("command", "number"), [("train", signal.SIGTERM), ("study", signal.SIGINT)]
+)
 def test_ctrl_c_ends_all_and_says_how_to_go_on(start, tmp_path, command, number):
     words = {"train": ("train", "--set", "epochs=100000"), "study": ("study",)}[command]
     process = start(*words, "--results", str(tmp_path / "results"))
@@ -91,19 +107,3 @@ def test_ctrl_c_ends_all_and_says_how_to_go_on(start, tmp_path, command, number)
     )
     assert "Traceback" not in err
     assert not [child for child in children if child.is_running()]
-
-
-@pytest.mark.usefixtures("toy_card")
-def test_of_a_failed_job_all_is_shown(start, checkout, tmp_path):
-    source = checkout / "notebooks/99_toy.ipynb"
-    notebook = nbformat.read(source, as_version=4)
-    notebook.cells.append(nbformat.v4.new_code_cell("1 / 0"))
-    nbformat.write(notebook, source)
-    process = start("study", "--results", str(tmp_path / "results"))
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 2
-    assert "toy: notebook 99_toy: ZeroDivisionError: division by zero" in err
-    assert err.splitlines()[-1] == (
-        "prunestudy: study = quick: a job failed, see above; finished runs are kept"
-    )
-    assert not notebooks.executed(Store("quick", tmp_path / "results"), "toy").exists()

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import CARD, one_line, put_record, small_run, tree
+from conftest import CARD, put_record, refusal, small_run, tree
 
-from prunestudy.errors import InputError
 from prunestudy.study import lines, runs, tables
 from prunestudy.study.collect import collect
 from prunestudy.study.lines import line_of, read_lines
@@ -59,9 +58,7 @@ def lost(settings):
 
 
 def refused(*words, **values):
-    with pytest.raises(InputError) as caught:
-        collect(*words, **values)
-    return one_line(caught)
+    return refusal(lambda: collect(*words, **values))
 
 
 def test_finished_runs_become_lines_and_drawn_arrays(stores, settings):
