@@ -99,7 +99,7 @@ def _grid(grid: _Table, sets: _Sets) -> Iterator[_Table]:
     lists = {n: rest.pop(n) for n in grid if isinstance(rest.get(n), list)}
     for entry in _entries(methods, sets):
         own = entry.get("variant")
-        label = ", ".join(filter(None, (entry["method"], own)))
+        label = ", ".join(filter(None, (entry["method"], own, entry.get("stage"))))
         for values in product(*lists.values()):
             params = dict(zip(lists, values, strict=True))
             variant = ", ".join(filter(None, (own, *(f"{k} {v:g}" for k, v in params.items()))))

@@ -115,7 +115,7 @@ def grids(store: Store, planned: list[Planned]) -> list[Grid]:
         if item.purpose != "search":
             label = ", ".join(filter(None, (s.method, item.variant)))
             now.setdefault((*place, label), []).append(s)
-        elif label := labels.get((item.paper, item.experiment, s.method, item.variant)):
+        elif label := labels.get((item.paper, item.experiment, s.method, item.reading)):
             tried.setdefault((*place, label), {}).setdefault(item.variant, []).append(s)
     return [
         Grid(
