@@ -3,11 +3,15 @@
 import signal
 import time
 
+import matplotlib as mpl
 import nbformat
 import psutil
 import pytest
+import torch
 from conftest import NASTY, put_record, tree
+from nbclient import NotebookClient
 
+from prunestudy.errors import InputError
 from prunestudy.study import batch, notebooks
 from prunestudy.study.plan import plan
 from prunestudy.study.records import Store
@@ -107,3 +111,44 @@ def test_ctrl_c_ends_all_and_says_how_to_go_on(start, tmp_path, command, number)
     )
     assert "Traceback" not in err
     assert not [child for child in children if child.is_running()]
+
+
+STATE = """
+import os
+import matplotlib as mpl, matplotlib.pyplot as plt, torch
+names = sorted(name for name in globals() if not name.startswith("_"))
+print(names, os.getcwd(), __name__, torch.get_num_threads())
+print({name: str(value) for name, value in mpl.rcParams.items()}, mpl.get_backend())
+plt.plot([1, 2]);
+"""
+SPOILT = """
+import os, matplotlib as mpl, torch
+spoilt = torch.manual_seed(1)
+mpl.rcParams["lines.linewidth"] = 9
+os.chdir("/")
+torch.Tensor.mine = 1
+"""
+
+
+def outputs_of(text, run):
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(text)])
+    run(notebook)
+    return notebook.cells[0].outputs
+
+
+@pytest.mark.filterwarnings("ignore")  # of the kernel's own
+def test_a_notebooks_kernel_is_as_new_as_one_of_its_own(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    alone = outputs_of(STATE, lambda notebook: NotebookClient(notebook).execute())
+    assert [output.output_type for output in alone] == ["stream", "display_data"]
+    drawn = []
+    for seed in (1, 2):
+        assert outputs_of(SPOILT, notebooks.run_cells) == []
+        with torch.random.fork_rng(), mpl.rc_context({"lines.linewidth": 5}):
+            torch.manual_seed(seed)
+            assert outputs_of(STATE, notebooks.run_cells) == alone
+            drawn += outputs_of("import torch; print(torch.rand(3))", notebooks.run_cells)
+    assert drawn[0] == drawn[1]  # on a kernel of its own, a cell without a seed differs
+    assert not hasattr(torch.Tensor, "mine")
+    with pytest.raises(InputError, match="its kernel died"):
+        outputs_of("import os; os._exit(1)", notebooks.run_cells)

@@ -77,7 +77,7 @@ class Rule(_Strict):
         return inside and self.target_kind in (None, kind)
 
 
-class Claim(_Strict):
+class _Claim(_Strict):
     """A claim of the paper, read at `place`: `tests`, or the reason why it is `not_testable`."""
 
     id: str
@@ -103,7 +103,7 @@ class _Read(_Strict):
     source: str
 
 
-class Published(_Read):
+class _Published(_Read):
     """`value` of `metric`, that of the `dense` net, and the `target` of ours to compare it with.
 
     `kept` is the share of weights left, `nonzeros` their number, `speed_up` that of the whole net.
@@ -119,7 +119,7 @@ class Published(_Read):
     target_kind: _TargetKind = "sparsity"
 
 
-class PublishedRanks(_Read):
+class _Ranks(_Read):
     """`ranks` of `full` by layer, the net's `top1`, and the layers' speed-ups where published."""
 
     layers: tuple[str, ...]
@@ -145,7 +145,8 @@ class Entry(_Strict):
     `stage` is "half" and "combined" for the halves of a combination, "fine-tuned" for training
     after pruning. `after` is the label of an earlier entry whose run, of the same seed and target
     (or `after_target`), is the parent. `fresh` starts from random weights and adds the epochs of
-    the dense start. Other fields replace the experiment's.
+    the dense start. In a search, `grid` is the label of the entry whose settings this one tries.
+    Other fields replace the experiment's.
     """
 
     method: str
@@ -161,6 +162,7 @@ class Entry(_Strict):
     fresh: bool = False
     after: str = ""
     after_target: float | None = None
+    grid: str = ""
 
     @property
     def label(self) -> str:
@@ -227,9 +229,9 @@ class Card(_Strict):
     venue: str = ""
     year: int | None = None
     arxiv: str = ""
-    claims: tuple[Claim, ...] = ()
-    published: tuple[Published, ...] = ()
-    ranks: tuple[PublishedRanks, ...] = ()
+    claims: tuple[_Claim, ...] = ()
+    published: tuple[_Published, ...] = ()
+    ranks: tuple[_Ranks, ...] = ()
     unknown: tuple[_Unknown, ...] = ()
     profiles: dict[_ProfileName, Profile]
 

@@ -83,11 +83,11 @@ def _parser() -> argparse.ArgumentParser:
 
 # Name of a command to what it does, and what it takes besides --results.
 _COMMANDS = {
-    "study": ("run all that is missing", "--profile --paper --data --jobs --executor"),
+    "study": ("run what is missing", "--profile --paper --searches --data --jobs --executor"),
     "plan": ("say what the runs would cost", "--profile --paper"),
     "list": ("list the runs, or the names that settings take", "--profile --paper what name"),
     "status": ("say what is done and what is missing", "--profile --paper"),
-    "table": ("write the tables from the records", "--profile --paper"),
+    "search": ("say which settings are the best of a search", "--profile --paper --check"),
     "latency": ("time the finished nets, alone on the machine", "--profile --paper"),
     "run": ("train runs by name", "--profile --paper --data --device --weights runs"),
     "collect": ("merge finished runs into one file", "--profile --replace folders"),
@@ -107,6 +107,8 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     "--jobs": {"type": int, "default": 2, "help": "jobs side by side (default: 2)"},
     "--executor": {"default": "local", "help": "a Snakemake executor (default: local)"},
     "--weights": {"action": "store_true", "help": "also where only the net is missing"},
+    "--searches": {"action": "store_true", "help": "also the runs that settings are chosen by"},
+    "--check": {"action": "store_true", "help": "fail where a card has other settings"},
     "--replace": {"action": "store_true", "help": "the newcomer takes a run's place"},
     "--set": {
         "action": "append",

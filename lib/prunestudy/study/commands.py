@@ -17,7 +17,7 @@ import torch
 from prunestudy import datasets, methods, models, shrink
 from prunestudy.errors import InputError, require, require_one_of
 from prunestudy.papers import PROFILES, cards
-from prunestudy.study import batch, session, tables
+from prunestudy.study import batch, search, session, tables
 from prunestudy.study.cli import LISTS
 from prunestudy.study.collect import collect
 from prunestudy.study.lines import write_text
@@ -59,6 +59,8 @@ def _choose(begins: str, names: Iterable[str], store: Store) -> str:
 
 def do_study(a: Namespace) -> None:
     started, store, planned = time.monotonic(), _store(a), _planned(a)
+    if not a.searches:
+        planned = [item for item in planned if item.purpose != "search"]
     seconds = batch.run(store, a.profile, planned, a.jobs, a.data, a.executor)
     since = time.monotonic()
     for line in collect(a.profile, results=a.results):
@@ -127,17 +129,27 @@ def _of_method(name: str) -> dict[str, str]:
 
 
 def do_status(a: Namespace) -> None:
-    store = _store(a)
-    records = {item.settings.run: store.read(item.settings) for item in _planned(a)}
+    store, planned = _store(a), _planned(a)
+    needed = [item for item in planned if item.purpose != "search"]
+    records = {item.settings.run: store.read(item.settings) for item in needed}
     states = sorted(record["status"] if record else "missing" for record in records.values())
     for state in sorted({*states, "missing"}):
         print(f"{state:9} {states.count(state)}")
     for name in (name for name, record in records.items() if not record):
         print(f"  {name}" + ("  (begun)" if store.work(name).exists() else ""))
+    searches = {item.settings.run: item.settings for item in planned if item not in needed}
+    left = sum(store.read(each) is None for name, each in searches.items() if name not in records)
+    if left:
+        print(f"searches  {left} runs missing: prunestudy study --searches trains them as well")
 
 
-def do_table(a: Namespace) -> None:
-    tables.write(_store(a), _planned(a))
+def do_search(a: Namespace) -> int:
+    found = search.grids(_store(a), _planned(a))
+    complete = [grid for grid in found if grid.complete]
+    differ = [grid for grid in complete if grid.differences]
+    print(*(line for grid in found for line in search.lines(grid)), sep="\n")
+    print(f"{len(found)} grids, {len(complete)} complete; {len(differ)} of a card differ")
+    return int(a.check and bool(differ))
 
 
 def do_latency(a: Namespace) -> None:
@@ -223,7 +235,6 @@ def differences(store: Store, a: str, b: str) -> pd.DataFrame:
 
 def do_export(a: Namespace) -> None:
     store, name = _done(a, a.first)
-    store.require_file(name, "weights")
-    net, shape = stored_net(store.weights(name))
+    net, shape = stored_net(store.require_weights(name))
     shrink.export(net, a.file, torch.rand(2, *shape))
     print(a.file)

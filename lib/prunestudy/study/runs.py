@@ -84,7 +84,7 @@ class Runner:
 
     def _done(self, settings: RunSettings, weights: bool) -> dict[str, Any] | None:
         record = self.store.read(settings, datasets.fingerprint(settings.dataset, self.data))
-        return record if not weights or self.store.has_all(settings.run) else None
+        return record if not weights or self.store.has(settings.run, "arrays", "weights") else None
 
     def net(self, settings: RunSettings) -> nn.Module:
         """Return the finished net of a run that is done, as an ordinary module."""

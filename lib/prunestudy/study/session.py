@@ -58,13 +58,14 @@ class Session:
         self.store = self.runner.store  # of the device that the runs are on
 
     def run(self) -> None:
-        """Train what is missing, and say how much that was."""
-        missing = [p for p in self.planned if self.store.read(p.settings) is None]
+        """Train what is missing, and say how much that was; searches are left to the batch."""
+        needed = [p for p in self.planned if p.purpose != "search"]
+        missing = [p for p in needed if self.store.read(p.settings) is None]
         bar = tqdm(missing, disable=not (self.show and missing), desc="runs", unit="run")
         for item in bar:
             bar.set_postfix_str(item.settings.run)
             self.runner.ensure(item.settings)
-        print(f"{len(self.planned) - len(missing)} runs were there, {len(missing)} trained now.")
+        print(f"{len(needed) - len(missing)} runs were there, {len(missing)} trained now.")
 
     @cached_property
     def runs(self) -> pd.DataFrame:
@@ -82,9 +83,9 @@ class Session:
 
     def figure(self, name: str, drawn: "Figure") -> "Figure":
         """Save `drawn` under the paper's name and return it."""
-        from prunestudy.study import figures  # late: a batch job draws nothing
-
-        figures.save_to(drawn, self.store.folder / "figures", f"{self.paper}_{name}")
+        path = self.store.folder / "figures" / f"{self.paper}_{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        drawn.savefig(path, metadata={"Software": None})  # the same figure gives the same file
         return drawn
 
     def find(self, method: str, target: float | None, seed: int = 0, **where: Any) -> RunSettings:
@@ -133,10 +134,9 @@ def is_untimed(store: Store, item: Planned) -> bool:
 
 
 def _milliseconds(store: Store, settings: RunSettings, rounds: int) -> dict[str, float]:
-    store.require_file(settings.run, "weights")
     info = datasets.info(settings.dataset)
     shape = (info.channels, info.height, info.width)
-    small, _ = stored_net(store.weights(settings.run))
+    small, _ = stored_net(store.require_weights(settings.run))
     dense = models.build(settings.model, shape, info.num_classes)
     nets = {"latency": shrink.to_csr(small, _CSR_FROM), "dense_latency": dense}
     times = {}
@@ -148,8 +148,8 @@ def _milliseconds(store: Store, settings: RunSettings, rounds: int) -> dict[str,
 
 def state_of(store: Store, planned: list[Planned]) -> str:
     """Digest of the planned runs' records: it changes when any of them does."""
-    records = ((p.settings.run, store.load(p.settings.run)) for p in planned)
-    done = {run: record and line_of(record) for run, record in records}
+    records = {run: store.at(store.place(run)) for run in (p.settings.run for p in planned)}
+    done = {run: record and line_of(record) for run, record in records.items()}
     return hashlib.sha256(json.dumps(done, sort_keys=True).encode()).hexdigest()
 
 
