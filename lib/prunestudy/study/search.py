@@ -91,7 +91,9 @@ class Grid:
 
 
 def _of(settings: RunSettings, name: str) -> Any:
-    return settings.params[name] if name in settings.params else getattr(settings.recipe, name)
+    """The recipe's value of `name`, or else the method's parameter."""
+    recipe = name in ("lr", *_COMMON)
+    return getattr(settings.recipe, name) if recipe else settings.params[name]
 
 
 def _text(value: Any) -> str:
