@@ -2,8 +2,8 @@
 
 from prunestudy.train.checkpoint import read_checkpoint, write_checkpoint
 from prunestudy.train.loop import Loop
-from prunestudy.train.process import deterministic, keep_freed_memory
-from prunestudy.train.prune import prune, shrink_to
+from prunestudy.train.process import deterministic, gang, keep_freed_memory
+from prunestudy.train.prune import prune, pruning, shrink_to
 from prunestudy.train.recipe import Recipe
 from prunestudy.train.result import Result
 
@@ -12,8 +12,10 @@ __all__ = [
     "Recipe",
     "Result",
     "deterministic",
+    "gang",
     "keep_freed_memory",
     "prune",
+    "pruning",
     "read_checkpoint",
     "shrink_to",
     "write_checkpoint",
