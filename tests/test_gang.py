@@ -11,7 +11,7 @@ from prunestudy.methods import Method
 from prunestudy.train import Recipe, deterministic, gang, prune, pruning, read_checkpoint
 
 
-def three(folder=None):
+def three(folder=None, device="cpu"):
     """Functions that begin three trainings: gates that are drawn, GDP, dropout; and a fourth."""
     makers = [
         (lambda: randomise(BatchNormNet()), gated, "fp32"),
@@ -21,11 +21,13 @@ def three(folder=None):
     ]
     for number, (net, method, precision) in enumerate(makers):
         recipe = Recipe(epochs=2 + number % 2, lr=0.01, period=1)
-        options = {"validation": toy_batches(seed=9), "seed": number, "precision": precision}
+        validation = toy_batches(seed=9, device=device)
+        options = {"validation": validation, "seed": number, "precision": precision}
+        options["device"] = device
         if folder:
             options |= {"checkpoint": folder / f"{number}", "checkpoint_seconds": 1e9, "run": "r"}
         yield lambda way, a=(net, method, recipe), o=options: way(
-            a[0](), a[1](), toy_batches(shift=1), a[2], **o
+            a[0](), a[1](), toy_batches(shift=1, device=device), a[2], **o
         )
 
 
