@@ -72,13 +72,13 @@ def rate(call: Callable[[], Any], warm: int = 5) -> float:
     for _ in range(warm):
         call()
     torch.cuda.synchronize()
-    started, done, size = time.perf_counter(), 0, 1
-    while time.perf_counter() - started < SECONDS:
-        for _ in range(size):
+    started, done, seconds = time.perf_counter(), 0, 0.0
+    while not done or seconds < SECONDS:
+        for _ in range(min(64, done or 1)):
             call()
-        done, size = done + size, min(64, 2 * size)
         torch.cuda.synchronize()
-    return done / (time.perf_counter() - started)
+        done, seconds = done + min(64, done or 1), time.perf_counter() - started
+    return done / seconds
 
 
 def of_net(name: str, peak: float) -> Iterator[tuple[str, str]]:

@@ -2,9 +2,9 @@
 
 import ctypes
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,10 @@ def deterministic(threads: int) -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = True
         torch.set_num_threads(before[0])
         torch.use_deterministic_algorithms(before[1])
+
+
+T = TypeVar("T")
+Steps = Generator[Any, None, T]  # a training by steps, and what it returns at its end
 
 
 def use_tf32(on: bool) -> None:
@@ -92,7 +96,7 @@ def _write(generator: Tensor, tf32: Any, algorithms: Any, threads: int, cuda: An
         torch.cuda.set_stream(cuda[1] if cuda else torch.cuda.default_stream())
 
 
-def gang(trainings: Iterable[Iterator[Any] | None], size: int = 1, steps: int = 1) -> Iterator[Any]:
+def gang(trainings: Iterable[Steps[T] | None], size: int = 1, steps: int = 1) -> Iterator[T]:
     """Advance `size` of `trainings` in turns of so many `steps`; give what each returns at its end.
 
     Each is what `pruning` gives, and ends as it would alone. One begins where another has ended,

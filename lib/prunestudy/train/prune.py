@@ -2,7 +2,7 @@
 
 import hashlib
 import inspect
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from prunestudy.shrink.fold import copied, require_net
 from prunestudy.train.checkpoint import read_checkpoint
 from prunestudy.train.loaders import Loader
 from prunestudy.train.loop import Loop
-from prunestudy.train.process import gang, keep_freed_memory, use_own_stream, use_tf32
+from prunestudy.train.process import Steps, gang, keep_freed_memory, use_own_stream, use_tf32
 from prunestudy.train.recipe import Recipe
 from prunestudy.train.result import Result
 from prunestudy.train.score import Metric, Score, checked_loss, default_metric
@@ -49,7 +49,7 @@ def pruning(
     run: str = "",
     show: bool = False,
     probe: Probe | None = None,
-) -> Generator[dict[str, Any] | None, None, Result]:
+) -> Steps[Result]:
     """`prune` by steps, for `gang`: gives what `Loop.steps` does, and returns the `Result`."""
     recipe = recipe or Recipe(epochs=10, lr=0.05)
     _require_kinds(model, method, recipe, precision)
