@@ -4,7 +4,7 @@ import pytest
 from conftest import one_line
 
 from prunestudy.errors import InputError
-from prunestudy.study import minutes
+from prunestudy.study import cli, minutes
 from prunestudy.study.plan import plan
 from prunestudy.study.records import Store
 from prunestudy.study.runs import Runner
@@ -114,3 +114,20 @@ def test_without_cuda_there_is_one_line(whole, monkeypatch):
     with pytest.raises(InputError) as caught:
         Runner(Store("gpu"), device="cuda").ensure(whole[0].settings)
     assert one_line(caught) == "device = 'cuda': no CUDA device here; allowed are auto, cpu"
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ((), "device = 'cuda': no CUDA device here; allowed are auto, cpu"),
+        (("--minutes", "0"), "minutes = 0.0: above 0"),
+        (("--minutes", "nan"), "minutes = nan: above 0"),
+        (("--gang", "0"), "gang = 0: 1 to 64 runs at a time"),
+    ],
+)
+def test_the_command_says_in_one_line_what_is_missing(words, line, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    words = ["study", "--profile", "gpu", "--results", str(tmp_path), *words]
+    assert cli.main(words) == 2
+    assert capsys.readouterr().err == f"prunestudy: {line}\n"
+    assert list(tmp_path.iterdir()) == []

@@ -11,18 +11,43 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pandas as pd
+import torch
 
 from prunestudy import datasets
-from prunestudy.errors import InputError
+from prunestudy.errors import InputError, require
 from prunestudy.study.batch import line_of_run
+from prunestudy.study.collect import collect
 from prunestudy.study.lines import write_text
 from prunestudy.study.plan import Planned
 from prunestudy.study.records import Store
-from prunestudy.study.runs import Runner
+from prunestudy.study.runs import Runner, device_of
 from prunestudy.study.settings import RunSettings
 from prunestudy.train import Steps, gang
 
 _STEPS = 4  # of a run in each of its turns
+
+
+def study(
+    store: Store, planned: list[Planned], data: str, minutes: float, size: int
+) -> Iterator[str]:
+    """Train what is missing on a CUDA device, collect it, write gpu.md; lines of what is there.
+
+    Raises `InputError` for settings and data that cannot be used, and where there is no device.
+    """
+    require(minutes > 0, "minutes", minutes, "above 0")
+    require(1 <= size <= 64, "gang", size, "1 to 64 runs at a time")
+    device, started = device_of("cuda"), time.monotonic()
+    runner, planned = Runner(store, data, "cuda"), here(planned, data)
+    left = run(runner, planned, minutes, size)
+    yield from collect(store.folder.name, results=store.folder.parent)
+    name, total = torch.cuda.get_device_name(device), len({item.settings.run for item in planned})
+    about = (
+        f"{name}, torch {torch.__version__}. {total - left} of {total} runs, in this call up to"
+        f" {size} at a time in {(time.monotonic() - started) / 60:.1f} minutes. Settings are those"
+        " of the searches on the CPU; none was made on a GPU. Seconds are of a run's own turns."
+    )
+    yield f"{total - left} of {total} runs are done"
+    yield write(runner.store, planned, about)
 
 
 def here(planned: list[Planned], data: str) -> list[Planned]:
