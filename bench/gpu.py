@@ -34,7 +34,7 @@ METHODS = {
     "network_slimming": ({}, 0.5),
     "l1": ({}, 0.9),
 }
-SECONDS = 1.5
+SECONDS = 1.0
 
 
 def main(folder: Path | None) -> None:

@@ -9,7 +9,6 @@ import textwrap
 from dataclasses import replace
 from pathlib import Path
 
-import nbformat
 import numpy as np
 import pytest
 import torch
@@ -113,6 +112,8 @@ def checkout(tmp_path):
     shutil.copy(root / "pyproject.toml", place)
     (place / "lib/prunestudy/papers/toy.toml").write_text(textwrap.dedent(CARD))
     (place / "notebooks").mkdir()
+    import nbformat  # late: a borrowed GPU machine has none
+
     cell = nbformat.v4.new_code_cell('profile = "quick"\nresults = ""\ndata = ""')
     cell.metadata["tags"] = ["parameters"]
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}

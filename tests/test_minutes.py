@@ -56,7 +56,10 @@ def test_the_copy_of_cifar10_that_is_there_is_taken(folders, dataset, whole, tmp
 
 def test_a_study_in_turns_gives_the_records_of_one_run_after_another(planned, tmp_path, capsys):
     store = Store("quick", tmp_path)
-    assert minutes.run(Runner(store, device="cpu"), planned, 10, 3) == 0
+    lines = list(minutes.study(store, planned, "", 10.0, 3, "cpu"))
+    path = tmp_path / "quick" / "gpu.md"
+    assert lines == [f"{len(planned)} of {len(planned)} runs are done", str(path)]
+    assert len((tmp_path / "quick" / "records.jsonl").read_text().splitlines()) == len(planned)
     alone = Runner(Store("quick", tmp_path / "alone"), device="cpu")
     names = {item.settings.run for item in planned}
     for item in planned:
@@ -68,9 +71,7 @@ def test_a_study_in_turns_gives_the_records_of_one_run_after_another(planned, tm
     assert said[-1].startswith(f"{len(names)}/{len(names)} ")
     assert minutes.run(Runner(store, device="cpu"), planned, 10, 3) == 0
     assert capsys.readouterr().err == ""
-    path = minutes.write(store, planned, "About.")
-    rows = (tmp_path / "quick" / "gpu.md").read_text().splitlines()
-    assert path.endswith("gpu.md")
+    rows = path.read_text().splitlines()
     assert rows[0] == "# CIFAR-10 on one GPU"
     assert rows[4].startswith("| data | net | method | removed | top-1 |")
     assert [row.split(" | ")[2] for row in rows[6:]].count("sparse_gates") == 1

@@ -28,19 +28,20 @@ _STEPS = 4  # of a run in each of its turns
 
 
 def study(
-    store: Store, planned: list[Planned], data: str, minutes: float, size: int
+    store: Store, planned: list[Planned], data: str, minutes: float, size: int, kind: str = "cuda"
 ) -> Iterator[str]:
-    """Train what is missing on a CUDA device, collect it, write gpu.md; lines of what is there.
+    """Train what is missing on a device of `kind`, collect it, write gpu.md; lines of what is there.
 
     Raises `InputError` for settings and data that cannot be used, and where there is no device.
     """
     require(minutes > 0, "minutes", minutes, "above 0")
     require(1 <= size <= 64, "gang", size, "1 to 64 runs at a time")
-    device, started = device_of("cuda"), time.monotonic()
-    runner, planned = Runner(store, data, "cuda"), here(planned, data)
+    device, started = device_of(kind), time.monotonic()
+    runner, planned = Runner(store, data, kind), here(planned, data)
     left = run(runner, planned, minutes, size)
     yield from collect(store.folder.name, results=store.folder.parent)
-    name, total = torch.cuda.get_device_name(device), len({item.settings.run for item in planned})
+    name = torch.cuda.get_device_name(device) if kind == "cuda" else kind
+    total = len({item.settings.run for item in planned})
     about = (
         f"{name}, torch {torch.__version__}. {total - left} of {total} runs, in this call up to"
         f" {size} at a time in {(time.monotonic() - started) / 60:.1f} minutes. Settings are those"

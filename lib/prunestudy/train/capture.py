@@ -78,7 +78,7 @@ class Captured:
         """Begin with plain steps again: what a step does has changed."""
         if self._graph and self._generator.device.type == "cuda":
             torch.cuda.current_stream().synchronize()  # a graph must outlive its replays
-        self._graph, self._made = None, Counter()
+        self._graph, self._batch, self._made = None, None, Counter()
 
     def look(self) -> None:
         """Forget the graph, if tensors were replaced or flags have changed since the capture."""

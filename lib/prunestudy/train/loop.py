@@ -137,6 +137,7 @@ class Loop:
         # The loss of the last step says nothing of the weights that it left.
         last = self.state.history[-1] if self.state.history else {}
         self.diverged |= not math.isfinite(last.get("validation_loss", 0.0))
+        self._captured.forget()
         self.probe.finish()
         net = self.method.finish(self.model, self.context)
         self.probe.finished(net)
