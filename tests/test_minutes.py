@@ -55,11 +55,11 @@ def test_the_copy_of_cifar10_that_is_there_is_taken(folders, dataset, whole, tmp
 
 
 def test_a_study_in_turns_gives_the_records_of_one_run_after_another(planned, tmp_path, capsys):
-    store = Store("quick", tmp_path)
+    store = Store("custom", tmp_path)
     lines = list(minutes.study(store, planned, "", 10.0, 3, "cpu"))
-    path = tmp_path / "quick" / "gpu.md"
+    path = tmp_path / "custom" / "gpu.md"
     assert lines == [f"{len(planned)} of {len(planned)} runs are done", str(path)]
-    assert len((tmp_path / "quick" / "records.jsonl").read_text().splitlines()) == len(planned)
+    assert len((tmp_path / "custom" / "records.jsonl").read_text().splitlines()) == len(planned)
     alone = Runner(Store("quick", tmp_path / "alone"), device="cpu")
     names = {item.settings.run for item in planned}
     for item in planned:

@@ -30,7 +30,7 @@ _STEPS = 4  # of a run in each of its turns
 def study(
     store: Store, planned: list[Planned], data: str, minutes: float, size: int, kind: str = "cuda"
 ) -> Iterator[str]:
-    """Train what is missing on a device of `kind`, collect it, write gpu.md; lines of what is there.
+    """Train what is missing on a device of `kind`, collect it, write gpu.md; lines of it.
 
     Raises `InputError` for settings and data that cannot be used, and where there is no device.
     """

@@ -94,13 +94,14 @@ def pruning(
                 bar.set_postfix({n: f"{row[n]:.4f}" for n in ("train_loss", seen, "kept")})
             yield row
     small = loop.finish()
-    if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()  # its readers have other streams
     if all(p.is_contiguous() for p in model.parameters() if p.dim() == 4):
         small = small.to(memory_format=torch.contiguous_format)
     status, state = "diverged" if loop.diverged else "done", loop.state
     found = small.eval(), state.history, status, state.seconds, method, loop.probe, example
-    return Result(*found, copied(model), score)
+    result = Result(*found, copied(model), score)
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()  # its readers have other streams
+    return result
 
 
 @wraps(pruning, assigned=())
