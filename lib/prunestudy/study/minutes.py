@@ -4,17 +4,16 @@ It needs no Snakemake, papermill or virtual environment, which a borrowed machin
 net by net and seed by seed, the papers in turns, so that what is done by any minute is a study.
 """
 
-import math
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-import pandas as pd
 import torch
 
 from prunestudy import datasets
 from prunestudy.errors import InputError, require
+from prunestudy.study import tables
 from prunestudy.study.batch import line_of_run
 from prunestudy.study.collect import collect
 from prunestudy.study.lines import write_text
@@ -36,19 +35,23 @@ def study(
     """
     require(minutes > 0, "minutes", minutes, "above 0")
     require(1 <= size <= 64, "gang", size, "1 to 64 runs at a time")
-    device, started = device_of(kind), time.monotonic()
+    device_of(kind)
+    started = time.monotonic()
     runner, planned = Runner(store, data, kind), here(planned, data)
     left = run(runner, planned, minutes, size)
     yield from collect(store.folder.name, results=store.folder.parent)
-    name = torch.cuda.get_device_name(device) if kind == "cuda" else kind
-    total = len({item.settings.run for item in planned})
-    about = (
-        f"{name}, torch {torch.__version__}. {total - left} of {total} runs, in this call up to"
-        f" {size} at a time in {(time.monotonic() - started) / 60:.1f} minutes. Settings are those"
-        " of the searches on the CPU; none was made on a GPU. Seconds are of a run's own turns."
+    total, path = len({item.settings.run for item in planned}), store.folder / "gpu.md"
+    done = f"{total - left} of {total} runs are done"
+    summary = tables.build(runner.store, planned)[1] if left < total else None
+    name = torch.cuda.get_device_name() if kind == "cuda" else kind
+    text = (
+        f"# CIFAR-10 on one GPU\n\n{name}, torch {torch.__version__}. {done}; in this call {size} at"
+        f" a time were trained for {(time.monotonic() - started) / 60:.1f} minutes."
+        " Settings are those of the searches on the CPU; none was made on a GPU.\n\n"
     )
-    yield f"{total - left} of {total} runs are done"
-    yield write(runner.store, planned, about)
+    write_text(path, text + ("" if summary is None else tables.markdown(tables.readable(summary))))
+    yield done
+    yield str(path)
 
 
 def here(planned: list[Planned], data: str) -> list[Planned]:
@@ -121,38 +124,3 @@ def _until(end: float, run: str, training: Steps[Any]) -> Steps[Any]:
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-def write(store: Store, planned: list[Planned], about: str) -> str:
-    """Write gpu.md, a table of the finished runs of `planned`, and return its path."""
-    rows = [_row(item, record) for item in planned if (record := store.read(item.settings))]
-    lines = ["# CIFAR-10 on one GPU", "", about, ""]
-    if rows:
-        runs = pd.DataFrame(rows).drop_duplicates(["run", "method"]).drop(columns="run")
-        groups = runs.groupby(["data", "net", "method", "removed"], sort=False)
-        table = groups.mean().assign(sd=groups["top-1"].std(), n=groups.size()).reset_index()
-        lines += [_line(table.columns), _line(["---"] * table.shape[1])]
-        lines += [_line(row) for row in table.itertuples(index=False)]
-    path = store.folder / "gpu.md"
-    write_text(path, "\n".join([*lines, ""]))
-    return str(path)
-
-
-def _line(cells: Iterable[Any]) -> str:
-    texts = (f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells)
-    return f"| {' | '.join(texts)} |"
-
-
-def _row(item: Planned, record: dict[str, Any]) -> dict[str, Any]:
-    metrics, aim = record["metrics"], item.settings.aim
-    return {
-        "run": record["run"],
-        "data": record["data"]["title"],
-        "net": item.settings.model,
-        "method": ", ".join(filter(None, (item.settings.method, item.variant))),
-        "removed": f"{aim.value:g} of {aim.kind}" if aim else "-",
-        "top-1": 100 * metrics.get("metric", math.nan),
-        "MACs left": metrics.get("macs", math.nan) / metrics["dense_macs"],
-        "weights left": metrics.get("nonzeros", math.nan) / metrics["dense_parameters"],
-        "seconds": record["cost"]["train_seconds"],
-    }

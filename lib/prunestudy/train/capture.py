@@ -181,7 +181,9 @@ def refused(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     if name in _MASKED:
         masks = [i for i in args[1] if i is not None and i.dtype in (torch.bool, torch.uint8)]
         return f"{func}: its shape depends on values (a mask as an index)" if masks else ""
-    kinds = {leaf.device.type for leaf in tree_leaves(args) if isinstance(leaf, Tensor)}
+    # A 0-d tensor of the CPU counts as a number.
+    tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+    kinds = {t.device.type for t in tensors if t.dim() or t.device.type != "cpu"}
     to = kwargs.get("device")
     if name in ("_to_copy", "to") and to is not None:
         kinds.add(torch.device(to).type)
