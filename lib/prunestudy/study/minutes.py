@@ -45,8 +45,8 @@ def study(
     summary = tables.build(runner.store, planned)[1] if left < total else None
     name = torch.cuda.get_device_name() if kind == "cuda" else kind
     text = (
-        f"# CIFAR-10 on one GPU\n\n{name}, torch {torch.__version__}. {done}; in this call {size} at"
-        f" a time were trained for {(time.monotonic() - started) / 60:.1f} minutes."
+        f"# CIFAR-10 on one GPU\n\n{name}, torch {torch.__version__}. {done}; in this call"
+        f" {size} at a time were trained for {(time.monotonic() - started) / 60:.1f} minutes."
         " Settings are those of the searches on the CPU; none was made on a GPU.\n\n"
     )
     write_text(path, text + ("" if summary is None else tables.markdown(tables.readable(summary))))

@@ -29,8 +29,8 @@ def deterministic(threads: int) -> Iterator[None]:
         torch.use_deterministic_algorithms(before[1])
 
 
-T = TypeVar("T")
-Steps = Generator[Any, None, T]  # a training by steps, and what it returns at its end
+_T = TypeVar("_T")
+Steps = Generator[Any, None, _T]  # a training by steps, and what it returns at its end
 
 
 def use_tf32(on: bool) -> None:
@@ -57,12 +57,9 @@ class Turn:
         self._other = _read()
 
     def __enter__(self) -> None:
-        self._swap()
+        self.__exit__()
 
     def __exit__(self, *_: object) -> None:
-        self._swap()
-
-    def _swap(self) -> None:
         now = _read()
         _write(*self._other)
         self._other = now
@@ -96,7 +93,7 @@ def _write(generator: Tensor, tf32: Any, algorithms: Any, threads: int, cuda: An
         torch.cuda.set_stream(cuda[1] if cuda else torch.cuda.default_stream())
 
 
-def gang(trainings: Iterable[Steps[T] | None], size: int = 1, steps: int = 1) -> Iterator[T]:
+def gang(trainings: Iterable[Steps[_T] | None], size: int = 1, steps: int = 1) -> Iterator[_T]:
     """Advance `size` of `trainings` in turns of so many `steps`; give what each returns at its end.
 
     Each is what `pruning` gives, and ends as it would alone. One begins where another has ended,
