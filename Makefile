@@ -11,6 +11,8 @@ MINUTES ?= 15
 BIN := .venv/bin
 # Jobs call `prunestudy` by its name, whether or not the environment is activated.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
+# Dozens of processes start: each would compile the library anew.
+unexport PYTHONDONTWRITEBYTECODE
 FOLDER := $(RESULTS)/$(PROFILE)
 papers := $(foreach paper,$(PAPER),--paper '$(paper)')
 

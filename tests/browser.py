@@ -43,6 +43,7 @@ class Browser:
         options.add_argument("--host-resolver-rules=MAP * ~NOTFOUND")
         options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
         self.driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+        self.driver.set_script_timeout(120)  # of a machine that does other things beside
         self.run = self.driver.execute_script
 
     def close(self) -> None:

@@ -3,11 +3,15 @@
 import signal
 import time
 
+import matplotlib as mpl
 import nbformat
 import psutil
 import pytest
+import torch
 from conftest import NASTY, put_record, tree
+from nbclient import NotebookClient
 
+from prunestudy.errors import InputError
 from prunestudy.study import batch, notebooks
 from prunestudy.study.plan import plan
 from prunestudy.study.records import Store
@@ -21,7 +25,7 @@ def study(start, *words):
 
 
 @pytest.mark.usefixtures("toy_card")
-def test_any_path_is_a_path_and_a_second_study_does_nothing(start, tmp_path):
+def test_any_path_is_a_path_and_a_second_study_does_nothing(start, checkout, tmp_path):
     results, data = tmp_path / NASTY, tmp_path / f"-data {NASTY}"
     data.mkdir()
     out, err = study(start, f"--results={results}", f"--data={data.name}")
@@ -51,6 +55,21 @@ def test_any_path_is_a_path_and_a_second_study_does_nothing(start, tmp_path):
     now = tree(results / "quick/runs"), notebooks.executed(store, "toy").stat().st_mtime_ns
     assert now == before
 
+    # Of a failed job all is shown, and the earlier copy stays.
+    source = checkout / "notebooks/99_toy.ipynb"
+    notebook = nbformat.read(source, as_version=4)
+    notebook.cells.append(nbformat.v4.new_code_cell("1 / 0"))
+    nbformat.write(notebook, source)
+    process = start("study", "--results", results.name)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 2
+    assert "toy: notebook 99_toy: ZeroDivisionError: division by zero" in err
+    assert err.splitlines()[-1] == (
+        "prunestudy: study = quick: a job failed, see above; finished runs are kept"
+    )
+    now = tree(results / "quick/runs"), notebooks.executed(store, "toy").stat().st_mtime_ns
+    assert now == before
+
 
 @pytest.mark.usefixtures("toy_card")
 def test_what_is_missing_is_done_parents_first(tmp_path):
@@ -71,8 +90,9 @@ def alive(process):
     return psutil.Process(process.pid).children(recursive=True)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("command", ["train", "study"])
+@pytest.mark.parametrize(
+    ("command", "number"), [("train", signal.SIGTERM), ("study", signal.SIGINT)]
+)
 def test_ctrl_c_ends_all_and_says_how_to_go_on(start, tmp_path, command, number):
     words = {"train": ("train", "--set", "epochs=100000"), "study": ("study",)}[command]
     process = start(*words, "--results", str(tmp_path / "results"))
@@ -93,17 +113,42 @@ def test_ctrl_c_ends_all_and_says_how_to_go_on(start, tmp_path, command, number)
     assert not [child for child in children if child.is_running()]
 
 
-@pytest.mark.usefixtures("toy_card")
-def test_of_a_failed_job_all_is_shown(start, checkout, tmp_path):
-    source = checkout / "notebooks/99_toy.ipynb"
-    notebook = nbformat.read(source, as_version=4)
-    notebook.cells.append(nbformat.v4.new_code_cell("1 / 0"))
-    nbformat.write(notebook, source)
-    process = start("study", "--results", str(tmp_path / "results"))
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 2
-    assert "toy: notebook 99_toy: ZeroDivisionError: division by zero" in err
-    assert err.splitlines()[-1] == (
-        "prunestudy: study = quick: a job failed, see above; finished runs are kept"
-    )
-    assert not notebooks.executed(Store("quick", tmp_path / "results"), "toy").exists()
+STATE = """
+import os
+import matplotlib as mpl, matplotlib.pyplot as plt, torch
+names = sorted(name for name in globals() if not name.startswith("_"))
+print(names, os.getcwd(), __name__, torch.get_num_threads())
+print({name: str(value) for name, value in mpl.rcParams.items()}, mpl.get_backend())
+plt.plot([1, 2]);
+"""
+SPOILT = """
+import os, matplotlib as mpl, torch
+spoilt = torch.manual_seed(1)
+mpl.rcParams["lines.linewidth"] = 9
+os.chdir("/")
+torch.Tensor.mine = 1
+"""
+
+
+def outputs_of(text, run):
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(text)])
+    run(notebook)
+    return notebook.cells[0].outputs
+
+
+@pytest.mark.filterwarnings("ignore")  # of the kernel's own
+def test_a_notebooks_kernel_is_as_new_as_one_of_its_own(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    alone = outputs_of(STATE, lambda notebook: NotebookClient(notebook).execute())
+    assert [output.output_type for output in alone] == ["stream", "display_data"]
+    drawn = []
+    for seed in (1, 2):
+        assert outputs_of(SPOILT, notebooks.run_cells) == []
+        with torch.random.fork_rng(), mpl.rc_context({"lines.linewidth": 5}):
+            torch.manual_seed(seed)
+            assert outputs_of(STATE, notebooks.run_cells) == alone
+            drawn += outputs_of("import torch; print(torch.rand(3))", notebooks.run_cells)
+    assert drawn[0] == drawn[1]  # on a kernel of its own, a cell without a seed differs
+    assert not hasattr(torch.Tensor, "mine")
+    with pytest.raises(InputError, match="its kernel died"):
+        outputs_of("import os; os._exit(1)", notebooks.run_cells)

@@ -72,7 +72,7 @@ def names_of(*labels):
         (["list", "--nope"], "unrecognized arguments: --nope"),
         (["status", "--prof", "quick"], "unrecognized arguments: --prof quick"),
         (["list", "--profile", "fast"], "profile = 'fast': allowed are cpu, cpu-long, paper, q"),
-        (["table", "--profile", "cpu"], "profile = 'cpu': the chosen papers have quick"),
+        (["latency", "--profile", "cpu"], "profile = 'cpu': the chosen papers have quick"),
         (["latency", "--paper", "nope"], "paper = 'nope': allowed are toy"),
         (["list", "--paper", "toy", "--paper", "nope"], "paper = 'nope': allowed are toy"),
         (["run"], "the following arguments are required: RUN"),
@@ -91,7 +91,7 @@ def names_of(*labels):
         (["list", "method"], "list = 'method': models, datasets, methods, papers, profiles or me"),
         (["list", "method", "nope"], "method = 'nope': allowed are component_aware, dense"),
         (["list", "--profile", "custom", "--paper", "toy"], "paper = 'toy': none with --profile"),
-        (["table", "--profile", "custom"], "profile = 'custom': allowed are cpu, cpu-long"),
+        (["latency", "--profile", "custom"], "profile = 'custom': allowed are cpu, cpu-long"),
         (["show", "dense", "--profile", "fast"], "profile = 'fast': allowed are"),
         *(
             (["study", "--executor", name], f"executor = {name!r}: local, or one whose package")
@@ -147,13 +147,13 @@ def test_edited_records_stop_every_command(call, refused, results):
     assert call("run", *names_of("start"))[0] == 0
     path = results / "quick" / "runs" / names_of("start")[0] / "record.json"
     path.write_text(path.read_text().replace('"seed":0', '"seed":1'))
-    words = [["status"], ["table"], ["run", "magnitude"], ["study"]]
+    words = [["status"], ["run", "magnitude"], ["study"]]
     for each in [*words, ["show", names_of("start")[0]]]:
         said = refused(*each)
         assert said.startswith(f"record = {names_of('start')[0]}: was edited or cut off (checksum)")
 
 
-@pytest.mark.parametrize("words", [["status"], ["table"], ["run", "magnitude"]])
+@pytest.mark.parametrize("words", [["status"], ["latency"], ["run", "magnitude"]])
 def test_a_file_in_the_place_of_the_results(refused, tmp_path, words):
     place = tmp_path / "file"
     place.write_text("mine")
@@ -192,7 +192,7 @@ def test_help_names_every_command(capsys):
         cli.main(["--help"])
     assert caught.value.code == 0
     out = capsys.readouterr().out
-    names = "study plan list status table latency run collect show compare export"
+    names = "study plan list status latency run collect show compare export"
     for name in [*names.split(), "train"]:
         assert f"\n    {name} " in out
 
@@ -207,7 +207,7 @@ def test_list(call, results):
     assert not results.exists()
 
 
-def test_run_status_show_table(call, results):
+def test_run_status_show(call, results):
     start, dense, magnitude, random = names_of("start", "dense", "magnitude", "random")
     code, out, _ = call("status")
     assert code == 0
@@ -218,7 +218,7 @@ def test_run_status_show_table(call, results):
     assert not results.exists()
     code, out, _ = call("run", magnitude[:-3], "--device", "cpu")
     store = Store("quick", results)
-    metric = store.load(magnitude)["metrics"]["metric"]
+    metric = store.require(magnitude)["metrics"]["metric"]
     assert (code, out) == (0, f"{magnitude} done {metric:.4f}\n")
     # its parent was trained on the way
     store.work(random).mkdir()
@@ -230,13 +230,9 @@ def test_run_status_show_table(call, results):
     ]
     code, out, _ = call("show", "magnitude")
     text, _, history = out.partition("\n}\n")
-    assert json.loads(text + "}") == store.load(magnitude) | {"history": None}
-    columns = store.load(magnitude)["history"]
+    assert json.loads(text + "}") == store.require(magnitude) | {"history": None}
+    columns = store.require(magnitude)["history"]
     assert history.strip() == " ".join(f"{name}={value}" for name, (value,) in columns.items())
-    assert call("table") == (0, "", "")
-    lines = (results / "quick" / "tables" / "runs.csv").read_text().splitlines()
-    assert len(lines) == 3
-    assert (results / "quick" / "tables" / "summary.csv").exists()
 
 
 def all_runs():
@@ -245,7 +241,7 @@ def all_runs():
 
 def timed(results):
     """Milliseconds of the planned runs that were timed, by run."""
-    found = {name: Store("quick", results).load(name)["latency"] for name in all_runs()}
+    found = {name: Store("quick", results).require(name)["latency"] for name in all_runs()}
     return {name: latency["ms"] for name, latency in found.items() if latency}
 
 

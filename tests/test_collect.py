@@ -9,9 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import CARD, one_line, put_record, small_run, tree
+from conftest import CARD, put_record, refusal, small_run, tree
 
-from prunestudy.errors import InputError
 from prunestudy.study import lines, runs, tables
 from prunestudy.study.collect import collect
 from prunestudy.study.lines import line_of, read_lines
@@ -59,9 +58,7 @@ def lost(settings):
 
 
 def refused(*words, **values):
-    with pytest.raises(InputError) as caught:
-        collect(*words, **values)
-    return one_line(caught)
+    return refusal(lambda: collect(*words, **values))
 
 
 def test_finished_runs_become_lines_and_drawn_arrays(stores, settings):
@@ -84,7 +81,7 @@ def test_finished_runs_become_lines_and_drawn_arrays(stores, settings):
 def test_a_clone_reads_everything_and_trains_nothing(stores, settings, tmp_path, monkeypatch):
     here, _ = stores
     fill(here, settings)
-    made = [here.load(s.run) for s in settings]
+    made = [here.require(s.run) for s in settings]
     table = tables.build(here, plan("quick"))
     run_collect(here)
     clone = Store("quick", tmp_path / "clone")
@@ -131,11 +128,11 @@ def test_a_stored_record_stays_and_the_newcomer_is_named(stores, settings):
     assert run_collect(here, there.folder) == named
     assert tracked(here) == before
     assert run_collect(here, there.folder, replace=True) == []
-    assert here.load(ours.run)["metrics"]["metric"] == 0.6
+    assert here.require(ours.run)["metrics"]["metric"] == 0.6
     assert here.arrays(ours.run)["energy_before"].tolist() == [1.0, 2.0, 3.0]
     # the one trained here is the newcomer now
     assert run_collect(here) == named
-    assert here.load(ours.run)["metrics"]["metric"] == 0.6
+    assert here.require(ours.run)["metrics"]["metric"] == 0.6
     assert run_collect(here, replace=True) == []
     assert tracked(here) == before
 
@@ -147,8 +144,8 @@ def test_a_missing_latency_is_taken_and_one_that_is_there_stays(stores, settings
     for ms in (0.5, 0.75):
         fill(there, settings[:1], latency={"latency_b1_ms": ms})
         assert run_collect(here, there.folder) == []
-        assert here.load(settings[0].run)["latency"]["ms"] == {"latency_b1_ms": 0.5}
-    assert here.load(settings[1].run)["latency"] is None
+        assert here.require(settings[0].run)["latency"]["ms"] == {"latency_b1_ms": 0.5}
+    assert here.require(settings[1].run)["latency"] is None
     here.write_latency(settings[1].run, {"ms": {"latency_b1_ms": 0.25}})
     run_collect(here)
     assert read_lines(here.collected)[settings[1].run]["latency"]["ms"] == {"latency_b1_ms": 0.25}
@@ -171,7 +168,7 @@ def test_other_settings_or_data_are_refused_and_nothing_changes(
     run_collect(here)
     fill(here, settings)
     fill(there, settings)
-    record = there.load(settings[1].run)
+    record = there.require(settings[1].run)
     change(record)
     path = there.path(settings[1].run) / "record.json"
     path.write_text(line_of(record) + "\n")
@@ -184,7 +181,7 @@ def test_other_settings_or_data_are_refused_and_nothing_changes(
 def test_a_default_that_was_added_since_is_no_other_setting(stores, settings):
     here, _ = stores
     put_record(here, settings[0])
-    record = here.load(settings[0].run)
+    record = here.require(settings[0].run)
     del record["settings"]["recipe"]["warmup_from"]
     lines.write_text(here.collected, line_of(record) + "\n")
     before = tracked(here)
@@ -298,11 +295,13 @@ def test_killed_in_the_middle_each_file_is_the_old_or_the_new(stores, settings, 
         killed = Store("quick", tmp_path / f"killed{number}")
         middle = tracked(killed)
         run_collect(killed)  # as if nothing had happened
-        assert killed.load(settings[0].run)["metrics"]["metric"] == 0.5
+        assert killed.require(settings[0].run)["metrics"]["metric"] == 0.5
         assert run_collect(killed, there.folder, replace=True) == []
         new = tracked(killed)
         assert all(middle[name] in (old[name], new[name]) for name in old)
-        assert [killed.load(s.run)["metrics"]["metric"] for s in settings] == [0.6] * len(settings)
+        assert [killed.require(s.run)["metrics"]["metric"] for s in settings] == [0.6] * len(
+            settings
+        )
         changed.append([name for name in old if middle[name] != old[name]])
     assert changed == [[], [], ["toy.safetensors"]]
 

@@ -12,7 +12,7 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torch
-from conftest import one_line
+from conftest import one_line, refusal
 from PIL import Image
 
 import prunestudy
@@ -42,9 +42,7 @@ def pixels(x):
 
 
 def refused(name, root):
-    with pytest.raises(InputError) as caught:
-        datasets.load(name, root)
-    return one_line(caught)
+    return refusal(lambda: datasets.load(name, root))
 
 
 # --- what is known of a set

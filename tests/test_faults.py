@@ -150,17 +150,10 @@ _EACH = [
     for where, what in zip(_LINES[::2], _LINES[1::2], strict=True)
 ]
 # Each run is forked from a process that has imported these: it takes longer than the tests.
-_SLOW = """filelock nbformat.v4 pandas PIL.Image ptflops pydantic pytest safetensors.torch
+_SLOW = """filelock pandas PIL.Image ptflops pydantic pytest safetensors.torch
     scipy.stats torch torch._dynamo torch.export torch.onnx torch_pruning torchvision"""
 _FORK = multiprocessing.get_context("forkserver")
-
-
-@pytest.fixture(scope="module")
-def clean(tmp_path_factory):
-    """A copy of the library."""
-    _FORK.set_forkserver_preload(_SLOW.split())
-    folder, ignored = tmp_path_factory.mktemp("clean"), shutil.ignore_patterns("*.ipynb")
-    return shutil.copytree(Path(__file__).parents[1] / "lib", folder / "lib", ignore=ignored)
+_FORK.set_forkserver_preload(_SLOW.split())
 
 
 def outcome(lib, files, chosen):
@@ -168,7 +161,7 @@ def outcome(lib, files, chosen):
     said = lib.with_name("said")
     run = _FORK.Process(target=_run, args=(lib, files, chosen, said))
     run.start()
-    run.join(timeout=300)
+    run.join(timeout=900)
     run.kill()
     return run.exitcode, said.read_text()
 
@@ -178,23 +171,25 @@ def _run(lib: Path, files: list[str], chosen: str, said: Path) -> None:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.path.insert(0, str(lib))
-    # Without plugins and a search for garbage at the end: half of the time of a short run.
+    # Without plugins, explained assertions and a search for garbage: half of a short run's time.
     options = "-qx -p no:cacheprovider -p no:unraisableexception --disable-plugin-autoload".split()
+    options += ["--assert=plain"]
     options += [f"--basetemp={lib.with_name('temporary')}", "-k", chosen]
     sys.exit(pytest.main([*options, *(str(Path(__file__).with_name(name)) for name in files)]))
 
 
-def test_the_tests_pass_on_the_code_as_it_is(clean):
+def test_the_tests_pass_on_the_code_as_it_is(library):
     files, chosen = ({each[place] for each in _EACH} for place in (1, 2))
-    code, said = outcome(clean, sorted(files), " or ".join(f"({name})" for name in sorted(chosen)))
+    every = " or ".join(f"({name})" for name in sorted(chosen))
+    code, said = outcome(library, sorted(files), every)
     assert code == 0, said
 
 
 @pytest.mark.parametrize(
     ("file", "test", "chosen", "old", "new"), _EACH, ids=[each[0] for each in _EACH]
 )
-def test_a_fault_is_found(file, test, chosen, old, new, clean, tmp_path):
-    lib = shutil.copytree(clean, tmp_path / "lib")
+def test_a_fault_is_found(file, test, chosen, old, new, library, tmp_path):
+    lib = shutil.copytree(library, tmp_path / "lib")
     path = lib / "prunestudy" / file
     text = path.read_text()
     assert text.count(old) == 1, f"{file} has {old!r} {text.count(old)} times"

@@ -14,6 +14,7 @@ from prunestudy.errors import InputError
 from prunestudy.papers import card
 from prunestudy.study import figures
 from prunestudy.study.figures import papers
+from prunestudy.study.session import Session
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +32,7 @@ class Runs:
     def arrays(self, run):
         return self.held
 
-    def load(self, run):
+    def require(self, run):
         return {"metrics": {"channels": {"conv1": 2, "fc1": 1}, "met_at": 0.5, "kept_scale": 1.5}}
 
     def history(self, run):
@@ -221,10 +222,13 @@ def test_speed_up_by_macs_and_by_time():
 def test_a_figure_is_saved_as_one_png(tmp_path):
     figure, (axes,) = figures.canvas()
     axes.plot([1, 2])
-    path = figures.save_to(figure, tmp_path / "figures", "line")
-    assert [p.name for p in path.parent.iterdir()] == ["line.png"]
-    first = path.read_bytes()
-    assert figures.save_to(figure, tmp_path / "figures", "line").read_bytes() == first
+    study, pictures = Session("overview", results=tmp_path), []
+    for _ in range(2):
+        assert study.figure("line", figure) is figure
+        (path,) = (tmp_path / "quick/figures").iterdir()
+        pictures.append(path.read_bytes())
+    assert path.name == "overview_line.png"
+    assert pictures[0] == pictures[1]
 
 
 # --- in notebooks

@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import one_line
+from conftest import refusal
 from safetensors import safe_open
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 from prunestudy import models, shrink
-from prunestudy.errors import InputError
 from prunestudy.shrink import files
 from prunestudy.shrink.narrow import geometry_of
 
@@ -361,12 +360,6 @@ def test_a_file_like_the_registered_net_is_what_it_was(tmp_path):
 
 
 # --- bad input
-
-
-def refusal(call):
-    with pytest.raises(InputError) as caught:
-        call()
-    return one_line(caught)
 
 
 class Other(Sound):

@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import apart, one_line
+from conftest import apart, one_line, pairs_of
 from test_face import MyNet, loader
-from test_factors import Owners, pairs_of
+from test_factors import Owners
 from torch import nn
 
 import prunestudy as ps
 from prunestudy import measure, methods, models, shrink
 from prunestudy.errors import InputError
-from prunestudy.methods import Context, filter_probes
+from prunestudy.methods import Context, batch_norm, filter_probes
 from prunestudy.methods.force import force, force_by_pairs
 from prunestudy.shrink import factors
 
@@ -362,7 +362,7 @@ def test_arrays_are_before_and_after_and_small():
         assert arrays[f"energy_after.{name}"][-1] == 1
         assert arrays[f"angles_before.{name}"].sum() == len(weight) * (len(weight) - 1) // 2
     wide = factors.layers_to_factorise(models.build("resnet20", (3, 32, 32), 10))
-    assert sum(a.nbytes for a in filter_probes.portraits(wide, "before").values()) < 450_000
+    assert sum(t.nbytes for t in filter_probes.portraits(wide, "before").values()) < 450_000
     assert all(0 <= row["validation_top1_low_rank"] <= 1 for row in result.history)
     assert all(3 <= row["rank"] <= 25 + 32 + 64 for row in result.history)
 
@@ -423,6 +423,133 @@ def test_rounds_that_are_shorter_than_a_step_still_reach_the_target(steps):
     ranks = ranks_of(result.model)
     assert ranks["stem"] < 8
     assert ranks["body"] < 16
+
+
+# --- batch norm's statistics
+
+
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+def normed(dims=2):
+    """Convolution, batch norm, twice, with dropout and a norm without statistics between."""
+    torch.manual_seed(0)
+    conv, norm = CONVS[dims - 1], NORMS[dims - 1]
+    parts = [conv(1, 4, 3), norm(4), nn.Dropout(), norm(4, track_running_stats=False)]
+    net = nn.Sequential(*parts, conv(4, 4, 3), norm(4, momentum=0.3)).double()
+    net[1].running_mean.fill_(7.0)
+    return net
+
+
+def batches(count, dims=2, size=5):
+    return [(weights(size, 1, *[6] * dims, seed=i), None) for i in range(count)]
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_statistics_are_the_mean_over_batches_of_what_training_normalises_by(dims):
+    net, data = normed(dims), batches(3, dims)
+    net.train()
+    net[2].eval()
+    before = copy.deepcopy(net.state_dict())
+    context = Context((data[0][0],), train=lambda epoch: [data, []][epoch])
+    seen = batch_norm.recalibrate(net, context, 2)
+    first, second = [], []
+    for x, _ in data[:2]:
+        out = net[0](x)
+        first.append(out)
+        over = [0, *range(2, out.dim())]
+        for norm in (net[1], net[3]):
+            var, mean = torch.var_mean(out, over, correction=0, keepdim=True)
+            out = (out - mean) / (var + norm.eps).sqrt()
+        second.append(net[4](out))
+    for norm, outs in ((net[1], first), (net[5], second)):
+        found = [torch.var_mean(out.transpose(0, 1).flatten(1), 1) for out in outs]
+        for k, got in enumerate((norm.running_var, norm.running_mean)):
+            assert torch.allclose(got, (found[0][k] + found[1][k]) / 2, atol=1e-12)
+    assert seen == 10
+    assert (net[1].momentum, net[5].momentum) == (0.1, 0.3)
+    assert [m.training for m in net] == [True, True, False, True, True, True]
+    after = copy.deepcopy(net.state_dict())
+    moved = {n.partition(".")[2] for n in after if not torch.equal(before[n], after[n])}
+    assert moved == {"running_mean", "running_var", "num_batches_tracked"}
+    batch_norm.recalibrate(net, context, 2)
+    assert all(torch.equal(after[n], t) for n, t in net.state_dict().items())
+    assert batch_norm.recalibrate(net, context, 9) == 15
+
+
+def test_nothing_is_read_without_batch_norm_or_batches_and_none_is_refused():
+    net, x = normed(), weights(2, 1, 6, 6)
+    unread = Context((x,), train=None)
+    before = copy.deepcopy(net.state_dict())
+    assert batch_norm.recalibrate(net, unread, 0) == 0
+    assert batch_norm.recalibrate(nn.Sequential(net[0], net[3]), unread, 5) == 0
+    with pytest.raises(InputError, match=r"^context.train = 'no batch'"):
+        batch_norm.recalibrate(net, Context((x,)), 5)
+    assert all(torch.equal(before[n], t) for n, t in net.state_dict().items())
+
+
+@pytest.mark.parametrize("fine_tune", [0.0, 0.5])
+def test_factors_come_before_fine_tuning_and_their_statistics_right_then(fine_tune):
+    settings = {"fine_tune": fine_tune, "recalibrate": 2}
+    net, data = normed(), batches(3)
+    method = methods.build("plain_low_rank", settings, 0.5, "rank")
+    context = Context((data[0][0],), train=lambda _: data)
+    method.attach(net, context)
+    expected = shrink.factorise(net, method.wanted(net))
+    batch_norm.recalibrate(expected, context, 2)
+    method.update(method.at(5, 10, torch.tensor(1.0)))
+    found = net.eval() if fine_tune else method.finish(net, context)
+    assert set(ranks_of(net)) == ({"0", "4"} if fine_tune else set())
+    assert ranks_of(found) == ranks_of(expected) == {"0": 2, "4": 2}
+    assert all(torch.equal(expected.state_dict()[n], t) for n, t in found.state_dict().items())
+    assert method.report() == {"low_rank_passes": 10}
+    net[1].running_mean.fill_(3.0)  # what fine-tuning leaves is not estimated again
+    if fine_tune:
+        assert method.finish(net, context)[1].running_mean.eq(3.0).all()
+
+
+@pytest.mark.parametrize("by", ["energy", "loss"])
+def test_samples_that_no_step_trains_on_are_counted(by):
+    kept = {}
+    for read in (0, 6):
+        method = ps.PlainLowRank(target=0.5, of="macs", recalibrate=read, by=by)
+        kept[read] = pruned(MyNet(), method, epochs=1, precision="bf16").method.report()
+    # `stem` at ranks 4, 2 and 1, `body` at 13, 6, 3 and 1, and the whole net: 96 images each
+    assert kept[0] == ({} if by == "energy" else {"low_rank_passes": 8 * 96})
+    assert kept[6] == {"low_rank_passes": 96 if by == "energy" else 8 * (96 + 16) + 96}
+
+
+def squares(output, _, y):
+    return F.mse_loss(output, y)
+
+
+class Branches(nn.Module):
+    """Two convolutions on one input, of which the second counts a hundred times the first."""
+
+    def __init__(self):
+        super().__init__()
+        self.less, self.more = nn.Conv2d(1, 8, 3), nn.Conv2d(1, 8, 3)
+
+    def forward(self, x):
+        return self.less(x) + 100 * self.more(x)
+
+
+def test_by_loss_the_ranks_go_where_the_net_needs_them():
+    torch.manual_seed(0)
+    net, x, lost = Branches(), weights(16, 1, 8, 8, dtype=torch.float32), {}
+    data = [(x, net(x).detach())]
+    for by in ("energy", "loss"):
+        method = methods.build("plain_low_rank", {"by": by}, 0.5, "macs")
+        context = Context((x,), squares, validation=lambda: data)
+        method.attach(net, context)
+        small = method.finish(net, context)
+        lost[by] = squares(small(x), x, data[0][1]).item()
+        assert measure.macs(small, x) <= 0.5 * measure.macs(net, x)
+    assert (ranks_of(small)["less"], "more" in ranks_of(small)) == (1, True)
+    assert lost["loss"] < 0.7 * lost["energy"]
+    with pytest.raises(InputError, match=r"^context.train = 'no batch'"):
+        method.attach(net, Context((x,), squares))
 
 
 # --- own nets
@@ -551,6 +678,9 @@ BAD = [
     ("PlainLowRank", "fine_tune", 1.0),
     *(("PlainLowRank", "rounds", value) for value in (-1, 1)),
     ("PlainLowRank", "factorise", ["conv1"]),
+    ("PlainLowRank", "recalibrate", -1),
+    ("PlainLowRank", "samples", 0),
+    *(("PlainLowRank", "by", value) for value in ("macs", "loss")),
 ]
 
 

@@ -3,9 +3,8 @@
 import pandas as pd
 import pytest
 import torch
-from conftest import one_line
+from conftest import one_line, pairs_of
 from matplotlib import pyplot as plt
-from test_factors import pairs_of
 from torch import nn
 
 from prunestudy import measure, models, papers, shrink

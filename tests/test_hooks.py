@@ -11,6 +11,9 @@ from prunestudy import measure, methods
 
 SETTINGS = {
     "l1": {"harden": 0.5},
+    "l1 exact": {"harden": 0.5, "exact": True},
+    "dpf bounded": {"period": 2, "bounded": True},
+    "magnitude_attention bounded": {"period": 2, "ramp": 0.5, "bounded": True, "normalise": True},
     "dpf": {"period": 2},
     "magnitude_attention": {"period": 2, "ramp": 0.5},
     "magnitude_attention max": {"period": 2, "ramp": 0.5, "norm": "layer_max"},
@@ -18,7 +21,7 @@ SETTINGS = {
     "sparse_gates sgd": {"gate_optimizer": "sgd", "gate_lr": 1.0},
     "force": {"kind": "l1", "fine_tune": 0.5, "rounds": 1},
     "force agree": {"adaptive": True, "agree": True, "stop": 0.5},
-    "plain_low_rank": {"fine_tune": 0.5},
+    "plain_low_rank": {"fine_tune": 0.5, "recalibrate": 3},
     "component_aware": {"steps": 4, "check": 2, "refuse": False},
     "uniform": {"refuse": False},
 }

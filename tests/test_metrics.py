@@ -45,6 +45,15 @@ def test_bad_constraints_are_refused(constraint, words):
     assert one_line(caught)
 
 
+def test_constant_images_are_scored_on_images_that_they_were_not_made_of():
+    train = torch.tensor([0, 102], dtype=torch.uint8).view(2, 1, 1, 1)
+    test = torch.tensor([51, 255], dtype=torch.uint8).view(2, 1, 1, 1)
+    # Pixels 0.2 and 1 against 0, and against the mean 0.2.
+    black, mean = -10 * math.log10((0.04 + 1) / 2), -10 * math.log10(0.64 / 2)
+    expected = {"black image": pytest.approx(black), "mean image": pytest.approx(mean)}
+    assert measure.constant_psnr(train, test) == expected
+
+
 def test_psnr_is_of_the_mean_error_and_its_smooth_form_is_the_same_number():
     metrics = task_metrics(measure.task("reconstruct", (0.5,), (0.25,)), 10)
     net = nn.Identity()

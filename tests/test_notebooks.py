@@ -49,17 +49,13 @@ def test_runs_alone_with_tiny_settings(paper, tmp_path):
         assert about["width"] == pixels // 2
 
 
-@pytest.mark.parametrize(
-    ("values", "words"),
-    [({"sedes": 1}, "parameter = 'sedes'"), ({"seeds": "many"}, "parameter seeds = 'many'")],
-)
 @pytest.mark.filterwarnings("ignore")
-def test_plain_papermill_with_a_bad_parameter_stops_in_the_first_cells(values, words, tmp_path):
+def test_plain_papermill_with_a_bad_parameter_stops_in_the_first_cells(tmp_path):
     results = tmp_path / "results"
     with pytest.raises(papermill.exceptions.PapermillExecutionError) as caught:
-        _execute(PAPERS[0], tmp_path / "out.ipynb", results=str(results), **values)
+        _execute(PAPERS[0], tmp_path / "out.ipynb", results=str(results), sedes=1)
     assert caught.value.ename == "InputError"
-    assert words in caught.value.evalue
+    assert "parameter = 'sedes'" in caught.value.evalue
     assert caught.value.exec_count <= 4
     assert not results.exists()
 

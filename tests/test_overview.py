@@ -103,7 +103,7 @@ def test_one_row_per_setting_in_shares_of_dense(rows):
     half = T1 * 0.01 / math.sqrt(2) / math.sqrt(2)
     assert [gates.difference, gates.difference_low] == pytest.approx([-0.005, -0.005 - half])
     pair = row_of(rows, "sparse_gates", combined=True)
-    assert pair.label == "GDP + gate variables (ours), 80% of weights removed"
+    assert pair.label == "gate variables (ours), after GDP, 80% of weights removed"
 
 
 def test_training_counts_what_had_to_be_trained_before(runs, rows):
@@ -179,7 +179,7 @@ def test_every_duel_is_fought_once_and_judged_by_the_rule(store, card_file):
 
 
 def test_a_pair_is_beside_the_best_single_one_of_its_size(rows):
-    pair, single = "GDP + gate variables (ours), 80% of weights removed", rows[~rows.combined]
+    pair, single = "gate variables (ours), after GDP, 80% of weights removed", rows[~rows.combined]
     assert overview.combinations(rows).label.tolist() == [
         pair,
         "gate variables (ours), 90% of weights removed",

@@ -226,6 +226,7 @@ def test_tracked_results_hold_no_path_or_name_of_a_machine():
             assert not re.search(r"(/home/|/root/|/Users/|/tmp/|[A-Z]:\\\\Users)", text), name
 
 
+@pytest.mark.slow
 def test_killed_job_ends_with_the_records_of_an_undisturbed_one(tmp_path):
     script = Path(__file__).with_name("kill_study.py")
     words = [sys.executable, str(script), "--kills", "2", "--longest", "9", "--folder"]

@@ -100,7 +100,7 @@ def test_a_line_and_back():
 def test_record_of_a_dense_run(runner, store):
     settings = small_run(seed=2)
     record = runner.ensure(settings)
-    assert record == store.load(settings.run) == store.read(settings)
+    assert record == store.require(settings.run) == store.read(settings)
     assert store.read_all(settings) == [record]
     assert record.keys() == KEYS | {"checksum"}
     assert (record["format"], record["status"], record["parent"]) == (lines.FORMAT, "done", None)
@@ -306,7 +306,7 @@ SETTINGS, DATA = "was made with other settings", "was made from other data"
     ],
 )
 def test_bad_records_are_refused_in_one_line(runner, store, done, count, change, sign, why):
-    good = store.load(done.run)
+    good = store.require(done.run)
     edited(store, done.run, change, sign)
     before = tree(store.folder)
     line = f"record = {done.run}: {why} in {store.path(done.run)};"
@@ -417,17 +417,17 @@ def test_lost_weights_are_trained_again_and_reproduce(runner, store, count, dama
         shutil.copy(store.weights(small_run(seed=1).run), path)
     else:
         path.write_bytes(damage(path.read_bytes()))
-    line = refused(store.require_file, parent.run, "weights")
+    line = refused(store.require_weights, parent.run)
     assert line.startswith(f"weights = {parent.run}: missing, or not as its record says, in ")
     count.clear()
     assert runner.ensure(parent) == first
-    assert (count, store.has_all(parent.run)) == ([], False)
+    assert (count, store.has(parent.run, "arrays", "weights")) == ([], False)
     runner.ensure(settings)
     assert count == [parent.run, settings.run]
     assert lines.noted(load_file(path), "weights") == lines.noted(before, "weights")
-    store.require_file(parent.run, "weights")
-    assert store.has_all(parent.run)
-    assert store.load(parent.run) == first
+    store.require_weights(parent.run)
+    assert store.has(parent.run, "arrays", "weights")
+    assert store.require(parent.run) == first
     assert not store.work(parent.run).exists()
 
 
@@ -483,18 +483,18 @@ def test_a_record_from_before_a_default_was_added_is_reproduced(runner, store):
 
 
 def test_a_latency_is_added_to_the_record_and_stays(runner, store, done):
-    first, timed = store.load(done.run), {"ms": {"latency_b1_ms": 0.5}}
+    first, timed = store.require(done.run), {"ms": {"latency_b1_ms": 0.5}}
     store.write_latency(done.run, timed)
-    assert without_cost(store.load(done.run)) == without_cost(first | {"latency": timed})
+    assert without_cost(store.require(done.run)) == without_cost(first | {"latency": timed})
     store.weights(done.run).unlink()
     runner.net(done)
-    assert store.load(done.run)["latency"] == timed
+    assert store.require(done.run)["latency"] == timed
     # the collected record lacks it still
     collected(store, first)
-    assert store.load(done.run)["latency"] == timed
+    assert store.require(done.run)["latency"] == timed
     # one that came out otherwise was another net's
     collected(store, first | {"metrics": first["metrics"] | {"metric": 0.0}})
-    assert store.load(done.run)["latency"] is None
+    assert store.require(done.run)["latency"] is None
 
 
 def test_packed_arrays_are_checked_one_by_one(store):
@@ -621,7 +621,7 @@ def test_a_profile_goes_on_where_its_records_were_made(store, monkeypatch, count
 def test_a_run_on_cuda_is_a_record_of_its_own(store):
     settings = small_run()
     put_record(store, settings, 0.6, device="NVIDIA H100")
-    assert store.load(settings.run)["metrics"]["metric"] == 0.6
+    assert store.require(settings.run)["metrics"]["metric"] == 0.6
     assert store.path(settings.run).name == f"{settings.run}-cuda"
     assert store.weights(settings.run).parent == store.path(settings.run)
     put_record(store, settings, 0.5)

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from conftest import one_line, randomise
+from conftest import randomise, refusal
 from torch import nn
 
 from prunestudy import models, shrink
-from prunestudy.errors import InputError
 from prunestudy.methods.channels import Channels
 from prunestudy.shrink import Constant
 from prunestudy.shrink.narrow import geometry_of
@@ -120,16 +119,6 @@ def smaller():
     return shrink.remove(resnet(torch.float32), keep, torch.zeros(2, *(1, 8, 8)))
 
 
-def test_a_smaller_net_comes_back_bit_for_bit(tmp_path):
-    net = smaller()
-    shrink.save(net, tmp_path / "net")
-    again = shrink.load(tmp_path / "net", resnet(torch.float32))
-    x = images((1, 8, 8), torch.float32)
-    with torch.no_grad():
-        assert torch.equal(again(x), net(x))
-    assert [type(m) for m in again.modules()] == [type(m) for m in net.modules()]
-
-
 def test_a_smaller_net_may_be_made_smaller_again_unless_a_branch_is_gone(tmp_path):
     x = torch.zeros(2, 1, 8, 8)
     net = shrink.remove(resnet(torch.float32), {"stage1.1.conv1": [3, 4]}, x)
@@ -141,7 +130,5 @@ def test_a_smaller_net_may_be_made_smaller_again_unless_a_branch_is_gone(tmp_pat
         lambda net: shrink.remove(net, {"conv1": [0]}, x),
         lambda net: Channels(net, x, "macs"),
     ):
-        with pytest.raises(InputError) as caught:
-            again(smaller())
         why = "a branch was removed here, no more can be"
-        assert one_line(caught) == f"module = 'stage1.1.conv1': {why}"
+        assert refusal(lambda a=again: a(smaller())) == f"module = 'stage1.1.conv1': {why}"

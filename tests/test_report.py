@@ -14,6 +14,7 @@ import pytest
 from browser import CHROMIUM, DRIVER, Browser
 from bs4 import BeautifulSoup
 from conftest import one_line, tree
+from filelock import FileLock
 
 from prunestudy.errors import InputError
 from prunestudy.papers import cards
@@ -43,9 +44,23 @@ def soup(path):
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """Profile quick with two real notebooks and four of a line; that of GDP is current."""
-    root = tmp_path_factory.mktemp("some results")
-    store = Store("quick", root)
+    """Profile quick with two real notebooks and four of a line; that of GDP is current.
+
+    With the pages made of them; the processes that run tests share them, made by the first.
+    """
+    root = tmp_path_factory.getbasetemp() / "some results"
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parents[1] / root.name
+    with FileLock(f"{root}.lock"):
+        if not root.exists():
+            fill(Store("quick", root))
+            if "PRUNESTUDY_PAGES" not in os.environ:
+                said = make("report", "slides", "PROFILE=quick", results=root)
+                assert (said.returncode, said.stderr) == (0, "")
+    return root
+
+
+def fill(store):
     (store.folder / "notebooks").mkdir(parents=True)
     for paper in (each.id for each in cards()):
         path = executed(store, paper)
@@ -55,18 +70,12 @@ def results(tmp_path_factory):
             nbformat.write(notebook, path)
             if paper == CURRENT:
                 write(store, "quick", paper, notebook)
-    return root
 
 
 @pytest.fixture(scope="module")
 def pages(results):
     """The folder with report/ and slides/; that of PRUNESTUDY_PAGES, where it is set."""
-    there = os.environ.get("PRUNESTUDY_PAGES")
-    if there:
-        return Path(there).resolve()
-    said = make("report", "slides", "PROFILE=quick", results=results)
-    assert (said.returncode, said.stderr) == (0, "")
-    return results / "quick"
+    return Path(os.environ.get("PRUNESTUDY_PAGES", results / "quick")).resolve()
 
 
 @pytest.fixture(scope="module")

@@ -56,6 +56,7 @@ def wait_for(found, process, seconds=120):
     raise AssertionError(process.communicate())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not PLUGIN, reason="snakemake-executor-plugin-slurm is not installed")
 @pytest.mark.skipif(not slurm_answers(), reason="no Slurm here, or it is not running")
 def test_a_study_over_slurm_outlives_the_kill_of_a_job(start, long_card, tmp_path, card_file):

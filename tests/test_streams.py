@@ -7,7 +7,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from conftest import one_line, small_imagenet, small_voc
+from conftest import one_line, refusal, small_imagenet, small_voc
 from PIL import Image
 
 from prunestudy import datasets
@@ -27,9 +27,7 @@ def voc(monkeypatch, tmp_path):
 
 
 def refused(name, root):
-    with pytest.raises(InputError) as caught:
-        datasets.load(name, root)
-    return one_line(caught)
+    return refusal(lambda: datasets.load(name, root))
 
 
 def stream(data, size=4, part="train", **options):

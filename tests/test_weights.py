@@ -255,7 +255,6 @@ def test_only_the_scope_is_cut_and_exactly(name):
         ("sparse_gates", "harden", True),
         ("gradual_magnitude", "period", 1.5),
         ("l1", "penalty_phase_lr", [1.0]),
-        ("snip", "batches", 0),
         ("magnitude_attention", "alpha", -0.5),
         ("dpf", "scope", "linear"),
     ],
@@ -354,6 +353,42 @@ def test_l1_begins_with_a_thousandth_of_the_mean_weight_and_ends_with_the_larges
     assert method.log()["kept"] == 0.5
 
 
+def test_an_exact_l1_applies_no_threshold_that_leaves_fewer_than_the_target():
+    for strength, left in ((4.0, [2.6, -1.6, 0.1, 0]), (6.0, [2.4, -1.4, 0, 0])):
+        for exact in (False, True):
+            model = layer([3.0, -2.0, 0.5, -0.1])
+            method = attached("l1", model, exact=exact)
+            method.steering.start(torch.tensor(strength))
+            method.after_step(at(3, phase="penalty"))  # threshold 0.4, 0.6
+            assert model.weight.tolist()[0] == pytest.approx(left, abs=1e-15)
+    for exact, left in ((False, [0.5, 0, 0, 0]), (True, [3.0, -2.0, 0.5, -0.1])):
+        model = layer([3.0, -2.0, 0.5, -0.1])
+        method = attached("l1", model, exact=exact)
+        method.steering.start(torch.tensor(25.0))
+        method.after_step(at(3, phase="penalty"))
+        assert model.weight.tolist()[0] == left
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_strong_l1_leaves_the_target_where_inputs_are_always_0_if_exact(exact):
+    """Weights on the last six of ten inputs have no gradient: cut too early, they stay zero."""
+    x = torch.randn(64, 10, generator=torch.Generator().manual_seed(0))
+    x[:, 4:] = 0
+    batches = DataLoader(TensorDataset(x, (x[:, 0] > 0).long()), batch_size=16)
+    method = methods.build("l1", {"exact": exact, "ramp": 0.1}, 0.5)
+    method.steering.start(torch.tensor(1.0))
+    torch.manual_seed(0)
+    made = prune(nn.Linear(10, 8), method, batches, Recipe(epochs=10, lr=0.1, period=1))
+    assert (kept_of(made.model)[0] == 40) is exact
+
+
+def test_a_methods_weights_are_measured_against_the_start():
+    model = layer([3.0, -2.0, 0.5, -0.5])
+    method = attached("dpf", model)
+    original(model).data.mul_(-4)
+    assert method.report() == {"grew": 4.0}
+
+
 def test_snip_keeps_the_most_sensitive_connections():
     """One sample x = (1, 2), logits W x, class 1: dL/dW = (p - y) x; the scores are |W dL/dW|."""
     model = layer([1.0, 0.5], [-1.0, 2.0])
@@ -366,22 +401,15 @@ def test_snip_keeps_the_most_sensitive_connections():
     refused(lambda: methods.build("snip", {}, 0.5).attach(layer([1.0, 2.0]), Context(())), "loss")
 
 
-def test_snip_looks_at_as_many_batches_as_it_is_told_and_leaves_the_net_alone():
-    batches, scores = list(toy_batches().epoch(0)), []
-    for count in (1, 2, 9):
-        net, fresh = randomise(BatchNormNet()), randomise(BatchNormNet()).state_dict()
-        method = attached("snip", net, batch_list=batches, batches=count)
-        scores.append(torch.cat([s.flatten() for s in method.scores()]))
-        for name, buffer in net.named_buffers():
-            assert name.endswith("mask") or torch.equal(buffer, fresh[name]), name
-    assert not torch.equal(scores[0], scores[1])
-    # by hand: gradients of the mean loss of each batch, summed
-    plain = randomise(BatchNormNet()).train()
-    parts = [plain.conv1, plain.conv2, plain.fc]
-    for x, y in batches:
-        nn.functional.cross_entropy(plain(x), y).backward()
-    by_hand = torch.cat([(p.weight * p.weight.grad).abs().flatten() for p in parts])
-    torch.testing.assert_close(scores[2], by_hand)
+def test_snip_looks_at_the_first_batch_and_leaves_the_net_alone():
+    batches = list(toy_batches().epoch(0))
+    net, fresh, plain = (randomise(BatchNormNet()) for _ in range(3))
+    method = attached("snip", net, batch_list=batches)
+    for name, buffer in net.named_buffers():
+        assert name.endswith("mask") or torch.equal(buffer, fresh.get_buffer(name)), name
+    nn.functional.cross_entropy(plain.train()(batches[0][0]), batches[0][1]).backward()
+    for found, part in zip(method.scores(), (plain.conv1, plain.conv2, plain.fc), strict=True):
+        torch.testing.assert_close(found, (part.weight * part.weight.grad).abs())
 
 
 def test_dpf_updates_cut_weights_and_takes_them_back():
@@ -395,3 +423,33 @@ def test_dpf_updates_cut_weights_and_takes_them_back():
     original(model).data[0, 1] = -10.0
     method.cut(0.5)
     assert model.weight.tolist() == [[0, -10], [0, 16]]
+
+
+def test_bounded_feedback_is_as_large_as_the_kept_gradients_of_the_layer():
+    for bounded, cut in ((False, [-30, 60]), (True, [-2, 4])):
+        model = layer([1.0, -4.0], [9.0, 16.0])
+        method = attached("dpf", model, bounded=bounded)
+        method.cut(0.5)
+        y = model(torch.tensor([[1.0, -2.0]], dtype=torch.float64))
+        (0.5 * (y - torch.tensor([[30.0, -25.0]])) ** 2).sum().backward()
+        method.after_backward(at(phase="explore"))
+        # mean squares: 10 of the kept row (2, -4), 2250 of the one that is cut
+        assert original(model).grad.tolist() == [pytest.approx(cut, rel=1e-14), [2, -4]]
+
+
+def test_batch_norm_multiplies_the_gradient_of_a_filter_that_is_wholly_cut():
+    """By about 1 / sqrt(eps) = 316; bounded, its weights move as those of other filters do."""
+    x = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
+    for bounded in (False, True):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(8, 4, bias=False), nn.BatchNorm1d(4))
+        with torch.no_grad():
+            net[0].weight[0] *= 0.01
+        method = attached("dpf", net, 0.25, bounded=bounded)
+        method.cut(0.25)
+        assert method.masks[0].mask.sum(1).tolist() == [0, 8, 8, 8]
+        (net(x) @ torch.ones(4)).square().mean().backward()
+        method.after_backward(at(phase="explore"))
+        sizes = original(net[0]).grad.square().mean(1).sqrt()
+        factor = sizes[0] / sizes[1:].max()
+        assert factor <= 1 if bounded else factor > 100

@@ -14,13 +14,14 @@ from prunestudy.measure.cost import (
     same_shapes,
 )
 from prunestudy.measure.forward import interleave, latency, onnx_latency, peak_memory_mb
-from prunestudy.measure.metrics import Metrics, limits, task_metrics
+from prunestudy.measure.metrics import Metrics, constant_psnr, limits, task_metrics
 from prunestudy.measure.tasks import Scores, Task, task
 
 __all__ = [
     "Metrics",
     "Scores",
     "Task",
+    "constant_psnr",
     "interleave",
     "kept_sample",
     "kept_scale",

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from prunestudy.errors import require
@@ -109,6 +110,16 @@ def task_metrics(task: Task, num_classes: int | None) -> Metrics:
 
     smooth = {"psnr": psnr, "miou": miou, "accuracy": accuracy}
     return Metrics(values, {name: smooth[name] for name in names})
+
+
+def constant_psnr(train: Tensor, test: Tensor) -> dict[str, float]:
+    """PSNR in dB, on `test`, of two answers that look at no image: black, and the mean of `train`.
+
+    Of the mean MSE, as a net's; images are uint8 (N, H, W, C).
+    """
+    pixels, mean = test.double() / 255, train.sum(0, dtype=torch.float64) / (255 * len(train))
+    answers = {"black image": torch.zeros_like(mean), "mean image": mean}
+    return {n: float(-10 * (pixels - a).square().mean().log10()) for n, a in answers.items()}
 
 
 def _labelled(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ S is the share of real parameters removed, c the common offset that meets rho. T
 
 *Grid search.* A product grid of `levels` values of each alpha_g; c shifts each point to rho (of a
 coarse grid hardly a point is within epsilon by itself). Points that differ by a common shift are
-one, and are judged once; the cost that is reported counts the whole grid.
+one, and are judged once. Its cost is counted as it runs, or by formula for all of its points.
 
 *Gradient descent.* Weights frozen, soft masks on what the channels feed, the temperature T
 falling; a shortfall is that of a limit, in units of the limit:
@@ -43,10 +43,13 @@ grid point; the best such point counts.
 Also ours, and switchable: `coefficient` "multiplier" takes p_gj = log of the importance, so that
 exp(-alpha_g) multiplies a group's importance in one global ranking; `per` "component" gives the
 internal groups of a component one coefficient in common; the importance within a group is a
-first-order Taylor term of the application's loss, or the group's L2 norm. Unknown: all of this,
-the paper's nets and its numbers.
+first-order Taylor term of the application's loss, or the group's L2 norm; with `recover` a net is
+judged by what training makes of it. To frozen weights a channel of a hidden layer, which training
+replaces, and one of the latent vector, which nothing does, are worth what they lose at once.
+Unknown: all of this, the paper's nets and its numbers.
 """
 
+import copy
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -60,7 +63,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
-from prunestudy.methods.base import call
+from prunestudy.measure.forward import evaluating
+from prunestudy.methods.base import Context, call
 from prunestudy.methods.search import Point, Search, placed
 from prunestudy.shrink import Group, axis_of
 from prunestudy.shrink.groups import CONSUMES
@@ -72,7 +76,8 @@ class ComponentAware(Search):
     `solver`, `coefficient` and `per` as above; `levels` of the grid for each coefficient. Of
     gradient descent: `steps` batches, Adam's `lr` falling to zero, `hot` and `cold` temperature at
     its ends (in units of p), how it is to `hold` the target, penalties' `strength` mu, `check`:
-    steps between hardened points.
+    steps between hardened points. `recover`: steps of training (Adam at `recover_lr`) before a net
+    is judged, and then the weights learn along in the descent.
     """
 
     name: ClassVar[str] = "component_aware"
@@ -89,6 +94,19 @@ class ComponentAware(Search):
     hold: Literal["projection", "penalty"] = "projection"
     strength: Annotated[float, Field(gt=0)] = 1e4
     check_every: Annotated[int, Field(ge=1, alias="check")] = 10  # `check` is a hook
+    recover: Annotated[int, Field(ge=0, le=1_000_000)] = 0
+    recover_lr: Annotated[float, Field(gt=0)] = 2e-3
+
+    def attach(self, model: nn.Module, context: Context) -> None:
+        """As `Search`; with limits, search without them first, to know what they cost."""
+        self.free = {}
+        if self.constraints:
+            other = ComponentAware(self.target, **self.settings.model_dump(by_alias=True))
+            other.constraints = []
+            with evaluating(model):
+                other.begin(model, context)
+                self.free = other.solve()[1].values
+        super().attach(model, context)
 
     def solve(self) -> tuple[list[float], Point]:
         """One number per group, and the best point that the solver found."""
@@ -112,7 +130,7 @@ class ComponentAware(Search):
     def _offer(self, numbers: list[float]) -> None:
         """Take the point at `numbers`, shifted to the target, if it is better than all before."""
         point = self.judge(self.budget.meet(numbers, self.target))
-        if self.best is None or self.better(point, self.best[1]):
+        if self.best is None or self.rank(point) > self.rank(self.best[1]):
             self.best = numbers, point
 
     def _try_grid(self) -> None:
@@ -131,12 +149,21 @@ class ComponentAware(Search):
         alpha = torch.full((self.coefficients,), start).requires_grad_()
         optimizer = torch.optim.Adam([alpha], lr=self.lr)
         scale, self.path = self._width(), [alpha.tolist()]
+        net, weights = self.small.dense, None
+        if self.recover:
+            net = copy.deepcopy(net).requires_grad_(True)
+            weights = torch.optim.Adam(net.parameters(), lr=self.recover_lr)
         for step in range(self.steps):
             done = step / self.steps
             optimizer.param_groups[0]["lr"] = self.lr * scale * (1 - done)
             temperature = scale * self.hot * (self.cold / self.hot) ** done
-            loss, removed = self.soft_loss(alpha[self.index], temperature)
+            loss, removed = self.soft_loss(net, alpha[self.index], temperature)
+            if weights:
+                weights.zero_grad()
+                loss.backward(retain_graph=True, inputs=list(net.parameters()))
             self.step(alpha, optimizer, loss, removed - self.target)
+            if weights:
+                weights.step()
             if self.coefficient == "share":
                 alpha.data.clamp_(0, self.most)
             self.path.append(alpha.tolist())
@@ -159,12 +186,27 @@ class ComponentAware(Search):
         optimizer.step()
         alpha.data.sub_(normal * over.detach() / length)
 
-    def soft_loss(self, numbers: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    def candidate(self, kept: Sequence[int]) -> nn.Module:
+        """With `recover`, the small net after its first steps of fine-tuning."""
+        net = super().candidate(kept)
+        if self.recover:
+            net = copy.deepcopy(net).requires_grad_(True)
+            optimizer = torch.optim.Adam(net.parameters(), lr=self.recover_lr)
+            for x, y in self.context.batches(self.recover):
+                optimizer.zero_grad()
+                self.context.loss(call(net, x), x, y).backward()
+                optimizer.step()
+                self.passes += 3 * len(tree_leaves(x)[0])
+        return net
+
+    def soft_loss(
+        self, net: nn.Module, numbers: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor]:
         """Loss at `numbers` (one per group) on the next training batch, and the share removed S."""
         x, y = next(self.batches)
         self.passes += 3 * len(tree_leaves(x)[0])
         masks = self.soft_masks(numbers, temperature)
-        output = masked_output(self.small.dense, self.channels.groups, masks, x)
+        output = masked_output(net, self.channels.groups, masks, x)
         smooth = self.metrics.smooth
         if self.goal in smooth:
             loss = -smooth[self.goal](output, x, y)
@@ -200,12 +242,17 @@ class ComponentAware(Search):
         return 2 * float(quarters[1] - quarters[0])
 
     def report(self) -> dict[str, Any]:
-        """Besides: the number of coefficients, and the whole grid's cost in sample passes."""
-        grid = self.levels**self.coefficients * self.judged_on
+        """Besides: how many coefficients, what limits cost, the grid's cost in sample passes.
+
+        `grid_passes` are those made if `grid_ran`, else by formula those of all its points.
+        `free_psnr` and so on are the best point's metrics without any limit, as `search_psnr`.
+        """
+        ran, formula = self.solver == "grid", self.levels**self.coefficients * self.judged_on
         return super().report() | {
             "coefficients": self.coefficients,
-            "grid_passes": grid,
-            "search_saving": 1 - self.cost["search_passes"] / grid,
+            "grid_ran": float(ran),
+            "grid_passes": self.cost["search_passes"] if ran else formula,
+            **{f"free_{name}": value for name, value in self.free.items()},
         }
 
 

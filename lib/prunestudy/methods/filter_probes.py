@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from prunestudy.methods.low_rank import LowRank, is_finite
 from prunestudy.methods.probes import Probe
 from prunestudy.shrink import energy_shares, factorise_layer, fold, layer_speed_up, rank_at
 from prunestudy.shrink.factors import Layer, full_rank, merged, weight_matrix
+from prunestudy.shrink.ranks import Variant
 
 BINS = 36
 _KEPT = 0.95  # the share of energy at which ranks are reported, whatever the target
@@ -29,19 +30,21 @@ class Filters(Probe):
     full rank), `speed_up` (MACs of these layers over those of their factors at those ranks),
     `speed_up.NAME`; `rank_total_svd`, where 5% is meant of the norm, not of its square;
     `factor_rank.NAME`, `factor_rank_total`, `factor_speed_up` of the factors that the net has;
-    `validation_factorised`, the metric before any fine-tuning of them.
+    `validation_factorised`, the metric before any fine-tuning of them, with batch norm's statistics
+    estimated anew if they are.
     """
 
+    noted: ClassVar[tuple[str, ...]] = ("found", "drawn")
     method: LowRank
 
     def attach(self, method: LowRank, model: nn.Module, context: Context) -> None:
         """Note how the filters lie at the start."""
         super().attach(method, model, context)
+        self.found: dict[str, float] = {}
+        self.drawn = portraits(method.layers_of(model), "before")
         self._whole: nn.Module | None = None
-        self._measures: dict[str, float] = {}
+        self._names = list(method.layers_of(model))
         self._macs = measure.layer_macs(model, context.example)
-        layers = method.layers_of(model)
-        self._names, self._arrays = list(layers), portraits(layers, "before")
 
     def leaving(self, at: At) -> None:
         """Note ranks, angles and filters of the net while it is whole."""
@@ -55,14 +58,16 @@ class Filters(Probe):
 
     def row(self) -> dict[str, float]:
         """The total rank at 5% error, or that of the factors; 0 if weights are not finite."""
-        if self._is_whole():
-            layers = self.method.layers_of(self.model).values()
-            return {"rank": float(sum(rank_at(layer, _KEPT) for layer in layers))}
-        return {"rank": float(sum((self.method.ranks or {}).values()))}
+        ranks = self._ranks() if self._is_whole() else self.method.ranks or {}
+        return {"rank": float(sum(ranks.values()))}
 
     def views(self) -> dict[str, AbstractContextManager]:
-        """The net as it would be if it were factorised now."""
-        return {"low_rank": self._projected()} if self._is_whole() else {}
+        """The net as it would be if it were factorised now, where that takes no trials.
+
+        With the statistics that its batch norm has.
+        """
+        seen = self._is_whole() and self.method.by == "energy"
+        return {"low_rank": self._projected()} if seen else {}
 
     def finish(self) -> None:
         """Note the whole net, where no fine-tuning has followed."""
@@ -76,17 +81,17 @@ class Filters(Probe):
             self._score(net)
         parts = {name: net.get_submodule(name) for name in self._names}
         ranks = {n: len(p[0].weight) for n, p in parts.items() if isinstance(p, nn.Sequential)}
-        self._measures |= {f"factor_rank.{name}": float(rank) for name, rank in ranks.items()}
-        self._measures["factor_rank_total"] = float(sum(ranks.values()))
+        self.found |= {f"factor_rank.{name}": float(rank) for name, rank in ranks.items()}
+        self.found["factor_rank_total"] = float(sum(ranks.values()))
         if ranks:
             now = measure.layer_macs(net, self.context.example)
             factors = sum(now[f"{name}.{part}.weight"] for name in ranks for part in (0, 1))
             whole = sum(self._macs[f"{name}.weight"] for name in ranks)
-            self._measures["factor_speed_up"] = whole / factors
+            self.found["factor_speed_up"] = whole / factors
 
     def measures(self) -> dict[str, float]:
         """The numbers that the class lists."""
-        return self._measures
+        return self.found
 
     def others(self) -> dict[str, nn.Module]:
         """The whole net, where no fine-tuning followed: ranks are those at its accuracy."""
@@ -94,55 +99,48 @@ class Filters(Probe):
 
     def arrays(self) -> dict[str, np.ndarray]:
         """`portraits` before and after."""
-        return self._arrays
-
-    def state(self) -> dict[str, Any]:
-        """What was measured so far."""
-        arrays = {name: torch.from_numpy(a) for name, a in self._arrays.items()}
-        return {"measures": self._measures, "arrays": arrays}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Take back what `state` returned."""
-        self._measures = state["measures"]
-        self._arrays = {name: a.cpu().numpy() for name, a in state["arrays"].items()}
+        return {name: tensor.cpu().numpy() for name, tensor in self.drawn.items()}
 
     def _is_whole(self) -> bool:
         return self.method.ranks is None and is_finite(self.model)
 
+    def _ranks(self, variant: Variant = "pca") -> dict[str, int]:
+        """Ranks at 5% error of the layers of the whole net."""
+        layers = self.method.layers_of(self.model)
+        return {name: rank_at(layer, _KEPT, variant) for name, layer in layers.items()}
+
     def _score(self, net: nn.Module) -> None:
         if self.context.score:
-            self._measures["validation_factorised"] = self.context.score(net)
+            self.found["validation_factorised"] = self.context.score(net)
 
     def _note(self) -> None:
-        layers = self.method.layers_of(self.model)
-        ranks = {name: rank_at(layer, _KEPT) for name, layer in layers.items()}
-        ratios = [rank / full_rank(layers[name]) for name, rank in ranks.items()]
+        layers, ranks = self.method.layers_of(self.model), self._ranks()
         total = sum(ranks.values())
-        self._measures = {
+        self.found = {
             **{f"rank.{name}": float(rank) for name, rank in ranks.items()},
             "rank_total": float(total),
-            "rank_total_svd": float(sum(rank_at(x, _KEPT, "svd") for x in layers.values())),
+            "rank_total_svd": float(sum(self._ranks("svd").values())),
             "log2_rank_total": math.log2(total),
-            "rank_ratio": sum(ratios) / len(ratios),
+            "rank_ratio": sum(m / full_rank(layers[n]) for n, m in ranks.items()) / len(ranks),
             **{f"speed_up.{n}": layer_speed_up(layers[n], rank) for n, rank in ranks.items()},
             "speed_up": speed_up_at(self.model, self._macs, ranks),
         }
-        self._arrays |= portraits(layers, "after")
+        self.drawn |= portraits(layers, "after")
 
     @contextmanager
     def _projected(self) -> Iterator[None]:
         ranks = self.method.wanted(self.model)
-        layers = {name: self.model.get_submodule(name) for name in ranks}
-        before = {name: layer.weight.detach().clone() for name, layer in layers.items()}
+        weights = {name: self.model.get_submodule(name).weight for name in ranks}
+        before = {name: weight.detach().clone() for name, weight in weights.items()}
         with torch.no_grad():
-            for name, layer in layers.items():
-                pair = factorise_layer(layer, ranks[name], self.method.variant)
-                layer.weight.copy_(merged(pair))
+            for name, weight in weights.items():
+                layer = self.model.get_submodule(name)
+                weight.copy_(merged(factorise_layer(layer, ranks[name])))
             try:
                 yield
             finally:
-                for name, layer in layers.items():
-                    layer.weight.copy_(before[name])
+                for name, weight in weights.items():
+                    weight.copy_(before[name])
 
 
 def speed_up_at(model: nn.Module, macs: Mapping[str, int], ranks: Mapping[str, int]) -> float:
@@ -167,18 +165,18 @@ def angle_histogram(layer: Layer) -> Tensor:
     return counts
 
 
-def portraits(layers: Mapping[str, Layer], when: str) -> dict[str, np.ndarray]:
+def portraits(layers: Mapping[str, Layer], when: str) -> dict[str, Tensor]:
     """Arrays for figures of `layers`: `energy_WHEN.LAYER`, `angles_WHEN.LAYER`, `filters_WHEN...`.
 
     The share of the squared energy in the first 1, 2, ... directions; the angle histogram; and the
     filters (N, D) of the first layers, up to 80,000 numbers in all.
     """
-    arrays, numbers = {}, 0
+    found, numbers = {}, 0
     for name, layer in layers.items():
-        arrays[f"energy_{when}.{name}"] = energy_shares(layer).float().cpu().numpy()
-        arrays[f"angles_{when}.{name}"] = angle_histogram(layer).numpy()
+        found[f"energy_{when}.{name}"] = energy_shares(layer).float()
+        found[f"angles_{when}.{name}"] = angle_histogram(layer)
         numbers += layer.weight.numel()
         if numbers <= _MOST_NUMBERS:
-            filters = layer.weight.detach().float().flatten(1)
-            arrays[f"filters_{when}.{name}"] = filters.cpu().numpy().copy()
-    return arrays
+            filters = layer.weight.detach().flatten(1)
+            found[f"filters_{when}.{name}"] = filters.to(torch.float32, copy=True)
+    return found

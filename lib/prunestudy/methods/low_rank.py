@@ -1,12 +1,14 @@
 """Training, then low-rank factors: what Force Regularization and its control share.
 
 The net is trained; then each convolution becomes a few basis filters and a 1x1 mixture of them
-(`prunestudy.shrink.factors`), and the factorised net may be fine-tuned.
+(`prunestudy.shrink.factors`), batch norm's statistics may be estimated anew, and the factorised net
+may be fine-tuned. Batch norm amplifies what tells aligned filters apart: little of the energy may
+be much of the function.
 
 The target is the share removed: of each layer's squared energy (0.05: "at most 5% reconstruction
-error"), of each layer's full rank (equal ranks for every method), or of the net's MACs (all layers
-then lose the same share of energy). Ours: a layer whose factors would cost as many MACs as the
-layer stays whole.
+error"), of each layer's full rank (equal ranks for every method), or of the net's MACs. All layers
+then lose the same share of energy, or each as much as the net bears in a trial on validation images
+(ours). Ours: a layer whose factors would cost as many MACs as the layer stays whole.
 
 Dynamic rank pruning, the paper's other way to factorise: all layers start at full rank, and the PCA
 is run again on the basis `rounds` times during fine-tuning, at the target's energy each time; the
@@ -14,15 +16,18 @@ mixture is multiplied by the kept directions. The optimiser starts anew after ea
 momentum belongs to directions that are gone (ours).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace as changed
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from prunestudy import measure
 from prunestudy.errors import require
-from prunestudy.methods.base import At, Context, Method, Phase
+from prunestudy.methods.base import At, Batch, Context, Method, Phase, mean_loss
+from prunestudy.methods.batch_norm import recalibrate
 from prunestudy.shrink import (
     factorise,
     fold,
@@ -49,13 +54,19 @@ class LowRank(Method):
 
     `factorise`: names of the layers, patterns with `*` allowed, separated by spaces; "": all
     convolutions larger than 1x1. `variant`: "pca", or "svd", which asks the energy of the norm.
-    `fine_tune`: share in which the factorised net is trained, 0 for none; `fine_tune_lr`: its
-    learning rate, times the recipe's; `rounds` of dynamic rank pruning in it, 0 to factorise once.
+    `by`: how a target of MACs is shared over the layers, by "energy" or by "loss", measured on
+    `samples` of validation (training if there is none). `recalibrate`: training batches that give
+    batch norm's statistics anew whenever factors change, 0 to keep the old ones. `fine_tune`: share
+    in which the factorised net is trained, 0 for none; `fine_tune_lr`: its learning rate, times the
+    recipe's; `rounds` of dynamic rank pruning in it, 0 to factorise once.
     """
 
     counts: ClassVar[tuple[str, ...]] = ("energy", "rank", "macs")
     factorise: str = ""
     variant: Literal["pca", "svd"] = "pca"
+    by: Literal["energy", "loss"] = "energy"
+    samples: Annotated[int, Field(ge=1)] = 512
+    recalibrate: Annotated[int, Field(ge=0)] = 0
     fine_tune: Annotated[float, Field(ge=0, lt=1)] = 0.0
     fine_tune_lr: Annotated[float, Field(gt=0)] = 1.0
     rounds: Annotated[int, Field(ge=0, le=1000)] = 0
@@ -64,8 +75,11 @@ class LowRank(Method):
         super().__init__(*target, **settings)
         fits = not self.rounds or (self.fine_tune > 0 and self.of == "energy")
         require(fits, "rounds", self.rounds, "0 without fine_tune and a target of energy")
+        fits = self.by == "energy" or self.of == "macs"
+        require(fits, "by", self.by, "energy without a target of macs")
         self.ranks: dict[str, int] | None = None  # of the model's factors; None: it is whole
         self.narrowed = False  # whether a round was made
+        self.passes = 0  # samples that the choice of ranks and batch norm's statistics took
 
     def phases(self) -> tuple[Phase, ...]:
         """Training; then, if wanted, fine-tuning in one part more than there are rounds."""
@@ -87,11 +101,13 @@ class LowRank(Method):
         self.check(model)
         layers = self.layers_of(model)
         require_called(model, layers, context.example)
+        if self.by == "loss":
+            context.samples(1)
         if self.of == "macs":
             least = least_share(measure.layer_macs(model, context.example), layers)
             allowed = f"at most {1 - least:.4f}, the share of MACs that rank 1 everywhere removes"
             require(1 - self.target >= least, "target", self.target, allowed)
-        self._held, self.ranks, self.narrowed = [model, context.example], None, False
+        self._held, self.ranks, self.narrowed, self.passes = [model, context], None, False, 0
 
     def update(self, at: At) -> None:
         """Factorise at the end of the training; narrow the factors at the end of each round."""
@@ -103,16 +119,22 @@ class LowRank(Method):
             self._factorise(full if self.rounds else self.wanted(model))
         elif self.ranks is not None:
             self.ranks, self.narrowed = self._narrow(model), True
+        else:
+            return
+        self.passes += recalibrate(model, self._held[1], self.recalibrate)
 
-    def finish(self, model: nn.Module, context: Context) -> nn.Module:  # noqa: ARG002
+    def finish(self, model: nn.Module, context: Context) -> nn.Module:
         """The factorised net; a net that diverged stays as it is."""
         plain = fold(model)
         if not is_finite(model):
             return plain
         if self.ranks is None:
-            return factorise(plain, self.wanted(plain), self.variant)
-        if self.rounds and not self.narrowed:  # the rounds were shorter than a step
+            plain = factorise(plain, self.wanted(plain))
+        elif self.rounds and not self.narrowed:  # the rounds were shorter than a step
             self._narrow(plain)
+        else:
+            return plain
+        self.passes += recalibrate(plain, context, self.recalibrate)
         return plain.requires_grad_(False)
 
     def layers_of(self, model: nn.Module) -> Mapping[str, Layer]:
@@ -123,31 +145,48 @@ class LowRank(Method):
         """The ranks that the target asks for, of the layers that become cheaper by them."""
         patterns, kept = tuple(self.factorise.split()), 1 - self.target
         if self.of == "macs":
-            macs = measure.layer_macs(model, self._held[1])
-            return ranks_by_macs(model, macs, kept, patterns)
+            macs = measure.layer_macs(model, self._held[1].example)
+            loss = self._loss() if self.by == "loss" else None
+            return ranks_by_macs(model, macs, kept, patterns, loss)
         if self.of == "rank":
             return cheaper(model, ranks_by_share(model, kept, patterns))
         return cheaper(model, ranks_by_energy(model, kept, patterns, self.variant))
 
     def get_extra_state(self) -> dict[str, Any]:
-        """The ranks of the factors, and whether a round was made."""
-        return {"ranks": self.ranks, "narrowed": self.narrowed}
+        """The ranks of the factors, whether a round was made, and the passes."""
+        return {"ranks": self.ranks, "narrowed": self.narrowed, "passes": self.passes}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Give the model factors of these ranks; their weights are loaded next."""
         if state["ranks"] is not None:
             self._factorise(state["ranks"])
-        self.narrowed = state["narrowed"]
+        self.narrowed, self.passes = state["narrowed"], state["passes"]
+
+    def report(self) -> dict[str, Any]:
+        """`low_rank_passes`: samples that the choice of ranks and batch norm's statistics took."""
+        return {"low_rank_passes": self.passes} if self.passes else {}
 
     def _factorise(self, ranks: Mapping[str, int]) -> None:
-        factorise_in_place(self._held[0], ranks, self.variant)
+        factorise_in_place(self._held[0], ranks)
         self.ranks = dict(ranks)
+
+    def _loss(self) -> Callable[[nn.Module], float]:
+        """The loss of a net on the samples, its batch norm estimated from one training batch."""
+        context, batches = self._held[1], min(1, self.recalibrate)
+        data, train = context.samples(self.samples), list(context.batches(batches))
+        context, judged = changed(context, train=lambda _: train), sum(map(_size, data))
+
+        def loss(net: nn.Module) -> float:
+            self.passes += recalibrate(net, context, batches) + judged
+            return mean_loss(net, context.loss, data)
+
+        return loss
 
     def _narrow(self, model: nn.Module) -> dict[str, int]:
         pairs = {name: model.get_submodule(name) for name in self.ranks}
         ranks = {n: rank_at(pair[0], 1 - self.target, self.variant) for n, pair in pairs.items()}
         for name, pair in pairs.items():
-            replace(model, name, reduce_rank(pair, ranks[name], self.variant))
+            replace(model, name, reduce_rank(pair, ranks[name]))
         return ranks
 
 
@@ -156,6 +195,10 @@ class PlainLowRank(LowRank):
 
     name: ClassVar[str] = "plain_low_rank"
     title: ClassVar[str] = "low rank, no force"
+
+
+def _size(batch: Batch) -> int:
+    return len(tree_leaves(batch[0])[0])
 
 
 def is_finite(model: nn.Module) -> bool:

@@ -50,6 +50,7 @@ class Masked(Method):
         self.names = [f"{name}.weight".lstrip(".") for name in layers]
         self.weights = [layer.weight for layer in layers.values()]
         self.masks = [self.mask_for(weight) for weight in self.weights]
+        self.start = mean_size(self.weights)
         for layer, mask in zip(layers.values(), self.masks, strict=True):
             parametrize.register_parametrization(layer, "weight", mask)
 
@@ -74,6 +75,24 @@ class Masked(Method):
         if at.total_step - self.masked_at.item() >= period:
             self.cut(cubic_sparsity(self.target, at.total_step / end), at.total_step)
 
+    @torch.no_grad()
+    def bound(self) -> None:
+        """Scale gradients of cut weights down to those of the kept weights of their layer.
+
+        In each filter (first dimension) their root mean square becomes at most that of all kept
+        weights of the layer. A filter that is wholly cut puts out a constant, which batch norm
+        divides by sqrt(eps): its gradient is hundreds of times that of others. Unbounded, it grows
+        past the threshold at once and pushes other filters out of the mask, which then do the same.
+        """
+        for weight, each in zip(self.weights, self.masks, strict=True):
+            if (gradient := weight.grad) is not None:
+                kept, cut, inside = each.mask, 1 - each.mask, tuple(range(1, weight.dim()))
+                squares, counts = gradient.square(), cut.sum(inside, keepdim=True).clamp(min=1)
+                found = (squares * cut).sum(inside, keepdim=True) / counts
+                allowed = (squares * kept).sum() / kept.sum().clamp(min=1)
+                least = torch.finfo(found.dtype).tiny  # no 0 / 0
+                gradient.mul_(kept + cut * (allowed / found.clamp(min=least)).clamp(max=1).sqrt())
+
     def finish(self, model: nn.Module, context: Context) -> nn.Module:
         """Reach the target, if the training was too short to, and fold the masks in."""
         if self.sparsity < self.target:
@@ -88,6 +107,10 @@ class Masked(Method):
     def log(self) -> dict[str, float]:
         """The share of weights that is kept."""
         return {"kept": self.kept()}
+
+    def report(self) -> dict[str, float]:
+        """`grew`: mean |w| of the stored weights, cut ones too, over that at the start."""
+        return {"grew": mean_size(self.weights) / self.start}
 
 
 class Mask(nn.Module):
@@ -165,6 +188,13 @@ def layers_in(model: nn.Module, scope: Scope) -> dict[str, nn.Module]:
     found = layers if scope == "all" else convolutions
     require(bool(found), "scope", scope, f"{kind} has no convolution: all, auto")
     return found
+
+
+@torch.no_grad()
+def mean_size(weights: list[Tensor]) -> float:
+    """The mean |w| over all `weights`; on the host."""
+    total = sum(weight.abs().sum(dtype=torch.float64) for weight in weights)
+    return (total / sum(weight.numel() for weight in weights)).item()
 
 
 def kept_count(total: int, target: float) -> int:

@@ -138,7 +138,7 @@ class Search(Method, ABC):
     def attach(self, model: nn.Module, context: Context) -> None:
         """Search on training and validation batches, then prune `model` in place."""
         with evaluating(model):
-            self._begin(model, context)
+            self.begin(model, context)
             numbers, self.point = self.solve()
             if self.refuse and self.point.shortfall:
                 self._refuse(numbers)
@@ -147,7 +147,7 @@ class Search(Method, ABC):
         self.cost = {"search_passes": self.passes, "search_points": len(self.seen)}
         become(model, small)
 
-    def _begin(self, model: nn.Module, context: Context) -> None:
+    def begin(self, model: nn.Module, context: Context) -> None:
         """Read the groups and the limits, and judge the dense net."""
         # `passes` counts samples: a forward pass is 1, forward and backward 3.
         self.context, self.batches = context, context.stream()
@@ -167,7 +167,7 @@ class Search(Method, ABC):
 
     def scores(self) -> list[Tensor]:
         """The importance of each group's channels, mean 1 in each group."""
-        dense, total = self.small.dense, None
+        dense, total = self.small.dense, [0.0] * len(self.groups)
         if self.importance == "group_l2":
             score = importance(self.channels, dense, GroupL2.measure)
             return list(score.split([group.channels for group in self.channels.groups]))
@@ -177,8 +177,7 @@ class Search(Method, ABC):
             net.zero_grad()
             self.context.loss(call(net, x), x, y).backward()
             self.passes += 3 * len(tree_leaves(x)[0])
-            found = taylor(self.channels, net)
-            total = [a + b for a, b in zip(total, found, strict=True)] if total else found
+            total = [a + b for a, b in zip(total, taylor(self.channels, net), strict=True)]
         return [score / self.taylor_batches for score in total]
 
     def order(self, positions: list[Tensor]) -> None:
@@ -187,23 +186,24 @@ class Search(Method, ABC):
         least = [n if self.stays(g) else max(1, math.ceil(share * n - 1e-9)) for g, n in sizes]
         self.budget = Budget(self.channels, positions, least)
 
+    def candidate(self, kept: Sequence[int]) -> nn.Module:
+        """The net with `kept` channels, as it is judged; until the next one."""
+        return self.small(self.budget.indices(kept), own=False)
+
     def judge(self, kept: Sequence[int]) -> Point:
         """The point with `kept` channels; each is judged, and its passes counted, once."""
         key = tuple(kept)
         if key not in self.seen:
-            small = self.small(self.budget.indices(kept), own=False)
-            values = dict(self.metrics.values(small, self.data))
+            values = dict(self.metrics.values(self.candidate(kept), self.data))
             shortfall = sum(limit.shortfall(values[limit.metric]) for limit in self.limits)
             self.passes += self.judged_on
             self.seen[key] = Point(key, self.budget.removed(kept), values, shortfall)
         return self.seen[key]
 
-    def better(self, a: Point, b: Point) -> bool:
-        """Whether `a` breaks its limits by less than `b`, or as little with a better objective."""
-        if a.shortfall != b.shortfall:
-            return a.shortfall < b.shortfall
-        new, old = a.values[self.goal], b.values[self.goal]
-        return not math.isnan(new) if math.isnan(old) else _lost(self.goal, old, new) < 0
+    def rank(self, point: Point) -> tuple[float, float]:
+        """What the best point has most of: no limit broken, then the objective; NaN is worst."""
+        lost = _lost(self.goal, 0.0, point.values[self.goal])
+        return -point.shortfall, -math.inf if math.isnan(lost) else -lost
 
     def _refuse(self, numbers: list[float]) -> None:
         """Raise `InputError`, with the largest share found at `numbers` that keeps every limit."""
@@ -227,8 +227,10 @@ class Search(Method, ABC):
         return {"kept": 1 - self.point.removed}
 
     def report(self) -> dict[str, Any]:
-        """Share removed, what is left of each group and costs alone, what the search saw."""
+        """Shares removed, what is left of each group and costs alone, what the search saw."""
         point, full, rows = self.point, self.budget.full, []
+        nets = self.small.dense, self.small(self.budget.indices(point.kept), own=False)
+        dense, left = (measure.macs(net, self.context.example) for net in nets)
         before = self.judge(full).values
         for i, (each, n, k) in enumerate(zip(self.groups, full, point.kept, strict=True)):
             about = {"group": each.name, "place": each.place, "kind": each.kind}
@@ -237,6 +239,7 @@ class Search(Method, ABC):
             rows.append(about | {"channels": n, "kept": k, "removed": 1 - k / n} | lost)
         return {
             "removed": point.removed,
+            "macs_removed": 1 - left / dense,
             "groups": {row["group"]: row["kept"] / row["channels"] for row in rows},
             "report": rows,
             **self.cost,
@@ -267,24 +270,21 @@ class Uniform(Search):
 
     def solve(self) -> tuple[list[float], Point]:
         """The point at zero coefficients; with `aware` each component has an offset of its own."""
-        self.order(self._positions())
-        numbers = [0.0] * len(self.groups)
-        names = dict.fromkeys(name for each in self.groups for name in each.components)
-        for name in names if self.aware else ():
-            inside = [i for i, each in enumerate(self.groups) if each.components == (name,)]
-            layers = {m.layer for i in inside for m in self.channels.groups[i].members}
-            sizes = [measure.parameters(self.small.dense.get_submodule(n)) for n in layers]
-            if inside:
-                share = self.target * (sum(sizes) / self.channels.dense)
-                offset = self.budget.offset(numbers, share, inside)
-                numbers = [n + offset * (i in inside) for i, n in enumerate(numbers)]
-        return numbers, self.judge(self.budget.meet(numbers, self.target))
-
-    def _positions(self) -> list[Tensor]:
         if self.ranking == "random":
             make, sizes = self.context.generator, [g.channels for g in self.channels.groups]
-            return [torch.rand(n, generator=make, device=make.device).cpu() for n in sizes]
-        return placed(self.scores(), evenly=self.ranking == "uniform")
+            self.order([torch.rand(n, generator=make, device=make.device) for n in sizes])
+        else:
+            self.order(placed(self.scores(), evenly=self.ranking == "uniform"))
+        numbers = [0.0] * len(self.groups)
+        inner = dict.fromkeys(g.components for g in self.groups if g.kind == "internal")
+        for component in inner if self.aware else ():
+            inside = [i for i, each in enumerate(self.groups) if each.components == component]
+            layers = {m.layer for i in inside for m in self.channels.groups[i].members}
+            sizes = [measure.parameters(self.small.dense.get_submodule(n)) for n in layers]
+            share = self.target * (sum(sizes) / self.channels.dense)
+            offset = self.budget.offset(numbers, share, inside)
+            numbers = [n + offset * (i in inside) for i, n in enumerate(numbers)]
+        return numbers, self.judge(self.budget.meet(numbers, self.target))
 
 
 def placed(scores: list[Tensor], evenly: bool) -> list[Tensor]:

@@ -40,12 +40,13 @@ class Trail(Probe):
     """What a method's masks cut, when, and what came back; and where the training moved weights.
 
     `changes`: the step of each change of the masks, and how many weights of each layer it cut and
-    took back. `parts`: for each part of the training the summed |change| of each layer's weights,
-    sampled every `period` steps, of all of them and of those kept in the end. `explored`: the
-    steps in which cut weights were updated.
+    took back. `moved`: by phase the summed |change| of each weight, sampled every `period` steps.
+    `passes`: per layer and step, how many of the three passes of a training step (forward,
+    gradients by input and by weights) went over kept weights only, times their number; `whole`: the
+    steps in which the last of them was over all weights, as cut ones were updated, too.
     """
 
-    noted = tuple("step explored moved_at told threshold changes parts last moved masks".split())
+    noted = ("step", "phase", "moved_at", "changes", "passes", "whole", "last", "moved", "masks")
 
     def attach(self, method: Method, model: Any, context: Context) -> None:
         """Look at weights and masks; count the layers' MACs, for the cost of training."""
@@ -53,123 +54,101 @@ class Trail(Probe):
         self.macs = measure.layer_macs(model, context.example)
         self.sizes = np.array([weight.numel() for weight in method.weights])
         self.last = [weight.detach().clone() for weight in method.weights]
-        self.moved = [torch.zeros_like(weight) for weight in self.last]
+        self.moved: dict[str, list[Tensor]] = {}
         self.masks = [each.mask.clone() for each in method.masks]
-        self.step = self.explored = self.moved_at = self.told = 0
-        self.threshold = 0.0
+        self.step, self.phase, self.moved_at = 0, "explore", 0
+        self.passes, self.whole = torch.zeros(len(self.masks), dtype=torch.int64), 0
         self.changes: list[tuple[int, list[int], list[int]]] = []
-        self.parts: list[tuple[list[float], list[float]]] = []
 
     def update(self, at: At) -> None:
         """Note a change of the masks; add the movement every `period` steps."""
-        self.step = at.total_step
-        if self.step - self.moved_at >= self.method.period:
+        done, exploring = at.total_step - self.step, at.phase == "explore"
+        self.passes = self.passes + (2 if exploring else 3) * done * self.kept()
+        self.whole += done * exploring
+        self.step, self.phase = at.total_step, at.phase
+        due = self.step - self.moved_at >= self.method.period
+        if due:
             self.moved_at = self.step
+        if due or at.last:
             self._move()
         if self.method.masked_at == self.step:
             self._note()
-        if at.phase == "explore":
-            self.explored = self.step
-            if at.last and self.step < at.total_steps:
-                self._close()
+
+    def kept(self) -> Tensor:
+        """Number of weights of each layer that the masks in force keep (layers,)."""
+        return torch.stack([mask.count_nonzero() for mask in self.masks]).cpu()
 
     def finished(self, net: Any) -> None:  # noqa: ARG002
         """Note the masks that the method finished with, and the rest of the movement."""
         if any((a != m.mask).any() for a, m in zip(self.masks, self.method.masks, strict=True)):
             self._note()
-        self._close()
+        self._move()
 
-    @torch.no_grad()
     def _note(self) -> None:
-        cut, returned, lowest = [], [], []
-        triples = zip(self.method.weights, self.masks, self.method.masks, strict=True)
-        for weight, before, each in triples:
-            lowest.append(torch.where(each.mask == 1, weight.abs(), torch.inf).min())
-            cut.append(int((before > each.mask).sum()))
-            returned.append(int((before < each.mask).sum()))
-            before.copy_(each.mask)
-        self.threshold = torch.stack(lowest).min().item()
+        pairs = [(was, each.mask) for was, each in zip(self.masks, self.method.masks, strict=True)]
+        cut = [int((was > mask).sum()) for was, mask in pairs]
+        returned = [int((was < mask).sum()) for was, mask in pairs]
         self.changes.append((self.step, cut, returned))
+        self.masks = [mask.clone() for _, mask in pairs]
 
     @torch.no_grad()
     def _move(self) -> None:
-        for moved, last, weight in zip(self.moved, self.last, self.method.weights, strict=True):
-            moved.add_(last.sub_(weight).abs_())
+        moved = self.moved.setdefault(self.phase, [torch.zeros_like(last) for last in self.last])
+        for total, last, weight in zip(moved, self.last, self.method.weights, strict=True):
+            total.add_(last.sub_(weight).abs_())
             last.copy_(weight)
-
-    def _close(self) -> None:
-        self._move()
-        every = [moved.sum(dtype=torch.float64).item() for moved in self.moved]
-        pairs = zip(self.moved, self.masks, strict=True)
-        surviving = [moved[mask == 1].sum(dtype=torch.float64).item() for moved, mask in pairs]
-        self.parts.append((every, surviving))
-        for moved in self.moved:
-            moved.zero_()
-
-    def row(self) -> dict[str, float]:
-        """The smallest |w| that the last mask kept; weights cut and returned in this epoch."""
-        new, self.told = self.changes[self.told :], len(self.changes)
-        cut, returned = (sum(sum(change[i]) for change in new) for i in (1, 2))
-        return {"threshold": self.threshold, "cut": cut, "returned": returned}
 
     def measures(self) -> dict[str, Any]:
         """What the trail comes to.
 
-        `scope_weights`, `scope_sparsity`: of the layers that are pruned. `returns`: how often a
-        weight came back, on average. `surviving`: share of all movement that fell on weights kept
-        in the end, in all and by part of the training. `layer_focus`: density of the layer in
-        which a movement falls, over the net's (1: updates do not prefer dense layers).
+        `returns`: how often a weight came back, on average. `surviving`: share of all movement
+        that fell on weights kept in the end, in all and by part of the training. `layer_focus`:
+        density of the layer in which a movement falls, over the net's (1: updates do not prefer
+        dense layers). `train_cost`: see `_train_cost`.
         """
         total = self.sizes.sum()
-        kept = np.array([int(mask.count_nonzero()) for mask in self.masks])
-        density, overall = kept / self.sizes, kept.sum() / total
-        movement = np.array(self.parts)  # (parts, all or kept, layers)
-        every, surviving = movement.sum(0)
-        parts = zip(("explore", "exploit"), movement.sum(2), strict=False)
+        kept = self.kept().numpy()
+        movement = {}  # by phase: all or kept, layers
+        for phase, moved in self.moved.items():
+            pairs = zip(moved, self.masks, strict=True)
+            sums = [(_sum(each), _sum(each[mask == 1])) for each, mask in pairs]
+            movement[phase] = np.array(sums).T.copy()
+        every, surviving = sum(movement.values())
         found = {
-            "scope_weights": int(total),
-            "scope_sparsity": float(1 - overall),
-            "returns": sum(sum(returned) for _, _, returned in self.changes) / int(total),
+            "returns": sum(sum(returned) for *_, returned in self.changes) / int(total),
             "surviving": _share(surviving.sum(), every.sum()),
-            **{f"surviving_{part}": _share(kept, moved) for part, (moved, kept) in parts},
-            "layer_focus": _share(every @ density, every.sum() * overall),
+            **{f"surviving_{name}": _share(*part.sum(1)[::-1]) for name, part in movement.items()},
+            "layer_focus": _share(every @ (kept / self.sizes), every.sum() * (kept.sum() / total)),
         }
         return found | ({"train_cost": self._train_cost()} if self.step else {})
 
     def _train_cost(self) -> float:
         """Multiplications of the training, as a share of the dense net's, if zeros were skipped.
 
-        Sparse forward pass and gradient by the input; the gradient by the weights is dense while
-        cut weights are updated and sparse after that. Layers outside the scope count as dense.
+        Layers outside the scope count as dense.
         """
-        steps, macs = self.step, dict(self.macs)
+        dense, macs = 3 * self.step, dict(self.macs)
         inside = np.array([macs.pop(name) for name in self.method.names])
-        kept = self.kept_steps(steps)
-        late = kept - self.kept_steps(self.explored)
-        passes = (2 * kept + late) / self.sizes + self.explored
-        dense = 3 * steps * (inside.sum() + sum(macs.values()))
-        return float(1 - (inside @ (3 * steps - passes)) / dense)
-
-    def kept_steps(self, steps: int) -> np.ndarray:
-        """Sum over the steps up to `steps` of each layer's number of kept weights."""
-        kept, found, before = self.sizes, np.zeros_like(self.sizes), 0
-        for step, cut, returned in self.changes:
-            found = found + (step - before) * kept
-            kept, before = kept - cut + returned, step
-        return found + (steps - before) * kept
+        passes = self.passes.numpy() / self.sizes + self.whole
+        return float(
+            1 - (inside @ (dense - passes)) / (dense * (inside.sum() + sum(macs.values())))
+        )
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The trail for figures; rows of a long one cover several changes (their last step).
 
         `trail_step` (rows,), `trail_cut`, `trail_returned` (rows, layers), `trail_size` (layers,).
         """
-        count, width = len(self.changes), len(self.sizes)
-        groups = np.array_split(np.arange(count), max(1, min(count, _MOST // width)))
-        rows = [[self.changes[i] for i in group] for group in groups if len(group)]
-        found = {"trail_step": [row[-1][0] for row in rows], "trail_size": self.sizes}
-        for i, name in ((1, "trail_cut"), (2, "trail_returned")):
-            found[name] = np.reshape([np.sum([c[i] for c in row], 0) for row in rows], (-1, width))
-        return {name: np.array(values, np.int32) for name, values in found.items()}
+        columns = zip(*self.changes, strict=True)
+        step, cut, returned = (np.array(column, np.int32) for column in columns)
+        every = -(-len(step) // max(1, _MOST // len(self.sizes)))
+        first = np.arange(0, len(step), every)
+        return {
+            "trail_step": step[np.minimum(first + every, len(step)) - 1],
+            "trail_size": self.sizes.astype(np.int32),
+            "trail_cut": np.add.reduceat(cut, first, dtype=np.int32),
+            "trail_returned": np.add.reduceat(returned, first, dtype=np.int32),
+        }
 
 
 class Attentions(Trail):
@@ -183,9 +162,9 @@ class Attentions(Trail):
         self.histograms = [self._histogram()]
 
     def row(self) -> dict[str, float]:
-        """The trail's columns; counts the attention."""
+        """No column; counts the attention."""
         self.histograms.append(self._histogram())
-        return super().row()
+        return {}
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The trail; `attention` (epochs + 1, 2, 80): how often A takes each value."""
@@ -199,6 +178,10 @@ class Attentions(Trail):
         kept = torch.cat([m.mask.flatten() for _, m in pairs]).cpu() == 1
         every.clamp_(max=_HIGHEST)
         return torch.stack([torch.histc(a, _BINS, 0, _HIGHEST) for a in (every, every[kept])])
+
+
+def _sum(values: Tensor) -> float:
+    return values.sum(dtype=torch.float64).item()
 
 
 def _share(part: float, whole: float) -> float:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from prunestudy.errors import require
 from prunestudy.methods.base import At, Context, Phase, call, then_fine_tune
-from prunestudy.methods.masks import Mask, Masked, Scope, layers_in
+from prunestudy.methods.masks import Mask, Masked, Scope, kept_count, layers_in
 from prunestudy.methods.steering import Steering
 
 
@@ -64,13 +64,16 @@ class L1(Masked):
     Proximal gradient: after each step w <- sign(w) max(|w| - lr lambda, 0), which gives exact
     zeros and shrinks every weight that is kept. lambda is steered to the target share as for the
     gates; then exactly the target share of largest |w| is kept and fine-tuned. `ramp`, `harden`,
-    `penalty_phase_lr`: as for `SparseGates`, of the penalty's phase.
+    `penalty_phase_lr`: as for `SparseGates`, of the penalty's phase. `exact`: a threshold that
+    would leave fewer weights than the target is not applied. Without, the mask may have to keep
+    zeros, and those whose input is always 0 (the border of MNIST) stay zero.
     """
 
     name, title = "l1", "L1 (LASSO)"
     ramp: Annotated[float, Field(gt=0, le=1)] = 0.8
     harden: Annotated[float, Field(gt=0, lt=1)] = 0.55
     penalty_phase_lr: Annotated[float, Field(gt=0)] = 0.5
+    exact: bool = False
 
     def __init__(self, target: float | None = None, of: str | None = None, **settings: Any) -> None:
         super().__init__(target, of, **settings)
@@ -90,6 +93,10 @@ class L1(Masked):
             total = sum(weight.abs().sum().double() for weight in self.weights)
             self.steering.start(1e-3 * total / sum(w.numel() for w in self.weights) / at.lr)
         threshold = self.steering.strength * at.lr
+        if self.exact:
+            left = sum((weight.abs() > threshold).sum() for weight in self.weights)
+            least = kept_count(sum(w.numel() for w in self.weights), self.target)
+            threshold = torch.where(left < least, 0.0, threshold)
         for weight in self.weights:
             weight.sub_(weight.clamp(-threshold, threshold))
 
@@ -116,27 +123,23 @@ class Snip(Masked):
     """The most sensitive connections are kept before any training, then trained.
 
     Lee, Ajanthan, Torr, "SNIP", ICLR 2019. The sensitivity of a connection is |dL / dc| at c = 1
-    of the net with weights c w, |w dL/dw|, L being the task's loss on the first `batches` training
-    batches (the paper: one).
+    of the net with weights c w, |w dL/dw|, L being the task's loss on the first training batch.
     """
 
     name, title = "snip", "SNIP"
-    batches: Annotated[int, Field(ge=1)] = 1
 
     def attach(self, model: nn.Module, context: Context) -> None:
         """Put masks on the weights; measure the sensitivity and cut at once."""
         require(context.loss is not None, "context.loss", None, "SNIP needs the task's loss")
-        # A copy: batch norm must not count these batches.
-        net, batches = copy.deepcopy(model).train(), list(context.batches(self.batches))
-        require(bool(batches), "context.train", "no batch", "batches (x, y)")
+        batch = next(context.batches(1), None)
+        require(batch is not None, "context.train", "no batch", "batches (x, y)")
+        # A copy: batch norm must not count this batch.
+        net, (x, y) = copy.deepcopy(model).train(), batch
         weights = [layer.weight for layer in layers_in(net, self.scope).values()]
-        sums = [torch.zeros_like(weight) for weight in weights]
-        for x, y in batches:
-            loss = context.loss(call(net, x), x, y)
-            gradients = torch.autograd.grad(loss, weights, materialize_grads=True)
-            for total, gradient in zip(sums, gradients, strict=True):
-                total.add_(gradient)
-        self.sensitivity = [(w.detach() * s).abs() for w, s in zip(weights, sums, strict=True)]
+        loss = context.loss(call(net, x), x, y)
+        gradients = torch.autograd.grad(loss, weights, materialize_grads=True)
+        pairs = zip(weights, gradients, strict=True)
+        self.sensitivity = [(w.detach() * g).abs() for w, g in pairs]
         super().attach(model, context)
         self.cut(self.target)
 
@@ -155,13 +158,15 @@ class Dpf(Masked):
 
     M is chosen anew every `period` steps, to the end of the training. The sparsity grows by the
     cubic schedule s (1 - (1 - e / e_t)^3) and stays at s. Ours: `ramp`, e_t as a share of all
-    steps, and `scope`, as in the paper that this is the control of (magnitude attention).
+    steps, and `scope`, as in the paper that this is the control of (magnitude attention);
+    `bounded`: cut weights' gradients are scaled down, see `Masked.bound`.
     """
 
     name, title = "dpf", "dynamic pruning with feedback"
     scope: Scope = "auto"
     ramp: Annotated[float, Field(gt=0, le=1)] = 0.75
     period: Annotated[int, Field(ge=1)] = 16
+    bounded: bool = False
 
     def phases(self) -> tuple[Phase, ...]:
         """One: the mask never freezes."""
@@ -170,6 +175,11 @@ class Dpf(Masked):
     def mask_for(self, weight: Tensor) -> Mask:
         """A mask that lets the gradient through."""
         return Mask(weight, feedback=True)
+
+    def after_backward(self, at: At) -> None:  # noqa: ARG002
+        """Bound the feedback to cut weights."""
+        if self.bounded:
+            self.bound()
 
     def update(self, at: At) -> None:
         """Choose the mask anew every `period` steps; reach the target at the end."""

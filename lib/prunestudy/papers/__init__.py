@@ -77,7 +77,7 @@ class Rule(_Strict):
         return inside and self.target_kind in (None, kind)
 
 
-class Claim(_Strict):
+class _Claim(_Strict):
     """A claim of the paper, read at `place`: `tests`, or the reason why it is `not_testable`."""
 
     id: str
@@ -103,7 +103,7 @@ class _Read(_Strict):
     source: str
 
 
-class Published(_Read):
+class _Published(_Read):
     """`value` of `metric`, that of the `dense` net, and the `target` of ours to compare it with.
 
     `kept` is the share of weights left, `nonzeros` their number, `speed_up` that of the whole net.
@@ -119,7 +119,7 @@ class Published(_Read):
     target_kind: _TargetKind = "sparsity"
 
 
-class PublishedRanks(_Read):
+class _Ranks(_Read):
     """`ranks` of `full` by layer, the net's `top1`, and the layers' speed-ups where published."""
 
     layers: tuple[str, ...]
@@ -227,9 +227,9 @@ class Card(_Strict):
     venue: str = ""
     year: int | None = None
     arxiv: str = ""
-    claims: tuple[Claim, ...] = ()
-    published: tuple[Published, ...] = ()
-    ranks: tuple[PublishedRanks, ...] = ()
+    claims: tuple[_Claim, ...] = ()
+    published: tuple[_Published, ...] = ()
+    ranks: tuple[_Ranks, ...] = ()
     unknown: tuple[_Unknown, ...] = ()
     profiles: dict[_ProfileName, Profile]
 

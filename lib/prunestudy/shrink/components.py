@@ -6,7 +6,7 @@ every component on it says or hears.
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -43,6 +43,12 @@ class ComponentGroup:
         """The component, or the flow between components: "encoder > decoder"."""
         return " > ".join(self.components)
 
+    @property
+    def names(self) -> set[str]:
+        """What it may be protected by."""
+        layers = {m.layer for m in self.group.members}
+        return layers | {self.name, self.place if self.kind == INTERNAL else COUPLING}
+
 
 def component_groups(
     model: nn.Module,
@@ -59,19 +65,14 @@ def component_groups(
     Raises `InputError` for a module or a name that is not there, for components that overlap, and
     for a layer outside all of them.
     """
-    owners = _owners(model, components)
-    made = []
+    owners, made = _owners(model, components), []
     for group in groups(model, example) if found is None else found:
         touched = tuple(dict.fromkeys(_owner(owners, m.layer) for m in group.members))
         made.append(ComponentGroup(group, touched))
-    shields = [set(_names(each)) for each in made]
+    known = set().union(*(each.names for each in made))
     for name in protect:
-        allowed = f"protectable are {', '.join(sorted(set().union(*shields)))}"
-        require(any(name in names for names in shields), "protect", name, allowed)
-    return [
-        ComponentGroup(each.group, each.components, bool(names & set(protect)))
-        for each, names in zip(made, shields, strict=True)
-    ]
+        require(name in known, "protect", name, f"protectable are {', '.join(sorted(known))}")
+    return [replace(each, protected=not each.names.isdisjoint(protect)) for each in made]
 
 
 def _owners(model: nn.Module, components: Components | None) -> dict[str, str]:
@@ -100,9 +101,3 @@ def _owner(owners: Mapping[str, str], layer: str) -> str:
 
 def _inside(name: str, part: str) -> bool:
     return name == part or name.startswith(f"{part}.")
-
-
-def _names(each: ComponentGroup) -> list[str]:
-    """What a group may be protected by."""
-    layers = [m.layer for m in each.group.members]
-    return [each.name, *layers, each.components[0] if each.kind == INTERNAL else COUPLING]

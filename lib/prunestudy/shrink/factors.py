@@ -6,25 +6,22 @@ Wen et al., "Coordinating Filters for Faster Deep Neural Networks", ICCV 2017:
     W (N x D)         ~   A (N x M)  B (M x D),      D = (C / G) k^2 in each of G groups
 
 The columns of A are the first M eigenvectors of W W^T (uncentred PCA of the filters), B = A^T W.
-The variant "svd" splits each singular value evenly, A = U S^1/2, B = S^1/2 V^T (the split is
-ours); the product is the same. A linear layer is a convolution with one position. Ranks are totals
-over the groups, which all get the same.
+A linear layer is a convolution with one position. Ranks are totals over the groups, which all get
+the same.
 """
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from math import prod
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
-from prunestudy.errors import InputError, require, require_one_of
+from prunestudy.errors import InputError, require
 from prunestudy.shrink.fold import fold
 
-Variant = Literal["pca", "svd"]
 Layer = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
 _KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
@@ -60,9 +57,8 @@ def groups_of(layer: Layer) -> int:
 
 def weight_matrix(layer: Layer) -> Tensor:
     """The filters of `layer` as rows, one matrix per group: (G, N / G, D); a view if possible."""
-    return layer.weight.detach().reshape(
-        groups_of(layer), len(layer.weight) // groups_of(layer), -1
-    )
+    weight, groups = layer.weight.detach(), groups_of(layer)
+    return weight.reshape(groups, len(weight) // groups, -1)
 
 
 def full_rank(layer: Layer) -> int:
@@ -77,7 +73,7 @@ def layer_speed_up(layer: Layer, rank: int) -> float:
     return groups * filters * size / (rank * (size + filters))
 
 
-def factorise_layer(layer: Layer, rank: int, variant: Variant = "pca") -> nn.Sequential:
+def factorise_layer(layer: Layer, rank: int) -> nn.Sequential:
     """The factors of `layer` at `rank`: basis filters, then their mixture, as two plain layers.
 
     The first takes stride, padding and dilation, the second the bias. Raises `InputError` for a
@@ -87,30 +83,28 @@ def factorise_layer(layer: Layer, rank: int, variant: Variant = "pca") -> nn.Seq
     whole = type(rank) is int and 1 <= rank <= full
     require(whole, "rank", rank, f"a whole number from 1 to {full}, the full rank")
     require(rank % groups == 0, "rank", rank, f"a multiple of {groups}, the layer's groups")
-    require_one_of("variant", variant, ("pca", "svd"))
-    mixture, basis = _factors(weight_matrix(layer), rank // groups, variant)
-    return _pair(layer, mixture, basis)
+    kept = rank // groups
+    left, size, right = torch.linalg.svd(weight_matrix(layer).double(), full_matrices=False)
+    return _pair(layer, left[..., :kept], size[..., :kept, None] * right[:, :kept])
 
 
-def factorise(model: nn.Module, ranks: Mapping[str, int], variant: Variant = "pca") -> nn.Module:
+def factorise(model: nn.Module, ranks: Mapping[str, int]) -> nn.Module:
     """A copy of `model`, folded, with factors of these `ranks`; in eval mode, without gradients.
 
     Raises `InputError` as `factorise_in_place`.
     """
     plain = fold(model)
-    factorise_in_place(plain, ranks, variant)
+    factorise_in_place(plain, ranks)
     return plain.requires_grad_(False)
 
 
-def factorise_in_place(
-    model: nn.Module, ranks: Mapping[str, int], variant: Variant = "pca"
-) -> None:
+def factorise_in_place(model: nn.Module, ranks: Mapping[str, int]) -> None:
     """Replace the layers named in `ranks` by trainable factors, under every name that they have.
 
     Raises `InputError` as `require_factorisable` and `factorise_layer`, before any is replaced.
     """
     require_factorisable(model, ranks)
-    pairs = {n: factorise_layer(model.get_submodule(n), m, variant) for n, m in ranks.items()}
+    pairs = {n: factorise_layer(model.get_submodule(n), m) for n, m in ranks.items()}
     for name, pair in pairs.items():
         replace(model, name, pair)
 
@@ -158,10 +152,10 @@ def replace(model: nn.Module, name: str, new: nn.Module) -> None:
             model.set_submodule(each, new)
 
 
-def reduce_rank(pair: nn.Sequential, rank: int, variant: Variant = "pca") -> nn.Sequential:
+def reduce_rank(pair: nn.Sequential, rank: int) -> nn.Sequential:
     """Factors of a lower total rank: those of the basis, the mixture multiplied by theirs."""
     basis, mixture = pair
-    inner = factorise_layer(basis, rank, variant)
+    inner = factorise_layer(basis, rank)
     mixed = weight_matrix(mixture).double() @ weight_matrix(inner[1]).double()
     return _pair(basis, mixed, weight_matrix(inner[0]), mixture.bias)
 
@@ -193,20 +187,10 @@ def _allowed(every: Mapping[Layer, list[str]]) -> str:
     return f"a layer for factors: {names or 'the net has none'}"
 
 
-def _factors(matrix: Tensor, rank: int, variant: Variant) -> tuple[Tensor, Tensor]:
-    """Mixture (G, N / G, rank) and basis (G, rank, D) of `matrix` (G, N / G, D), in float64."""
-    left, size, right = torch.linalg.svd(matrix.double(), full_matrices=False)
-    left, size, right = left[..., :rank], size[..., :rank], right[:, :rank]
-    if variant == "pca":
-        return left, size[..., None] * right
-    root = size.sqrt()
-    return left * root[:, None], root[..., None] * right
-
-
 def _pair(
     layer: Layer, mixture: Tensor, basis: Tensor, bias: Tensor | None = None
 ) -> nn.Sequential:
-    """Two layers in place of `layer`, with the weights `mixture` and `basis`."""
+    """Two layers in place of `layer`: `mixture` (G, N / G, M / G) of a `basis` (G, M / G, D)."""
     bias = layer.bias if bias is None else bias
     filters, rank = mixture.shape[0] * mixture.shape[1], basis.shape[0] * basis.shape[1]
     if isinstance(layer, nn.Linear):

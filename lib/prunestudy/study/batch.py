@@ -121,10 +121,7 @@ def _locally(stage: Path, batch: dict[str, Any], count: int) -> bool:
         forks = [context.Process(target=do_job, args=words) for _ in range(jobs)]
         for fork in forks:
             fork.start()
-        while any(fork.is_alive() for fork in forks):
-            time.sleep(0.1)
-            _show_ready(stage, batch, shown)
-        _show_ready(stage, batch, shown)
+        _show_ready(stage, batch, shown, lambda forks=forks: any(fork.is_alive() for fork in forks))
         if any(fork.exitcode for fork in forks):
             return True
     return False
@@ -132,7 +129,7 @@ def _locally(stage: Path, batch: dict[str, Any], count: int) -> bool:
 
 def _snakemake(stage: Path, batch: dict[str, Any], count: int, executor: str) -> bool:
     """Let Snakemake do the jobs on a cluster; return whether one failed."""
-    own, shown = (places.checkout() or Path()) / "profiles" / executor, set()
+    own = (places.checkout() or Path()) / "profiles" / executor
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(_SNAKEFILE), "--nolock"]
     command += ["--directory", str(stage), "--keep-going", "--quiet", "all"]
     command += ["--executor", executor, "--jobs", str(count)]
@@ -142,25 +139,29 @@ def _snakemake(stage: Path, batch: dict[str, Any], count: int, executor: str) ->
         streams = {"stdout": log, "stderr": subprocess.STDOUT, "start_new_session": True}
         process = subprocess.Popen(command, **streams)
         try:
-            while process.poll() is None:
-                time.sleep(0.3)
-                _show_ready(stage, batch, shown)
+            _show_ready(stage, batch, set(), lambda: process.poll() is None)
         except KeyboardInterrupt:
             process.send_signal(signal.SIGINT)
             process.wait()
             raise
-    _show_ready(stage, batch, shown)
     return process.returncode != 0
 
 
-def _show_ready(stage: Path, batch: dict[str, Any], shown: set[Path]) -> None:
-    """Print on stderr the runs and notebooks that are ready and not yet `shown`."""
-    for path in sorted(set(stage.glob("*.ready")) - shown, key=lambda path: path.stat().st_mtime):
-        shown.add(path)
-        kind, name = path.name.removesuffix(".ready").split(".", 1)
-        number = len([other for other in shown if other.name.startswith(f"{kind}.")])
-        said = path.read_text(encoding="utf-8") or name
-        print(f"{kind} {number}/{len(batch[kind])} {said}", file=sys.stderr, flush=True)
+def _show_ready(
+    stage: Path, batch: dict[str, Any], shown: set[Path], going: Callable[[], bool]
+) -> None:
+    """While jobs are `going`, print on stderr the runs and notebooks that get ready."""
+    goes = True
+    while goes:
+        time.sleep(0.1)
+        goes = going()
+        ready = sorted({*stage.glob("*.ready")} - shown, key=lambda path: path.stat().st_mtime)
+        for path in ready:
+            shown.add(path)
+            kind, name = path.name.removesuffix(".ready").split(".", 1)
+            number = len([other for other in shown if other.name.startswith(f"{kind}.")])
+            said = path.read_text(encoding="utf-8") or name
+            print(f"{kind} {number}/{len(batch[kind])} {said}", file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -190,7 +191,15 @@ def do_job(kind: str, names: list[str], stage: Path) -> None:
         os.dup2(log.fileno(), 2)
     batch = json.loads((stage / "batch.json").read_text(encoding="ascii"))
     os.chdir(batch["folder"])
-    do = _doing(kind, batch)
+    profile, data = batch["profile"], batch["data"]
+    store, planned = Store(profile, batch["results"]), plan(profile, tuple(batch["papers"]))
+    runner, settings = Runner(store, data or None), {p.settings.run: p.settings for p in planned}
+    # Each does one name, and returns a line for the progress.
+    do: Callable[[str], str] = {
+        "train": lambda run: line_of_run(runner.ensure(settings[run])),
+        "latency": lambda _: f"{measure_latency(store, planned)} nets timed",
+        "notebooks": lambda paper: notebooks.execute(store, profile, paper, data).name,
+    }[kind]
     for name in names:
         failed = stage / f"{name}.failed"
         with suppress(Timeout), FileLock(stage / f"{name}.taken", timeout=0):
@@ -201,18 +210,6 @@ def do_job(kind: str, names: list[str], stage: Path) -> None:
                 failed.touch()
                 print(f"{name}: {error}", file=sys.stderr)
     sys.exit(bool(list(stage.glob("*.failed"))))
-
-
-def _doing(kind: str, batch: dict[str, Any]) -> Callable[[str], str]:
-    """The function that does one name of `kind`, and returns a line for the progress."""
-    profile, data = batch["profile"], batch["data"]
-    store, planned = Store(profile, batch["results"]), plan(profile, tuple(batch["papers"]))
-    runner, settings = Runner(store, data or None), {p.settings.run: p.settings for p in planned}
-    return {
-        "train": lambda run: line_of_run(runner.ensure(settings[run])),
-        "latency": lambda _: f"{measure_latency(store, planned)} nets timed",
-        "notebooks": lambda paper: notebooks.execute(store, profile, paper, data).name,
-    }[kind]
 
 
 def line_of_run(record: dict[str, Any]) -> str:

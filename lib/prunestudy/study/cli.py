@@ -91,7 +91,6 @@ _COMMANDS = {
     "plan": ("say what the runs would cost", "--profile --paper"),
     "list": ("list the runs, or the names that settings take", "--profile --paper what name"),
     "status": ("say what is done and what is missing", "--profile --paper"),
-    "table": ("write the tables from the records", "--profile --paper"),
     "latency": ("time the finished nets, alone on the machine", "--profile --paper"),
     "run": ("train runs by name", "--profile --paper --data --device --weights runs"),
     "collect": ("merge finished runs into one file", "--profile --replace folders"),

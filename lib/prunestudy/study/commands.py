@@ -140,10 +140,6 @@ def do_status(a: Namespace) -> None:
         print(f"  {name}" + ("  (begun)" if store.work(name).exists() else ""))
 
 
-def do_table(a: Namespace) -> None:
-    tables.write(_store(a), _planned(a))
-
-
 def do_latency(a: Namespace) -> None:
     session.measure_latency(_store(a), _planned(a))
 
@@ -227,7 +223,6 @@ def differences(store: Store, a: str, b: str) -> pd.DataFrame:
 
 def do_export(a: Namespace) -> None:
     store, name = _done(a, a.first)
-    store.require_file(name, "weights")
-    net, shape = stored_net(store.weights(name))
+    net, shape = stored_net(store.require_weights(name))
     shrink.export(net, a.file, torch.rand(2, *shape))
     print(a.file)

@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import subprocess
-import tempfile
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -51,20 +49,9 @@ def is_current(store: Store, profile: str, paper: str) -> bool:
 
 def run_cells(notebook: Any) -> None:
     """Execute `notebook` in place, on a kernel of its own; `InputError` where a cell fails."""
-    from jupyter_client import AsyncKernelManager
-    from nbclient import NotebookClient
-    from nbclient.exceptions import CellExecutionError
+    from prunestudy.study import kernel  # late: it imports all that notebooks do
 
-    # Sockets in a folder: kernels that start at the same time race for network ports.
-    with tempfile.TemporaryDirectory() as folder:
-        manager = AsyncKernelManager(transport="ipc", connection_file=f"{folder}/kernel.json")
-        client = NotebookClient(notebook, km=manager)
-        try:
-            client.execute(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        except CellExecutionError as error:
-            raise InputError(f"{error.ename}: {error.evalue}") from None
-        finally:
-            client._cleanup_kernel()
+    kernel.run_cells(notebook)
 
 
 def execute(store: Store, profile: str, paper: str, data: str) -> Path:

@@ -64,14 +64,9 @@ def settings_table(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def _label(row: Any) -> str:
-    """A setting for people: its method, what came first or which reading, what was removed."""
-    name = method_class(row.method).title
-    if row.stage == "combined":
-        name = f"{row.variant.removeprefix('after ')} + {name}"
-    elif row.variant:
-        name += f", {row.variant}"
-    aim = f", {removed(row.target, row.target_kind)} removed" if row.target_kind else ""
-    return name + aim
+    """A setting for people: its method, which reading or after what, what was removed."""
+    aim = f"{removed(row.target, row.target_kind)} removed" if row.target_kind else ""
+    return ", ".join(filter(None, (method_class(row.method).title, row.variant, aim)))
 
 
 def _shares(done: pd.DataFrame, runs: pd.DataFrame) -> dict[str, pd.Series]:

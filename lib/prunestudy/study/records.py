@@ -112,19 +112,15 @@ class Store:
             self.require_same(record, settings.model_dump(mode="json"), fingerprint)
         return record
 
-    def load(self, run: str) -> dict[str, Any] | None:
-        """Return the record of the run named `run`, its checksum verified, or None."""
-        return self.at(self.place(run))
-
     def require(self, run: str) -> dict[str, Any]:
-        """Return the record of the run named `run` as `load` does; `InputError` if it has none."""
-        record = self.load(run)
+        """Return the record of the run named `run`; `InputError` if it has none."""
+        record = self.at(self.place(run))
         if record is None:
             raise InputError(f"run = {run}: has no record in {self.folder}")
         return record
 
     def at(self, name: str) -> dict[str, Any] | None:
-        """The record filed under `name`: the collected one, else that of training here.
+        """The record filed under `name` or None: the collected one, else that of training here.
 
         The collected one counts even after a second training; from an equal one trained here it
         takes a latency that was measured since.
@@ -195,21 +191,19 @@ class Store:
             " `prunestudy run RUN --weights` makes them again"
         )
 
-    def has_all(self, run: str) -> bool:
-        """Whether all files that training `run` leaves are here, and unharmed."""
-        return all(self._is_unharmed(run, kind) for kind in _KINDS)
+    def has(self, run: str, *kinds: str) -> bool:
+        """Whether those files ("arrays", "weights") of `run` are here, and as its record says."""
+        record, paths = self.trained(self.place(run)), [self._file(run, kind) for kind in kinds]
+        found = [lines.noted(read_arrays(path), path.stem) for path in paths]
+        return record is not None and found == [record["files"][kind] for kind in kinds]
 
-    def _is_unharmed(self, run: str, kind: str) -> bool:
-        record, arrays = self.trained(self.place(run)), read_arrays(self._file(run, kind))
-        return record is not None and lines.noted(arrays, kind) == record["files"][kind]
-
-    def require_file(self, run: str, kind: str) -> None:
-        """Raise `InputError` unless the file `kind` ("arrays", "weights") of `run` is unharmed."""
-        if not self._is_unharmed(run, kind):
-            raise InputError(
-                f"{kind} = {run}: missing, or not as its record says, in {self._file(run, kind)};"
-                " `prunestudy run RUN --weights` trains the run again"
-            )
+    def require_weights(self, run: str) -> Path:
+        """Return the file of the finished net of `run`; `InputError` unless it is unharmed."""
+        path = self.weights(run)
+        if not self.has(run, "weights"):
+            why = f"weights = {run}: missing, or not as its record says, in {path}"
+            raise InputError(f"{why}; `prunestudy run RUN --weights` trains the run again")
+        return path
 
     def write(self, record: dict[str, Any], weights: Path, arrays: dict[str, np.ndarray]) -> None:
         """Put a finished run's folder in place: write it under a temporary name, rename it.

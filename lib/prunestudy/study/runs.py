@@ -89,7 +89,7 @@ class Runner:
     def done(self, settings: RunSettings, weights: bool = False) -> dict[str, Any] | None:
         """The record of `settings`; None if there is none, or `weights` are to be and are not."""
         record = self.store.read(settings, datasets.fingerprint(settings.dataset, self.data))
-        return record if not weights or self.store.has_all(settings.run) else None
+        return record if not weights or self.store.has(settings.run, "arrays", "weights") else None
 
     def net(self, settings: RunSettings) -> nn.Module:
         """Return the finished net of a run that is done, as an ordinary module."""

@@ -82,9 +82,9 @@ class Session:
 
     def figure(self, name: str, drawn: "Figure") -> "Figure":
         """Save `drawn` under the paper's name and return it."""
-        from prunestudy.study import figures  # late: a batch job draws nothing
-
-        figures.save_to(drawn, self.store.folder / "figures", f"{self.paper}_{name}")
+        path = self.store.folder / "figures" / f"{self.paper}_{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        drawn.savefig(path, metadata={"Software": None})  # the same figure gives the same file
         return drawn
 
     def find(self, method: str, target: float | None, seed: int = 0, **where: Any) -> RunSettings:
@@ -133,10 +133,9 @@ def is_untimed(store: Store, item: Planned) -> bool:
 
 
 def _milliseconds(store: Store, settings: RunSettings, rounds: int) -> dict[str, float]:
-    store.require_file(settings.run, "weights")
     info = datasets.info(settings.dataset)
     shape = (info.channels, info.height, info.width)
-    small, _ = stored_net(store.weights(settings.run))
+    small, _ = stored_net(store.require_weights(settings.run))
     dense = models.build(settings.model, shape, info.num_classes)
     nets = {"latency": shrink.to_csr(small, _CSR_FROM), "dense_latency": dense}
     times = {}
@@ -148,8 +147,8 @@ def _milliseconds(store: Store, settings: RunSettings, rounds: int) -> dict[str,
 
 def state_of(store: Store, planned: list[Planned]) -> str:
     """Digest of the planned runs' records: it changes when any of them does."""
-    records = ((p.settings.run, store.load(p.settings.run)) for p in planned)
-    done = {run: record and line_of(record) for run, record in records}
+    records = {run: store.at(store.place(run)) for run in (p.settings.run for p in planned)}
+    done = {run: record and line_of(record) for run, record in records.items()}
     return hashlib.sha256(json.dumps(done, sort_keys=True).encode()).hexdigest()
 
 

@@ -6,7 +6,6 @@ raise `InputError` ("figure = ...") where no run is done that they would show.
 
 import io
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -87,13 +86,6 @@ def alt_text(figure: Figure) -> str:
     legends = [*figure.legends, *(axes.get_legend() for axes in figure.axes)]
     parts += [", ".join(text.get_text() for text in each.get_texts()) for each in legends if each]
     return ". ".join(dict.fromkeys(" ".join(part.split()) for part in parts if part))
-
-
-def save_to(figure: Figure, folder: Path, name: str) -> Path:
-    """Write `figure` as PNG into `folder`, without a date: the same figure gives the same file."""
-    folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / f"{name}.png", metadata={"Software": None})
-    return folder / f"{name}.png"
 
 
 def canvas(
@@ -235,11 +227,9 @@ def variants(summary: pd.DataFrame, method: str) -> Figure:
     labels = rows.variant.replace("", "our reading") + lost
     look = {"fmt": "o", "color": COLOURS[method], "capsize": 3}
     axes.errorbar(middle, labels, xerr=[middle - low, high - middle], **look)
-    if middle.max() > -3:  # else the line of the dense net would press all points together
-        axes.axvline(0, color="black", ls="--", lw=1)
-        if middle.min() < -3:
-            axes.set_xscale("symlog", linthresh=1)
-            axes.xaxis.set_major_formatter("{x:g}")
+    axes.axvline(0, color="black", ls="--", lw=1)
+    axes.set_xscale("symlog", linthresh=1)
+    axes.xaxis.set_major_formatter("{x:g}")
     words = "points" if unit == "%" else "dB"
     axes.set(xlabel=f"{_NAMES[unit]} minus dense, {words} (mean and 95% interval)")
     removed = tables.removed(first.target, first.target_kind)

@@ -16,12 +16,12 @@ from prunestudy.study.records import Store
 _LOW_RANK = ("plain_low_rank", "force")
 # Method and reading to a label, and to the method whose colour and marker stand for it.
 _READINGS = {
-    ("component_aware", ""): ("soft coefficients", "component_aware"),
-    ("component_aware", "grid"): ("soft coefficients, grid", "l1"),
-    ("uniform", ""): ("uniform share", "uniform"),
-    ("uniform", "one ranking"): ("one ranking, group L2", "group_l2"),
-    ("uniform", "one ranking, Taylor"): ("one ranking, Taylor", "l1_filter"),
-    ("uniform", "random"): ("random", "random"),
+    "component_aware,": ("soft coefficients", "component_aware"),
+    "component_aware,grid": ("soft coefficients, grid", "l1"),
+    "uniform,": ("uniform share", "uniform"),
+    "uniform,one ranking": ("one ranking, group L2", "group_l2"),
+    "uniform,one ranking, Taylor": ("one ranking, Taylor", "l1_filter"),
+    "uniform,random": ("random", "random"),
 }
 
 
@@ -40,7 +40,7 @@ def kept_against_start(store: Store, runs: dict[str, str]) -> Figure:
     """|w| of kept weights at the end against the start, one panel per method (name -> run)."""
     figure, axes = look.canvas(len(runs), (3.6 * len(runs), 3.6), sharex=True, sharey=True)
     for panel, (method, run) in zip(axes, runs.items(), strict=True):
-        arrays, scale = store.arrays(run), store.load(run)["metrics"]["kept_scale"]
+        arrays, scale = store.arrays(run), store.require(run)["metrics"]["kept_scale"]
         start, end = np.abs(arrays["kept_start"]), np.abs(arrays["kept_end"])
         panel.plot(start, end, ".", ms=3, alpha=0.5, color=look.COLOURS[method])
         panel.axline((0, 0), slope=1, color="black", ls="--", lw=1)
@@ -61,11 +61,11 @@ def ranks_table(store: Store, planned: Sequence[Planned]) -> pd.DataFrame:
         ours = s.method in _LOW_RANK and s.target.kind == "energy" and item.purpose != "search"
         if ours and record and record["status"] == "done":
             metrics, energy = record["metrics"], store.arrays(s.run)
+            place = s.model, s.dataset, s.method, item.variant, s.seed
             for layer in (name[5:] for name in metrics if name.startswith("rank.")):
-                place = s.model, s.dataset, s.method, item.variant, s.seed, layer
-                ranks = metrics[f"rank.{layer}"], len(energy[f"energy_before.{layer}"])
-                device = record["environment"]["device"]
-                rows.append((*place, *ranks, metrics[f"speed_up.{layer}"], device))
+                full, rank = len(energy[f"energy_before.{layer}"]), metrics[f"rank.{layer}"]
+                faster, device = metrics[f"speed_up.{layer}"], record["environment"]["device"]
+                rows.append((*place, layer, rank, full, faster, device))
     columns = "model dataset method variant seed layer rank full speed_up device".split()
     return pd.DataFrame(rows, columns=columns).drop_duplicates(ignore_index=True)
 
@@ -114,28 +114,28 @@ def speed_up(runs: pd.DataFrame) -> Figure:
     rows = look.select(ours, "speed-up", target_kind="energy", variant="", status="done")
     net = rows.model + ", " + rows.dataset.map(tables.datasets_title)
     kinds = {
-        "net": net + ": " + rows.method.map(look.title_of),
         "MACs": rows.dense_macs / rows.macs,
         "measured, batch 1": rows.dense_latency_b1_ms / rows.latency_b1_ms,
         "measured, batch 128": rows.dense_latency_b128_ms / rows.latency_b128_ms,
     }
-    table = pd.DataFrame(kinds).melt("net", var_name="kind", value_name="speed-up")
-    figure, (axes,) = look.canvas(size=(7.5, 1.6 + 0.6 * table.net.nunique()))
-    style = {"palette": "Greys_r", "edgecolor": "0.3", "errorbar": None}
-    sns.barplot(table, y="net", x="speed-up", hue="kind", ax=axes, **style)
+    means = (
+        pd.DataFrame(kinds).groupby(net + ": " + rows.method.map(look.title_of), sort=False).mean()
+    )
+    figure, (axes,) = look.canvas(size=(7.5, 1.6 + 0.6 * len(means)))
+    means.plot.barh(color=["0.25", "0.5", "0.75"], width=0.8, ax=axes, legend=False)
     for bars in axes.containers:
-        for label in axes.bar_label(bars, fmt="{:.2f}x", fontsize=7, padding=2):
-            label.set_bbox({"fc": "white", "ec": "none", "pad": 0.3})
+        axes.bar_label(bars, fmt="{:.2f}x", fontsize=7, padding=2)
     axes.axvline(1, color="black", ls="--", lw=1)
     axes.margins(x=0.12)
+    axes.invert_yaxis()
     axes.set(ylabel="", xlabel="times faster than the dense net")
-    sns.move_legend(axes, "upper left", bbox_to_anchor=(1, 1), title="")
+    look.legend(figure)
     return figure
 
 
 def gate_paths(store: Store, run: str) -> Figure:
     """At most 60 gates of each of GDP's four largest groups, and the cost left, step by step."""
-    arrays, metrics = store.arrays(run), store.load(run)["metrics"]
+    arrays, metrics = store.arrays(run), store.require(run)["metrics"]
     steps, paths, group_of = (arrays[f"gate_{name}"] for name in ("steps", "paths", "groups"))
     names, sizes = list(metrics["channels"]), np.bincount(group_of)
     shown = sorted(np.argsort(-sizes, kind="stable")[:4])
@@ -210,17 +210,15 @@ def psnr_against_removed(summary: pd.DataFrame, model: str, dataset: str) -> Fig
     where = {"model": model, "dataset": dataset, "target_kind": "parameters"}
     rows = look.select(summary, f"{model} on {dataset}", **where)
     parted = rows.reading.str.endswith("by component") & (rows.method == "uniform")
-    plain = rows.reading.str.replace("(, )?by component$", "", regex=True).where(
-        parted, rows.reading
-    )
-    known = [_READINGS.get(key, (None, None)) for key in zip(rows.method, plain, strict=True)]
-    labels, looks = zip(*known, strict=True)
+    plain = rows.reading.str.replace("(, )?by component$", "", regex=True)
+    keys = rows.method + "," + plain.where(parted, rows.reading)
+    labels = keys.map({key: label for key, (label, _) in _READINGS.items()})
     rows = rows.assign(
         removed=100 * rows.target,
         sd=rows.metric_sd.fillna(0),
         ls=np.where(parted, "--", "-"),
-        label=pd.Series(labels, rows.index) + np.where(parted, ", by component", ""),
-        method=looks,
+        label=labels + np.where(parted, ", by component", ""),
+        method=keys.map({key: method for key, (_, method) in _READINGS.items()}),
     )
     stages = [*rows[rows.label.notna() & rows.stage.isin(["", "fine-tuned"])].groupby("stage")]
     figure, axes = look.canvas(len(stages), (3 + 4 * len(stages), 4), sharey=True)
