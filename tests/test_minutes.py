@@ -111,6 +111,15 @@ def test_a_run_that_cannot_be_made_is_named_and_its_children_wait(
     assert "loss = 'x': fails" in capsys.readouterr().err
 
 
+def test_missing_data_is_one_line_before_any_run(whole, tmp_path, monkeypatch):
+    chosen = [item for item in whole if item.settings.dataset == "cifar10_jpeg"]
+    runner = Runner(Store("gpu", tmp_path), tmp_path / "none", device="cpu")
+    with pytest.raises(InputError) as caught:
+        minutes.run(runner, chosen, 10, 2)
+    assert one_line(caught).endswith("cifar10_jpeg needs this folder")
+    assert not (tmp_path / "gpu").exists()
+
+
 def test_without_cuda_there_is_one_line(whole, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(InputError) as caught:

@@ -87,6 +87,8 @@ def run(runner: Runner, planned: list[Planned], minutes: float, size: int) -> in
     parents = {each.parent.run for each in order if each.parent}
     todo = [s for s in order if not runner.done(s, weights=s.run in parents)]
     finished = {each.run for each in order} - {each.run for each in todo}
+    for name in sorted({each.dataset for each in todo}):
+        runner.load(name)
     for record in gang(_begun(runner, todo, finished, end), size, _STEPS):
         if record:
             finished.add(record["run"])

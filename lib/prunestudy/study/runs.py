@@ -74,7 +74,7 @@ class Runner:
             return record
         # A missing device, and missing or damaged data, is refused before anything is written.
         device_of(self.device.type)
-        self._load(settings.dataset)
+        self.load(settings.dataset)
         if settings.parent:
             self.ensure(settings.parent, weights=True)
         return next(gang([self.training(settings, weights)]))
@@ -96,12 +96,13 @@ class Runner:
         self.ensure(settings, weights=True)
         return stored_net(self.store.weights(settings.run))[0]
 
-    def _load(self, dataset: str) -> datasets.Dataset:
+    def load(self, dataset: str) -> datasets.Dataset:
+        """The data set, read once; `InputError` if it is missing or damaged."""
         return _data(dataset, self.data, datasets.fingerprint(dataset, self.data))
 
     def _train(self, settings: RunSettings) -> Steps[None]:
         started, work = time.perf_counter(), self.store.work(settings.run)
-        job = _Job(settings, self._load(settings.dataset), self.device)
+        job = _Job(settings, self.load(settings.dataset), self.device)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         with deterministic(settings.threads):
