@@ -41,7 +41,7 @@ def test_lambda_of_lenet_is_what_the_rule_gives_on_the_records_of_the_search():
     used = {(params.get("kind", "l2"), params["strength"]) for params in lenet}
 
     store = Store("cpu", repository() / "results")
-    search = [p for p in plan("cpu", ("force",)) if p.purpose == "search"]
+    search = [p for p in plan("cpu", ("force",)) if p.experiment == "search"]
     found = [(p.settings, store.read(p.settings)["metrics"]) for p in search]
     plain = next(m for s, m in found if s.method == "plain_low_rank")
     best = {}

@@ -218,6 +218,12 @@ def test_learning_rates_of_phases(parts, expected):
     assert [1000 * lr for lr in method.rates] == pytest.approx(expected)
 
 
+def test_one_schedule_runs_over_all_phases():
+    method = Recorder((Phase("a", 0.25, 0.5, schedule="constant"), Phase("b", 0.75, restart=True)))
+    fit(method, Recipe(epochs=2, lr=0.008, schedule="poly", one_schedule=True))
+    assert [1000 * lr for lr in method.rates] == pytest.approx([8, 7, 6, 5, 4, 3, 2, 1])
+
+
 def test_a_phase_begins_without_the_momentum_of_the_one_before():
     class Two(Recorder):
         def after_backward(self, at):

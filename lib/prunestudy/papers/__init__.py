@@ -145,7 +145,8 @@ class Entry(_Strict):
     `stage` is "half" and "combined" for the halves of a combination, "fine-tuned" for training
     after pruning. `after` is the label of an earlier entry whose run, of the same seed and target
     (or `after_target`), is the parent. `fresh` starts from random weights and adds the epochs of
-    the dense start. Other fields replace the experiment's.
+    the dense start. In a search, `grid` is the label of the entry whose settings this one tries.
+    Other fields replace the experiment's.
     """
 
     method: str
@@ -161,6 +162,7 @@ class Entry(_Strict):
     fresh: bool = False
     after: str = ""
     after_target: float | None = None
+    grid: str = ""
 
     @property
     def label(self) -> str:

@@ -6,11 +6,14 @@
   and in a rule ("NAME, fine-tuned": all at that stage). `{ set = "NAME", seeds = 3 }` changes all
   of them; `params` are merged. Any other string is a method with its defaults.
 - `[...experiments.readings.METHOD]` adds an entry for each reading: its name and its `params`.
+- `[[...experiments.grids]]` adds `methods` at every combination of a grid's lists: `lr`, and
+  parameters of the method by name; its other values hold for all entries.
 - A group of `[[published]]`, `[[ranks]]`, `[[unknown]]` or experiments is what they share, with
   `rows` of `columns` for the rest; a row may lack the last columns.
 """
 
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 from prunestudy.errors import require, require_one_of
@@ -75,16 +78,33 @@ def _profile(profile: _Table, sets: _Sets) -> _Table:
 
 
 def _experiment(own: _Table, shared: _Table, sets: _Sets) -> _Table:
-    whole = {key: value for key, value in (shared | own).items() if key != "readings"}
+    whole = shared | own
+    readings, grids = whole.pop("readings", {}), whole.pop("grids", [])
     whole["methods"] = list(_entries(own.get("methods", []), sets))
-    for method, readings in own.get("readings", {}).items():
-        named = ({"variant": name, "params": params} for name, params in readings.items())
-        whole["methods"] += [{"method": method} | each for each in named]
+    for method, named in readings.items():
+        each_of = ({"variant": name, "params": params} for name, params in named.items())
+        whole["methods"] += [{"method": method} | each for each in each_of]
+    for grid in grids:
+        whole["methods"] += _grid(grid, sets)
     whole["recipe"] = recipe = shared.get("recipe", {}) | own.get("recipe", {})
     if "start" in whole:
         start = shared.get("start", {}) | own.get("start", {})
         whole["start"] = start if start.get("epochs") == 0 else recipe | start
     return whole
+
+
+def _grid(grid: _Table, sets: _Sets) -> Iterator[_Table]:
+    rest = dict(grid)
+    methods = rest.pop("methods")
+    lists = {n: rest.pop(n) for n in grid if isinstance(rest.get(n), list)}
+    for entry in _entries(methods, sets):
+        own = entry.get("variant")
+        label = ", ".join(filter(None, (entry["method"], own, entry.get("stage"))))
+        for values in product(*lists.values()):
+            params = dict(zip(lists, values, strict=True))
+            variant = ", ".join(filter(None, (own, *(f"{k} {v:g}" for k, v in params.items()))))
+            at = {"variant": variant, "lr": params.pop("lr"), "grid": label}
+            yield entry | rest | at | {"params": entry.get("params", {}) | params}
 
 
 def _entries(methods: list[Any], sets: _Sets) -> Iterator[_Table]:

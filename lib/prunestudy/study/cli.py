@@ -91,6 +91,7 @@ _COMMANDS = {
     "plan": ("say what the runs would cost", "--profile --paper"),
     "list": ("list the runs, or the names that settings take", "--profile --paper what name"),
     "status": ("say what is done and what is missing", "--profile --paper"),
+    "search": ("say which settings are the best of a search", "--profile --paper --check"),
     "latency": ("time the finished nets, alone on the machine", "--profile --paper"),
     "run": ("train runs by name", "--profile --paper --data --device --weights runs"),
     "collect": ("merge finished runs into one file", "--profile --replace folders"),
@@ -112,6 +113,7 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     "--minutes": {"type": float, "default": math.inf, "help": "profile gpu: stop after so many"},
     "--gang": {"type": int, "default": 4, "help": "profile gpu: runs at a time (default: 4)"},
     "--weights": {"action": "store_true", "help": "also where only the net is missing"},
+    "--check": {"action": "store_true", "help": "fail where a card has other settings"},
     "--replace": {"action": "store_true", "help": "the newcomer takes a run's place"},
     "--set": {
         "action": "append",

@@ -17,7 +17,7 @@ import torch
 from prunestudy import datasets, methods, models, shrink
 from prunestudy.errors import InputError, require, require_one_of
 from prunestudy.papers import PROFILES, cards
-from prunestudy.study import batch, minutes, session, tables
+from prunestudy.study import batch, minutes, search, session, tables
 from prunestudy.study.cli import LISTS
 from prunestudy.study.collect import collect
 from prunestudy.study.lines import write_text
@@ -138,6 +138,15 @@ def do_status(a: Namespace) -> None:
         print(f"{state:9} {states.count(state)}")
     for name in (name for name, record in records.items() if not record):
         print(f"  {name}" + ("  (begun)" if store.work(name).exists() else ""))
+
+
+def do_search(a: Namespace) -> int:
+    found = search.grids(_store(a), _planned(a))
+    complete = [grid for grid in found if grid.complete]
+    differ = [grid for grid in complete if grid.differences]
+    print(*(line for grid in found for line in search.lines(grid)), sep="\n")
+    print(f"{len(found)} grids, {len(complete)} complete; {len(differ)} of a card differ")
+    return int(a.check and bool(differ))
 
 
 def do_latency(a: Namespace) -> None:

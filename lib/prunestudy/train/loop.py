@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from prunestudy.datasets.batches import mix
 from prunestudy.errors import InputError, first_line, require
-from prunestudy.methods.base import At, Context, Method, boundaries, call, scalar
+from prunestudy.methods.base import At, Context, Method, Phase, boundaries, call, scalar
 from prunestudy.methods.probes import Probe
 from prunestudy.train.capture import Captured, graphs_on
 from prunestudy.train.checkpoint import write_checkpoint
@@ -70,6 +70,8 @@ class Loop:
         allowed = "a net with parameters that train (requires_grad)"
         require(trains or not self.total, "model", type(model).__name__, allowed)
         self.phases = method.phases()
+        if recipe.one_schedule:
+            self.phases = tuple(Phase(each.name, each.share) for each in self.phases)
         self.ends = boundaries(self.phases, self.total)
         self.state = _State()
         self.diverged = False

@@ -21,7 +21,8 @@ class Recipe(Values):
     schedule) are shares of the phase, `shift` is in pixels. A batch goes through the net in
     `pieces`, one after the other, where memory is short; the step is the whole batch's, but batch
     norm sees each piece by itself. `period`: steps between two looks at the host (masks, closing,
-    steering, losses); 0 for min(16, steps / 200).
+    steering, losses); 0 for min(16, steps / 200). With `one_schedule` it runs over all phases, and
+    a method's own rates, schedules and restarts count for nothing.
     """
 
     epochs: Annotated[int, Field(ge=0, le=1_000_000)]
@@ -42,6 +43,7 @@ class Recipe(Values):
     shift: Annotated[int, Field(ge=0)] = 0
     flip: bool = False
     period: Annotated[int, Field(ge=0, le=1_000_000)] = 0
+    one_schedule: bool = False
 
     def __init__(self, **settings: Any) -> None:
         try:

@@ -1,0 +1,154 @@
+"""Which settings a method gets: the best of its grid, by one rule for every method and control.
+
+A card's searches have a grid for each method and control, all of as many settings, which are scored
+on validation images. The best has the best mean score over the seeds. A setting of which a run
+fails (its status is not "done") is the worst; equals go to the lower learning rate, then to the
+one that comes first.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from prunestudy.papers import card
+from prunestudy.study.plan import Planned
+from prunestudy.study.records import Store
+from prunestudy.study.settings import RunSettings
+from prunestudy.study.tables import datasets_title
+from prunestudy.study.verdicts import removed
+
+# What is the same in all grids of a net, beside what each varies.
+_COMMON = ("weight_decay", "schedule", "one_schedule")
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A setting and its score for each seed: None if that run is missing, -inf if it failed."""
+
+    settings: RunSettings
+    scores: list[float | None]
+
+    @property
+    def mean(self) -> float:
+        """The mean over the seeds; NaN where a run is missing."""
+        return sum(math.nan if score is None else score for score in self.scores) / len(self.scores)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The settings `tried` for the entry `label`, and those that its other runs have `now`."""
+
+    paper: str
+    label: str
+    tried: list[Tried]
+    now: list[RunSettings]
+
+    @property
+    def complete(self) -> bool:
+        """Whether no run is missing."""
+        return not any(math.isnan(tried.mean) for tried in self.tried)
+
+    @cached_property
+    def best(self) -> Tried:
+        """The setting that the rule chooses, of a complete grid."""
+        return max(self.tried, key=lambda tried: (tried.mean, -tried.settings.recipe.lr))
+
+    @cached_property
+    def varied(self) -> dict[str, list[Any]]:
+        """What the grid varies, by name: its values in order."""
+        every = [tried.settings for tried in self.tried]
+        names = [
+            "lr",
+            *(n for n, v in every[0].params.items() if any(s.params[n] != v for s in every)),
+        ]
+        return {name: sorted({_of(settings, name) for settings in every}) for name in names}
+
+    @property
+    def edges(self) -> list[str]:
+        """Where the best is the first or last of three values or more: "lr lowest"."""
+        ends = {n: values for n, values in self.varied.items() if len(values) > 2}
+        words = {n: {v[0]: "lowest", v[-1]: "highest"} for n, v in ends.items()}
+        places = {n: words[n].get(_of(self.best.settings, n)) for n in ends}
+        return [f"{name} {place}" for name, place in places.items() if place]
+
+    @property
+    def differences(self) -> list[str]:
+        """Where the runs of the card differ from the best: "lr 0.05 instead of 0.1"."""
+        found = [] if self.now else ["no such runs"]
+        for name in (*self.varied, *_COMMON):
+            right = _of(self.best.settings, name)
+            wrong = {_of(settings, name) for settings in self.now} - {right}
+            found += [f"{name} {_text(value)} instead of {_text(right)}" for value in sorted(wrong)]
+        return found
+
+    @property
+    def gain(self) -> float:
+        """Mean of the best minus that of the setting that has what the card has; NaN if none."""
+        now = [[_of(settings, name) for name in self.varied] for settings in self.now]
+        same = [t for t in self.tried if [_of(t.settings, name) for name in self.varied] in now]
+        return self.best.mean - max((tried.mean for tried in same), default=math.nan)
+
+
+def _of(settings: RunSettings, name: str) -> Any:
+    return settings.params[name] if name in settings.params else getattr(settings.recipe, name)
+
+
+def _text(value: Any) -> str:
+    return f"{value:g}" if type(value) is float else str(value).lower()
+
+
+def grids(store: Store, planned: list[Planned]) -> list[Grid]:
+    """The grids of all searches among `planned`, with what the records say so far."""
+    labels = {
+        (paper, experiment.name, entry.method, entry.variant): entry.grid
+        for paper in {item.paper for item in planned}
+        for profile in card(paper).profiles.values()
+        for experiment in profile.experiments
+        for entry in experiment.methods
+    }
+    tried: dict[tuple[str, ...], dict[str, list[RunSettings]]] = {}
+    now: dict[tuple[str, ...], list[RunSettings]] = {}
+    for item in planned:
+        s = item.settings
+        place = item.paper, s.model, s.dataset
+        if item.purpose != "search":
+            label = ", ".join(filter(None, (s.method, item.variant)))
+            now.setdefault((*place, label), []).append(s)
+        elif label := labels.get((item.paper, item.experiment, s.method, item.reading)):
+            tried.setdefault((*place, label), {}).setdefault(item.variant, []).append(s)
+    return [
+        Grid(
+            paper=place[0],
+            label=place[-1],
+            tried=[Tried(seeds[0], [_score(store, s) for s in seeds]) for seeds in by.values()],
+            now=now.get(place, []),
+        )
+        for place, by in tried.items()
+    ]
+
+
+def _score(store: Store, settings: RunSettings) -> float | None:
+    record = store.read(settings)
+    if record and record["status"] != "done":
+        return -math.inf
+    return record and record["metrics"]["metric"]
+
+
+def lines(grid: Grid) -> list[str]:
+    """The grid for people: its settings with a score per seed and their mean, the best marked."""
+    first, best = grid.tried[0].settings, grid.best if grid.complete else None
+    share = f", {removed(first.aim.value, first.aim.kind)} removed" if first.aim else ""
+    text = [f"{grid.paper}: {grid.label}, {first.model} on {datasets_title(first.dataset)}{share}"]
+    for tried in grid.tried:
+        name = ", ".join(f"{name} {_text(_of(tried.settings, name))}" for name in grid.varied)
+        scores = [math.nan if score is None else score for score in (*tried.scores, tried.mean)]
+        told = "".join(f"{score:9.4f}" for score in scores).replace("nan", "  -")
+        text.append(
+            f"  {'*' if tried is best else ' '} {name:26}{told.replace('  -inf', 'failed')}"
+        )
+    if best:
+        gain = "" if math.isnan(grid.gain) else f", {grid.gain:+.4f} by the search"
+        edges = "".join(f"; best at {edge}" for edge in grid.edges)
+        text.append(f"    card: {'; '.join(grid.differences) or 'the best'}{gain}{edges}")
+    return text
