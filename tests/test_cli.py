@@ -42,7 +42,7 @@ def refused(call, tmp_path, monkeypatch):
         raise AssertionError("nothing may start")
 
     def run(*words, **options):
-        for place, name in ((runs, "prune"), (batch.subprocess, "Popen"), (notebooks, "run_cells")):
+        for place, name in ((runs, "pruning"), (batch.subprocess, "Popen"), (notebooks, "run_cells")):
             monkeypatch.setattr(place, name, no)
         before = tree(tmp_path)
         code, out, err = call(*words, **options)
