@@ -42,7 +42,8 @@ def refused(call, tmp_path, monkeypatch):
         raise AssertionError("nothing may start")
 
     def run(*words, **options):
-        for place, name in ((runs, "pruning"), (batch.subprocess, "Popen"), (notebooks, "run_cells")):
+        jobs = (batch.subprocess, "Popen"), (notebooks, "run_cells")
+        for place, name in ((runs, "pruning"), *jobs):
             monkeypatch.setattr(place, name, no)
         before = tree(tmp_path)
         code, out, err = call(*words, **options)

@@ -58,7 +58,8 @@ def without_cost(record):
 def count(monkeypatch):
     """Names of the runs that were trained."""
     trained, real = [], runs.pruning
-    monkeypatch.setattr(runs, "pruning", lambda *a, **k: (trained.append(k["run"]), real(*a, **k))[1])
+    noted = lambda *a, **k: (trained.append(k["run"]), real(*a, **k))[1]  # noqa: E731
+    monkeypatch.setattr(runs, "pruning", noted)
     return trained
 
 
