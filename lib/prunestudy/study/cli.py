@@ -85,8 +85,8 @@ def _parser() -> argparse.ArgumentParser:
 # Name of a command to what it does, and what it takes besides --results.
 _COMMANDS = {
     "study": (
-        "run all that is missing",
-        "--profile --paper --data --jobs --executor --minutes --gang",
+        "run what is missing",
+        "--profile --paper --searches --data --jobs --executor --minutes --gang",
     ),
     "plan": ("say what the runs would cost", "--profile --paper"),
     "list": ("list the runs, or the names that settings take", "--profile --paper what name"),
@@ -113,6 +113,7 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     "--minutes": {"type": float, "default": math.inf, "help": "profile gpu: stop after so many"},
     "--gang": {"type": int, "default": 4, "help": "profile gpu: runs at a time (default: 4)"},
     "--weights": {"action": "store_true", "help": "also where only the net is missing"},
+    "--searches": {"action": "store_true", "help": "also the runs that settings are chosen by"},
     "--check": {"action": "store_true", "help": "fail where a card has other settings"},
     "--replace": {"action": "store_true", "help": "the newcomer takes a run's place"},
     "--set": {

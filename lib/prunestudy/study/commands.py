@@ -63,6 +63,8 @@ def do_study(a: Namespace) -> None:
             print(line)
         return
     started, store, planned = time.monotonic(), _store(a), _planned(a)
+    if not a.searches:
+        planned = [item for item in planned if item.purpose != "search"]
     seconds = batch.run(store, a.profile, planned, a.jobs, a.data, a.executor)
     since = time.monotonic()
     for line in collect(a.profile, results=a.results):
@@ -131,13 +133,18 @@ def _of_method(name: str) -> dict[str, str]:
 
 
 def do_status(a: Namespace) -> None:
-    store = _store(a)
-    records = {item.settings.run: store.read(item.settings) for item in _planned(a)}
+    store, planned = _store(a), _planned(a)
+    needed = [item for item in planned if item.purpose != "search"]
+    records = {item.settings.run: store.read(item.settings) for item in needed}
     states = sorted(record["status"] if record else "missing" for record in records.values())
     for state in sorted({*states, "missing"}):
         print(f"{state:9} {states.count(state)}")
     for name in (name for name, record in records.items() if not record):
         print(f"  {name}" + ("  (begun)" if store.work(name).exists() else ""))
+    searches = {item.settings.run: item.settings for item in planned if item not in needed}
+    left = sum(store.read(each) is None for name, each in searches.items() if name not in records)
+    if left:
+        print(f"searches  {left} runs missing: prunestudy study --searches trains them as well")
 
 
 def do_search(a: Namespace) -> int:
