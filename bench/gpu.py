@@ -124,7 +124,7 @@ def plain(name: str, batches: Any, precision: str, usual: bool = False) -> Calla
     def step() -> None:
         x, y = (part.to(CUDA, non_blocking=True) for part in next(source))
         sgd.zero_grad()
-        with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16"):
+        with torch.autocast(CUDA.type, torch.bfloat16, enabled=precision == "bf16"):
             loss = F.cross_entropy(net(x), y)
         loss.backward()
         sgd.step()
