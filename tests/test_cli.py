@@ -72,7 +72,7 @@ def names_of(*labels):
         (["nope"], "argument COMMAND: invalid choice: 'nope'"),
         (["list", "--nope"], "unrecognized arguments: --nope"),
         (["status", "--prof", "quick"], "unrecognized arguments: --prof quick"),
-        (["list", "--profile", "fast"], "profile = 'fast': allowed are cpu, cpu-long, gpu, paper, q"),
+        (["list", "--profile", "fast"], "profile = 'fast': allowed are cpu, cpu-long, gpu, pa"),
         (["latency", "--profile", "cpu"], "profile = 'cpu': the chosen papers have quick"),
         (["latency", "--paper", "nope"], "paper = 'nope': allowed are toy"),
         (["list", "--paper", "toy", "--paper", "nope"], "paper = 'nope': allowed are toy"),
