@@ -139,7 +139,7 @@ class Snip(Masked):
         loss = context.loss(call(net, x), x, y)
         gradients = torch.autograd.grad(loss, weights, materialize_grads=True)
         pairs = zip(weights, gradients, strict=True)
-        self.sensitivity = [(w.detach() * g).abs() for w, g in pairs]
+        self.sensitivity = [(w.detach() * s).abs() for w, s in pairs]
         super().attach(model, context)
         self.cut(self.target)
 
