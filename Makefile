@@ -6,6 +6,7 @@ PAPER ?=
 JOBS ?= 2
 EXECUTOR ?= local
 LOCKED ?=
+MINUTES ?= 15
 
 BIN := .venv/bin
 # Jobs call `prunestudy` by its name, whether or not the environment is activated.
@@ -19,7 +20,7 @@ papers := $(foreach paper,$(PAPER),--paper '$(paper)')
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
-	@echo "variables: PROFILE=quick|cpu|cpu-long|paper  PAPER='name ...'  JOBS=2  EXECUTOR=local  LOCKED=1"
+	@echo "variables: PROFILE=quick|cpu|cpu-long|gpu|paper  PAPER='name ...'  JOBS=2  EXECUTOR=local  LOCKED=1  MINUTES=15"
 
 study: .venv/ready  ## run what is missing of the study, then print the summary
 	@prunestudy study --profile '$(PROFILE)' $(papers) --jobs '$(JOBS)' --executor '$(EXECUTOR)'
@@ -48,8 +49,10 @@ pages: .venv/ready
 bench: .venv/ready  ## measure ratios side by side, write results/bench.md
 	@$(BIN)/python bench
 
-gpu: .venv/ready  ## run the tests that need a CUDA device
-	@$(BIN)/python -m pytest -m cuda -rs
+gpu: .venv/ready  ## test on a CUDA device, time it, study for the rest of MINUTES
+	@end=$$(($$(date +%s) + 60 * $(MINUTES))); \
+	$(BIN)/python -m pytest -m cuda -rs -x && $(BIN)/python bench/gpu.py "$(RESULTS)/gpu" && \
+	prunestudy study --profile gpu --minutes "$$(((end - $$(date +%s)) / 60))"
 
 status: .venv/ready  ## say what is done and what is missing
 	@prunestudy status --profile '$(PROFILE)' $(papers)

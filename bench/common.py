@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -63,7 +64,9 @@ def noise(info: datasets.DatasetInfo, batches: int) -> datasets.ImageSet:
     return datasets.ImageSet(images, torch.randint(10, (len(images),)))
 
 
-def usual_loader(images: datasets.ImageSet, info: datasets.DatasetInfo, shift: int) -> DataLoader:
+def usual_loader(
+    images: datasets.ImageSet, info: datasets.DatasetInfo, shift: int, **options: Any
+) -> DataLoader:
     """Batches in the usual way: PIL pictures, which torchvision transforms one by one."""
     changes = [T.RandomCrop(info.height, padding=shift), T.RandomHorizontalFlip()]
     change = T.Compose([*changes, T.ToTensor(), T.Normalize(info.mean, info.std)])
@@ -74,7 +77,7 @@ def usual_loader(images: datasets.ImageSet, info: datasets.DatasetInfo, shift: i
         pictures, labels = zip(*chosen, strict=True)
         return torch.stack([change(picture) for picture in pictures]), torch.stack(labels)
 
-    return DataLoader(pairs, BATCH, shuffle=True, drop_last=True, collate_fn=collate)
+    return DataLoader(pairs, BATCH, shuffle=True, drop_last=True, collate_fn=collate, **options)
 
 
 def main(rows: dict[str, Row], anew: bool = False, words: list[str] | None = None) -> Path | None:

@@ -1,27 +1,50 @@
-"""A mode that refuses what a CUDA graph cannot capture: what hooks of a step must do without."""
+"""Modes that refuse what a CUDA graph cannot capture, and a stand-in for one on the CPU."""
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-_READS = ("_local_scalar_dense", "item", "equal", "is_nonzero", "is_set_to")
-_SHAPES = ("nonzero", "masked_select", "unique", "_unique", "_unique2", "unique_dim", "bincount")
+from prunestudy.train.capture import refused
 
 
 class TensorsOnly(TorchDispatchMode):
     """Refuses reads of a value, other devices, and shapes that depend on values."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name, kwargs = func.overloadpacket.__name__, kwargs or {}
-        if name in _READS:
-            raise AssertionError(f"{func}: reads a value on the host")
-        if name in _SHAPES or (name == "repeat_interleave" and "Tensor" in str(func)):
-            raise AssertionError(f"{func}: its shape depends on values")
-        if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
-            masks = [i for i in args[1] if i is not None and i.dtype in (torch.bool, torch.uint8)]
-            if masks:
-                raise AssertionError(f"{func}: its shape depends on values (a mask as an index)")
-        if name in ("_to_copy", "to") and kwargs.get("device") is not None:
-            moved = torch.device(kwargs["device"]).type != args[0].device.type
-            if moved:
-                raise AssertionError(f"{func}: changes the device")
-        return func(*args, **kwargs)
+        why = refused(func, args, kwargs or {})
+        if why:
+            raise AssertionError(why)
+        return func(*args, **(kwargs or {}))
+
+
+class Tape(TensorsOnly):
+    """Keeps the calls of `function`, and makes them again with the same tensors.
+
+    As with a CUDA graph, nothing of Python runs in a replay: a number, a branch or a tensor that
+    has changed since is not seen. A capture does nothing, so that its calls count as the first
+    replay.
+    """
+
+    def __init__(self, function, generator):
+        super().__init__()
+        self.calls, self.done = [], True
+        with self:
+            self.result = function()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        self.calls.append((func, args, kwargs or {}, out))
+        return out
+
+    @torch.no_grad()
+    def replay(self):
+        if self.done:
+            self.done = False
+            return
+        for func, args, kwargs, out in self.calls:
+            again = func(*args, **kwargs)
+            for old, new in zip(tree_leaves(out), tree_leaves(again), strict=True):
+                if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
+                    assert old.shape == new.shape
+                    old.copy_(new)

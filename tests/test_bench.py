@@ -197,3 +197,25 @@ def test_ratio():
     found = common.ratio([1.0, 2.0, 3.0, 4.0, 5.0], [1.0] * 5, seed=3)
     assert found == common.ratio([1.0, 2.0, 3.0, 4.0, 5.0], [1.0] * 5, seed=3)
     assert (found.median, found.low, found.high) == (3.0, 1.0, 5.0)
+
+
+def test_the_bench_of_a_gpu_says_that_there_is_none(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["gpu.py"])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(ROOT / "bench" / "gpu.py"), run_name="__main__")
+    assert caught.value.code == "bench/gpu.py: no CUDA device here"
+
+
+def test_steps_that_the_bench_of_a_gpu_times(monkeypatch):
+    """On the CPU, where nothing is captured: the plain loop, and two trainings in turns."""
+    import gpu
+
+    monkeypatch.setattr(gpu, "CUDA", torch.device("cpu"))
+    monkeypatch.setattr(gpu.torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(gpu, "SECONDS", 0.0)
+    info = datasets.info("cifar10")
+    batches = datasets.Batches(common.noise(info, 1), info, 2, shift=4, flip=True)
+    assert gpu.rate(gpu.plain("resnet20", batches, "bf16"), warm=1) > 0
+    assert gpu.rate(gpu.ours("resnet20", batches, "bf16", 2, "gdp"), warm=1) > 0
+    assert gpu._count("captured, 4 at a time") == 4

@@ -42,7 +42,8 @@ def refused(call, tmp_path, monkeypatch):
         raise AssertionError("nothing may start")
 
     def run(*words, **options):
-        for place, name in ((runs, "prune"), (batch.subprocess, "Popen"), (notebooks, "run_cells")):
+        jobs = (batch.subprocess, "Popen"), (notebooks, "run_cells")
+        for place, name in ((runs, "pruning"), *jobs):
             monkeypatch.setattr(place, name, no)
         before = tree(tmp_path)
         code, out, err = call(*words, **options)
@@ -71,7 +72,7 @@ def names_of(*labels):
         (["nope"], "argument COMMAND: invalid choice: 'nope'"),
         (["list", "--nope"], "unrecognized arguments: --nope"),
         (["status", "--prof", "quick"], "unrecognized arguments: --prof quick"),
-        (["list", "--profile", "fast"], "profile = 'fast': allowed are cpu, cpu-long, paper, q"),
+        (["list", "--profile", "fast"], "profile = 'fast': allowed are cpu, cpu-long, gpu, pa"),
         (["latency", "--profile", "cpu"], "profile = 'cpu': the chosen papers have quick"),
         (["latency", "--paper", "nope"], "paper = 'nope': allowed are toy"),
         (["list", "--paper", "toy", "--paper", "nope"], "paper = 'nope': allowed are toy"),

@@ -89,7 +89,7 @@ def test_a_clone_reads_everything_and_trains_nothing(stores, settings, tmp_path,
         (clone.folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(here.folder / name, clone.folder / name)
     before = tree(clone.folder)
-    monkeypatch.setattr(runs, "prune", None)
+    monkeypatch.setattr(runs, "pruning", None)
     runner = Runner(clone)
     assert runner.device.type == "cpu"
     assert [runner.ensure(s) for s in settings] == made

@@ -57,8 +57,9 @@ def without_cost(record):
 @pytest.fixture
 def count(monkeypatch):
     """Names of the runs that were trained."""
-    trained, real = [], runs.prune
-    monkeypatch.setattr(runs, "prune", lambda *a, **k: (trained.append(k["run"]), real(*a, **k))[1])
+    trained, real = [], runs.pruning
+    noted = lambda *a, **k: (trained.append(k["run"]), real(*a, **k))[1]  # noqa: E731
+    monkeypatch.setattr(runs, "pruning", noted)
     return trained
 
 
@@ -238,7 +239,7 @@ def script(body, folder, settings):
         from prunestudy.study.records import Store
         from prunestudy.study.runs import Runner
         from prunestudy.study.settings import RunSettings
-        from prunestudy.train import loop, prune
+        from prunestudy.train import loop, pruning
         store = Store("custom", sys.argv[1])
         settings = RunSettings.model_validate_json(sys.argv[2])
     """
@@ -259,9 +260,9 @@ def test_two_processes_at_the_same_time_train_once(store):
             return real(self, settings, *words)
         Store.read = read
         import prunestudy.study.runs as runs
-        prune = runs.prune
+        prune = runs.pruning
         trained = []
-        runs.prune = lambda *a, **k: (trained.append(k["run"]), prune(*a, **k))[1]
+        runs.pruning = lambda *a, **k: (trained.append(k["run"]), prune(*a, **k))[1]
         record = Runner(store, device="cpu").ensure(settings)
         print(json.dumps({"trained": trained, "record": record}))
     """
@@ -569,7 +570,7 @@ def test_a_killed_process_ends_with_the_same_record(method, runner, store, tmp_p
             if len(count) == 25:
                 os.kill(os.getpid(), signal.SIGKILL)
         loop.write_checkpoint = write
-        prune.__kwdefaults__["checkpoint_seconds"] = 0.0
+        pruning.__kwdefaults__["checkpoint_seconds"] = 0.0
         Runner(store, device="cpu").ensure(settings)
     """
     command = script(body, store.folder.parent, settings)

@@ -1,5 +1,6 @@
 import math
 import platform
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -42,7 +43,7 @@ class Recorder(Method):
         self.said.append(("attach",))
 
     def after_step(self, at):
-        self.steps.append(at)
+        self.steps.append(replace(at, share=at.share.clone(), lr=at.lr.clone()))
         self.said.append((at.phase, at.step))
 
     def update(self, at):

@@ -67,14 +67,19 @@ class Batches:
 
         Raises `InputError` unless 0 <= `epoch` and 0 <= `start` <= `steps`.
         """
-        require_whole("epoch", epoch, 0)
-        require_whole("start", start, 0, self.steps)
-        # drawn on the CPU, so that batches do not depend on the device
-        generator = torch.Generator().manual_seed(mix(self.seed, epoch))
-        order = torch.randperm(len(self), generator=generator)
-        places = range(start * self.batch_size, self.steps * self.batch_size, self.batch_size)
-        at = [slice(place, place + self.batch_size) for place in places]
-        return self._made(order, at, epoch, generator)
+        return self._made(*self._drawn(epoch, start))
+
+    def places(self, epoch: int, start: int = 0) -> Iterator[Tensor]:
+        """What `gather` makes the batches of `epoch` from, each (B, 3) int64 on the device."""
+        return self._places(*self._drawn(epoch, start))
+
+    def gather(self, places: Tensor) -> tuple[Tensor, Tensor]:
+        """The batch of images at `places`: first pixels, reading directions, and the images."""
+        first, direction, image = places.unbind(1)
+        steps = direction.view(-1, 1, 1) * self._columns
+        index = (first.view(-1, 1, 1) + self._rows) + steps
+        pixels = self._pixels.index_select(0, index.view(-1))
+        return self._normalise(pixels), self.labels[image]
 
     def ordered(self, batch_size: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """All images once, in order, not augmented, as `epoch` gives them; the last batch is short.
@@ -106,10 +111,24 @@ class Batches:
         self.labels = self.images.labels.to(self.device)
         self._most = len(self)
 
+    def _drawn(self, epoch: int, start: int) -> tuple[Tensor, list[slice], int, torch.Generator]:
+        require_whole("epoch", epoch, 0)
+        require_whole("start", start, 0, self.steps)
+        # drawn on the CPU, so that batches do not depend on the device
+        generator = torch.Generator().manual_seed(mix(self.seed, epoch))
+        order = torch.randperm(len(self), generator=generator)
+        places = range(start * self.batch_size, self.steps * self.batch_size, self.batch_size)
+        return order, [slice(place, place + self.batch_size) for place in places], epoch, generator
+
     def _made(
         self, order: Tensor, at: list[slice], _: int = 0, generator: torch.Generator | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of images, at places `at` of `order`; with a `generator` they are augmented."""
+        return map(self.gather, self._places(order, at, _, generator))
+
+    def _places(
+        self, order: Tensor, at: list[slice], _: int, generator: torch.Generator | None
+    ) -> Iterator[Tensor]:
         top, left = torch.full((2, len(self)), self.shift)
         mirrored = torch.zeros_like(order)
         if generator:
@@ -117,13 +136,9 @@ class Batches:
         if generator and self.flip:
             mirrored = torch.randint(0, 2, (len(self),), generator=generator)
         corner = (order * self._height + top) * self._width + left
-        first = (corner + mirrored * (self.info.width - 1)).to(self.device)
-        order, direction = order.to(self.device), (1 - 2 * mirrored).to(self.device)
-        for batch in at:
-            steps = direction[batch].view(-1, 1, 1) * self._columns
-            index = (first[batch].view(-1, 1, 1) + self._rows) + steps
-            pixels = self._pixels.index_select(0, index.view(-1))
-            yield self._normalise(pixels), self.labels[order[batch]]
+        first = corner + mirrored * (self.info.width - 1)
+        table = torch.stack([first, 1 - 2 * mirrored, order], 1).to(self.device)
+        return (table[batch] for batch in at)
 
     def _normalise(self, pixels: Tensor) -> Tensor:
         """Pixels of whole images in order (B, H, W, C), in any shape, to (B, C, H, W) float32."""

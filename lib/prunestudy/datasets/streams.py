@@ -47,6 +47,8 @@ class Stream(Batches):
     does not fit its image. Raises `InputError` as `Batches` does, and for a `shift`.
     """
 
+    places = None  # decoded by the workers, not gathered on the device
+
     def __init__(self, *arguments: Any, workers: int | None = None, **options: Any) -> None:
         super().__init__(*arguments, **options)
         usable = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))

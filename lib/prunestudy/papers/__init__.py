@@ -22,7 +22,7 @@ from prunestudy.train import Recipe
 _Mark = Literal["P", "S", "N", "D", "O"]
 _TargetKind = Literal["sparsity", "macs", "parameters", "rank", "energy"]
 _Precision = Literal["fp32", "bf16"]
-_ProfileName = Literal["quick", "cpu", "cpu-long", "paper"]
+_ProfileName = Literal["quick", "cpu", "cpu-long", "gpu", "paper"]
 _Count = Annotated[int, Field(ge=1)]
 
 PROFILES: tuple[str, ...] = get_args(_ProfileName)

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import math
 import os
 import re
 import signal
@@ -83,7 +84,10 @@ def _parser() -> argparse.ArgumentParser:
 
 # Name of a command to what it does, and what it takes besides --results.
 _COMMANDS = {
-    "study": ("run what is missing", "--profile --paper --searches --data --jobs --executor"),
+    "study": (
+        "run what is missing",
+        "--profile --paper --searches --data --jobs --executor --minutes --gang",
+    ),
     "plan": ("say what the runs would cost", "--profile --paper"),
     "list": ("list the runs, or the names that settings take", "--profile --paper what name"),
     "status": ("say what is done and what is missing", "--profile --paper"),
@@ -106,6 +110,8 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     "--device": {"default": "auto", "help": "auto, cpu or cuda"},
     "--jobs": {"type": int, "default": 2, "help": "jobs side by side (default: 2)"},
     "--executor": {"default": "local", "help": "a Snakemake executor (default: local)"},
+    "--minutes": {"type": float, "default": math.inf, "help": "profile gpu: stop after so many"},
+    "--gang": {"type": int, "default": 4, "help": "profile gpu: runs at a time (default: 4)"},
     "--weights": {"action": "store_true", "help": "also where only the net is missing"},
     "--searches": {"action": "store_true", "help": "also the runs that settings are chosen by"},
     "--check": {"action": "store_true", "help": "fail where a card has other settings"},

@@ -17,7 +17,7 @@ import torch
 from prunestudy import datasets, methods, models, shrink
 from prunestudy.errors import InputError, require, require_one_of
 from prunestudy.papers import PROFILES, cards
-from prunestudy.study import batch, search, session, tables
+from prunestudy.study import batch, minutes, search, session, tables
 from prunestudy.study.cli import LISTS
 from prunestudy.study.collect import collect
 from prunestudy.study.lines import write_text
@@ -58,6 +58,10 @@ def _choose(begins: str, names: Iterable[str], store: Store) -> str:
 
 
 def do_study(a: Namespace) -> None:
+    if a.profile == "gpu":
+        for line in minutes.study(_store(a), _planned(a), a.data, a.minutes, a.gang):
+            print(line)
+        return
     started, store, planned = time.monotonic(), _store(a), _planned(a)
     if not a.searches:
         planned = [item for item in planned if item.purpose != "search"]

@@ -22,7 +22,7 @@ from prunestudy.errors import InputError, require, require_one_of
 from prunestudy.study.lines import FORMAT
 from prunestudy.study.records import Store
 from prunestudy.study.settings import RunSettings, dense_macs, dense_net
-from prunestudy.train import Result, deterministic, prune
+from prunestudy.train import Result, Steps, deterministic, gang, pruning
 
 
 def device_of(name: str = "auto") -> torch.device:
@@ -69,20 +69,25 @@ class Runner:
         With `weights` all that training leaves must be on disk too, unharmed. Raises `InputError`
         for records, checkpoints or data that cannot be used; nothing is trained then.
         """
-        record = self._done(settings, weights)
+        record = self.done(settings, weights)
         if record:
             return record
         # A missing device, and missing or damaged data, is refused before anything is written.
         device_of(self.device.type)
-        self._load(settings.dataset)
+        self.load(settings.dataset)
         if settings.parent:
             self.ensure(settings.parent, weights=True)
+        return next(gang([self.training(settings, weights)]))
+
+    def training(self, settings: RunSettings, weights: bool = False) -> Steps[dict[str, Any]]:
+        """The same by steps, for `gang`; the parent's net must be there."""
         with self.store.lock(settings.run):
-            if not self._done(settings, weights):
-                self._train(settings)
+            if not self.done(settings, weights):
+                yield from self._train(settings)
         return self.store.require(settings.run)
 
-    def _done(self, settings: RunSettings, weights: bool) -> dict[str, Any] | None:
+    def done(self, settings: RunSettings, weights: bool = False) -> dict[str, Any] | None:
+        """The record of `settings`; None if there is none, or `weights` are to be and are not."""
         record = self.store.read(settings, datasets.fingerprint(settings.dataset, self.data))
         return record if not weights or self.store.has(settings.run, "arrays", "weights") else None
 
@@ -91,18 +96,19 @@ class Runner:
         self.ensure(settings, weights=True)
         return stored_net(self.store.weights(settings.run))[0]
 
-    def _load(self, dataset: str) -> datasets.Dataset:
+    def load(self, dataset: str) -> datasets.Dataset:
+        """The data set, read once; `InputError` if it is missing or damaged."""
         return _data(dataset, self.data, datasets.fingerprint(dataset, self.data))
 
-    def _train(self, settings: RunSettings) -> None:
+    def _train(self, settings: RunSettings) -> Steps[None]:
         started, work = time.perf_counter(), self.store.work(settings.run)
-        job = _Job(settings, self._load(settings.dataset), self.device)
+        job = _Job(settings, self.load(settings.dataset), self.device)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         with deterministic(settings.threads):
             model = self._start(job)
             work.mkdir(parents=True, exist_ok=True)
-            made = job.train(model, work / "checkpoint.pt", self.show)
+            made = yield from job.training(model, work / "checkpoint.pt", self.show)
             metrics, arrays = job.metrics(made), made.probe.arrays()
             start = {name: w.detach() for name, w in measure.prunable_weights(model)}
             if made.status == "done" and settings.parent and measure.same_shapes(made.model, start):
@@ -153,12 +159,12 @@ class _Job:
         info = self.data.info
         return measure.task(models.task_of(self.settings.model), info.mean, info.std)
 
-    def train(self, model: nn.Module, checkpoint: Path, show: bool) -> Result:
+    def training(self, model: nn.Module, checkpoint: Path, show: bool) -> Steps[Result]:
         settings, info, recipe = self.settings, self.data.info, self.settings.recipe
         held_in, held_out = datasets.split(self.data.train, settings.validation)
         ways = {"shift": recipe.shift, "flip": recipe.flip, "seed": settings.seed}
         target = (settings.target.value, settings.target.kind) if settings.target else ()
-        return prune(
+        return pruning(
             model,
             methods.build(settings.method, settings.params, *target),
             datasets.batches_of(held_in, info, recipe.batch_size, device=self.device, **ways),

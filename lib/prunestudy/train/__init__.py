@@ -2,8 +2,8 @@
 
 from prunestudy.train.checkpoint import read_checkpoint, write_checkpoint
 from prunestudy.train.loop import Loop
-from prunestudy.train.process import deterministic, keep_freed_memory
-from prunestudy.train.prune import prune, shrink_to
+from prunestudy.train.process import Steps, deterministic, gang, keep_freed_memory
+from prunestudy.train.prune import prune, pruning, shrink_to
 from prunestudy.train.recipe import Recipe
 from prunestudy.train.result import Result
 
@@ -11,9 +11,12 @@ __all__ = [
     "Loop",
     "Recipe",
     "Result",
+    "Steps",
     "deterministic",
+    "gang",
     "keep_freed_memory",
     "prune",
+    "pruning",
     "read_checkpoint",
     "shrink_to",
     "write_checkpoint",

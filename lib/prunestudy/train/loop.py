@@ -19,8 +19,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from prunestudy.datasets.batches import mix
 from prunestudy.errors import InputError, first_line, require
-from prunestudy.methods.base import Context, Method, Phase, boundaries, call
+from prunestudy.methods.base import At, Context, Method, Phase, boundaries, call, scalar
 from prunestudy.methods.probes import Probe
+from prunestudy.train.capture import Captured, graphs_on
 from prunestudy.train.checkpoint import write_checkpoint
 from prunestudy.train.process import seed_default
 from prunestudy.train.recipe import Recipe
@@ -75,13 +76,20 @@ class Loop:
         self.state = _State()
         self.diverged = False
         self.optimizers: list[torch.optim.Optimizer] = []
-        self._sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        # What a step reads of the host, and the sum of the losses: the same tensors throughout.
+        self._share, self._lr, self._sum = (scalar(0.0, self.device) for _ in range(3))
         self._count, self._saved = 0, 0.0
         # Until the first checkpoint tells: weights and two moments at 200 MB a second.
         self._save_seconds = 3 * sum(p.nbytes for p in model.parameters()) / 2e8
         method.attach(model, context)
         method.to(self.device)
         self.probe.attach(method, model, context)
+        graphs = graphs_on(self.device)
+        self._captured = Captured(self._work, model, method, context.generator, graphs)
+        # Optimisers in a graph read their learning rate from a tensor.
+        self._rate = torch.zeros((), device=self.device) if graphs else None
+        in_graph = graphs and getattr(train, "places", None)
+        self._read, self._made = (train.places, train.gather) if in_graph else (train.epoch, None)
 
     def steps(
         self, checkpoint: Path | None = None, every: float = 20.0, run: str = ""
@@ -90,63 +98,64 @@ class Loop:
 
         Gives the epoch's row of the history after its last step and validation, else None. With a
         `checkpoint` path the state of `run` is saved at ends of epochs and after each `every`
-        seconds, less often where that would take more than 2% of the time (0: after each step);
-        time that passes between two calls counts for nothing.
+        seconds, less often where that would take more than 2% of the time (0: after each step),
+        and when the iterator is closed. Time that passes between two calls counts for nothing.
         """
         while self.state.step < self.total:
             epoch, first = divmod(self.state.step, self.train.steps)
             since = time.perf_counter()
             self.model.train()
-            for batch in self.train.epoch(epoch, start=first):
-                self._step(*batch)
+            for batch in self._read(epoch, start=first):
+                self._step(batch)
                 if self.diverged:
                     return
                 # An epoch that ends is saved with its row of the history, not before.
                 if self.state.step % self.train.steps == 0 or self.state.step == self.total:
                     break
                 self._clock(since, checkpoint, every, run)
-                yield None
+                yield from self._pause(None, checkpoint, run)
                 since = time.perf_counter()
             row = self._end_epoch(epoch)
             if self.diverged:
                 return
             self.state.history.append(row)
             self._clock(since, checkpoint, every, run, ends=True)
-            yield row
+            yield from self._pause(row, checkpoint, run)
         if not self.total:
             self.state.history = [self._end_epoch(-1)]
+
+    def _pause(
+        self, row: dict[str, Any] | None, checkpoint: Path | None, run: str
+    ) -> Iterator[dict[str, Any] | None]:
+        try:
+            yield row
+        except GeneratorExit:
+            if checkpoint:
+                write_checkpoint(checkpoint, run, self._to_save())
+            raise
 
     def finish(self) -> nn.Module:
         """The finished plain net; after the last step."""
         # The loss of the last step says nothing of the weights that it left.
         last = self.state.history[-1] if self.state.history else {}
         self.diverged |= not math.isfinite(last.get("validation_loss", 0.0))
+        self._captured.forget()
         self.probe.finish()
         net = self.method.finish(self.model, self.context)
         self.probe.finished(net)
         return net.requires_grad_(True)
 
-    def _step(self, x: Any, y: Any) -> None:
+    def _step(self, batch: Any) -> None:
         state, phase = self.state, next(i for i, e in enumerate(self.ends) if self.state.step < e)
         if phase != state.phase:
             state.phase = phase
             self._make_optimizers()
-        lr = self._set_lr()
+        self._set_lr()
         seed_default(mix(self.seed, state.step), self.device)
         state.step += 1
-        try:
-            loss = self._backward(x, y)
-        except Exception as error:  # whatever a net or a loss may raise
-            batch = f"batch {(state.step - 1) % self.train.steps}"
-            raise InputError(f"train = {batch!r}: cannot be used: {first_line(error)}") from error
-        at = self.method.at(state.step, self.total, loss, lr)
-        self._sum.add_(loss)
+        at = self._at(self._captured(batch))
         self._count += 1
-        self.method.after_backward(at)
-        for optimizer in self.optimizers:
-            optimizer.step()
         with torch.no_grad():
-            self.method.after_step(at)
             self.probe.after_step(at)
         if at.step % self.context.period == 0 or at.last:
             self.diverged = not math.isfinite(self._sum.item())
@@ -155,6 +164,29 @@ class Loop:
                     self.probe.leaving(at)
                 self.method.update(at)
                 self.probe.update(at)
+                self._captured.look()
+
+    def _work(self, batch: Any) -> Tensor:
+        """Do what a step does on the device, which can be captured; the loss, 0-d."""
+        try:
+            loss = self._backward(*(self._made(batch) if self._made else batch))
+        except Exception as error:  # whatever a net or a loss may raise
+            name = f"batch {(self.state.step - 1) % self.train.steps}"
+            raise InputError(f"train = {name!r}: cannot be used: {first_line(error)}") from error
+        at = self._at(loss)
+        self._sum.add_(loss)
+        self.method.after_backward(at)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        with torch.no_grad():
+            self.method.after_step(at)
+        return loss
+
+    def _at(self, loss: Tensor) -> At:
+        step, index = self.state.step, self.state.phase
+        begin, end = (self.ends[index - 1] if index else 0), self.ends[index]
+        here = self.phases[index].name, step - begin, end - begin, step, self.total
+        return At(*here, self._share, self._lr, loss)
 
     def _backward(self, x: Any, y: Any) -> Tensor:
         """Leave the batch's gradients; its loss, 0-d on the device."""
@@ -165,11 +197,16 @@ class Loop:
         for begin in range(0, whole, size):
             share = min(size, whole - begin) / whole
             part, labels = tree_map_only(Tensor, lambda t, b=begin: t[b : b + size], (x, y))
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            with self._autocast():
                 loss = self.context.loss(call(self.model, part), part, labels)
             (loss * share).backward()
             found.append(loss.detach().double() * share)
         return loss.detach() if share == 1 else torch.stack(found).sum()
+
+    def _autocast(self) -> torch.autocast:
+        # A weight's cast that is kept would be one of another step.
+        on = {"enabled": self.precision == "bf16", "cache_enabled": self._rate is None}
+        return torch.autocast(self.device.type, torch.bfloat16, **on)
 
     def _make_optimizers(self) -> None:
         recipe, own = self.recipe, self.method.optimizer()
@@ -181,17 +218,28 @@ class Loop:
             common |= {"momentum": recipe.momentum, "nesterov": recipe.nesterov}
             first = torch.optim.SGD(weights, **common)
         self.optimizers = [first, own] if own else [first]
+        self._captured.forget()
+        for optimizer in self.optimizers if self._rate is not None else ():
+            optimizer._warned_capturable_if_run_uncaptured = True  # the first steps are not
+            for group in optimizer.param_groups:
+                group["fused"] = True
+                if "capturable" in group:
+                    group["capturable"] = self.device.type == "cuda"
 
-    def _set_lr(self) -> float:
+    def _set_lr(self) -> None:
         phases, index = self.phases, self.state.phase
+        start = self.ends[index - 1] if index else 0
         first = max((i for i in range(index + 1) if phases[i].restart), default=0)
         last = next((i for i in range(index + 1, len(phases)) if phases[i].restart), len(phases))
         begin, end = (self.ends[first - 1] if first else 0), self.ends[last - 1]
         step, phase = self.state.step - begin, phases[index]
         lr = self.recipe.lr_at(step, end - begin, phase.schedule) * phase.lr_scale
+        self._lr.fill_(lr)
+        self._share.fill_((self.state.step - start) / (self.ends[index] - start))
+        if self._rate is not None:
+            self._rate.fill_(lr)
         for group in self.optimizers[0].param_groups:
-            group["lr"] = lr
-        return lr
+            group["lr"] = lr if self._rate is None else self._rate
 
     def _end_epoch(self, epoch: int) -> dict[str, Any]:
         loss = self._sum.item() / self._count if self._count else math.nan

@@ -1,10 +1,13 @@
-"""What a training asks of its process: the same bits whenever it is repeated, and its memory."""
+"""What a training asks of its process: the same bits whenever it is repeated, turns, memory."""
 
 import ctypes
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 # glibc's malloc.h
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
@@ -26,16 +29,96 @@ def deterministic(threads: int) -> Iterator[None]:
         torch.use_deterministic_algorithms(before[1])
 
 
-@contextmanager
-def full_precision(on: bool) -> Iterator[None]:
-    """Compute in fp32 inside where `on`, not in TF32; after it what was set before."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    matmul.allow_tf32 = cudnn.allow_tf32 = not on
+_T = TypeVar("_T")
+Steps = Generator[Any, None, _T]  # a training by steps, and what it returns at its end
+
+
+def use_tf32(on: bool) -> None:
+    """Multiply fp32 numbers on CUDA in TF32 where `on`, else in fp32."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = on
+
+
+def use_own_stream(device: torch.device) -> None:
+    """From now on queue work of a CUDA `device` on a new stream, behind what is queued."""
+    if device.type == "cuda":
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        torch.cuda.set_stream(stream)
+
+
+class Turn:
+    """Inside `with`, what torch has once per process is a training's own, and outside as it was.
+
+    That is the generators without a name, TF32, deterministic algorithms, the number of threads
+    and CUDA's current stream; they begin as the process has them.
+    """
+
+    def __init__(self) -> None:
+        self._other = _read()
+
+    def __enter__(self) -> None:
+        self.__exit__()
+
+    def __exit__(self, *_: object) -> None:
+        now = _read()
+        _write(*self._other)
+        self._other = now
+
+
+def _read() -> tuple[Any, ...]:
+    there, matmul = torch.cuda.is_initialized(), torch.backends.cuda.matmul
+    return (
+        torch.default_generator.get_state(),
+        (matmul.allow_tf32, torch.backends.cudnn.allow_tf32),
+        (
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled(),
+            torch.utils.deterministic.fill_uninitialized_memory,
+        ),
+        torch.get_num_threads(),
+        (torch.cuda.get_rng_state(), torch.cuda.current_stream()) if there else None,
+    )
+
+
+def _write(generator: Tensor, tf32: Any, algorithms: Any, threads: int, cuda: Any) -> None:
+    torch.default_generator.set_state(generator)
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
+    on, warn_only, torch.utils.deterministic.fill_uninitialized_memory = algorithms
+    torch.use_deterministic_algorithms(on, warn_only=warn_only)
+    if threads != torch.get_num_threads():
+        torch.set_num_threads(threads)
+    if cuda:
+        torch.cuda.set_rng_state(cuda[0])
+    if torch.cuda.is_initialized():
+        torch.cuda.set_stream(cuda[1] if cuda else torch.cuda.default_stream())
+
+
+def gang(trainings: Iterable[Steps[_T] | None], size: int = 1, steps: int = 1) -> Iterator[_T]:
+    """Advance `size` of `trainings` in turns of so many `steps`; give what each returns at its end.
+
+    Each is what `pruning` gives, and ends as it would alone. One begins where another has ended,
+    and none yet where `trainings` gives None. Closed early, it closes those under way.
+    """
+    waiting, going = iter(trainings), deque()
     try:
-        yield
+        while True:
+            while len(going) < size and (new := next(waiting, None)):
+                going.append((new, Turn()))
+            if not going:
+                return
+            training, turn = going.popleft()
+            try:
+                with turn:
+                    for _ in range(steps):
+                        next(training)
+            except StopIteration as end:
+                yield end.value
+            else:
+                going.append((training, turn))
     finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
+        for training, turn in going:
+            with turn:
+                training.close()
 
 
 def seed_default(seed: int, device: torch.device) -> None:

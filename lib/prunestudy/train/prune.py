@@ -3,6 +3,7 @@
 import hashlib
 import inspect
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,14 @@ from prunestudy.shrink.fold import copied, require_net
 from prunestudy.train.checkpoint import read_checkpoint
 from prunestudy.train.loaders import Loader
 from prunestudy.train.loop import Loop
-from prunestudy.train.process import full_precision, keep_freed_memory
+from prunestudy.train.process import Steps, gang, keep_freed_memory, use_own_stream, use_tf32
 from prunestudy.train.recipe import Recipe
 from prunestudy.train.result import Result
 from prunestudy.train.score import Metric, Score, checked_loss, default_metric
 from prunestudy.values import inputs, plain
 
 
-def prune(
+def pruning(
     model: nn.Module,
     method: Method,
     train: Any,
@@ -48,7 +49,63 @@ def prune(
     run: str = "",
     show: bool = False,
     probe: Probe | None = None,
-) -> Result:
+) -> Steps[Result]:
+    """`prune` by steps, for `gang`: gives what `Loop.steps` does, and returns the `Result`."""
+    recipe = recipe or Recipe(epochs=10, lr=0.05)
+    _require_kinds(model, method, recipe, precision)
+    require(metric is None or callable(metric), "metric", metric, "a function of (model, batches)")
+    right = metrics is None or isinstance(metrics, Metrics)
+    require(right, "metrics", type(metrics).__name__, "a Metrics")
+    seed, device = _seed(seed), _device(device_of(model) if device is None else device)
+    train = train if hasattr(train, "epoch") else Loader(train, seed, device, "train")
+    if validation is not None and not hasattr(validation, "ordered"):
+        validation = Loader(validation, seed, device, "validation")
+    path = writable_file(checkpoint, "checkpoint") if checkpoint else None
+    settings = method.name, method.target, method.of, method.settings, recipe, seed, precision
+    mark = run or hashlib.sha256(repr(settings).encode()).hexdigest()[:8]
+    keep_freed_memory()
+    use_tf32(precision == "tf32")
+    use_own_stream(device)
+    x, y = tree_map_only(Tensor, lambda t: t[:2], next(iter(train.ordered(2))))
+    example = moved(inputs(_arguments(model, x) if example is None else example), device)
+    net = _on_device(model, device, example)
+    loss = checked_loss(loss, net, x, y)
+    generator = torch.Generator(device).manual_seed(seed)
+    context = Context(example, loss, generator=generator, weight_decay=recipe.weight_decay)
+    context.train = train.epoch
+    metric = metric or (metrics.values if metrics else default_metric(net, x, y))
+    score = Score(loss, metric, validation)
+    context.metrics = metrics or Metrics(score)
+    if validation is not None:
+        context.score = lambda net: next(iter(score(net).values()))
+        context.validation = lambda: validation.ordered(512)
+    method.check(net)
+    used = getattr(method, "used", False)
+    require(not used, "method", method.name, "has pruned a net already: make a new one")
+    method.used = True
+    loop = Loop(net, method, recipe, train, context, score, probe, seed=seed, precision=precision)
+    if path:
+        _resume(loop, path, mark)
+    with tqdm(total=loop.total, initial=loop.state.step, disable=not show, desc=run) as bar:
+        for row in loop.steps(path, checkpoint_seconds, mark):
+            bar.update()
+            if row:
+                seen = next((n for n in row if n.startswith("validation_")), "kept")
+                bar.set_postfix({n: f"{row[n]:.4f}" for n in ("train_loss", seen, "kept")})
+            yield row
+    small = loop.finish()
+    if all(p.is_contiguous() for p in model.parameters() if p.dim() == 4):
+        small = small.to(memory_format=torch.contiguous_format)
+    status, state = "diverged" if loop.diverged else "done", loop.state
+    found = small.eval(), state.history, status, state.seconds, method, loop.probe, example
+    result = Result(*found, copied(model), score)
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()  # its readers have other streams
+    return result
+
+
+@wraps(pruning, assigned=())
+def prune(*args: Any, **settings: Any) -> Result:
     """Train `model` with `method` and return the finished smaller net; `model` is left alone.
 
     `train` and `validation` are iterables of batches (x, y) with a length, DataLoaders for
@@ -65,61 +122,7 @@ def prune(
     there. A loss that is not finite ends the training with status "diverged". Raises `InputError`
     for what cannot be used, before any training but for batches that come later.
     """
-    recipe = recipe or Recipe(epochs=10, lr=0.05)
-    _require_kinds(model, method, recipe, precision)
-    require(metric is None or callable(metric), "metric", metric, "a function of (model, batches)")
-    right = metrics is None or isinstance(metrics, Metrics)
-    require(right, "metrics", type(metrics).__name__, "a Metrics")
-    seed, device = _seed(seed), _device(device_of(model) if device is None else device)
-    train = train if hasattr(train, "epoch") else Loader(train, seed, device, "train")
-    if validation is not None and not hasattr(validation, "ordered"):
-        validation = Loader(validation, seed, device, "validation")
-    path = writable_file(checkpoint, "checkpoint") if checkpoint else None
-    settings = method.name, method.target, method.of, method.settings, recipe, seed, precision
-    mark = run or hashlib.sha256(repr(settings).encode()).hexdigest()[:8]
-    keep_freed_memory()
-    with (
-        full_precision(precision != "tf32"),
-        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-    ):
-        x, y = tree_map_only(Tensor, lambda t: t[:2], next(iter(train.ordered(2))))
-        example = moved(inputs(_arguments(model, x) if example is None else example), device)
-        net = _on_device(model, device, example)
-        loss = checked_loss(loss, net, x, y)
-        generator = torch.Generator(device).manual_seed(seed)
-        context = Context(example, loss, generator=generator, weight_decay=recipe.weight_decay)
-        context.train = train.epoch
-        metric = metric or (metrics.values if metrics else default_metric(net, x, y))
-        score = Score(loss, metric, validation)
-        context.metrics = metrics or Metrics(score)
-        if validation is not None:
-            context.score = lambda net: next(iter(score(net).values()))
-            context.validation = lambda: validation.ordered(512)
-        method.check(net)
-        used = getattr(method, "used", False)
-        require(not used, "method", method.name, "has pruned a net already: make a new one")
-        method.used = True
-        loop = Loop(
-            net, method, recipe, train, context, score, probe, seed=seed, precision=precision
-        )
-        if path and (saved := read_checkpoint(path, mark, device)):
-            try:
-                loop.load(saved)
-            except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-                line = "of another net, method or recipe; delete it to start this run again"
-                raise InputError(f"checkpoint = {path.name!r}: {line}") from error
-        with tqdm(total=loop.total, initial=loop.state.step, disable=not show, desc=run) as bar:
-            for row in loop.steps(path, checkpoint_seconds, mark):
-                bar.update()
-                if row:
-                    seen = next((n for n in row if n.startswith("validation_")), "kept")
-                    bar.set_postfix({n: f"{row[n]:.4f}" for n in ("train_loss", seen, "kept")})
-        small = loop.finish()
-    if all(p.is_contiguous() for p in model.parameters() if p.dim() == 4):
-        small = small.to(memory_format=torch.contiguous_format)
-    status, state = "diverged" if loop.diverged else "done", loop.state
-    found = small.eval(), state.history, status, state.seconds, method, loop.probe, example
-    return Result(*found, copied(model), score)
+    return next(gang([pruning(*args, **settings)]))
 
 
 def shrink_to(
@@ -147,6 +150,16 @@ def shrink_to(
     method.check(net)
     method.attach(net, context)
     return method.finish(net, context).requires_grad_(True).train(model.training)
+
+
+def _resume(loop: Loop, path: Path, run: str) -> None:
+    saved = read_checkpoint(path, run, loop.device)
+    try:
+        if saved:
+            loop.load(saved)
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        line = "of another net, method or recipe; delete it to start this run again"
+        raise InputError(f"checkpoint = {path.name!r}: {line}") from error
 
 
 def _seed(seed: Any) -> int:

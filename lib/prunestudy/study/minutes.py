@@ -1,0 +1,128 @@
+"""The study on one device, in one process and so many minutes: several runs at a time.
+
+It needs no Snakemake, papermill or virtual environment, which a borrowed machine has not. Runs go
+net by net and seed by seed, the papers in turns, so that what is done by any minute is a study.
+"""
+
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from prunestudy import datasets
+from prunestudy.errors import InputError, require
+from prunestudy.study import tables
+from prunestudy.study.batch import line_of_run
+from prunestudy.study.collect import collect
+from prunestudy.study.lines import write_text
+from prunestudy.study.plan import Planned
+from prunestudy.study.records import Store
+from prunestudy.study.runs import Runner, device_of
+from prunestudy.study.settings import RunSettings
+from prunestudy.train import Steps, gang
+
+_STEPS = 4  # of a run in each of its turns
+
+
+def study(
+    store: Store, planned: list[Planned], data: str, minutes: float, size: int, kind: str = "cuda"
+) -> Iterator[str]:
+    """Train what is missing on a device of `kind`, collect it, write gpu.md; lines of it.
+
+    Raises `InputError` for settings and data that cannot be used, and where there is no device.
+    """
+    require(minutes > 0, "minutes", minutes, "above 0")
+    require(1 <= size <= 64, "gang", size, "1 to 64 runs at a time")
+    device_of(kind)
+    started = time.monotonic()
+    runner, planned = Runner(store, data, kind), here(planned, data)
+    left = run(runner, planned, minutes, size)
+    yield from collect(store.folder.name, results=store.folder.parent)
+    total, path = len({item.settings.run for item in planned}), store.folder / "gpu.md"
+    done = f"{total - left} of {total} runs are done"
+    summary = tables.build(runner.store, planned)[1] if left < total else None
+    name = torch.cuda.get_device_name() if kind == "cuda" else kind
+    text = (
+        f"# CIFAR-10 on one GPU\n\n{name}, torch {torch.__version__}. {done}; in this call"
+        f" {size} at a time were trained for {(time.monotonic() - started) / 60:.1f} minutes."
+        " Settings are those of the searches on the CPU; none was made on a GPU.\n\n"
+    )
+    write_text(path, text + ("" if summary is None else tables.markdown(tables.readable(summary))))
+    yield done
+    yield str(path)
+
+
+def here(planned: list[Planned], data: str) -> list[Planned]:
+    """Those of `planned` on the copy of CIFAR-10 that is there: the original, else the JPEG one."""
+    root = datasets.data_root(data or None)
+    copied = (root / "cifar10-jpeg").is_dir() and not (root / "cifar-10-batches-py").is_dir()
+    other = "cifar10" if copied else "cifar10_jpeg"
+    return [item for item in planned if item.settings.dataset != other]
+
+
+def in_order(planned: list[Planned]) -> list[RunSettings]:
+    """The runs of `planned`, each once: by net and seed, then in turns through the papers."""
+    nets = list(dict.fromkeys(item.settings.model for item in planned))
+    counts: dict[Any, int] = {}
+    places: dict[str, tuple[int, int, int]] = {}
+    for item in planned:
+        net, seed = nets.index(item.settings.model), item.settings.seed
+        key = item.paper, net, seed
+        counts[key] = counts.get(key, 0) + 1
+        place = net, seed, counts[key]
+        places[item.settings.run] = min(place, places.get(item.settings.run, place))
+    settings = {item.settings.run: item.settings for item in planned}
+    return [settings[run] for run in sorted(settings, key=places.get)]
+
+
+def run(runner: Runner, planned: list[Planned], minutes: float, size: int) -> int:
+    """Train what is missing of `planned`, `size` runs at a time; how many runs are still missing.
+
+    After so many `minutes` what is under way is saved, and the next call goes on from there. A line
+    for each finished run, and for one that cannot be made, goes to stderr.
+    """
+    end, order = time.monotonic() + 60 * minutes, in_order(planned)
+    parents = {each.parent.run for each in order if each.parent}
+    todo = [s for s in order if not runner.done(s, weights=s.run in parents)]
+    finished = {each.run for each in order} - {each.run for each in todo}
+    for name in sorted({each.dataset for each in todo}):
+        runner.load(name)
+    for record in gang(_begun(runner, todo, finished, end), size, _STEPS):
+        if record:
+            finished.add(record["run"])
+            print(
+                f"{len(finished)}/{len(order)} {line_of_run(record)}", file=sys.stderr, flush=True
+            )
+    return len(order) - len(finished)
+
+
+def _begun(
+    runner: Runner, todo: list[RunSettings], finished: set[str], end: float
+) -> Iterator[Steps[Any] | None]:
+    """The trainings of `todo`, each once its parent is finished; None where all must wait."""
+    while todo and time.monotonic() < end:
+        ready = next((s for s in todo if not s.parent or s.parent.run in finished), None)
+        if ready:
+            todo.remove(ready)
+        yield ready and _until(end, ready.run, runner.training(ready))
+
+
+def _until(end: float, run: str, training: Steps[Any]) -> Steps[Any]:
+    """`training`, closed when time is up; its record, None without one."""
+    try:
+        while time.monotonic() < end:
+            next(training)
+            yield
+    except StopIteration as made:
+        return made.value
+    except InputError as error:
+        _say(f"{run}: {error}")
+    finally:
+        training.close()
+    return None
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
