@@ -15,6 +15,7 @@ from prunestudy.errors import InputError
 from prunestudy.methods.channel_probes import ConcretePaths, GatePaths
 from prunestudy.methods.gdp import gate
 from prunestudy.methods.hard_concrete import _Gates as ConcreteGates
+from prunestudy.methods.polarity import Polarity
 
 LOSS = torch.tensor(1.0)
 
@@ -486,3 +487,33 @@ def test_hard_concrete_keeps_the_largest_gates_at_the_target():
     before = arrays["final_gates"].astype(float)
     assert found["polarised"] == ((before == 0) | (before > 0.5)).mean()
     assert len(made.probe.losses()) == 16
+
+
+def test_gates_are_judged_at_the_last_closing():
+    _, method = steered(1e6, {"eps_start": 0.01, "eps_end": 0.01}, target=0.3)
+    set_gates(method, [0.01, 0.05, 1.0])
+    method.polarity.before.copy_(method.gates().detach())
+    push(method, [0.0] * 3, 1)
+    found = method.report()
+    # of the two left one is at t = 0.05: a fifth; the one that went was at 0.0001 / 0.0101
+    assert (found["undecided"], found["undecided_half"]) == (0.5, 0.5)
+    assert found["largest_closing_gate"] == pytest.approx(0.0001 / 0.0101)
+    assert found["largest_late_step"] == 0.0
+
+
+def test_the_eps_at_half_of_the_closings_tells_what_a_small_one_hides():
+    polarity = Polarity(torch.tensor([0.5, 0.5, 0.5, 0.5], dtype=torch.float64))
+    at, t = methods.build("dense", {}).at, torch.tensor([0.0, 1.0, 1.0, 0.05]).double()
+    polarity.step(torch.tensor([0.1, 0.5, 0.5, 0.9]).double(), t > -1, at(1, 100, LOSS))
+    which = torch.tensor([True, False, False, False])
+    polarity.judge(t, which, torch.tensor(1e-2), at(1, 100, LOSS))
+    assert polarity.report()["undecided"] == pytest.approx(1 / 3)
+    assert polarity.report()["largest_late_step"] == pytest.approx(0.4)
+    # later with a smaller eps, long after the last large move
+    t[1], which = 0.0, torch.tensor([False, True, False, False])
+    polarity.judge(t, which, torch.tensor(1e-4), at(90, 100, LOSS))
+    found = polarity.report()
+    assert (found["undecided"], found["largest_late_step"]) == (0.0, 0.0)
+    assert found["largest_closing_gate"] == 0.5
+    # with the eps at half of the closings the gate at 0.05 is at a fifth
+    assert found["undecided_half"] == 0.5

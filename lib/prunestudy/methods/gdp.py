@@ -52,6 +52,7 @@ from torch import Tensor, nn
 from prunestudy.errors import require
 from prunestudy.methods.base import At, Context, Phase, scalar
 from prunestudy.methods.channels import Channelled, Channels, scale_consumers
+from prunestudy.methods.polarity import Polarity
 from prunestudy.methods.steering import Steering
 from prunestudy.shrink import folded
 
@@ -114,6 +115,7 @@ class GDP(Channelled):
         rate = share.max() / share if self.pace == "equal" else torch.ones_like(share)
         # Without any step channels are closed by their place in the group.
         place = torch.cat([torch.arange(g.channels) / g.channels for g in self.channels.groups])
+        self.polarity = Polarity(self.gates())
         self.register_buffer("rate", rate.to(like))
         self.register_buffer("steps_left", place.to(like))
         self.register_buffer("reached", torch.zeros_like(share, dtype=torch.bool))
@@ -144,13 +146,18 @@ class GDP(Channelled):
         self.steps_left.copy_(torch.where(self.reached, self.steps_left, t.abs() / falls))
         self.reached.logical_or_((t != 0) & (after == 0))
         t.copy_(torch.where(self.frozen | self.reached, t, after))
+        self.polarity.step(self.gates(), ~(self.frozen | self.reached), at)
 
     @torch.no_grad()
     def update(self, at: At) -> None:
         """Close gates that reached 0, up to the target; steer lambda, shrink eps, freeze."""
         if not self.frozen:
             late = at.step >= self.eps_share * at.steps
+            before = self.gates.t.clone()
             removed = self._close(late)
+            closing = (before != 0) & (self.gates.t == 0)
+            if closing.any():
+                self.polarity.judge(self.gates.t, closing, self.gates.eps, at)
             if late or removed >= min(self.target, self.reach) - 1e-12:
                 self._freeze()
                 self.met_at.fill_(at.step / at.steps)
@@ -186,7 +193,7 @@ class GDP(Channelled):
     def report(self) -> dict[str, Any]:
         """Whether and when the target was met, and what had to be closed or lifted for it."""
         counted = {name: float(getattr(self, name)) for name in ("met_at", "closed_late", "lifted")}
-        return super().report() | {"most_removable": self.reach} | counted
+        return super().report() | {"most_removable": self.reach} | counted | self.polarity.report()
 
     def _soft_cost(self) -> float:
         return float(self.channels.cost(self.gates().detach().cpu()))
