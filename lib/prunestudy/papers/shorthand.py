@@ -6,6 +6,7 @@
   and in a rule ("NAME, fine-tuned": all at that stage). `{ set = "NAME", seeds = 3 }` changes all
   of them; `params` are merged. Any other string is a method with its defaults.
 - `[...experiments.readings.METHOD]` adds an entry for each reading: its name and its `params`.
+- An experiment whose `model` and `dataset` are lists is one for each pair, with names of both.
 - `[[...experiments.grids]]` adds `methods` at every combination of a grid's lists: `lr`, and
   parameters of the method by name; its other values hold for all entries.
 - A group of `[[published]]`, `[[ranks]]`, `[[unknown]]` or experiments is what they share, with
@@ -73,8 +74,19 @@ def _labels(name: str, sets: _Sets) -> list[str]:
 def _profile(profile: _Table, sets: _Sets) -> _Table:
     shared = {key: profile[key] for key in _DEFAULTS if key in profile}
     own = {key: value for key, value in profile.items() if key not in shared}
-    whole = [_experiment(each, shared, sets) for each in _rows(profile["experiments"])]
+    each = [net for experiment in _rows(profile["experiments"]) for net in _nets(experiment)]
+    whole = [_experiment(net, shared, sets) for net in each]
     return own | {"experiments": whole}
+
+
+def _nets(experiment: _Table) -> Iterator[_Table]:
+    names = ("model", "dataset")
+    lists = [experiment.get(name) for name in names]
+    if not all(isinstance(values, list) for values in lists):
+        yield experiment
+        return
+    for pair in product(*lists):
+        yield experiment | {"name": "_".join(pair)} | dict(zip(names, pair, strict=True))
 
 
 def _experiment(own: _Table, shared: _Table, sets: _Sets) -> _Table:
