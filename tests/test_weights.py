@@ -389,6 +389,15 @@ def test_a_methods_weights_are_measured_against_the_start():
     assert method.report() == {"grew": 4.0}
 
 
+def test_weights_that_grow_a_hundredfold_have_come_apart(monkeypatch):
+    batches = [(torch.randn(8, 16), torch.arange(8) % 4)]
+    kind = methods.method_class("dpf")
+    for grown, status in ((99.0, "done"), (100.0, "came_apart")):
+        monkeypatch.setattr(kind, "grew", lambda _, grown=grown: grown)
+        made = prune(nn.Linear(16, 4), kind(target=0.5), batches, Recipe(epochs=1, lr=0.1))
+        assert made.status == status
+
+
 def test_snip_keeps_the_most_sensitive_connections():
     """One sample x = (1, 2), logits W x, class 1: dL/dW = (p - y) x; the scores are |W dL/dW|."""
     model = layer([1.0, 0.5], [-1.0, 2.0])

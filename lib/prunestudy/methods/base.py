@@ -228,6 +228,10 @@ class Method(nn.Module):
         """Numbers for the history; `kept` is the share left of what the target counts."""
         return {"kept": 1.0}
 
+    def grew(self) -> float:
+        """How many times larger the weights have become, for methods that watch it."""
+        return 1.0
+
     def report(self) -> dict[str, Any]:
         """What the finished method says of itself, for the record."""
         return {}

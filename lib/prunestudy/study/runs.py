@@ -202,7 +202,7 @@ class _Job:
         name, shape, _ = self.like
         dense, macs = dense_net(name, self.data.info), dense_macs(name, self.data.info)
         costs = {"dense_parameters": measure.parameters(dense), "dense_macs": macs}
-        if made.status != "done":
+        if made.status == "diverged":
             return costs
         scores, model = self.judged(made.model), made.model.cpu()
         nonzeros, example = measure.nonzeros(model), torch.zeros(128, *shape)

@@ -29,6 +29,8 @@ from prunestudy.train.result import Result
 from prunestudy.train.score import Metric, Score, checked_loss, default_metric
 from prunestudy.values import inputs, plain
 
+_APART = 100  # times the mean |w| of the start: a training that works comes nowhere near
+
 
 def pruning(
     model: nn.Module,
@@ -96,7 +98,8 @@ def pruning(
     small = loop.finish()
     if all(p.is_contiguous() for p in model.parameters() if p.dim() == 4):
         small = small.to(memory_format=torch.contiguous_format)
-    status, state = "diverged" if loop.diverged else "done", loop.state
+    status = "diverged" if loop.diverged else "came_apart" if method.grew() >= _APART else "done"
+    state = loop.state
     found = small.eval(), state.history, status, state.seconds, method, loop.probe, example
     result = Result(*found, copied(model), score)
     if device.type == "cuda":
@@ -119,7 +122,8 @@ def prune(*args: Any, **settings: Any) -> Result:
 
     With a `checkpoint` path the state of `run` (by default a hash of the settings) is saved every
     `checkpoint_seconds` or less often (see `Loop.steps`), and an interrupted training goes on from
-    there. A loss that is not finite ends the training with status "diverged". Raises `InputError`
+    there. A loss that is not finite ends the training with status "diverged"; weights that grew a
+    hundredfold make it "came_apart". Raises `InputError`
     for what cannot be used, before any training but for batches that come later.
     """
     return next(gang([pruning(*args, **settings)]))

@@ -18,8 +18,8 @@ class Result:
     """What `prune` gives back.
 
     `model`: an ordinary trainable module, in eval mode; `history`: a row per epoch; `status`:
-    "done", or "diverged" if a loss was not finite; `seconds` of training; `method` and `probe` as
-    the training left them; `example`: two inputs or more; `dense`: the model as it was given;
+    "done", "diverged" if a loss was not finite, or "came_apart" if mean |w| of a masked net grew a
+    hundredfold; `seconds` of training; `method` and `probe` as the training left them; `example`: two inputs or more; `dense`: the model as it was given;
     `score(model)`: the validation's numbers.
     """
 
