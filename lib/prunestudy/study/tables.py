@@ -76,7 +76,8 @@ def _row(item: Planned, record: dict[str, Any]) -> dict[str, Any]:
 def summary_table(runs: pd.DataFrame) -> pd.DataFrame:
     """One row per setting: mean, sd and n over seeds, and the paired difference to dense.
 
-    `diverged` counts the seeds that n lacks, those that came apart with them; a setting of which none is done has no row.
+    `diverged` counts the seeds that n lacks, also those that came apart; a setting of which none
+    is done has no row.
     """
     keys = [key for key in KEYS if key != "metric_name"]  # a diverged run has no metric's name
     done = runs[runs["status"] == "done"]

@@ -99,9 +99,8 @@ def pruning(
     if all(p.is_contiguous() for p in model.parameters() if p.dim() == 4):
         small = small.to(memory_format=torch.contiguous_format)
     status = "diverged" if loop.diverged else "came_apart" if method.grew() >= _APART else "done"
-    state = loop.state
-    found = small.eval(), state.history, status, state.seconds, method, loop.probe, example
-    result = Result(*found, copied(model), score)
+    found = loop.state.history, status, loop.state.seconds, method, loop.probe, example
+    result = Result(small.eval(), *found, copied(model), score)
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()  # its readers have other streams
     return result

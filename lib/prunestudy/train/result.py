@@ -19,7 +19,8 @@ class Result:
 
     `model`: an ordinary trainable module, in eval mode; `history`: a row per epoch; `status`:
     "done", "diverged" if a loss was not finite, or "came_apart" if mean |w| of a masked net grew a
-    hundredfold; `seconds` of training; `method` and `probe` as the training left them; `example`: two inputs or more; `dense`: the model as it was given;
+    hundredfold; `seconds` of training; `method` and `probe` as the training left them; `example`:
+    two inputs or more; `dense`: the model as it was given;
     `score(model)`: the validation's numbers.
     """
 
