@@ -70,11 +70,11 @@ methods/force.py test_force.py test_adaptive_strength
 shrink/ranks.py test_factors.py test_rank_by_energy_on_known_singular_values
     svdvals(matrix).square() => svdvals(matrix)
 shrink/ranks.py test_factors.py test_rank_by_energy_on_known_singular_values
-    (shares < ratio).sum()) + 1 => (shares < ratio).sum())
+    (shares < least).sum()) + 1 => (shares < least).sum())
 shrink/factors.py test_factors.py test_the_theory_column_of_the_alexnet_table
     (rank * (size + filters)) => (rank * size)
 shrink/factors.py test_factors.py test_at_full_rank_a_linear_layer_equals_its_factors
-    return left, size[..., None] * right => return left, right
+    size[..., :kept, None] * right[:, :kept] => right[:, :kept]
 shrink/factors.py test_factors.py test_narrowing_a_pair_keeps_what_its_basis_keeps
     (mixture).double() @ weight_matrix(inner[1]) => (inner[1]).double() @ weight_matrix(mixture)
 shrink/factors.py test_factors.py test_groups_share_a_rank_and_never_mix
@@ -118,7 +118,7 @@ measure/cost.py test_measure.py test_counts_by_hand
 measure/forward.py test_measure.py test_interleave_calls_each_once_a_round
     range(warmup + rounds) => range(rounds)
 measure/metrics.py test_metrics.py test_psnr_is_of_the_mean_error
-    .square().mean().log10() => .abs().mean().log10()
+    (images - task.pixels(x)).square() => (images - task.pixels(x)).abs()
 train/recipe.py test_train.py test_schedules
     done = step / steps => done = (step + 1) / steps
 train/loop.py test_train.py test_learning_rates_of_phases
@@ -136,7 +136,7 @@ train/loop.py test_train.py test_order_of_the_hooks_and_where_they_are
 train/loop.py test_train.py test_an_interrupted_run_ends_like
     start=first => start=0
 datasets/batches.py test_datasets.py test_every_batch_is_a_shifted_and_flipped_image
-    (1 - 2 * mirrored) => torch.ones_like(mirrored)
+    [first, 1 - 2 * mirrored, order] => [first, torch.ones_like(mirrored), order]
 datasets/batches.py test_datasets.py test_every_batch_is_a_shifted_and_flipped_image
     2 * self.shift + 1, (2 => 2 * self.shift, (2
 datasets/batches.py test_datasets.py test_normalisation_and_memory_format
