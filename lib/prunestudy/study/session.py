@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -56,16 +57,18 @@ class Session:
         store = Store("custom" if small else self.profile, self.results or None)
         self.runner = Runner(store, self.data or None, self.device)
         self.store = self.runner.store  # of the device that the runs are on
+        # Of a search only what is there: it is trained when asked for.
+        here = (p.purpose != "search" or self.store.read(p.settings) for p in self.planned)
+        self.planned = list(itertools.compress(self.planned, here))
 
     def run(self) -> None:
-        """Train what is missing, and say how much that was; searches are left to the batch."""
-        needed = [p for p in self.planned if p.purpose != "search"]
-        missing = [p for p in needed if self.store.read(p.settings) is None]
+        """Train what is missing, and say how much that was."""
+        missing = [p for p in self.planned if self.store.read(p.settings) is None]
         bar = tqdm(missing, disable=not (self.show and missing), desc="runs", unit="run")
         for item in bar:
             bar.set_postfix_str(item.settings.run)
             self.runner.ensure(item.settings)
-        print(f"{len(needed) - len(missing)} runs were there, {len(missing)} trained now.")
+        print(f"{len(self.planned) - len(missing)} runs were there, {len(missing)} trained now.")
 
     @cached_property
     def runs(self) -> pd.DataFrame:
