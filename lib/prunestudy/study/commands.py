@@ -5,6 +5,7 @@ Each prints its output and returns the exit code or None. They raise `InputError
 # ruff: noqa: D103
 
 import json
+import math
 import os
 import sys
 import time
@@ -62,6 +63,7 @@ def do_study(a: Namespace) -> None:
         for line in minutes.study(_store(a), _planned(a), a.data, a.minutes, a.gang):
             print(line)
         return
+    require(a.minutes == math.inf, "minutes", a.minutes, "for profile gpu only")
     started, store, planned = time.monotonic(), _store(a), _planned(a)
     if not a.searches:
         planned = [item for item in planned if item.purpose != "search"]
