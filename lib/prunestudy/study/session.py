@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from prunestudy import datasets, measure, models, shrink
 from prunestudy.errors import InputError, require, require_one_of
 from prunestudy.papers import Card, card
-from prunestudy.study import tables, verdicts
+from prunestudy.study import sentences, tables, verdicts
 from prunestudy.study.lines import line_of
 from prunestudy.study.plan import Planned, plan
 from prunestudy.study.records import Store
@@ -83,6 +83,10 @@ class Session:
     def verdicts(self) -> pd.DataFrame:
         """One row per claim and comparison, judged by the rule."""
         return verdicts.verdicts_table(self.store, self.planned, self.card)
+
+    def says(self, method: str, against: str = "", **what: Any) -> sentences.Sentence:
+        """A sentence about `method`'s results that the records make; see `sentences.says`."""
+        return sentences.says(self.store, self.planned, self.card, method, against, **what)
 
     def figure(self, name: str, drawn: "Figure") -> "Figure":
         """Save `drawn` under the paper's name and return it."""

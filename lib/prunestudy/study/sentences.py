@@ -1,0 +1,197 @@
+"""Sentences about results, made from records: numbers, directions and names follow from them."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from prunestudy import models
+from prunestudy.methods import method_class
+from prunestudy.papers import Card
+from prunestudy.study.plan import Planned
+from prunestudy.study.records import Store
+from prunestudy.study.select import index
+from prunestudy.study.tables import UNITS, datasets_title
+from prunestudy.study.verdicts import interval, removed
+
+_SCORES = {"top1": "test accuracy", "miou": "mean IoU", "psnr": "test PSNR"}
+_WAYS = {"above": "above", "below": "below", "level": "not told apart from"}
+
+
+class Quantity(NamedTuple):
+    """What a sentence is about: its name, its value in a record (None: not there), its unit."""
+
+    name: str
+    of: Callable[[dict[str, Any]], float | None]
+    unit: str = ""
+
+
+def metric(name: str, words: str, unit: str = "", factor: float = 1) -> Quantity:
+    """The number `name` of a record's metrics, times `factor`, called `words`."""
+    return Quantity(words, lambda r: _times(factor, r["metrics"].get(name)), unit)
+
+
+def _times(factor: float, value: float | None) -> float | None:
+    return None if value is None else factor * value
+
+
+def speed_up(batch: int) -> Quantity:
+    """How many times faster than the dense net, as measured on `batch` images (1 or 128)."""
+
+    def of(record: dict[str, Any]) -> float | None:
+        ms = (record["latency"] or {}).get("ms")
+        return ms and ms[f"dense_latency_b{batch}_ms"] / ms[f"latency_b{batch}_ms"]
+
+    return Quantity(f"measured speed-up on {batch} image{'s' * (batch > 1)}", of, "x")
+
+
+def when_trained(
+    column: str, words: str, phase: str, factor: float = 1, unit: str = ""
+) -> Quantity:
+    """`column` of the history after the last epoch of `phase`, times `factor`, called `words`."""
+
+    def of(record: dict[str, Any]) -> float | None:
+        rows = zip(record["history"]["phase"], record["history"].get(column, ()), strict=False)
+        return _times(factor, next((x for at, x in reversed([*rows]) if at == phase), None))
+
+    return Quantity(words, of, unit)
+
+
+class Sentence(str):
+    """Text, and the `direction` that the records gave: above, below, level, mixed, or "" (none)."""
+
+    direction = ""
+
+    def _repr_markdown_(self) -> str:
+        return str(self)
+
+
+class _Seen(NamedTuple):
+    """A result at one setting: place, quantity's name, mean, mean and interval told, direction."""
+
+    where: str
+    name: str
+    mean: float
+    told: str
+    way: str
+
+
+def says(
+    store: Store,
+    planned: Sequence[Planned],
+    paper: Card,
+    method: str,
+    against: str = "",
+    of: Quantity | None = None,
+    than: float | str | None = None,
+    then: Mapping[str, str] | None = None,
+    **where: Any,
+) -> Sentence:
+    """Say what `of` (the score) of `method` is: minus `against`'s, beside `than`, or by itself.
+
+    Methods are labels of the card ("sparse_gates, from scratch"). `where` picks settings by
+    `model`, `dataset`, `target` and `kind`; several make one sentence that counts directions.
+    `than` is a number in the unit of `of`, or "published": the paper's for each setting. Above and
+    below: the 95% interval over seeds leaves out zero (or `than`); level: it does not. One seed
+    has no direction. `then` adds a sentence by direction, also "mixed" for above here, below there.
+    """
+    runs, seen = index(item for item in planned if item.paper == paper.id), []
+    for (label, model, dataset), targets in runs.items():
+        opponents = runs.get((against, model, dataset), {})
+        for target, ours in targets.items() if label == method else ():
+            share, kind = (target.value, target.kind) if target else (None, "")
+            at = {"model": model, "dataset": dataset, "target": share, "kind": kind}
+            held = _published(paper, method, at) if than == "published" else than
+            theirs = opponents.get(target) or opponents.get(None, {})
+            both = [ours, theirs] if against else [ours]
+            if at | where == at and (held is not None or than is None):
+                keys = sorted(set.intersection(*map(set, both)))
+                pairs = [[side[key] for side in both] for key in keys]
+                seen += _seen(store, pairs, at, of, 0.0 if against else held)
+    return _sentence(seen, method, against, of, than, then or {})
+
+
+def _seen(
+    store: Store,
+    pairs: list[list[Planned]],
+    at: dict[str, Any],
+    of: Quantity | None,
+    held: float | None,
+) -> list[_Seen]:
+    """The result of `pairs` on each device that has any, held against `held`."""
+    values: dict[str, list[float]] = {}
+    lost, paired, scored = 0, bool(pairs and pairs[0][1:]), of is None
+    for items in pairs:
+        sides = [{r["environment"]["device"]: r for r in store.read_all(i.settings)} for i in items]
+        for device in sorted(set.intersection(*map(set, sides))):
+            pair = [side[device] for side in sides]
+            if any(record["status"] != "done" for record in pair):
+                lost += 1
+                continue
+            name = pair[0]["metrics"]["metric_name"]
+            of = of or metric("metric", _SCORES[name], *UNITS[name][::-1])
+            ours, *theirs = (of.of(record) for record in pair)
+            if None not in (ours, *theirs):
+                values.setdefault(device, []).append(ours - sum(theirs))
+    seen = []
+    for device, numbers in values.items():
+        n, mean, _, low, high = interval(numbers)
+        way = "" if held is None or n < 2 else "level"
+        way = "above" if way and low > held else "below" if way and high < held else way
+        unit, sign = (of.unit.replace("%", " points"), "+") if paired else (of.unit, "")
+        told = f"{mean:{sign}.2f}{unit}"
+        told += f" [{low:{sign}.2f}, {high:{sign}.2f}], n = {n}" if n > 1 else ", one seed"
+        told += f", {lost} failed" if lost else ""
+        told += f", beside {held:.2f}{unit}" if held and scored else ""
+        place = f"{models.title(at['model'])} on {datasets_title(at['dataset'])}"
+        place += f", {removed(at['target'], at['kind'])} removed" if at["kind"] else ""
+        place += f", {device}" if len(values) > 1 else ""
+        seen.append(_Seen(place, of.name, mean, told, way))
+    return seen
+
+
+def _sentence(
+    seen: list[_Seen],
+    method: str,
+    against: str,
+    of: Quantity | None,
+    than: float | str | None,
+    then: Mapping[str, str],
+) -> Sentence:
+    other = (
+        _called(against) if against else "" if than is None else f"{than}{of.unit if of else ''}"
+    )
+    other = "what is published" if than == "published" else other
+    versus = f" against {other}" if other else ""
+    ways = [each.way for each in seen]
+    sides = {"above", "below"} & {*ways}
+    way = "mixed" if len(sides) > 1 else "".join(sides) or "level" * ("level" in ways)
+    subject = f"{seen[0].name if seen else of.name if of else 'score'} of {_called(method)}"
+    if not seen:
+        text = f"This profile has no runs that tell the {subject}{versus}."
+    elif len(seen) == 1:
+        verb = f"is {_WAYS[way]} {'that of ' * bool(against)}{other}:" if way else f"{versus} is"
+        text = f"{seen[0].where}: the {subject} {verb.strip()} {seen[0].told}."
+    else:
+        least, most = (end(seen, key=lambda one: one.mean) for end in (min, max))
+        counts = [f"{word.removesuffix(' from')} in {ways.count(w)}" for w, word in _WAYS.items()]
+        counts += [f"of one seed only in {ways.count('')}"] * ("" in ways)
+        text = f"{subject[0].upper()}{subject[1:]}{versus}, in {len(seen)} settings: "
+        text += f"{', '.join(counts)}; " * any(ways)
+        text += f"from {least.told} ({least.where}), to {most.told} ({most.where})."
+    sentence = Sentence(f"{text} {then.get(way, '')}".strip())
+    sentence.direction = way
+    return sentence
+
+
+def _called(label: str) -> str:
+    """A label of the card for people: "gate variables, from scratch"."""
+    name, comma, variant = label.partition(", ")
+    return f"{method_class(name).title.removesuffix(' (ours)')}{comma}{variant}"
+
+
+def _published(paper: Card, method: str, at: Mapping[str, Any]) -> float | None:
+    """The paper's own number for this setting, in its unit."""
+    for number in paper.published:
+        here = (number.method, number.model, number.dataset, number.target, number.target_kind)
+        if here == (method, *at.values()):
+            return UNITS[number.metric][0] * number.value
+    return None
