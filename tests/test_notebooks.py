@@ -12,7 +12,7 @@ from prunestudy.errors import InputError
 from prunestudy.papers import cards
 from prunestudy.study import notebooks
 from prunestudy.study.records import Store
-from prunestudy.study.session import check_parameters
+from prunestudy.study.session import Session
 
 PAPERS = [card.id for card in cards()]
 
@@ -60,13 +60,17 @@ def test_plain_papermill_with_a_bad_parameter_stops_in_the_first_cells(tmp_path)
     assert not results.exists()
 
 
-def test_check_parameters_names_what_is_wrong():
-    space = {"before": 0, "seeds": 1}
-    check_parameters(space, {"before"}, seeds=int)
-    with pytest.raises(InputError, match="parameter = 'sedes': allowed are seeds"):
-        check_parameters(space | {"sedes": 1}, {"before"}, seeds=int)
-    with pytest.raises(InputError, match=r"parameter seeds = 1\.5: must be of type int"):
-        check_parameters(space | {"seeds": 1.5}, {"before"}, seeds=int)
+def test_parameters_are_refused_by_name_and_by_type():
+    space = {"profile": "quick", "seeds": 1, "epochs": 0} | dict.fromkeys(("results", "data"), "")
+    space |= {"device": "cpu"}
+    names = {"In": [], "Out": {}, "_": 3, "figures": notebooks, "Session": Session}
+    assert Session.of(PAPERS[0], space | names).seeds == 1
+    with pytest.raises(InputError, match="parameter = 'sedes': allowed are data, device"):
+        Session.of(PAPERS[0], space | {"sedes": 1})
+    with pytest.raises(InputError, match=r"parameter seeds = 1\.5: of type int"):
+        Session.of(PAPERS[0], space | {"seeds": 1.5})
+    with pytest.raises(InputError, match=r"parameter seeds = None: of type int"):
+        Session.of(PAPERS[0], {name: value for name, value in space.items() if name != "seeds"})
 
 
 @pytest.mark.filterwarnings("ignore")  # of a source without ids of cells

@@ -1,18 +1,52 @@
 """Exercises that check themselves."""
 
+import copy
+import json
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+from prunestudy import places
+from prunestudy.errors import InputError
 
-def exercise(answer: Callable[..., Any], cases: Sequence[tuple[tuple, Any]]) -> None:
-    """Check `answer` on `cases` of (arguments, expected); `AssertionError` if it is wrong."""
-    for arguments, expected in cases:
-        got = answer(*arguments)
+_RANDOM_CASES = 20
+
+
+def exercise(
+    answer: Callable[..., Any],
+    cases: Sequence[tuple[tuple, Any]],
+    draw: Callable[[torch.Generator], tuple] | None = None,
+) -> None:
+    """Check `answer` on `cases` of (arguments, expected); `AssertionError` if it is wrong.
+
+    With `draw`, also on arguments that it draws at random, against the notebooks' solution of
+    the same name.
+    """
+    checked = [*cases]
+    if draw and answer(*copy.deepcopy(cases[0][0])) is not None:
+        solution, random = _solution(answer.__name__), torch.Generator().manual_seed(0)
+        drawn = [draw(random) for _ in range(_RANDOM_CASES)]
+        checked += [(arguments, solution(*copy.deepcopy(arguments))) for arguments in drawn]
+    for arguments, expected in checked:
+        got = answer(*copy.deepcopy(arguments))
         if got is None:
             return print(f"{answer.__name__}: not answered yet")
         given, wanted = (torch.as_tensor(value, dtype=torch.float64) for value in (got, expected))
         right = given.shape == wanted.shape and torch.allclose(given, wanted, atol=1e-6, rtol=1e-6)
         assert right, f"{answer.__name__}{arguments}: got {got}, expected {expected}"
     return print(f"{answer.__name__}: right")
+
+
+def _solution(name: str) -> Callable[..., Any]:
+    """The solution called `name`, as it stands in a notebook."""
+    for path in sorted(places.notebooks().glob("*.ipynb")):
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            text = "".join(cell["source"])
+            code = re.search(rf"```python\n(.*?def {name}\(.*?)```", text, re.DOTALL)
+            if code and "solution" in cell["metadata"].get("tags", ()):
+                room: dict[str, Any] = {"torch": torch}
+                exec(code[1], room)
+                return room[name]
+    raise InputError(f"exercise = {name}: no notebook has its solution")

@@ -1,5 +1,6 @@
 """Sentences about results, made from records: numbers, directions and names follow from them."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -93,7 +94,7 @@ def says(
     below: the 95% interval over seeds leaves out zero (or `than`); level: it does not. One seed
     has no direction. `then` adds a sentence by direction, also "mixed" for above here, below there.
     """
-    runs, seen = index(item for item in planned if item.paper == paper.id), []
+    runs, seen = index(planned), []
     for (label, model, dataset), targets in runs.items():
         opponents = runs.get((against, model, dataset), {})
         for target, ours in targets.items() if label == method else ():
@@ -106,7 +107,7 @@ def says(
                 keys = sorted(set.intersection(*map(set, both)))
                 pairs = [[side[key] for side in both] for key in keys]
                 seen += _seen(store, pairs, at, of, 0.0 if against else held)
-    return _sentence(seen, method, against, of, than, then or {})
+    return _sentence(seen, method, against, of, than, then or {}, _place(**where))
 
 
 def _seen(
@@ -141,9 +142,7 @@ def _seen(
         told += f" [{low:{sign}.2f}, {high:{sign}.2f}], n = {n}" if n > 1 else ", one seed"
         told += f", {lost} failed" if lost else ""
         told += f", beside {held:.2f}{unit}" if held and scored else ""
-        place = f"{models.title(at['model'])} on {datasets_title(at['dataset'])}"
-        place += f", {removed(at['target'], at['kind'])} removed" if at["kind"] else ""
-        place += f", {device}" if len(values) > 1 else ""
+        place = _place(**at) + f", {device}" * (len(values) > 1)
         seen.append(_Seen(place, of.name, mean, told, way))
     return seen
 
@@ -155,18 +154,18 @@ def _sentence(
     of: Quantity | None,
     than: float | str | None,
     then: Mapping[str, str],
+    place: str,
 ) -> Sentence:
-    other = (
-        _called(against) if against else "" if than is None else f"{than}{of.unit if of else ''}"
-    )
-    other = "what is published" if than == "published" else other
-    versus = f" against {other}" if other else ""
+    other = _called(against) if against else "what is published"
+    if not against and than != "published":
+        other = "" if than is None else f"{than:g}{of.unit if of else ''}"
+    versus = f" {'beside' if isinstance(than, int | float) else 'against'} {other}" if other else ""
     ways = [each.way for each in seen]
     sides = {"above", "below"} & {*ways}
     way = "mixed" if len(sides) > 1 else "".join(sides) or "level" * ("level" in ways)
     subject = f"{seen[0].name if seen else of.name if of else 'score'} of {_called(method)}"
     if not seen:
-        text = f"This profile has no runs that tell the {subject}{versus}."
+        text = f"This profile does not tell the {subject}{versus}{' on ' * bool(place)}{place}."
     elif len(seen) == 1:
         verb = f"is {_WAYS[way]} {'that of ' * bool(against)}{other}:" if way else f"{versus} is"
         text = f"{seen[0].where}: the {subject} {verb.strip()} {seen[0].told}."
@@ -174,18 +173,46 @@ def _sentence(
         least, most = (end(seen, key=lambda one: one.mean) for end in (min, max))
         counts = [f"{word.removesuffix(' from')} in {ways.count(w)}" for w, word in _WAYS.items()]
         counts += [f"of one seed only in {ways.count('')}"] * ("" in ways)
-        text = f"{subject[0].upper()}{subject[1:]}{versus}, in {len(seen)} settings: "
-        text += f"{', '.join(counts)}; " * any(ways)
+        text = f"{seen[0].name[0].upper()}{seen[0].name[1:]}, {_called(method)}{versus}, in "
+        text += f"{len(seen)} settings: {', '.join(counts) + '; ' if any(ways) else ''}"
         text += f"from {least.told} ({least.where}), to {most.told} ({most.where})."
     sentence = Sentence(f"{text} {then.get(way, '')}".strip())
     sentence.direction = way
     return sentence
 
 
+def measured(
+    store: Store, planned: Sequence[Planned], label: str, quantities: Sequence[Quantity]
+) -> list[dict[str, Any]]:
+    """Means of `quantities` over the seeds that have them, at each setting of `label`."""
+    rows = []
+    for (method, model, dataset), targets in index(planned).items():
+        for target, items in targets.items() if method == label else ():
+            found = [record for item in items.values() for record in store.read_all(item.settings)]
+            done = [record for record in found if record["status"] == "done"]
+            row = {"net": models.title(model), "data": datasets_title(dataset)}
+            row |= {"method": _called(label)}
+            row |= {"removed": removed(target.value, target.kind) if target else ""}
+            for each in quantities:
+                values = [value for value in map(each.of, done) if value is not None]
+                row[each.name] = sum(values) / len(values) if values else math.nan
+            rows.append(row)
+    return rows
+
+
+def _place(
+    model: str = "", dataset: str = "", target: float | None = None, kind: str = "sparsity"
+) -> str:
+    """A setting, or a part of it, for people."""
+    net = " on ".join(f(x) for f, x in ((models.title, model), (datasets_title, dataset)) if x)
+    share = f"{removed(target, kind)} removed" if target is not None else ""
+    return ", ".join(filter(None, (net, share)))
+
+
 def _called(label: str) -> str:
-    """A label of the card for people: "gate variables, from scratch"."""
-    name, comma, variant = label.partition(", ")
-    return f"{method_class(name).title.removesuffix(' (ours)')}{comma}{variant}"
+    """A label of the card for people: "gate variables (from scratch)"."""
+    name, _, variant = label.partition(", ")
+    return method_class(name).title.removesuffix(" (ours)") + f" ({variant})" * bool(variant)
 
 
 def _published(paper: Card, method: str, at: Mapping[str, Any]) -> float | None:
