@@ -1,9 +1,10 @@
 """Exercises that check themselves."""
 
 import copy
+import itertools
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,12 +25,7 @@ def exercise(
     With `draw`, also on arguments that it draws at random, against the notebooks' solution of
     the same name.
     """
-    checked = [*cases]
-    if draw and answer(*copy.deepcopy(cases[0][0])) is not None:
-        solution, random = _solution(answer.__name__), torch.Generator().manual_seed(0)
-        drawn = [draw(random) for _ in range(_RANDOM_CASES)]
-        checked += [(arguments, solution(*copy.deepcopy(arguments))) for arguments in drawn]
-    for arguments, expected in checked:
+    for arguments, expected in itertools.chain(cases, _drawn(answer.__name__, draw)):
         got = answer(*copy.deepcopy(arguments))
         if got is None:
             return print(f"{answer.__name__}: not answered yet")
@@ -37,6 +33,16 @@ def exercise(
         right = given.shape == wanted.shape and torch.allclose(given, wanted, atol=1e-6, rtol=1e-6)
         assert right, f"{answer.__name__}{arguments}: got {got}, expected {expected}"
     return print(f"{answer.__name__}: right")
+
+
+def _drawn(
+    name: str, draw: Callable[[torch.Generator], tuple] | None
+) -> Iterator[tuple[tuple, Any]]:
+    """Random cases, made when they are asked for: after the others are right."""
+    solution, random = draw and _solution(name), torch.Generator().manual_seed(0)
+    for _ in range(_RANDOM_CASES if draw else 0):
+        arguments = draw(random)
+        yield arguments, solution(*copy.deepcopy(arguments))
 
 
 def _solution(name: str) -> Callable[..., Any]:

@@ -24,6 +24,15 @@ class Quantity(NamedTuple):
     of: Callable[[dict[str, Any]], float | None]
     unit: str = ""
 
+    def minus(self, other: "Quantity", name: str) -> "Quantity":
+        """The difference to `other` in the same record."""
+
+        def of(record: dict[str, Any]) -> float | None:
+            pair = self.of(record), other.of(record)
+            return None if None in pair else pair[0] - pair[1]
+
+        return Quantity(name, of, self.unit.replace("%", " points"))
+
 
 def metric(name: str, words: str, unit: str = "", factor: float = 1) -> Quantity:
     """The number `name` of a record's metrics, times `factor`, called `words`."""
