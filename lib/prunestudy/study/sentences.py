@@ -13,56 +13,60 @@ from prunestudy.study.select import index
 from prunestudy.study.tables import UNITS, datasets_title
 from prunestudy.study.verdicts import interval, removed
 
+Record = dict[str, Any]
 _SCORES = {"top1": "test accuracy", "miou": "mean IoU", "psnr": "test PSNR"}
 _WAYS = {"above": "above", "below": "below", "level": "not told apart from"}
 
 
 class Quantity(NamedTuple):
-    """What a sentence is about: its name, its value in a record (None: not there), its unit."""
+    """What a sentence is about: its name, its value in a record (None: not there), its unit.
+
+    The value is `factor` times what `of` finds.
+    """
 
     name: str
-    of: Callable[[dict[str, Any]], float | None]
+    of: Callable[[Record], float | None]
     unit: str = ""
+    factor: float = 1
+
+    def __call__(self, record: Record) -> float | None:
+        """The value in `record`."""
+        value = self.of(record)
+        return None if value is None else self.factor * value
 
     def minus(self, other: "Quantity", name: str) -> "Quantity":
         """The difference to `other` in the same record."""
 
-        def of(record: dict[str, Any]) -> float | None:
-            pair = self.of(record), other.of(record)
+        def of(record: Record) -> float | None:
+            pair = self(record), other(record)
             return None if None in pair else pair[0] - pair[1]
 
         return Quantity(name, of, self.unit.replace("%", " points"))
 
 
-def metric(name: str, words: str, unit: str = "", factor: float = 1) -> Quantity:
-    """The number `name` of a record's metrics, times `factor`, called `words`."""
-    return Quantity(words, lambda r: _times(factor, r["metrics"].get(name)), unit)
-
-
-def _times(factor: float, value: float | None) -> float | None:
-    return None if value is None else factor * value
+def metric(key: str, name: str, unit: str = "", factor: float = 1) -> Quantity:
+    """The number `key` of a record's metrics."""
+    return Quantity(name, lambda record: record["metrics"].get(key), unit, factor)
 
 
 def speed_up(batch: int) -> Quantity:
     """How many times faster than the dense net, as measured on `batch` images (1 or 128)."""
 
-    def of(record: dict[str, Any]) -> float | None:
+    def of(record: Record) -> float | None:
         ms = (record["latency"] or {}).get("ms")
         return ms and ms[f"dense_latency_b{batch}_ms"] / ms[f"latency_b{batch}_ms"]
 
     return Quantity(f"measured speed-up on {batch} image{'s' * (batch > 1)}", of, "x")
 
 
-def when_trained(
-    column: str, words: str, phase: str, factor: float = 1, unit: str = ""
-) -> Quantity:
-    """`column` of the history after the last epoch of `phase`, times `factor`, called `words`."""
+def when_trained(column: str, name: str, phase: str, unit: str = "", factor: float = 1) -> Quantity:
+    """The number in `column` of the history after the last epoch of `phase`."""
 
-    def of(record: dict[str, Any]) -> float | None:
+    def of(record: Record) -> float | None:
         rows = zip(record["history"]["phase"], record["history"].get(column, ()), strict=False)
-        return _times(factor, next((x for at, x in reversed([*rows]) if at == phase), None))
+        return next((value for at, value in reversed([*rows]) if at == phase), None)
 
-    return Quantity(words, of, unit)
+    return Quantity(name, of, unit, factor)
 
 
 class Sentence(str):
@@ -115,77 +119,25 @@ def says(
             if at | where == at and (held is not None or than is None):
                 keys = sorted(set.intersection(*map(set, both)))
                 pairs = [[side[key] for side in both] for key in keys]
-                seen += _seen(store, pairs, at, of, 0.0 if against else held)
-    return _sentence(seen, method, against, of, than, then or {}, _place(**where))
-
-
-def _seen(
-    store: Store,
-    pairs: list[list[Planned]],
-    at: dict[str, Any],
-    of: Quantity | None,
-    held: float | None,
-) -> list[_Seen]:
-    """The result of `pairs` on each device that has any, held against `held`."""
-    values: dict[str, list[float]] = {}
-    lost, paired, scored = 0, bool(pairs and pairs[0][1:]), of is None
-    for items in pairs:
-        sides = [{r["environment"]["device"]: r for r in store.read_all(i.settings)} for i in items]
-        for device in sorted(set.intersection(*map(set, sides))):
-            pair = [side[device] for side in sides]
-            if any(record["status"] != "done" for record in pair):
-                lost += 1
-                continue
-            name = pair[0]["metrics"]["metric_name"]
-            of = of or metric("metric", _SCORES[name], *UNITS[name][::-1])
-            ours, *theirs = (of.of(record) for record in pair)
-            if None not in (ours, *theirs):
-                values.setdefault(device, []).append(ours - sum(theirs))
-    seen = []
-    for device, numbers in values.items():
-        n, mean, _, low, high = interval(numbers)
-        way = "" if held is None or n < 2 else "level"
-        way = "above" if way and low > held else "below" if way and high < held else way
-        unit, sign = (of.unit.replace("%", " points"), "+") if paired else (of.unit, "")
-        told = f"{mean:{sign}.2f}{unit}"
-        told += f" [{low:{sign}.2f}, {high:{sign}.2f}], n = {n}" if n > 1 else ", one seed"
-        told += f", {lost} failed" if lost else ""
-        told += f", beside {held:.2f}{unit}" if held and scored else ""
-        place = _place(**at) + f", {device}" * (len(values) > 1)
-        seen.append(_Seen(place, of.name, mean, told, way))
-    return seen
-
-
-def _sentence(
-    seen: list[_Seen],
-    method: str,
-    against: str,
-    of: Quantity | None,
-    than: float | str | None,
-    then: Mapping[str, str],
-    place: str,
-) -> Sentence:
-    other = _called(against) if against else "what is published"
-    if not against and than != "published":
-        other = "" if than is None else f"{than:g}{of.unit if of else ''}"
-    versus = f" {'beside' if isinstance(than, int | float) else 'against'} {other}" if other else ""
-    ways = [each.way for each in seen]
-    sides = {"above", "below"} & {*ways}
-    way = "mixed" if len(sides) > 1 else "".join(sides) or "level" * ("level" in ways)
-    subject = f"{seen[0].name if seen else of.name if of else 'score'} of {_called(method)}"
+                seen += _seen(store, pairs, _place(**at), of, 0.0 if against else held)
+    other = _called(against) if against else "what is published" if than == "published" else ""
+    versus = f" against {other}" if other else ""
+    if not other and than is not None:
+        other = f"{than:g}{of.unit if of else ''}"
+        versus = f" beside {other}"
+    way = _overall({each.way for each in seen})
     if not seen:
-        text = f"This profile does not tell the {subject}{versus}{' on ' * bool(place)}{place}."
+        place = f" on {_place(**where)}" if where else ""
+        name = of.name if of else "score"
+        text = f"This profile does not tell the {name} of {_called(method)}{versus}{place}."
     elif len(seen) == 1:
-        verb = f"is {_WAYS[way]} {'that of ' * bool(against)}{other}:" if way else f"{versus} is"
-        text = f"{seen[0].where}: the {subject} {verb.strip()} {seen[0].told}."
+        verb = f" is {_WAYS[way]} {'that of ' * bool(against)}{other}:" if way else f"{versus} is"
+        where_, name, _, told, _ = seen[0]
+        text = f"{where_}: the {name} of {_called(method)}{verb} {told}."
     else:
-        least, most = (end(seen, key=lambda one: one.mean) for end in (min, max))
-        counts = [f"{word.removesuffix(' from')} in {ways.count(w)}" for w, word in _WAYS.items()]
-        counts += [f"of one seed only in {ways.count('')}"] * ("" in ways)
-        text = f"{seen[0].name[0].upper()}{seen[0].name[1:]}, {_called(method)}{versus}, in "
-        text += f"{len(seen)} settings: {', '.join(counts) + '; ' if any(ways) else ''}"
-        text += f"from {least.told} ({least.where}), to {most.told} ({most.where})."
-    sentence = Sentence(f"{text} {then.get(way, '')}".strip())
+        name = seen[0].name
+        text = f"{name[0].upper()}{name[1:]}, {_called(method)}{versus}, {_range(seen)}."
+    sentence = Sentence(f"{text} {(then or {}).get(way, '')}".strip())
     sentence.direction = way
     return sentence
 
@@ -199,20 +151,69 @@ def measured(
         for target, items in targets.items() if method == label else ():
             found = [record for item in items.values() for record in store.read_all(item.settings)]
             done = [record for record in found if record["status"] == "done"]
-            row = {"net": models.title(model), "data": datasets_title(dataset)}
-            row |= {"method": _called(label)}
-            row |= {"removed": removed(target.value, target.kind) if target else ""}
+            names = (models.title(model), datasets_title(dataset), _called(label))
+            row = dict(zip(("net", "data", "method"), names, strict=True))
+            row["removed"] = removed(target.value, target.kind) if target else ""
             for each in quantities:
-                values = [value for value in map(each.of, done) if value is not None]
+                values = [value for value in map(each, done) if value is not None]
                 row[each.name] = sum(values) / len(values) if values else math.nan
             rows.append(row)
     return rows
 
 
+def _seen(
+    store: Store, pairs: list[list[Planned]], place: str, of: Quantity | None, held: float | None
+) -> list[_Seen]:
+    """The result of `pairs` on each device that has any, held against `held`."""
+    values: dict[str, list[float]] = {}
+    lost, paired, scored = 0, bool(pairs and pairs[0][1:]), of is None
+    for items in pairs:
+        sides = [{r["environment"]["device"]: r for r in store.read_all(i.settings)} for i in items]
+        for device in sorted(set.intersection(*map(set, sides))):
+            pair = [side[device] for side in sides]
+            if any(record["status"] != "done" for record in pair):
+                lost += 1
+                continue
+            name = pair[0]["metrics"]["metric_name"]
+            of = of or metric("metric", _SCORES[name], *UNITS[name][::-1])
+            ours, *theirs = map(of, pair)
+            if None not in (ours, *theirs):
+                values.setdefault(device, []).append(ours - sum(theirs))
+    seen = []
+    for device, numbers in values.items():
+        n, mean, _, low, high = interval(numbers)
+        way = "" if held is None or n < 2 else "level"
+        way = "above" if way and low > held else "below" if way and high < held else way
+        unit, sign = (of.unit.replace("%", " points"), "+") if paired else (of.unit, "")
+        told = f"{mean:{sign}.2f}{unit}"
+        told += f" [{low:{sign}.2f}, {high:{sign}.2f}], n = {n}" if n > 1 else ", one seed"
+        told += f", {lost} failed" if lost else ""
+        told += f", beside {held:.2f}{unit}" if held and scored else ""
+        where = f"{place}, {device}" if len(values) > 1 else place
+        seen.append(_Seen(where, of.name, mean, told, way))
+    return seen
+
+
+def _overall(ways: set[str]) -> str:
+    sides = ways & {"above", "below"}
+    return "mixed" if len(sides) > 1 else "".join(sides) or "level" * ("level" in ways)
+
+
+def _range(seen: list[_Seen]) -> str:
+    """How many settings are above, below and level, and the two ends."""
+    ways = [each.way for each in seen]
+    counts = [f"{words.removesuffix(' from')} in {ways.count(w)}" for w, words in _WAYS.items()]
+    counts += [f"of one seed only in {ways.count('')}"] * ("" in ways)
+    told = f"{', '.join(counts)}; " * any(ways)
+    least, most = (end(seen, key=lambda each: each.mean) for end in (min, max))
+    ends = f"from {least.told} ({least.where}), to {most.told} ({most.where})"
+    return f"in {len(seen)} settings: {told}{ends}"
+
+
 def _place(
     model: str = "", dataset: str = "", target: float | None = None, kind: str = "sparsity"
 ) -> str:
-    """A setting, or a part of it, for people."""
+    """A setting, or a part of one, for people."""
     net = " on ".join(f(x) for f, x in ((models.title, model), (datasets_title, dataset)) if x)
     share = f"{removed(target, kind)} removed" if target is not None else ""
     return ", ".join(filter(None, (net, share)))

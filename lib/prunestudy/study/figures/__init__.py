@@ -234,8 +234,9 @@ def variants(summary: pd.DataFrame, method: str) -> Figure:
     look = {"fmt": "o", "color": COLOURS[method], "capsize": 3}
     axes.errorbar(middle, labels, xerr=[middle - low, high - middle], **look)
     axes.axvline(0, color="black", ls="--", lw=1)
-    axes.set_xscale("symlog", linthresh=1)
-    axes.xaxis.set_major_formatter("{x:g}")
+    if max(-low.min(), high.max()) > 1:
+        axes.set_xscale("symlog", linthresh=1)
+        axes.xaxis.set_major_formatter("{x:g}")
     words = "points" if unit == "%" else "dB"
     axes.set(xlabel=f"{_NAMES[unit]} minus dense, {words} (mean and 95% interval)")
     removed = tables.removed(first.target, first.target_kind)
