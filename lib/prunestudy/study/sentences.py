@@ -32,7 +32,7 @@ class Quantity(NamedTuple):
     def __call__(self, record: Record) -> float | None:
         """The value in `record`."""
         value = self.of(record)
-        return None if value is None else self.factor * value
+        return None if value is None or math.isnan(value) else self.factor * value
 
     def minus(self, other: "Quantity", name: str) -> "Quantity":
         """The difference to `other` in the same record."""
