@@ -133,7 +133,7 @@ def test_ranks_stand_beside_the_published_ones_of_the_same_net():
     assert bars[: 2 * count] == [62.5] * count + [25] * count
     marks = {line.get_label(): list(line.get_ydata()) for line in axes.lines}
     shares = [100 * rank / full for rank, full in zip(plain.ranks, plain.full, strict=True)]
-    assert marks["published: low rank, no force [P]"] == pytest.approx(shares)
+    assert marks["published: low rank without force [P]"] == pytest.approx(shares)
     plt.close("all")
 
 

@@ -194,7 +194,7 @@ class PlainLowRank(LowRank):
     """The control: plain training, then factors, then (optionally) fine-tuning of the factors."""
 
     name: ClassVar[str] = "plain_low_rank"
-    title: ClassVar[str] = "low rank, no force"
+    title: ClassVar[str] = "low rank without force"
 
 
 def _size(batch: Batch) -> int:

@@ -150,6 +150,28 @@ def speed_up(runs: pd.DataFrame) -> Figure:
     return figure
 
 
+def strengths(store: Store, planned: Sequence[Planned]) -> Figure:
+    """Total rank, and accuracy on validation images, of the nets of the search for lambda."""
+    figure, (ranks, scores) = look.canvas(2, (9, 3.4))
+    for kind, mark in (("l2", "o"), ("l1", "s")):
+        found = [p.settings for p in planned if p.experiment == "search"]
+        found = [s for s in found if s.params.get("kind") == kind]
+        found = sorted(found, key=lambda s: s.params["strength"])
+        x, records = [s.params["strength"] for s in found], [store.require(s.run) for s in found]
+        lines = {"rank_total": (ranks, 1, ""), "metric": (scores, 100, ", factorised")}
+        lines |= {"metric_whole": (scores, 100, ", whole net")}
+        for name, (panel, factor, what) in lines.items():
+            y = [factor * record["metrics"][name] for record in records]
+            style = mark + ("--" if what == ", whole net" else "-")
+            panel.plot(x, y, style, color=look.COLOURS["force"], label=f"{kind.upper()}{what}")
+    for panel in (ranks, scores):
+        panel.set(xscale="log", xlabel=r"$\lambda$")
+        panel.legend()
+    ranks.set_ylabel("sum of the layers' ranks")
+    scores.set_ylabel("validation accuracy, %")
+    return figure
+
+
 def gate_paths(store: Store, run: str) -> Figure:
     """At most 60 gates of each of GDP's four largest groups, and the cost left, step by step."""
     arrays, metrics = store.arrays(run), store.require(run)["metrics"]
