@@ -7,6 +7,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
+from prunestudy import models
 from prunestudy.papers import Card
 from prunestudy.study import figures as look
 from prunestudy.study import tables
@@ -129,7 +130,7 @@ def speed_up(runs: pd.DataFrame) -> Figure:
     """
     ours = runs[runs.method.isin(_LOW_RANK)]
     rows = look.select(ours, "speed-up", target_kind="energy", variant="", status="done")
-    net = rows.model + ", " + rows.dataset.map(tables.datasets_title)
+    net = rows.model.map(models.title) + " on " + rows.dataset.map(tables.datasets_title)
     kinds = {
         "MACs": rows.dense_macs / rows.macs,
         "measured, batch 1": rows.dense_latency_b1_ms / rows.latency_b1_ms,
@@ -151,24 +152,23 @@ def speed_up(runs: pd.DataFrame) -> Figure:
 
 
 def strengths(store: Store, planned: Sequence[Planned]) -> Figure:
-    """Total rank, and accuracy on validation images, of the nets of the search for lambda."""
-    figure, (ranks, scores) = look.canvas(2, (9, 3.4))
-    for kind, mark in (("l2", "o"), ("l1", "s")):
-        found = [p.settings for p in planned if p.experiment == "search"]
-        found = [s for s in found if s.params.get("kind") == kind]
+    """Total rank, and error on validation images, of the nets of the search for lambda."""
+    figure, (ranks, errors) = look.canvas(2, (9, 3.4))
+    of_search = [item.settings for item in planned if item.experiment == "search"]
+    for kind, colour in (("l2", look.COLOURS["force"]), ("l1", "0.4")):
+        found = [s for s in of_search if s.params.get("kind") == kind]
         found = sorted(found, key=lambda s: s.params["strength"])
-        x, records = [s.params["strength"] for s in found], [store.require(s.run) for s in found]
-        lines = {"rank_total": (ranks, 1, ""), "metric": (scores, 100, ", factorised")}
-        lines |= {"metric_whole": (scores, 100, ", whole net")}
-        for name, (panel, factor, what) in lines.items():
-            y = [factor * record["metrics"][name] for record in records]
-            style = mark + ("--" if what == ", whole net" else "-")
-            panel.plot(x, y, style, color=look.COLOURS["force"], label=f"{kind.upper()}{what}")
-    for panel in (ranks, scores):
-        panel.set(xscale="log", xlabel=r"$\lambda$")
+        table = pd.DataFrame([store.require(s.run)["metrics"] for s in found])
+        table.index = [s.params["strength"] for s in found]
+        style, name = {"color": colour, "marker": "o"}, kind.upper()
+        ranks.plot(table.rank_total, label=name, **style)
+        errors.plot(100 * (1 - table.metric), label=f"{name}, factorised", **style)
+        errors.plot(100 * (1 - table.metric_whole), label=f"{name}, whole net", ls="--", **style)
+    for panel, what in ((ranks, "sum of the layers' ranks"), (errors, "validation error, %")):
+        panel.set(xscale="log", xlabel=r"$\lambda$", ylabel=what)
         panel.legend()
-    ranks.set_ylabel("sum of the layers' ranks")
-    scores.set_ylabel("validation accuracy, %")
+    errors.set_yscale("log")
+    errors.yaxis.set_major_formatter("{x:g}")
     return figure
 
 
