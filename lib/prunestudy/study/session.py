@@ -126,7 +126,8 @@ class Session:
             for label in methods
             for row in sentences.measured(self.store, self.planned, label, quantities)
         ]
-        return pd.DataFrame(rows).dropna(how="all", subset=[each.name for each in quantities])
+        names = [each.name for each in quantities] if rows else None  # the profile may have none
+        return pd.DataFrame(rows).dropna(how="all", subset=names)
 
     def figure(self, name: str, drawn: "Figure") -> "Figure":
         """Save `drawn` under the paper's name and return it."""
