@@ -137,6 +137,32 @@ def _score(store: Store, settings: RunSettings) -> float | None:
     return record and record["metrics"]["metric"]
 
 
+def strongest(found: list[Grid], profile: str) -> dict[tuple[str, ...], tuple[str, str]]:
+    """The best control by the grids `found` of `profile`, and that of the card ("" for none).
+
+    By paper, net, data set and kind of target, for each test against the strongest control of which
+    all grids are complete. A control whose best setting fails is not eligible.
+    """
+    best: dict[tuple[str, ...], tuple[str, str]] = {}
+    for paper in dict.fromkeys(grid.paper for grid in found):
+        rules = [rule for claim in card(paper).claims for rule in claim.tests if rule.controls]
+        rows = [row for row in card(paper).strongest if row.profile == profile]
+        for rule in rules:
+            places: dict[tuple[str, str, str], list[Grid]] = {}
+            for grid in found:
+                s = grid.tried[0].settings
+                if grid.paper == paper and grid.label in rule.controls and s.aim:
+                    places.setdefault((s.model, s.dataset, s.aim.kind), []).append(grid)
+            for place, grids in places.items():
+                able = [g for g in grids if g.complete and math.isfinite(g.best.mean)]
+                if able and all(g.complete for g in grids):
+                    top = max(able, key=lambda g: g.best.mean).label
+                    there = [r for r in rows if (r.model, r.dataset, r.target_kind) == place]
+                    now = [r.control for r in there if r.control in rule.controls]
+                    best[paper, *place, rule.method] = top, " and ".join(now)
+    return best
+
+
 def lines(grid: Grid) -> list[str]:
     """The grid for people: its settings with a score per seed and their mean, the best marked."""
     first, best = grid.tried[0].settings, grid.best if grid.complete else None

@@ -81,8 +81,15 @@ class Session:
         return tables.summary_table(self.runs)
 
     def verdicts(self) -> pd.DataFrame:
-        """One row per claim and comparison, judged by the rule."""
-        return verdicts.verdicts_table(self.store, self.planned, self.card)
+        """One row per claim, net and data set, for people; by the tests that the card has."""
+        return tables.readable_verdicts(self._judged(images=True))
+
+    def claims(self) -> pd.DataFrame:
+        """One row per claim: its text, and what came out on top."""
+        return verdicts.claims_table(self._judged()).drop(columns="paper")
+
+    def _judged(self, images: bool = False) -> pd.DataFrame:
+        return verdicts.verdicts_table(self.store, self.planned, self.card, images)
 
     def figure(self, name: str, drawn: "Figure") -> "Figure":
         """Save `drawn` under the paper's name and return it."""

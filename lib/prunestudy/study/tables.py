@@ -1,4 +1,4 @@
-"""The two tidy tables of a profile, made from records: runs.csv and summary.csv."""
+"""The tidy tables of a profile, made from records: runs.csv, summary.csv and verdicts.csv."""
 
 import html
 import math
@@ -12,7 +12,8 @@ from prunestudy.papers import card
 from prunestudy.study.lines import write_text
 from prunestudy.study.plan import Planned
 from prunestudy.study.records import Store
-from prunestudy.study.verdicts import interval, removed
+from prunestudy.study.statistics import interval
+from prunestudy.study.verdicts import COLUMNS, removed, verdicts_table
 
 RUN_COLUMNS = (
     "run parent paper method variant model dataset seed epochs precision threads target_kind "
@@ -109,10 +110,18 @@ def build(store: Store, planned: list[Planned]) -> tuple[pd.DataFrame, pd.DataFr
     return runs, summary_table(runs)
 
 
+def verdicts(store: Store, planned: list[Planned]) -> pd.DataFrame:
+    """The verdicts on the claims of all papers in `planned`, in the columns of their file."""
+    papers = dict.fromkeys(item.paper for item in planned)
+    found = [verdicts_table(store, planned, card(paper))[COLUMNS] for paper in papers]
+    return pd.concat([table for table in found if len(table)] or found[:1], ignore_index=True)
+
+
 def write(store: Store, planned: list[Planned]) -> pd.DataFrame:
-    """Write runs.csv and summary.csv from the records; return the summary."""
+    """Write runs.csv, summary.csv and verdicts.csv from the records; return the summary."""
     runs, summary = build(store, planned)
-    for name, table in (("runs", runs), ("summary", summary)):
+    made = {"runs": runs, "summary": summary, "verdicts": verdicts(store, planned)}
+    for name, table in made.items():
         write_text(store.folder / "tables" / f"{name}.csv", text_of(table))
     return summary
 
@@ -149,6 +158,37 @@ def _for_people(row: dict[str, Any]) -> dict[str, Any]:
         "minus dense": bracket(*difference),
         "published": "" if math.isnan(row["published"]) else published,
     }
+
+
+def readable_verdicts(table: pd.DataFrame) -> pd.DataFrame:
+    """Rows of `verdicts_table` for people: what was compared where, and what came out."""
+    return pd.DataFrame(map(_verdict_for_people, table.to_dict("records")))
+
+
+def _verdict_for_people(row: dict[str, Any]) -> dict[str, Any]:
+    sides = [f"{row['method']} - {row['control']}" if row["control"] else row["method"]]
+    sides += [f"({row['metric']})"] if row["metric"] not in ("", "metric") else []
+    images = [] if math.isnan(row["images_low"]) else [row["mean"], *_bounds(row, "images_")]
+    return {
+        "claim": row["claim"],
+        "test": row["kind"].replace("_", " "),
+        "compared": " ".join(sides),
+        "where": " on ".join(filter(None, (row["model"], row["dataset"]))),
+        "targets": row["targets"],
+        "n": row["n"],
+        "mean, over seeds": bracket(row["mean"], *_bounds(row), digits=4),
+        "over seeds and images": bracket(*images, digits=4) if images else "",
+        "p": "" if math.isnan(row["p_adjusted"]) else f"{row['p_adjusted']:.2g}",
+        "p of the opposite": (
+            "" if math.isnan(row["p_opposite_adjusted"]) else f"{row['p_opposite_adjusted']:.2g}"
+        ),
+        "verdict": row["verdict"],
+        "failures": row["failures"],
+    }
+
+
+def _bounds(row: dict[str, Any], begins: str = "") -> tuple[float, float]:
+    return row[f"{begins}low"], row[f"{begins}high"]
 
 
 def datasets_title(name: str) -> str:
