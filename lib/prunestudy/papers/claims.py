@@ -13,6 +13,7 @@ from prunestudy.papers.shorthand import written_out
 # N: the number of a similar method; D: derived or checked numerically; O: our reading.
 Mark = Literal["P", "S", "N", "D", "O"]
 TargetKind = Literal["sparsity", "macs", "parameters", "rank", "energy"]
+PRIMARY = ("superiority", "non_inferiority")
 ProfileName = Literal["quick", "cpu", "cpu-long", "gpu", "paper"]
 
 
@@ -48,7 +49,7 @@ class Rule(Strict):
     @property
     def primary(self) -> bool:
         """Whether it may end in a verdict."""
-        return self.kind in ("superiority", "non_inferiority")
+        return self.kind in PRIMARY
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -101,17 +102,20 @@ class Strongest(Strict):
     control: str
 
 
-def rules_of(text: str) -> str:
-    """What the card in `text` tests its claims by, and against which controls, as JSON.
+def rules_of(text: str, profile: str) -> str:
+    """By what tests, against which controls, the card in `text` gives verdicts in `profile`: JSON.
 
-    Prose is left out. Empty for a text that is no card.
+    Prose and descriptions are left out. Empty for a text that is no card.
     """
     try:
         values = written_out(tomllib.loads(text))
-        tests = {
-            claim["id"]: [{k: v for k, v in rule.items() if k != "why"} for rule in claim["tests"]]
+        tests = [
+            {"claim": claim["id"]} | {key: rule[key] for key in rule if key != "why"}
             for claim in values["claims"]
-        }
-        return json.dumps([tests, values.get("strongest", [])], sort_keys=True)
+            for rule in claim["tests"]
+            if rule.get("kind") in PRIMARY
+        ]
+        controls = [row for row in values.get("strongest", []) if row["profile"] == profile]
+        return json.dumps([sorted(tests, key=lambda t: t["claim"]), controls], sort_keys=True)
     except (tomllib.TOMLDecodeError, InputError, AttributeError, KeyError, TypeError):
         return ""

@@ -36,17 +36,17 @@ def commit() -> str:
     return f"{head}-dirty" if dirty else head
 
 
-def rules_commit(checkout: Path, card: Path) -> str:
-    """The last commit of `checkout` that changed what the file `card` tests its claims by.
+def rules_commit(checkout: Path, card: Path, profile: str) -> str:
+    """The last commit that changed what the file `card` gives verdicts by in `profile`.
 
     Empty where that is not known: outside git, and while the rules in the file are not committed.
     """
     if not card.resolve().is_relative_to(checkout.resolve()):
         return ""
     path = card.resolve().relative_to(checkout.resolve()).as_posix()
-    today, last = rules_of(card.read_text(encoding="utf-8")), ""
+    today, last = rules_of(card.read_text(encoding="utf-8"), profile), ""
     for commit in _git(checkout, "log", "--format=%H", "--", path).split():
-        if rules_of(_git(checkout, "show", f"{commit}:{path}")) != today:
+        if rules_of(_git(checkout, "show", f"{commit}:{path}"), profile) != today:
             break
         last = commit
     return last

@@ -45,10 +45,12 @@ COLUMNS = (
     "paper claim kind model dataset method control chosen_by targets n mean low high "
     "p p_adjusted p_opposite p_opposite_adjusted verdict runs"
 ).split()
-_NUMBERS = {
-    *"n mean low high p p_adjusted p_opposite p_opposite_adjusted images_low images_high".split()
-}
 _FOR_PEOPLE = "says mark why metric images_low images_high failures".split()
+_NUMBERS = {
+    *"mean low high p p_adjusted p_opposite p_opposite_adjusted images_low images_high".split()
+}
+_BLANK = {name: math.nan if name in _NUMBERS else "" for name in (*COLUMNS, *_FOR_PEOPLE)}
+_BLANK |= {"n": 0}
 
 
 def fails(record: Record) -> bool:
@@ -98,10 +100,8 @@ def verdicts_table(
                 for comparison in comparisons(rule, runs, strongest)
             ]
             rows += [said | row for row in found or [{"control": rule.against, "verdict": NO_RUNS}]]
-    _test(rows, paper)
-    table = pd.DataFrame(rows, columns=[*COLUMNS, *_FOR_PEOPLE])
-    texts = [name for name in table if name not in _NUMBERS]
-    return table.fillna(dict.fromkeys(texts, "") | {"n": 0}).astype({"n": int})
+    _test(rows, paper, store.folder.name)
+    return pd.DataFrame([_BLANK | row for row in rows], columns=[*_BLANK])
 
 
 def row_of(store: Store, comparison: Comparison, images: bool = False) -> dict[str, Any]:
@@ -137,7 +137,7 @@ def row_of(store: Store, comparison: Comparison, images: bool = False) -> dict[s
         row |= _with_images(list(counted.values()))
     if not rule.primary:
         return row
-    row["planned"] = comparison.planned
+    row |= {"planned": comparison.planned, "there": bool(found)}
     margin = 0.0 if rule.kind == "superiority" else _margin(dataset, counted)
     if why := _why_not(comparison, margin, n, len(ours), len(theirs)):
         return row | {"kind": "description", "verdict": f"not tested: {why}"}
@@ -165,15 +165,15 @@ def _why_not(comparison: Comparison, margin: float | None, n: int, ours: int, th
     return "no margin for this data set" if margin is None else ""
 
 
-def _test(rows: list[dict[str, Any]], paper: Card) -> None:
+def _test(rows: list[dict[str, Any]], paper: Card, profile: str) -> None:
     """Adjust the p-values over the planned tests, and give the verdicts; in place.
 
     Planned tests on data sets without any run do not count: of two copies there may be one.
     """
-    there, checkout = {row["dataset"] for row in rows if row.get("n")}, places.checkout()
+    there, checkout = {row["dataset"] for row in rows if row.get("there")}, places.checkout()
     family = [row for row in rows if row.get("planned") and row["dataset"] in there]
     tests = [row for row in family if "commits" in row]
-    since = rules_commit(checkout, path_of(paper.id)) if tests and checkout else ""
+    since = rules_commit(checkout, path_of(paper.id), profile) if tests and checkout else ""
     for row in tests:
         old = checkout and all(is_before(checkout, since, commit) for commit in row["commits"])
         if not old:
