@@ -190,7 +190,8 @@ def test_every_method_and_control_of_the_cards_has_the_same_chance(found):
 def test_every_opponent_of_map_was_searched(found):
     labels = {grid.label for grid in found if grid.paper == "magnitude_attention"}
     rules = [r for claim in papers.card("magnitude_attention").claims for r in claim.tests]
-    assert labels == {rule.method for rule in rules} | {a for rule in rules for a in rule.against}
+    opponents = {a for rule in rules for a in rule.controls or (rule.against,)}
+    assert labels == {rule.method for rule in rules} | opponents
 
 
 def without_seed(settings):

@@ -16,8 +16,8 @@ from prunestudy.study.select import SEEDS
 from prunestudy.study.statistics import (
     ALPHA,
     decided,
+    drawn,
     holm,
-    images_interval,
     one_sided,
 )
 
@@ -479,15 +479,15 @@ def test_the_interval_over_seeds_and_images():
     """Of independent noise the variances of both add up; images alone where seeds agree."""
     generator = np.random.default_rng(0)
     images = (generator.random(5000) < 0.04) * generator.choice([-1.0, 1.0], 5000)
-    low, high = images_interval(np.tile(images, (8, 1)))
+    low, high = drawn(np.tile(images, (8, 1)))
     half = 1.96 * images.std() / np.sqrt(5000)
     assert [low, high] == pytest.approx([images.mean() - half, images.mean() + half], abs=4e-4)
     seeds = np.repeat(0.01 * generator.normal(size=(8, 1)), 5000, 1)
-    low, high = images_interval(seeds)
+    low, high = drawn(seeds)
     half = 1.96 * seeds[:, 0].std() / np.sqrt(8)
     assert high - low == pytest.approx(2 * half, rel=0.1)
-    assert images_interval(images[None] + seeds) == images_interval(images[None] + seeds)
-    assert images_interval(np.zeros((8, 100))) == (0, 0)
+    assert drawn(images[None] + seeds) == drawn(images[None] + seeds)
+    assert drawn(np.zeros((8, 100))) == (0, 0)
 
 
 def test_people_see_both_intervals(store, judge, monkeypatch):

@@ -57,13 +57,13 @@ def decided(p: np.ndarray, opposite: np.ndarray) -> np.ndarray:
     return np.select([p < ALPHA, opposite < ALPHA], [confirmed, contradicted], undecided)
 
 
-def images_interval(d: np.ndarray) -> tuple[float, float]:
+def drawn(d: np.ndarray) -> tuple[float, float]:
     """95% bootstrap interval of the mean of `d` (seeds, images): both are drawn, 2,000 times."""
     generator, (seeds, images) = np.random.default_rng(0), d.shape
     differs = d[:, d.any(0)]  # the other images add nothing, however often they are drawn
     share = [1 / images] * differs.shape[1]
     times = generator.multinomial(images, [*share, max(0, 1 - sum(share))], _DRAWS)[:, :-1]
-    drawn = generator.multinomial(seeds, [1 / seeds] * seeds, _DRAWS)
-    means = np.einsum("ds,si,di->d", drawn, differs, times, optimize=True) / (seeds * images)
+    weights = generator.multinomial(seeds, [1 / seeds] * seeds, _DRAWS)
+    means = np.einsum("ds,si,di->d", weights, differs, times, optimize=True) / (seeds * images)
     low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)

@@ -166,29 +166,22 @@ def readable_verdicts(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _verdict_for_people(row: dict[str, Any]) -> dict[str, Any]:
-    sides = [f"{row['method']} - {row['control']}" if row["control"] else row["method"]]
-    sides += [f"({row['metric']})"] if row["metric"] not in ("", "metric") else []
-    images = [] if math.isnan(row["images_low"]) else [row["mean"], *_bounds(row, "images_")]
+    spans = [(row["mean"], row[f"{of}low"], row[f"{of}high"]) for of in ("", "images_")]
+    seeds, images = (bracket(*span, digits=4) for span in spans)
+    p, opposite = (f"{row[name]:.2g}" for name in ("p_adjusted", "p_opposite_adjusted"))
+    metric = "" if row["metric"] in ("", "metric") else f" ({row['metric']})"
     return {
         "claim": row["claim"],
         "test": row["kind"].replace("_", " "),
-        "compared": " ".join(sides),
+        "compared": " - ".join(filter(None, (row["method"], row["control"]))) + metric,
         "where": " on ".join(filter(None, (row["model"], row["dataset"]))),
-        "targets": row["targets"],
-        "n": row["n"],
-        "mean, over seeds": bracket(row["mean"], *_bounds(row), digits=4),
-        "over seeds and images": bracket(*images, digits=4) if images else "",
-        "p": "" if math.isnan(row["p_adjusted"]) else f"{row['p_adjusted']:.2g}",
-        "p of the opposite": (
-            "" if math.isnan(row["p_opposite_adjusted"]) else f"{row['p_opposite_adjusted']:.2g}"
-        ),
-        "verdict": row["verdict"],
-        "failures": row["failures"],
+        **{name: row[name] for name in ("targets", "n")},
+        "mean, over seeds": seeds,
+        "over seeds and images": "" if math.isnan(row["images_low"]) else images,
+        "p": p.replace("nan", ""),
+        "p of the opposite": opposite.replace("nan", ""),
+        **{name: row[name] for name in ("verdict", "failures")},
     }
-
-
-def _bounds(row: dict[str, Any], begins: str = "") -> tuple[float, float]:
-    return row[f"{begins}low"], row[f"{begins}high"]
 
 
 def datasets_title(name: str) -> str:

@@ -19,14 +19,7 @@ from prunestudy.study.plan import Planned
 from prunestudy.study.provenance import is_before, rules_commit
 from prunestudy.study.records import Store
 from prunestudy.study.select import SEEDS, Comparison, chosen, comparisons, index
-from prunestudy.study.statistics import (
-    OUTCOMES,
-    decided,
-    holm,
-    images_interval,
-    interval,
-    one_sided,
-)
+from prunestudy.study.statistics import OUTCOMES, decided, drawn, holm, interval, one_sided
 
 Record = dict[str, Any]
 Pairs = dict[int, list[list[Record]]]  # by seed, a pair of records for each target
@@ -35,22 +28,15 @@ MARGINS = {"mnist": 0.001, "fashion_mnist": 0.003, "cifar10": 0.005, "cifar10_jp
 PSNR_MARGIN = 0.2
 _EQUAL = 1e-12  # a smaller deviation is that of rounding
 MANY = 3  # seeds on which ours fails contradict a claim
-BY_CONSTRUCTION, NOT_TESTABLE, NO_RUNS, YOUNGER = (
-    "by construction",
-    "not testable here",
-    "no runs in this profile",
-    "rule younger than its runs",
-)
+BY_CONSTRUCTION, NOT_TESTABLE = "by construction", "not testable here"
+NO_RUNS, YOUNGER = "no runs in this profile", "rule younger than its runs"
 COLUMNS = (
     "paper claim kind model dataset method control chosen_by targets n mean low high "
     "p p_adjusted p_opposite p_opposite_adjusted verdict runs"
 ).split()
-_FOR_PEOPLE = "says mark why metric images_low images_high failures".split()
-_NUMBERS = {
-    *"mean low high p p_adjusted p_opposite p_opposite_adjusted images_low images_high".split()
-}
-_BLANK = {name: math.nan if name in _NUMBERS else "" for name in (*COLUMNS, *_FOR_PEOPLE)}
-_BLANK |= {"n": 0}
+_NUMBERS = [*COLUMNS[10:17], "images_low", "images_high"]
+_FOR_PEOPLE = [*"says mark why metric failures".split(), *_NUMBERS[-2:]]
+_BLANK = dict.fromkeys([*COLUMNS, *_FOR_PEOPLE], "") | dict.fromkeys(_NUMBERS, math.nan) | {"n": 0}
 
 
 def fails(record: Record) -> bool:
@@ -58,6 +44,11 @@ def fails(record: Record) -> bool:
     score, name = record["validation"].get("top1"), record["settings"]["dataset"]
     poor = score is not None and score < 2 / datasets.info(name).num_classes
     return record["status"] != "done" or poor
+
+
+def _failed(pairs: list[list[Record]]) -> list[bool]:
+    """Whether any run of ours fails, and of the other side."""
+    return [any(map(fails, side)) for side in zip(*pairs, strict=True)]
 
 
 def observed(store: Store, comparison: Comparison) -> Pairs:
@@ -85,21 +76,18 @@ def verdicts_table(
     interval over seeds and images. Without a test p is empty, and `verdict` is too or says why.
     """
     runs = index(item for item in planned if item.paper == paper.id)
-    strongest, rows = chosen(paper, store.folder.name), []
+    best, rows = chosen(paper, store.folder.name), []
     for claim in paper.claims:
         said = {"paper": paper.id, "claim": claim.id, "says": claim.text, "mark": claim.mark}
         if claim.not_testable:
             rows.append(said | {"why": claim.not_testable, "verdict": NOT_TESTABLE})
         for rule in claim.tests:
             said |= {"kind": rule.kind, "method": rule.method, "metric": rule.metric}
+            found = [row_of(store, each, images) for each in comparisons(rule, runs, best)]
+            found = found or [{"control": rule.against, "verdict": NO_RUNS}]
             if rule.kind == "by_construction":
-                rows.append(said | {"why": rule.why, "verdict": BY_CONSTRUCTION})
-                continue
-            found = [
-                row_of(store, comparison, images)
-                for comparison in comparisons(rule, runs, strongest)
-            ]
-            rows += [said | row for row in found or [{"control": rule.against, "verdict": NO_RUNS}]]
+                found = [{"why": rule.why, "verdict": BY_CONSTRUCTION}]
+            rows += [said | row for row in found]
     _test(rows, paper, store.folder.name)
     return pd.DataFrame([_BLANK | row for row in rows], columns=[*_BLANK])
 
@@ -110,18 +98,13 @@ def row_of(store: Store, comparison: Comparison, images: bool = False) -> dict[s
     found = observed(store, comparison)
     if comparison.planned:
         found = {seed: found[seed] for seed in SEEDS if seed in found}
-    ours = [seed for seed, pairs in found.items() if any(fails(pair[0]) for pair in pairs)]
-    theirs = [
-        seed for seed, pairs in found.items() if any(fails(r) for pair in pairs for r in pair[1:])
-    ]
-    counted = {
-        seed: pairs
-        for seed, pairs in found.items()
-        if seed not in (*ours, *theirs) and all(_comparable(rule, kind, pair) for pair in pairs)
-    }
-    d = [_difference(pairs, rule.metric) for pairs in counted.values()]
-    n, mean, sd, low, high = interval(d)
-    names = [" - ".join(r["run"] for r in pair) for p in list(counted.values())[:1] for pair in p]
+    failed = {seed: _failed(pairs) for seed, pairs in found.items()}
+    ours = [seed for seed in found if failed[seed][0]]
+    theirs = [seed for seed in found if any(failed[seed][1:])]
+    values = {s: _difference(rule, kind, found[s]) for s in found if s not in (*ours, *theirs)}
+    d = {seed: value for seed, value in values.items() if not math.isnan(value)}
+    n, mean, sd, low, high = interval([*d.values()])
+    names = [" - ".join(r["run"] for r in pair) for seed in [*d][:1] for pair in found[seed]]
     lost = {rule.method: ours, control: theirs}
     row = {
         "kind": rule.kind,
@@ -134,16 +117,16 @@ def row_of(store: Store, comparison: Comparison, images: bool = False) -> dict[s
         "failures": "; ".join(f"{who} fails on {_seeds(at)}" for who, at in lost.items() if at),
     }
     if images and control and rule.metric == "metric" and n > 1:
-        row |= _with_images(list(counted.values()))
+        row |= _with_images([found[seed] for seed in d])
     if not rule.primary:
         return row
     row |= {"planned": comparison.planned, "there": bool(found)}
-    margin = 0.0 if rule.kind == "superiority" else _margin(dataset, counted)
+    margin = 0.0 if rule.kind == "superiority" else _margin(dataset, found)
     if why := _why_not(comparison, margin, n, len(ours), len(theirs)):
         return row | {"kind": "description", "verdict": f"not tested: {why}"}
     if sd < _EQUAL and not ours:
         return row | {"kind": "by_construction", "verdict": BY_CONSTRUCTION}
-    p, opposite = map(float, one_sided(np.array(d) - rule.at_least + (margin or 0.0)))
+    p, opposite = map(float, one_sided(np.array([*d.values()]) - rule.at_least + (margin or 0.0)))
     return row | {
         "p": math.nan if ours else p,  # a seed that fails never helps ours
         "p_opposite": opposite,
@@ -211,17 +194,26 @@ def _on_top(rows: pd.DataFrame) -> str:
     return NO_RUNS if (rows["verdict"] == NO_RUNS).all() else "described, not tested"
 
 
-def _margin(dataset: str, counted: Pairs) -> float | None:
+def _margin(dataset: str, found: Pairs) -> float | None:
     """What counts as no loss; None where nothing is agreed on."""
-    names = {r["metrics"]["metric_name"] for pairs in counted.values() for p in pairs for r in p}
-    return PSNR_MARGIN if names == {"psnr"} else MARGINS.get(dataset)
+    records = (record for pairs in found.values() for pair in pairs for record in pair)
+    psnr = any(record["metrics"].get("metric_name") == "psnr" for record in records)
+    return PSNR_MARGIN if psnr else MARGINS.get(dataset)
 
 
-def _comparable(rule: Rule, kind: str, pair: list[Record]) -> bool:
-    """Whether all have the metric, and ours removed as much as the rule asks for."""
-    if any(record["metrics"].get(rule.metric) is None for record in pair):
-        return False
-    return rule.within is None or _left(pair[0], kind) - _left(pair[-1], kind) <= rule.within
+def _difference(rule: Rule, kind: str, pairs: list[list[Record]]) -> float:
+    """Mean over the pairs of ours minus theirs, or of ours alone.
+
+    NaN where one lacks the metric, and where ours is larger than the rule allows.
+    """
+    found, name = [], rule.metric.removeprefix("-")
+    for pair in pairs:
+        values = [record["metrics"].get(name) for record in pair]
+        more = 0.0 if rule.within is None else _left(pair[0], kind) - _left(pair[-1], kind)
+        if None in values or more > (rule.within or 0.0):
+            return math.nan
+        found.append(values[0] - sum(values[1:]))
+    return math.fsum(found) / len(found) * (1 if name == rule.metric else -1)
 
 
 def _left(record: Record, kind: str) -> float:
@@ -232,20 +224,13 @@ def _left(record: Record, kind: str) -> float:
     return 1 - metrics["sparsity"]
 
 
-def _difference(pairs: list[list[Record]], metric: str) -> float:
-    """Mean over the pairs of ours minus theirs, or of ours alone."""
-    values = [[record["metrics"][metric] for record in pair] for pair in pairs]
-    return math.fsum(ours - sum(theirs) for ours, *theirs in values) / len(values)
-
-
 def _with_images(seeds: list[list[list[Record]]]) -> dict[str, float]:
     """The interval over seeds and images, where all records say which images were right."""
     right = [[[right_of(record) for record in pair] for pair in pairs] for pairs in seeds]
     if any(each is None for pairs in right for pair in pairs for each in pair):
         return {}
     sides = np.array(right, dtype=float)  # seeds, targets, two, images
-    low, high = images_interval((sides[:, :, 0] - sides[:, :, 1]).mean(1))
-    return {"images_low": low, "images_high": high}
+    return dict(zip(_NUMBERS[-2:], drawn((sides[:, :, 0] - sides[:, :, 1]).mean(1)), strict=True))
 
 
 def _seeds(seeds: list[int]) -> str:
