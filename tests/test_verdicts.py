@@ -5,10 +5,11 @@ import subprocess
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import CARD, compared, put_record
+import torch
+from conftest import CARD, child_run, compared, put_record
 from scipy import stats
 
-from prunestudy import papers, places
+from prunestudy import datasets, papers, places
 from prunestudy.study import provenance, tables, verdicts
 from prunestudy.study.lines import bits_of, right_of
 from prunestudy.study.plan import plan
@@ -473,6 +474,24 @@ def test_bits_come_back():
     assert right_of(record).tolist() == right.tolist()
     assert right_of({"metrics": {"images": 3}}) is None
     assert len(bits_of(np.random.default_rng(0).random(10_000) < 0.99)) < 1000
+
+
+def test_a_new_record_says_which_test_images_were_right(runner):
+    """As many as the accuracy has; the same that the finished net is right on, in order."""
+    settings = child_run("magnitude", 0.5, epochs=3, lr=0.2)
+    record = runner.ensure(settings)
+    right = right_of(record)
+    assert len(right) == record["metrics"]["images"]
+    assert right.mean() == pytest.approx(record["metrics"]["metric"])
+    assert 0.2 < right.mean() < 1
+    data = runner.load("digits")
+    batches = datasets.batches_of(data.test, data.info, len(data.test))
+    net = runner.net(settings).eval()
+    with torch.inference_mode():
+        own = torch.cat([net(x).argmax(1) == y for x, y in batches.ordered(100)])
+    assert own.tolist() == right.tolist()
+    # Validation images are seen in searches, which are judged on nothing else.
+    assert "right" not in runner.ensure(settings.model_copy(update={"evaluate": "validation"}))
 
 
 def test_the_interval_over_seeds_and_images():
