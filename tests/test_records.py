@@ -29,9 +29,7 @@ from prunestudy.study.runs import Runner
 from prunestudy.train import read_checkpoint
 
 DIVERGED = {"epochs": 2, "lr": 1e18}
-KEYS = {
-    *"run format parent status settings data metrics validation history latency cost".split()
-}
+KEYS = {*"run format parent status settings data metrics validation history latency cost".split()}
 KEYS |= {"environment", "files", "right"}
 
 

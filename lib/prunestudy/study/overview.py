@@ -16,7 +16,7 @@ from prunestudy.study.plan import Planned, plan
 from prunestudy.study.records import Store
 from prunestudy.study.select import comparisons, index
 from prunestudy.study.session import Session
-from prunestudy.study.verdicts import observed, removed, row_of, verdicts_table
+from prunestudy.study.verdicts import claims_table, observed, removed, row_of, verdicts_table
 
 OURS = tuple(card.id for card in cards() if card.is_paper)  # each paper's method has its name
 # What may matter about a net, as a share of the dense one, and its name for people.
@@ -134,17 +134,20 @@ def combinations(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def duels(store: Store, planned: list[Planned]) -> pd.DataFrame:
-    """Each paper's method beside all others at the same targets, as a description; a pair once."""
+    """Each paper's method beside all others at the same targets, as a description; a pair once.
+
+    `side` says whether the interval lies above 0.
+    """
     runs, found = index(planned), []
     others = sorted({label for label, _, _ in runs if ", " not in label} - {"dense"})
     for ours in OURS:
         others = [label for label in others if label != ours]
-        for rule in (Rule(kind="description", method=ours, against=other) for other in others):
-            found += [
-                row_of(store, comparison) | {"method": ours}
-                for comparison in comparisons(rule, runs)
-            ]
-    return pd.DataFrame(found, columns=_DUEL)
+        for other in others:
+            rule = Rule(kind="description", method=ours, against=other)
+            found += [row_of(store, c) | {"method": ours} for c in comparisons(rule, runs)]
+    table = pd.DataFrame(found, columns=_DUEL)
+    side = np.select([table["low"] > 0, table["high"] < 0], ["ahead", "behind"], "holds 0")
+    return table.assign(side=side)
 
 
 def class_drops(study: Session) -> pd.DataFrame:
@@ -177,4 +180,11 @@ def verdicts(study: Session) -> pd.DataFrame:
         sized = (study.profile, (paper.id,), study.seeds, study.epochs)
         planned = plan(*sized) if study.profile in paper.profiles else []
         found.append(verdicts_table(study.store, planned, paper, images=True))
-    return pd.concat([table for table in found if len(table)], ignore_index=True)
+    return pd.concat(found, ignore_index=True)
+
+
+def claims(study: Session) -> pd.DataFrame:
+    """Every claim of every paper, and what came out on top in the profile of `study`."""
+    table = claims_table(verdicts(study))
+    names = {paper.id: paper.short or paper.title for paper in cards()}
+    return table.assign(paper=table["paper"].map(names))

@@ -118,9 +118,9 @@ def row_of(store: Store, comparison: Comparison, images: bool = False) -> dict[s
     }
     if images and control and rule.metric == "metric" and n > 1:
         row |= _with_images([found[seed] for seed in d])
-    if not rule.primary:
-        return row
     row |= {"planned": comparison.planned, "there": bool(found)}
+    if not (rule.primary and found):
+        return row if found else row | {"verdict": NO_RUNS}
     margin = 0.0 if rule.kind == "superiority" else _margin(dataset, found)
     if why := _why_not(comparison, margin, n, len(ours), len(theirs)):
         return row | {"kind": "description", "verdict": f"not tested: {why}"}

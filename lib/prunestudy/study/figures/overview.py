@@ -119,7 +119,8 @@ def verdicts(rows: pd.DataFrame) -> Figure:
     for y, (_, claim) in enumerate(groups):
         tested = [v for v in claim.verdict if v in OUTCOMES]
         shown = sorted(tested or {min(claim.verdict, key=[*_VERDICTS].index)})
-        axes.scatter(range(len(shown)), [y] * len(shown), 110, [*map(_VERDICTS.get, shown)], "s")
+        colours = [_VERDICTS[verdict] for verdict in shown]
+        axes.scatter(range(len(shown)), [y] * len(shown), s=110, c=colours, marker="s")
         most, drawn = max(most, len(shown)), drawn | {*shown}
     papers = [card(paper).short or card(paper).title for (paper, _), _ in groups]
     heads = [p if p != before else "" for before, p in zip(["", *papers], papers, strict=False)]
@@ -129,7 +130,7 @@ def verdicts(rows: pd.DataFrame) -> Figure:
     axes.invert_yaxis()
     axes.grid(visible=False)
     for name in (name for name in _VERDICTS if name in drawn):
-        axes.scatter([], [], 80, _VERDICTS[name], "s", label=name)
+        axes.scatter([], [], s=80, c=_VERDICTS[name], marker="s", label=name)
     look.legend(figure, "outside upper center", columns=6)
     return figure
 
