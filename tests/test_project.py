@@ -192,10 +192,12 @@ def test_links_of_notebooks_hold_in_executed_copies_too(path):
 @pytest.mark.parametrize("profile", ["cpu", "cpu-long"])
 def test_committed_tables_are_those_of_the_records(profile):
     """Of cpu-long, of the records that the tables name: a study that goes on has more."""
-    paths = {name: ROOT / f"results/{profile}/tables/{name}.csv" for name in ("runs", "summary")}
+    names, folder = ("runs", "summary", "verdicts"), ROOT / f"results/{profile}/tables"
+    paths = {name: folder / f"{name}.csv" for name in names}
     listed = set(pd.read_csv(paths["runs"])["run"])
     items = [item for item in plan(profile) if profile == "cpu" or item.settings.run in listed]
-    made = tables.build(Store(profile, ROOT / "results"), items)
+    store = Store(profile, ROOT / "results")
+    made = (*tables.build(store, items), tables.verdicts(store, items))
     for (name, path), table in zip(paths.items(), made, strict=True):
         assert path.read_text(encoding="utf-8") == tables.text_of(table), name
 

@@ -114,7 +114,7 @@ def verdicts(rows: pd.DataFrame) -> Figure:
     """
     known = rows.assign(verdict=rows.verdict.where(rows.verdict.isin([*_VERDICTS]), "not tested"))
     groups = [*known.groupby(["paper", "claim"], sort=False)]
-    figure, (axes,) = look.canvas(size=(9, 0.26 * len(groups) + 1.2))
+    figure, (axes,) = look.canvas(size=(7, 0.22 * len(groups) + 1.2))
     most, drawn = 1, set()
     for y, (_, claim) in enumerate(groups):
         tested = [v for v in claim.verdict if v in OUTCOMES]
@@ -124,9 +124,12 @@ def verdicts(rows: pd.DataFrame) -> Figure:
         most, drawn = max(most, len(shown)), drawn | {*shown}
     papers = [card(paper).short or card(paper).title for (paper, _), _ in groups]
     heads = [p if p != before else "" for before, p in zip(["", *papers], papers, strict=False)]
-    names = [f"{head}   {claim}" for head, ((_, claim), _) in zip(heads, groups, strict=True)]
+    names = [
+        f"{head}   {claim.replace('_', ' ')}"
+        for head, ((_, claim), _) in zip(heads, groups, strict=True)
+    ]
     axes.set_yticks(range(len(groups)), names)
-    axes.set(xlim=(-0.5, max(most, 8) - 0.5), xticks=[], xlabel="nets that a claim is tested on")
+    axes.set(xlim=(-0.5, max(most, 5) - 0.5), xticks=[], xlabel="nets that a claim is tested on")
     axes.invert_yaxis()
     axes.grid(visible=False)
     for name in (name for name in _VERDICTS if name in drawn):
