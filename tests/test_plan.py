@@ -142,6 +142,8 @@ def test_an_entry_may_have_seeds_of_its_own(card_file):
     expected = {("", "dense"): new, ("", "magnitude"): [0, 1], ("start", "dense"): [*new, 0, 1]}
     assert seeds == expected
     assert {item.settings.seed for item in plan("quick", seeds=1)} == {0, 10}
+    first = {(item.settings.method, item.settings.seed) for item in plan("quick") if item.first}
+    assert first == {("dense", 10), ("magnitude", 0), ("dense", 0)}  # the last is a start
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,8 @@ def settings_table(runs: pd.DataFrame) -> pd.DataFrame:
 
     `label` names it for people; `combined` marks two methods, one after the other. Costs are
     shares of the dense net of the same model, data, total epochs and device: means over seeds,
-    times of seed 0, training (parents included) a median. Raises `InputError` if no run is done.
+    times of the first seed, training (parents included) a median. Raises `InputError` if no run is
+    done.
     """
     done = runs[(runs["status"] == "done") & ~runs["stage"].isin(["start", "half"])]
     if done.empty:

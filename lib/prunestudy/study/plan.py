@@ -22,7 +22,8 @@ class Planned:
 
     `variant` is its label for people. It says which `reading` of the method this is, at which
     `stage` ("" an ordinary result, "start" the dense parent, "half" the beginning of a combination,
-    "fine-tuned", "combined"), and for a combination which method came before it (`after`).
+    "fine-tuned", "combined"), and for a combination which method came before it (`after`). The
+    `first` seed of an experiment is the one that is drawn and timed.
     """
 
     paper: str
@@ -33,6 +34,7 @@ class Planned:
     reading: str = ""
     stage: str = ""
     after: str = ""
+    first: bool = True
 
 
 def plan(
@@ -97,7 +99,8 @@ def _of_experiment(
                 found.insert(0, (starts[seed], "", "start", ""))
             for settings, *words in found:
                 item = (experiment.name, experiment.purpose, _label(*words), settings, *words)
-                runs.setdefault((_label(*words), settings.run), Planned(paper, *item))
+                first = seed == seeds_of[entry.label].start
+                runs.setdefault((_label(*words), settings.run), Planned(paper, *item, first))
     return list(runs.values())
 
 
