@@ -83,11 +83,11 @@ def verdicts_table(
             rows.append(said | {"why": claim.not_testable, "verdict": NOT_TESTABLE})
         for rule in claim.tests:
             said |= {"kind": rule.kind, "method": rule.method, "metric": rule.metric}
-            found = [row_of(store, each, images) for each in comparisons(rule, runs, best)]
-            found = found or [{"control": rule.against, "verdict": NO_RUNS}]
             if rule.kind == "by_construction":
-                found = [{"why": rule.why, "verdict": BY_CONSTRUCTION}]
-            rows += [said | row for row in found]
+                rows.append(said | {"why": rule.why, "verdict": BY_CONSTRUCTION})
+                continue
+            found = [row_of(store, each, images) for each in comparisons(rule, runs, best)]
+            rows += [said | row for row in found or [{"control": rule.against, "verdict": NO_RUNS}]]
     _test(rows, paper, store.folder.name)
     return pd.DataFrame([_BLANK | row for row in rows], columns=[*_BLANK])
 
