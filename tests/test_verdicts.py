@@ -35,15 +35,18 @@ def old_rules(monkeypatch):
 
 @pytest.fixture
 def judge(store, card_file, old_rules):
-    """The rows of the card `text`, with `ours` and `theirs` by seed as metrics (None: diverged)."""
+    """The rows of the card `text`, with `ours` and `theirs` by seed as metrics (None: diverged).
+
+    Other methods have 0.8; those in `fails` diverge. Data sets without `only` have no records.
+    """
     store.folder = store.folder.with_name("quick")
 
-    def made(ours, theirs=(0.8,) * 8, text=NEW, **more):
+    def made(ours, theirs=(0.8,) * 8, text=NEW, only="", fails=(), **more):
         card_file(text)
-        for item in plan("quick"):
-            place = (item.settings.seed - 10) % 8
-            scores = {"magnitude": ours, "random": theirs}.get(item.settings.method, (0.8,) * 8)
-            put_record(store, item.settings, scores[place], **more)
+        for item in (item for item in plan("quick") if only in item.settings.dataset):
+            s, level = item.settings, None if item.settings.method in fails else 0.8
+            scores = {"magnitude": ours, "random": theirs}.get(s.method, (level,) * 8)
+            put_record(store, s, scores[(s.seed - 10) % 8], **more)
         return verdicts.verdicts_table(store, plan("quick"), papers.card("toy"))
 
     return made
@@ -179,6 +182,33 @@ def test_with_fewer_seeds_or_used_ones_there_is_no_verdict(judge, store, seeds, 
     assert row["verdict"] == "not tested: fewer than eight seeds"
     assert np.isnan([row["p"], row["p_adjusted"], row["p_opposite"]]).all()
     assert np.isfinite(row["mean"])
+
+
+def test_a_planned_test_that_cannot_be_made_counts_in_the_family(judge):
+    """Three tests; then one has a control that fails, and of another data set nothing is here."""
+    claim = """
+    [[claims]]
+    id = "CLAIM"
+    text = "t"
+    mark = "P"
+    place = "p"
+    tests = [{ kind = "superiority", method = "magnitude", against = "CLAIM" }]
+
+    """
+    more = "".join(claim.replace("CLAIM", name) for name in ("dense", "l1"))
+    text = NEW.replace("    [profiles.quick]", f"{more}\n    [profiles.quick]")
+    text = text.replace('{ method = "random" }]', '{ method = "random" }, { method = "l1" }]')
+    again = text[text.index("    [[profiles.quick.experiments]]") :].replace('"digits"', '"mnist"')
+    here = judge(0.85 + NOISE, text=text)
+    there = judge(0.85 + NOISE, text=text + again, only="digits", fails=["l1"])
+    assert here.p_adjusted.tolist() == pytest.approx([3 * p for p in here.p])
+    made = there[(there.dataset == "digits") & (there.control != "l1")]
+    assert made.p.tolist() == pytest.approx(here.p[:2].tolist())
+    assert made.p_adjusted.tolist() == pytest.approx([3 * p for p in made.p])
+    assert set(there[there.control == "l1"].verdict) == {
+        "not tested: the control fails",
+        "no runs in this profile",
+    }
 
 
 def test_a_seed_that_is_not_run_yet_leaves_a_description(judge, store):
