@@ -11,7 +11,7 @@ from torch import nn
 from common import Row, main
 from layers import forward
 from prunestudy import shrink
-from prunestudy.study import figures
+from prunestudy.study.figures.papers import sparse_layers
 
 WIDTHS, SPARSITIES, BATCHES = (512, 1024, 2048, 4096), (0.90, 0.95, 0.98, 0.99), (1, 128)
 
@@ -47,17 +47,7 @@ def write(table: list[dict[str, float]], folder: Path) -> None:
     layers.to_csv(
         folder / "sparse_linear.csv", index=False, float_format="%.5g", lineterminator="\n"
     )
-    figures.style()
-    figure, axes = plt.subplots(1, len(BATCHES), figsize=(9, 3.4), sharey=True)
-    for panel, batch in zip(axes, BATCHES, strict=True):
-        for width, line in layers[layers.batch == batch].groupby("width"):
-            error = [line.speed_up - line.low, line.high - line.speed_up]
-            panel.errorbar(line.sparsity, line.speed_up, error, marker="o", label=f"{width} wide")
-        panel.axhline(1, color="black", ls="--", lw=1)
-        panel.set(title=f"batch {batch}", xlabel="share of zero weights", yscale="log")
-        panel.yaxis.set_major_formatter("{x:g}")
-    axes[0].set_ylabel("dense time / sparse time")
-    axes[0].legend(fontsize=8)
+    figure = sparse_layers(layers)
     figure.savefig(folder / "sparse_linear.png", metadata={"Software": None})
     plt.close(figure)
 

@@ -1,20 +1,29 @@
 """Notebooks through papermill, with tiny settings; bad parameters change nothing on disk."""
 
 import base64
+import hashlib
+import json
+import re
+from functools import partial
 
 import nbformat
+import pandas as pd
 import papermill
 import psutil
 import pytest
 from conftest import one_line
 
+from prunestudy import methods
 from prunestudy.errors import InputError
 from prunestudy.papers import cards
-from prunestudy.study import notebooks
-from prunestudy.study.records import Store
-from prunestudy.study.session import check_parameters
+from prunestudy.study import notebooks, sentences, tables
+from prunestudy.study.records import Store, repository
+from prunestudy.study.select import index
+from prunestudy.study.session import Session
 
+ROOT = repository()
 PAPERS = [card.id for card in cards()]
+STEMS = [card.notebook for card in cards()]
 
 
 def _execute(paper, target, **values):
@@ -29,7 +38,7 @@ def _execute(paper, target, **values):
     )
 
 
-@pytest.mark.parametrize("paper", PAPERS)
+@pytest.mark.parametrize("paper", PAPERS, ids=STEMS)
 @pytest.mark.filterwarnings("ignore")  # of papermill's and the kernel's own, in this process
 def test_runs_alone_with_tiny_settings(paper, tmp_path):
     _execute(paper, tmp_path / "out.ipynb", seeds=1, epochs=1, results=str(tmp_path))
@@ -47,6 +56,99 @@ def test_runs_alone_with_tiny_settings(paper, tmp_path):
         # Twice the pixels of the size on the page: the width is in bytes 16 to 19 of a PNG.
         pixels = int.from_bytes(base64.b64decode(output.data["image/png"])[16:20])
         assert about["width"] == pixels // 2
+    pages = [output.get("data", {}).get("text/html", "") for output in outputs]
+    assert not [page for page in pages if "…" in page or re.search(r"<t[dh][^>]*>\.\.\.<", page)]
+
+
+def _code(paper):
+    """The code cells of the paper's notebook that sentences are made in, and what these need."""
+    cells = nbformat.read(notebooks.source_of(paper), as_version=4).cells
+    code = [cell for cell in cells if cell.cell_type == "code"]
+    return [cell.source for cell in code if re.search(r"\.says\(|\bsentences\b", cell.source)]
+
+
+def _said(paper, monkeypatch):
+    """The notebook's sentences on the committed records of cpu, each with how it is made again."""
+    found, study = [], Session(paper, "cpu", results=ROOT / "results", show=False)
+
+    def says(self, *words, **what):
+        made = sentences.says(self.store, self.planned, self.card, *words, **what)
+        found.append((words, made, partial(sentences.says, *base, *words, **what)))
+        return made
+
+    base = (study.store, study.planned, study.card)
+    monkeypatch.setattr(Session, "says", says)
+    monkeypatch.setattr(Session, "of", lambda *a: study)
+    room = {"display": lambda *shown: None, "pd": pd}
+    for source in _code(paper):
+        exec(source, room)
+        room["study"] = study
+    return study, found
+
+
+SPEAKING = [card for card in cards() if any(".says(" in source for source in _code(card.id))]
+
+
+@pytest.fixture(params=SPEAKING, ids=lambda card: card.notebook)
+def said(request, monkeypatch):
+    return _said(request.param.id, monkeypatch)
+
+
+def test_every_sentence_holds_for_the_committed_records(said):
+    """Its numbers are those of the summary table, which is made another way."""
+    study, found = said
+    assert len(found) >= 3
+    assert sum(bool(made.direction) for _, made, _ in found) >= 3
+    table = tables.readable(study.summary)
+    known = {f"{row['minus dense']}, n = {row['n']}" for row in table.to_dict("records")}
+    for words, made, _ in found:
+        assert made.endswith((".", ")")) and "nan" not in made, made
+        for mean, rest in re.findall(r"([+-][\d.]+) points( \[.*?\], n = \d+)", made):
+            assert words[1:] != ("dense",) or mean + rest in known, made
+
+
+def test_with_method_and_control_swapped_in_the_records_directions_turn(said, monkeypatch):
+    study, found = said
+    turned = {"above": "below", "below": "above"}
+    runs, read = index(study.planned), Store.read_all
+    for (ours, *against), made, again in found:
+        control, other = (against or ["dense"])[0], {}
+        for (label, *place), targets in runs.items():
+            opponents = runs.get((control, *place), {})
+            for target, items in targets.items() if label == ours else ():
+                theirs = opponents.get(target) or opponents.get(None, {})
+                for key in items.keys() & theirs.keys():
+                    pair = items[key].settings, theirs[key].settings
+                    other |= dict(zip((each.run for each in pair), reversed(pair), strict=True))
+        monkeypatch.setattr(Store, "read_all", lambda s, at, o=other: read(s, o.get(at.run, at)))
+        swapped = again()
+        monkeypatch.setattr(Store, "read_all", read)
+        assert again() == made
+        if made.direction:
+            assert swapped != made
+            if against and control != "dense":  # of which one run pairs with those of all targets
+                assert swapped.direction == turned.get(made.direction, made.direction), made
+
+
+@pytest.mark.parametrize(
+    "path",
+    sorted((ROOT / "results").glob("*/notebooks/*.ipynb")),
+    ids=lambda path: "/".join(path.parts[-3::2]),
+)
+def test_current_copies_show_whole_tables_and_names_for_people(path):
+    """Of copies that are older than their source, a study makes new ones."""
+    copy = json.loads(path.read_text(encoding="utf-8"))
+    source = (ROOT / "notebooks" / path.name).read_bytes()
+    if copy["metadata"]["prunestudy"]["source"] != hashlib.sha256(source).hexdigest():
+        return
+    raw = "|".join(name for name in methods.names() if "_" in name)
+    for cell in copy["cells"]:
+        for output in cell.get("outputs", ()):
+            data = output.get("data", {}) | {"stream": output.get("text", "")}
+            for kind in ("text/html", "text/markdown", "stream"):
+                text = re.sub(r"base64,[^\"]*|https?://\S+", "", "".join(data.get(kind, "")))
+                cut = re.search(rf"…|<t[dh][^>]*>[^<]*\.\.\.<|\b({raw})\b|-[0-9a-f]{{12}}\b", text)
+                assert not cut, (cell["id"], text[max(0, cut.start() - 60) : cut.end() + 20])
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -60,13 +162,17 @@ def test_plain_papermill_with_a_bad_parameter_stops_in_the_first_cells(tmp_path)
     assert not results.exists()
 
 
-def test_check_parameters_names_what_is_wrong():
-    space = {"before": 0, "seeds": 1}
-    check_parameters(space, {"before"}, seeds=int)
-    with pytest.raises(InputError, match="parameter = 'sedes': allowed are seeds"):
-        check_parameters(space | {"sedes": 1}, {"before"}, seeds=int)
-    with pytest.raises(InputError, match=r"parameter seeds = 1\.5: must be of type int"):
-        check_parameters(space | {"seeds": 1.5}, {"before"}, seeds=int)
+def test_parameters_are_refused_by_name_and_by_type():
+    space = {"profile": "quick", "seeds": 1, "epochs": 0} | dict.fromkeys(("results", "data"), "")
+    space |= {"device": "cpu"}
+    names = {"In": [], "Out": {}, "_": 3, "figures": notebooks, "Session": Session}
+    assert Session.of(PAPERS[0], space | names).seeds == 1
+    with pytest.raises(InputError, match="parameter = 'sedes': allowed are data, device"):
+        Session.of(PAPERS[0], space | {"sedes": 1})
+    with pytest.raises(InputError, match=r"parameter seeds = 1\.5: of type int"):
+        Session.of(PAPERS[0], space | {"seeds": 1.5})
+    with pytest.raises(InputError, match=r"parameter seeds = None: of type int"):
+        Session.of(PAPERS[0], {name: value for name, value in space.items() if name != "seeds"})
 
 
 @pytest.mark.filterwarnings("ignore")  # of a source without ids of cells

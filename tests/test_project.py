@@ -117,8 +117,9 @@ def test_notebooks_are_stored_without_outputs_and_say_more_than_they_compute(pat
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert all(not cell.outputs and cell.execution_count is None for cell in code)
     assert len(notebook.cells) - len(code) > len(code)
-    lengths = sorted(len(cell.source.splitlines()) for cell in code)
-    assert lengths[len(lengths) // 2] < 10
+    shown = [cell for cell in code if "loop" not in cell.metadata.get("tags", [])]
+    lengths = {cell.id: sum(map(bool, map(str.strip, cell.source.splitlines()))) for cell in shown}
+    assert not {name: lines for name, lines in lengths.items() if lines > 12}
     assert sum("parameters" in cell.metadata.get("tags", []) for cell in code) == 1
 
 
@@ -129,7 +130,7 @@ def test_exercises_take_their_solution_and_refuse_a_wrong_answer(path):
     for cell in cells:
         for tag in cell.metadata.get("tags", []):
             tagged.get(tag, []).append(cell.source)
-    assert len(tagged["exercise"]) == len(tagged["solution"]) >= 4
+    assert len(tagged["exercise"]) == len(tagged["solution"]) >= 5
     for question, text in zip(tagged["exercise"], tagged["solution"], strict=True):
         solution = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
         blank, check = question.split("\n\n\n", 1)
@@ -144,6 +145,22 @@ def test_exercises_take_their_solution_and_refuse_a_wrong_answer(path):
                 f"'__name__': 'wrong'}})()\n{check}",
                 room,
             )
+        if "lambda r" in check:  # what knows the cases by heart fails on random ones
+            room["exercise"] = lambda answer, cases, draw: exercise(
+                _by_heart(answer.__name__, cases), cases, draw
+            )
+            with pytest.raises(AssertionError, match=f"(?s){name}.*got 7"):
+                exec(f"{solution}\n{check}", room)
+
+
+def _by_heart(name, cases):
+    known = {str(arguments): expected for arguments, expected in cases}
+
+    def answer(*arguments):
+        return known.get(str(arguments), 7.0)
+
+    answer.__name__ = name
+    return answer
 
 
 def test_readme_table_is_made_from_the_committed_summary():

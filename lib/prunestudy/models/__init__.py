@@ -13,7 +13,7 @@ from prunestudy.models.multipart import TDMPC, Autoencoder
 from prunestudy.models.small import Shape, resnet, wide_resnet
 
 __all__ = ["TDMPC", "Autoencoder", "build", "describe", "has_pretrained", "names", "resnet"]
-__all__ += ["task_of", "wide_resnet"]
+__all__ += ["task_of", "title", "wide_resnet"]
 
 
 class _Net(NamedTuple):
@@ -74,6 +74,12 @@ def names() -> list[str]:
 def describe() -> dict[str, str]:
     """Each net's name and a line about it."""
     return {name: _REGISTRY[name].line for name in names()}
+
+
+def title(name: str) -> str:
+    """The name of net `name` for people: "LeNet-5"; names that are words already stay."""
+    first = _net(name).line.split(" for ")[0].split(",")[0].split("'s ")[-1]
+    return first if first[0].isupper() else name.replace("_", " ")
 
 
 def task_of(name: str) -> str:

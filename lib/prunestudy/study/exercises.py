@@ -1,18 +1,58 @@
 """Exercises that check themselves."""
 
-from collections.abc import Callable, Sequence
+import copy
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
+from prunestudy import places
+from prunestudy.errors import InputError
 
-def exercise(answer: Callable[..., Any], cases: Sequence[tuple[tuple, Any]]) -> None:
-    """Check `answer` on `cases` of (arguments, expected); `AssertionError` if it is wrong."""
-    for arguments, expected in cases:
-        got = answer(*arguments)
+_RANDOM_CASES = 20
+
+
+def exercise(
+    answer: Callable[..., Any],
+    cases: Sequence[tuple[tuple, Any]],
+    draw: Callable[[torch.Generator], tuple] | None = None,
+) -> None:
+    """Check `answer` on `cases` of (arguments, expected); `AssertionError` if it is wrong.
+
+    With `draw`, also on arguments that it draws at random, against the notebooks' solution of
+    the same name.
+    """
+    for arguments, expected in itertools.chain(cases, _drawn(answer.__name__, draw)):
+        got = answer(*copy.deepcopy(arguments))
         if got is None:
             return print(f"{answer.__name__}: not answered yet")
         given, wanted = (torch.as_tensor(value, dtype=torch.float64) for value in (got, expected))
         right = given.shape == wanted.shape and torch.allclose(given, wanted, atol=1e-6, rtol=1e-6)
         assert right, f"{answer.__name__}{arguments}: got {got}, expected {expected}"
     return print(f"{answer.__name__}: right")
+
+
+def _drawn(
+    name: str, draw: Callable[[torch.Generator], tuple] | None
+) -> Iterator[tuple[tuple, Any]]:
+    """Random cases, made when they are asked for: after the others are right."""
+    solution, random = draw and _solution(name), torch.Generator().manual_seed(0)
+    for _ in range(_RANDOM_CASES if draw else 0):
+        arguments = draw(random)
+        yield arguments, solution(*copy.deepcopy(arguments))
+
+
+def _solution(name: str) -> Callable[..., Any]:
+    """The solution called `name`, as it stands in a notebook."""
+    for path in sorted(places.notebooks().glob("*.ipynb")):
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            text = "".join(cell["source"])
+            code = re.search(rf"```python\n(.*?def {name}\(.*?)```", text, re.DOTALL)
+            if code and "solution" in cell["metadata"].get("tags", ()):
+                room: dict[str, Any] = {"torch": torch}
+                exec(code[1], room)
+                return room[name]
+    raise InputError(f"exercise = {name}: no notebook has its solution")

@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
+from IPython.display import Markdown, display
 from tqdm.auto import tqdm
 
 from prunestudy import datasets, measure, models, shrink
 from prunestudy.errors import InputError, require, require_one_of
 from prunestudy.papers import Card, card
-from prunestudy.study import tables, verdicts
+from prunestudy.study import sentences, tables, verdicts
 from prunestudy.study.lines import line_of
 from prunestudy.study.plan import Planned, plan
 from prunestudy.study.records import Store
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
 
 # From this sparsity on, compressed rows are faster than a dense layer (see the bench).
 _CSR_FROM = 0.8
+# The parameters of every notebook; names of other values of plain types are refused.
+_PARAMETERS = {"profile": str, "seeds": int, "epochs": int, "results": str, "data": str}
+_PARAMETERS |= {"device": str}
+_PLAIN = (str, int, float, bool, list, dict, type(None))
 
 
 @dataclass
@@ -61,6 +66,27 @@ class Session:
         here = (p.purpose != "search" or self.store.read(p.settings) for p in self.planned)
         self.planned = list(itertools.compress(self.planned, here))
 
+    @classmethod
+    def of(cls, paper: str, space: Mapping[str, Any]) -> "Session":
+        """The session that a notebook's parameters in `space` ask for, in the study's look.
+
+        Parameters are the plain values among the notebook's names. Raises `InputError` with one
+        line for one that there is not, and for a value of another type.
+        """
+        plain = {name for name, value in space.items() if type(value) in _PLAIN}
+        for name in sorted(plain - {"In", "Out"}):
+            if not name.startswith("_"):
+                require_one_of("parameter", name, _PARAMETERS)
+        for name, kind in _PARAMETERS.items():
+            value = space.get(name)
+            require(type(value) is kind, f"parameter {name}", value, f"of type {kind.__name__}")
+        from prunestudy.study import figures, notebooks  # late: they import this
+
+        figures.style()
+        if badge := notebooks.colab_badge(f"{card(paper).notebook}.ipynb"):
+            display(Markdown(badge))
+        return cls(paper, **{name: space[name] for name in _PARAMETERS})
+
     def run(self) -> None:
         """Train what is missing, and say how much that was."""
         missing = [p for p in self.planned if self.store.read(p.settings) is None]
@@ -90,6 +116,24 @@ class Session:
 
     def _judged(self, images: bool = False) -> pd.DataFrame:
         return verdicts.verdicts_table(self.store, self.planned, self.card, images)
+
+    def says(self, method: str, against: str = "", **what: Any) -> sentences.Sentence:
+        """A sentence about `method`'s results that the records make; see `sentences.says`."""
+        return sentences.says(self.store, self.planned, self.card, method, against, **what)
+
+    def measured(
+        self, methods: Iterable[str], quantities: Sequence[sentences.Quantity]
+    ) -> pd.DataFrame:
+        """Means of `quantities` over the seeds that have them, a row for each setting; for people.
+
+        `methods` are labels of the card, as for `says`.
+        """
+        rows = [
+            row
+            for label in methods
+            for row in sentences.measured(self.store, self.planned, label, quantities)
+        ]
+        return pd.DataFrame(rows).dropna(how="all", subset=[each.name for each in quantities])
 
     def figure(self, name: str, drawn: "Figure") -> "Figure":
         """Save `drawn` under the paper's name and return it."""
@@ -164,17 +208,3 @@ def state_of(store: Store, planned: list[Planned]) -> str:
     records = {run: store.at(store.place(run)) for run in (p.settings.run for p in planned)}
     done = {run: record and line_of(record) for run, record in records.items()}
     return hashlib.sha256(json.dumps(done, sort_keys=True).encode()).hexdigest()
-
-
-def check_parameters(namespace: Mapping[str, Any], before: set[str], **types: type) -> None:
-    """Refuse parameters that the notebook does not have, and values of another type.
-
-    `before` are the names of `namespace` ahead of the `parameters` cell, `types` those that the
-    cell defines. Raises `InputError` with one line.
-    """
-    for name in sorted(set(namespace) - before - {"BEFORE"}):
-        if not name.startswith("_"):
-            require_one_of("parameter", name, types)
-    for name, kind in types.items():
-        value = namespace[name]
-        require(type(value) is kind, f"parameter {name}", value, f"must be of type {kind.__name__}")

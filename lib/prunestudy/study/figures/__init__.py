@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from prunestudy import methods
+from prunestudy import methods, models
 from prunestudy.errors import InputError
 from prunestudy.papers import Card
 from prunestudy.study import tables
@@ -49,7 +49,9 @@ _NAMES = {"%": "accuracy", " dB": "PSNR"}
 
 
 def style() -> None:
-    """Set the study's look; in a notebook, figures also get their size and alternative text."""
+    """Set the study's look: tables are shown whole, and figures in a notebook get their size and
+    alternative text.
+    """
     from IPython import get_ipython
 
     shell = get_ipython()
@@ -58,6 +60,8 @@ def style() -> None:
         import matplotlib_inline.backend_inline  # noqa: F401
 
         shell.display_formatter.formatters["image/png"].for_type(Figure, shown)
+    for whole in ("max_colwidth", "max_rows", "max_columns"):
+        pd.set_option(f"display.{whole}", None)
     sns.set_theme(context="notebook", style="whitegrid", font_scale=0.9)
     mpl.rcParams.update({"figure.dpi": 110, "savefig.dpi": 160, "figure.constrained_layout.use": 1})
     mpl.rcParams.update({"legend.fontsize": 8, "axes.titlesize": 10, "figure.titlesize": 10})
@@ -103,8 +107,8 @@ def title_of(method: str) -> str:
 
 
 def place_of(rows: pd.DataFrame) -> str:
-    """Net and data set of `rows`, which share them: "lenet5 on MNIST"."""
-    return f"{rows.model.iloc[0]} on {tables.datasets_title(rows.dataset.iloc[0])}"
+    """Net and data set of `rows`, which share them: "LeNet-5 on MNIST"."""
+    return f"{models.title(rows.model.iloc[0])} on {tables.datasets_title(rows.dataset.iloc[0])}"
 
 
 def select(table: pd.DataFrame, figure: str, **where: Any) -> pd.DataFrame:
@@ -198,7 +202,9 @@ def metric_against_target(
     for number in paper.published:
         place = (number.model, number.dataset, number.target_kind, number.metric)
         if place == (model, dataset, kind, metric) and number.kept:
-            label = f"{number.method.replace('_', ' ')}, quoted [{number.mark}]"
+            name = number.method
+            name = title_of(name) if name in _LOOK else name.replace("_", " ")
+            label = f"{name}, published [{number.mark}]"
             spot = (100 * number.kept, factor * number.value)
             axes.plot(*spot, "*", ms=14, color="black", label=label, zorder=5)
     ticks = sorted({round(100 * (1 - target), 3) for target in rows.target})
@@ -228,8 +234,9 @@ def variants(summary: pd.DataFrame, method: str) -> Figure:
     look = {"fmt": "o", "color": COLOURS[method], "capsize": 3}
     axes.errorbar(middle, labels, xerr=[middle - low, high - middle], **look)
     axes.axvline(0, color="black", ls="--", lw=1)
-    axes.set_xscale("symlog", linthresh=1)
-    axes.xaxis.set_major_formatter("{x:g}")
+    if max(-low.min(), high.max()) > 1:
+        axes.set_xscale("symlog", linthresh=1)
+        axes.xaxis.set_major_formatter("{x:g}")
     words = "points" if unit == "%" else "dB"
     axes.set(xlabel=f"{_NAMES[unit]} minus dense, {words} (mean and 95% interval)")
     removed = tables.removed(first.target, first.target_kind)

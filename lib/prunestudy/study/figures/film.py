@@ -7,13 +7,14 @@ a digest of the frames, so that the same training gives the same page.
 import base64
 import hashlib
 import io
+import os
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
-from IPython.display import HTML
+from IPython.display import HTML, display
 from matplotlib.animation import FuncAnimation
 from matplotlib.figure import Figure
 from PIL import Image
@@ -29,6 +30,24 @@ _SIGNS = {
     "play": "&#9654;",
     "pause": "||",
 }
+
+
+def slide(
+    figure: Figure, draw: Callable[[Any], None], values: Sequence[Any], name: str
+) -> HTML | None:
+    """A slider over `values` of `name`: live where a person is, in executed copies a film."""
+    if "PRUNESTUDY_FILM" in os.environ:
+        return film(figure, draw, values)
+    from ipywidgets import SelectionSlider, interact  # late: a quarter of a second
+
+    plt.close(figure)
+
+    def show(value: Any) -> None:
+        draw(value)
+        display(figure)
+
+    interact(show, value=SelectionSlider(options=values, description=name))
+    return None
 
 
 def film(figure: Figure, draw: Callable[[Any], None], frames: Sequence[Any], fps: int = 5) -> HTML:

@@ -49,6 +49,23 @@ def kept_against_start(store: Store, runs: dict[str, str]) -> Figure:
     return figure
 
 
+def sparse_layers(layers: pd.DataFrame) -> Figure:
+    """Speed-up of single linear layers from compressed rows, as the bench measured it."""
+    batches = sorted(layers.batch.unique())
+    figure, axes = look.canvas(len(batches), (9, 3.4), sharey=True)
+    for panel, batch in zip(axes, batches, strict=True):
+        for width, line in layers[layers.batch == batch].groupby("width"):
+            error = [line.speed_up - line.low, line.high - line.speed_up]
+            panel.errorbar(line.sparsity, line.speed_up, error, marker="o", label=f"{width} wide")
+        panel.axhline(1, color="black", ls="--", lw=1)
+        panel.set(title=f"linear layers, batch {batch}", xlabel="share of zero weights")
+        panel.set_yscale("log", base=2)
+        panel.yaxis.set_major_formatter("{x:g}")
+    axes[0].set_ylabel("dense time / sparse time")
+    axes[0].legend()
+    return figure
+
+
 def ranks_table(store: Store, planned: Sequence[Planned]) -> pd.DataFrame:
     """One row per run and layer of nets that are factorised at a share of the energy.
 

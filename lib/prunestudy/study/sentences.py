@@ -1,0 +1,234 @@
+"""Sentences about results, made from records: numbers, directions and names follow from them."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from prunestudy import models
+from prunestudy.methods import method_class
+from prunestudy.papers import Card
+from prunestudy.study.plan import Planned
+from prunestudy.study.records import Store
+from prunestudy.study.select import index
+from prunestudy.study.tables import UNITS, datasets_title
+from prunestudy.study.verdicts import interval, removed
+
+Record = dict[str, Any]
+_SCORES = {"top1": "test accuracy", "miou": "mean IoU", "psnr": "test PSNR"}
+_WAYS = {"above": "above", "below": "below", "level": "not told apart from"}
+
+
+class Quantity(NamedTuple):
+    """What a sentence is about: its name, its value in a record (None: not there), its unit.
+
+    The value is `factor` times what `of` finds.
+    """
+
+    name: str
+    of: Callable[[Record], float | None]
+    unit: str = ""
+    factor: float = 1
+
+    def __call__(self, record: Record) -> float | None:
+        """The value in `record`."""
+        value = self.of(record)
+        return None if value is None or math.isnan(value) else self.factor * value
+
+    def minus(self, other: "Quantity", name: str) -> "Quantity":
+        """The difference to `other` in the same record."""
+
+        def of(record: Record) -> float | None:
+            pair = self(record), other(record)
+            return None if None in pair else pair[0] - pair[1]
+
+        return Quantity(name, of, self.unit.replace("%", " points"))
+
+
+def metric(key: str, name: str, unit: str = "", factor: float = 1) -> Quantity:
+    """The number `key` of a record's metrics."""
+    return Quantity(name, lambda record: record["metrics"].get(key), unit, factor)
+
+
+def speed_up(batch: int) -> Quantity:
+    """How many times faster than the dense net, as measured on `batch` images (1 or 128)."""
+
+    def of(record: Record) -> float | None:
+        ms = (record["latency"] or {}).get("ms")
+        return ms and ms[f"dense_latency_b{batch}_ms"] / ms[f"latency_b{batch}_ms"]
+
+    return Quantity(f"measured speed-up on {batch} image{'s' * (batch > 1)}", of, "x")
+
+
+def when_trained(column: str, name: str, phase: str, unit: str = "", factor: float = 1) -> Quantity:
+    """The number in `column` of the history after the last epoch of `phase`."""
+
+    def of(record: Record) -> float | None:
+        rows = zip(record["history"]["phase"], record["history"].get(column, ()), strict=False)
+        return next((value for at, value in reversed([*rows]) if at == phase), None)
+
+    return Quantity(name, of, unit, factor)
+
+
+class Sentence(str):
+    """Text, and the `direction` that the records gave: above, below, level, mixed, or "" (none)."""
+
+    direction = ""
+
+    def _repr_markdown_(self) -> str:
+        return str(self)
+
+
+class _Seen(NamedTuple):
+    """A result at one setting: place, quantity's name, mean, mean and interval told, direction."""
+
+    where: str
+    name: str
+    mean: float
+    told: str
+    way: str
+
+
+def says(
+    store: Store,
+    planned: Sequence[Planned],
+    paper: Card,
+    method: str,
+    against: str = "",
+    of: Quantity | None = None,
+    than: float | str | None = None,
+    then: Mapping[str, str] | None = None,
+    **where: Any,
+) -> Sentence:
+    """Say what `of` (the score) of `method` is: minus `against`'s, beside `than`, or by itself.
+
+    Methods are labels of the card ("sparse_gates, from scratch"). `where` picks settings by
+    `model`, `dataset`, `target` and `kind`; several make one sentence that counts directions.
+    `than` is a number in the unit of `of`, or "published": the paper's for each setting. Above and
+    below: the 95% interval over seeds leaves out zero (or `than`); level: it does not. One seed
+    has no direction. `then` adds a sentence by direction, also "mixed" for above here, below there.
+    """
+    runs, seen = index(planned), []
+    for (label, model, dataset), targets in runs.items():
+        opponents = runs.get((against, model, dataset), {})
+        for target, ours in targets.items() if label == method else ():
+            share, kind = (target.value, target.kind) if target else (None, "")
+            at = {"model": model, "dataset": dataset, "target": share, "kind": kind}
+            held = _published(paper, method, at) if than == "published" else than
+            theirs = opponents.get(target) or opponents.get(None, {})
+            both = [ours, theirs] if against else [ours]
+            if at | where == at and (held is not None or than is None):
+                keys = sorted(set.intersection(*map(set, both)))
+                pairs = [[side[key] for side in both] for key in keys]
+                seen += _seen(store, pairs, _place(**at), of, 0.0 if against else held)
+    other = _called(against) if against else "what is published" if than == "published" else ""
+    versus = f" against {other}" if other else ""
+    if not other and than is not None:
+        other = f"{than:g}{of.unit if of else ''}"
+        versus = f" beside {other}"
+    way = _overall({each.way for each in seen})
+    if not seen:
+        place = f" on {_place(**where)}" if where else ""
+        name = of.name if of else "score"
+        text = f"This profile does not tell the {name} of {_called(method)}{versus}{place}."
+    elif len(seen) == 1:
+        verb = f" is {_WAYS[way]} {'that of ' * bool(against)}{other}:" if way else f"{versus} is"
+        where_, name, _, told, _ = seen[0]
+        text = f"{where_}: the {name} of {_called(method)}{verb} {told}."
+    else:
+        name = seen[0].name
+        text = f"{name[0].upper()}{name[1:]}, {_called(method)}{versus}, {_range(seen)}."
+    sentence = Sentence(f"{text} {(then or {}).get(way, '')}".strip())
+    sentence.direction = way
+    return sentence
+
+
+def measured(
+    store: Store, planned: Sequence[Planned], label: str, quantities: Sequence[Quantity]
+) -> list[dict[str, Any]]:
+    """Means of `quantities` over the seeds that have them, at each setting of `label`."""
+    rows = []
+    for (method, model, dataset), targets in index(planned).items():
+        for target, items in targets.items() if method == label else ():
+            found = [record for item in items.values() for record in store.read_all(item.settings)]
+            done = [record for record in found if record["status"] == "done"]
+            names = (models.title(model), datasets_title(dataset), _called(label))
+            row = dict(zip(("net", "data", "method"), names, strict=True))
+            row["removed"] = removed(target.value, target.kind) if target else ""
+            for each in quantities:
+                values = [value for value in map(each, done) if value is not None]
+                row[each.name] = sum(values) / len(values) if values else math.nan
+            rows.append(row)
+    return rows
+
+
+def _seen(
+    store: Store, pairs: list[list[Planned]], place: str, of: Quantity | None, held: float | None
+) -> list[_Seen]:
+    """The result of `pairs` on each device that has any, held against `held`."""
+    values: dict[str, list[float]] = {}
+    lost, paired, scored = 0, bool(pairs and pairs[0][1:]), of is None
+    for items in pairs:
+        sides = [{r["environment"]["device"]: r for r in store.read_all(i.settings)} for i in items]
+        for device in sorted(set.intersection(*map(set, sides))):
+            pair = [side[device] for side in sides]
+            if any(record["status"] != "done" for record in pair):
+                lost += 1
+                continue
+            name = pair[0]["metrics"]["metric_name"]
+            of = of or metric("metric", _SCORES[name], *UNITS[name][::-1])
+            ours, *theirs = map(of, pair)
+            if None not in (ours, *theirs):
+                values.setdefault(device, []).append(ours - sum(theirs))
+    seen = []
+    for device, numbers in values.items():
+        n, mean, _, low, high = interval(numbers)
+        way = "" if held is None or n < 2 else "level"
+        way = "above" if way and low > held else "below" if way and high < held else way
+        unit, sign = (of.unit.replace("%", " points"), "+") if paired else (of.unit, "")
+        told = f"{mean:{sign}.2f}{unit}"
+        told += f" [{low:{sign}.2f}, {high:{sign}.2f}], n = {n}" if n > 1 else ", one seed"
+        told += f", {lost} failed" if lost else ""
+        told += f", beside {held:.2f}{unit}" if held and scored else ""
+        where = f"{place}, {device}" if len(values) > 1 else place
+        seen.append(_Seen(where, of.name, mean, told, way))
+    return seen
+
+
+def _overall(ways: set[str]) -> str:
+    sides = ways & {"above", "below"}
+    return "mixed" if len(sides) > 1 else "".join(sides) or "level" * ("level" in ways)
+
+
+def _range(seen: list[_Seen]) -> str:
+    """How many settings are above, below and level, and the two ends."""
+    ways = [each.way for each in seen]
+    counts = [f"{words.removesuffix(' from')} in {ways.count(w)}" for w, words in _WAYS.items()]
+    counts += [f"of one seed only in {ways.count('')}"] * ("" in ways)
+    told = f"{', '.join(counts)}; " * any(ways)
+    least, most = (end(seen, key=lambda each: each.mean) for end in (min, max))
+    ends = f"from {least.told} ({least.where}), to {most.told} ({most.where})"
+    return f"in {len(seen)} settings: {told}{ends}"
+
+
+def _place(
+    model: str = "", dataset: str = "", target: float | None = None, kind: str = "sparsity"
+) -> str:
+    """A setting, or a part of one, for people."""
+    net = " on ".join(f(x) for f, x in ((models.title, model), (datasets_title, dataset)) if x)
+    share = f"{removed(target, kind)} removed" if target is not None else ""
+    return ", ".join(filter(None, (net, share)))
+
+
+def _called(label: str) -> str:
+    """A label of the card for people: "gate variables (from scratch)"."""
+    name, _, variant = label.partition(", ")
+    return method_class(name).title.removesuffix(" (ours)") + f" ({variant})" * bool(variant)
+
+
+def _published(paper: Card, method: str, at: Mapping[str, Any]) -> float | None:
+    """The paper's own number for this setting, in its unit."""
+    for number in paper.published:
+        here = (number.method, number.model, number.dataset, number.target, number.target_kind)
+        if here == (method, *at.values()):
+            return UNITS[number.metric][0] * number.value
+    return None
