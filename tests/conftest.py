@@ -26,7 +26,7 @@ from prunestudy.study import runs
 from prunestudy.study.lines import FORMAT, digest, line_of, place, write_text
 from prunestudy.study.records import Store
 from prunestudy.study.runs import Runner
-from prunestudy.study.select import comparisons, index
+from prunestudy.study.select import chosen, comparisons, index
 from prunestudy.study.settings import own_settings
 
 CARD = """
@@ -47,8 +47,9 @@ CARD = """
     place = "here"
 
     [[claims.tests]]
+    kind = "superiority"
     method = "magnitude"
-    against = ["random"]
+    against = "random"
 
     [profiles.quick]
     time = "a second"
@@ -173,10 +174,12 @@ def no_data(tmp_path, monkeypatch):
     return root
 
 
-def compared(card, planned):
+def compared(card, planned, profile="quick"):
     """Every comparison of the card's claims among its planned runs."""
-    runs = index(item for item in planned if item.paper == card.id)
-    return [c for claim in card.claims for rule in claim.tests for c in comparisons(rule, runs)]
+    runs, best = index(item for item in planned if item.paper == card.id), chosen(card, profile)
+    rules = [rule for claim in card.claims for rule in claim.tests]
+    rules = [rule for rule in rules if rule.kind != "by_construction"]
+    return [c for rule in rules for c in comparisons(rule, runs, best)]
 
 
 def small_run(method="dense", target=None, **values):

@@ -6,6 +6,7 @@ from conftest import CARD, one_line, refused
 from prunestudy import datasets, models, papers
 from prunestudy.errors import InputError
 from prunestudy.papers import RunRecipe as Recipe
+from prunestudy.papers.claims import Rule, rules_of
 from prunestudy.study.tables import RUN_COLUMNS
 
 CLAIMS, TESTS, QUICK = (
@@ -31,7 +32,8 @@ def test_the_toy_card(toy_card):
     assert experiment.recipe == Recipe(epochs=1, lr=0.05)
     assert [entry.method for entry in experiment.methods] == ["dense", "magnitude", "random"]
     assert (experiment.purpose, experiment.targets) == ("results", (0.9,))
-    assert card.claims[0].tests == (papers.Rule(method="magnitude", against=("random",)),)
+    expected = Rule(kind="superiority", method="magnitude", against="random")
+    assert card.claims[0].tests == (expected,)
     refused(lambda: papers.card("nope"), "paper = 'nope': allowed are toy")
 
 
@@ -57,7 +59,9 @@ def test_a_card_without_a_citation_has_runs_and_no_claims_and_comes_last(card_fi
     assert papers.card("sum").year is None
 
 
-AGAINST, TIME, DENSE = 'against = ["random"]', 'time = "a second"', '{ method = "dense" }'
+AGAINST, TIME, DENSE = 'against = "random"', 'time = "a second"', '{ method = "dense" }'
+SUPERIOR, TEST = 'kind = "superiority"', "claims.0.tests.0"
+READING = 'against = "strongest"\n    controls = ["random", "magnitude, slow"]'
 EXTRA = "extra inputs are not permitted"
 
 
@@ -77,11 +81,28 @@ EXTRA = "extra inputs are not permitted"
             "has either tests",
         ),
         (CARD[TESTS:QUICK], "", "claims.0", "a claim has either tests or a reason in not_testable"),
-        (AGAINST, 'agaisnt = ["random"]', "claims.0.tests.0.agaisnt", EXTRA),
-        (AGAINST, "where = { targets = [0.9] }", "claims.0.tests.0", "where and why come together"),
-        (AGAINST, 'why = "x"', "claims.0.tests.0", "where and why come together"),
-        (AGAINST, "where = { nets = [] }", "claims.0.tests.0.where.nets.[key]", "'models', "),
-        (AGAINST, "at_least = { digits = 0.1 }", "claims.0.tests.0", "needs one for all other"),
+        (AGAINST, 'agaisnt = "random"', TEST + ".agaisnt", EXTRA),
+        (AGAINST, "where = { targets = [0.9] }", TEST, "why belongs to where"),
+        (AGAINST, 'why = "x"', TEST, "why belongs to where"),
+        (SUPERIOR, 'kind = "by_construction"', TEST, "and to what holds by construction"),
+        (AGAINST, "where = { nets = [] }", TEST + ".where.nets.[key]", "'models', "),
+        (AGAINST, f"{AGAINST}\n    at_least = 0.1", TEST, "at_least is for the metric itself"),
+        (SUPERIOR, 'kind = "equality"', TEST + ".kind", "input should be 'superiority'"),
+        (AGAINST, 'against = "strongest"', TEST, "controls belong to against = 'strongest'"),
+        (AGAINST, f'{AGAINST}\n    controls = ["l1"]', TEST, "controls belong to against"),
+        (AGAINST, READING, TEST, "a reading of the method is no control"),
+        (
+            f"{SUPERIOR}\n",
+            'kind = "non_inferiority"\n    metric = "top1"\n',
+            TEST,
+            "is of the metric",
+        ),
+        (
+            AGAINST,
+            f'{AGAINST}\n    [[claims.tests]]\n    {SUPERIOR}\n    method = "l1"\n    {AGAINST}',
+            "claims.0",
+            "a claim has at most one test that ends in a verdict",
+        ),
         ("[profiles.quick]", "[profiles.fast]", "profiles.fast.[key]", "input should be 'quick'"),
         (TIME, f'{TIME}\n    jobs = "seed"', "profiles.quick.jobs", EXTRA),
         (
@@ -139,24 +160,47 @@ def test_a_claim_that_cannot_be_tested(card_file):
     assert (card.claims[0].tests, card.claims[0].not_testable) == ((), "why")
 
 
-def test_a_margin_may_differ_by_data_set():
-    rule = papers.Rule(method="a", at_least={"mnist": -0.1, "other": -0.5})
-    assert (rule.margin("mnist"), rule.margin("digits")) == (-0.1, -0.5)
-    assert papers.Rule(method="a", at_least=0.3).margin("mnist") == 0.3
+def test_the_rules_of_a_text_are_what_decides():
+    """Prose, recipes, descriptions and the layout are none of it; sets and controls are."""
+    described = f'{AGAINST}\n    [[claims.tests]]\n    kind = "description"\n    method = "l1"'
+    row = 'strongest = [{ profile = "PROFILE", control = "l1" }]\n    published'
+    sets = '[sets]\n    chance = [{ method = "random", variant = "NAME" }]\n    [profiles.quick]'
+    first, named = rules_of(CARD, "quick"), CARD.replace(AGAINST, 'against = "chance"')
+    for old, new, same in (
+        ('text = "Magnitude is', 'text = "Size is', True),
+        ("epochs = 1", "epochs = 2", True),
+        ('    against = "random"', '\n    # chance\n    against   = "random"', True),
+        (AGAINST, described, True),
+        ("published", row.replace("PROFILE", "cpu"), True),
+        ("published", row.replace("PROFILE", "quick"), False),
+        (AGAINST, 'against = "l1"', False),
+        (SUPERIOR, 'kind = "description"', False),
+        ('id = "better"', 'id = "best"', False),
+    ):
+        assert old in CARD
+        assert (rules_of(CARD.replace(old, new, 1), "quick") == first) == same, new
+    texts = [named.replace("[profiles.quick]", sets.replace("NAME", name)) for name in "ab"]
+    assert len({first, *(rules_of(text, "quick") for text in texts)}) == 3
+    assert rules_of("nothing [", "quick") == rules_of("a = 1", "quick") == ""
 
 
 @pytest.mark.parametrize("card", papers.cards(), ids=ids(papers.cards()))
 def test_what_the_cards_name_is_there(card):
     """A misspelt name in a claim would only ever say that there are no runs."""
     metrics = {*RUN_COLUMNS, "kept_scale", "surviving", "layer_focus", "polarised", "unchanged"}
-    metrics |= {"roughness", "top1", "search_passes", "metric_whole", "log2_rank_total"}
+    metrics |= {"roughness", "top1", "search_passes", "undecided", "log2_rank_total"}
     metrics |= {"validation_factorised"}
     for rule in (rule for claim in card.claims for rule in claim.tests):
-        assert rule.metric in metrics
-        assert rule.method not in rule.against
-        margins = rule.at_least if isinstance(rule.at_least, dict) else {}
+        assert rule.metric.removeprefix("-") in metrics
+        assert rule.method not in (rule.against, *rule.controls)
         assert {*rule.where.get("models", ())} <= {*models.names()}
-        assert {*margins, *rule.where.get("datasets", ())} - {"other"} <= {*datasets.names()}
+        assert {*rule.where.get("datasets", ())} <= {*datasets.names()}
+    controls = {name for claim in card.claims for rule in claim.tests for name in rule.controls}
+    for row in card.strongest:
+        assert row.control in controls
+        assert (row.model in models.names(), row.dataset in datasets.names()) == (True, True)
+    places = [tuple(row.model_dump().values()) for row in card.strongest]
+    assert len(set(places)) == len(places)
     assert len({claim.id for claim in card.claims}) == len(card.claims)
     for number in card.published:
         assert number.kept is None or 0 < number.kept < 1
@@ -172,7 +216,8 @@ def test_what_the_cards_name_is_there(card):
 
 
 def test_defaults_sets_rows_and_readings_are_written_out(card_file):
-    text = CARD[:QUICK].replace(AGAINST, 'against = ["chance", "chance, fine-tuned", "l1"]')
+    listed = 'against = "strongest"\n    controls = ["chance", "chance, fine-tuned", "l1"]'
+    text = CARD[:QUICK].replace(AGAINST, listed)
     card_file(
         text
         + """
@@ -199,7 +244,7 @@ def test_defaults_sets_rows_and_readings_are_written_out(card_file):
     )
     card = papers.card("toy")
     both = ("random", "random, rows")
-    assert card.claims[0].tests[0].against == (*both, *(f"{b}, fine-tuned" for b in both), "l1")
+    assert card.claims[0].tests[0].controls == (*both, *(f"{b}, fine-tuned" for b in both), "l1")
     one, two = card.profiles["quick"].experiments
     assert (one.name, one.dataset, one.model, one.seeds) == ("one", "digits", "lenet300", 3)
     assert (one.recipe, one.start) == (Recipe(epochs=2, lr=0.1), Recipe(epochs=4, lr=0.1))

@@ -29,20 +29,38 @@ def with_methods(*entries):
 
 def comparisons_of(card):
     """Profile to what the card's claims compare there."""
-    return {name: compared(card, plan(name, (card.id,))) for name in card.profiles}
+    return {name: compared(card, plan(name, (card.id,)), name) for name in card.profiles}
 
 
 @pytest.mark.parametrize("card", papers.cards(), ids=lambda card: card.id)
 def test_every_rule_and_opponent_is_compared_in_some_profile(card):
     found = [comparison for part in comparisons_of(card).values() for comparison in part]
-    compared = {(rule_key(c.rule), c.against) for c in found}
+    there = {(c.rule.model_dump_json(), c.control) for c in found}
     rules = [rule for claim in card.claims for rule in claim.tests]
-    named = {(rule_key(rule), name) for rule in rules for name in rule.against or ("",)}
-    assert named == compared
+    named = {
+        (rule.model_dump_json(), name)
+        for rule in rules
+        if rule.kind != "by_construction"
+        for name in rule.controls or (rule.against,)
+    }
+    assert named == there
 
 
-def rule_key(rule):
-    return rule.model_dump_json()
+@pytest.mark.parametrize("card", papers.cards(), ids=lambda card: card.id)
+def test_a_paper_has_at_most_eight_tests_in_a_profile(card):
+    """Those planned on eight new seeds; in profile cpu also those that such seeds would add.
+
+    Of CIFAR-10 a machine has one of the two copies.
+    """
+    for profile, found in comparisons_of(card).items():
+        tests = [
+            (c.rule.model_dump_json(), c.model, c.dataset.removesuffix("_jpeg"))
+            for c in found
+            if c.planned or (profile == "cpu" and c.rule.primary)
+        ]
+        assert len(set(tests)) <= 8
+        planned = [(c.rule.model_dump_json(), c.model, c.dataset) for c in found if c.planned]
+        assert len(set(planned)) == len(planned)
 
 
 def test_pairs_share_seed_and_total_epochs_and_a_control_without_target_is_there(card_file):
@@ -51,34 +69,99 @@ def test_pairs_share_seed_and_total_epochs_and_a_control_without_target_is_there
         'method = "magnitude"',
         'method = "random", seeds = 2, epochs = 3',
     )
-    text = text.replace('against = ["random"]', 'against = ["random", "dense"]')
+    text = text.replace('against = "random"', STRONGEST.replace("l1", "dense"))
     card_file(text.replace("seeds = 1", "seeds = 3").replace("[0.9]", "[0.9, 0.8]"))
-    found = compared(papers.card("toy"), plan("quick"))
     # random was trained for other epochs; dense has two of the three seeds
-    seeds = [[ours.settings.seed for ours, _ in c.pairs] for c in found]
-    assert [(c.against, c.target.value) for c in found] == [("dense", 0.9), ("dense", 0.8)]
-    assert seeds == [[0, 1], [0, 1]]
-    for comparison in found:
-        for ours, theirs in comparison.pairs:
+    (found,) = compared(papers.card("toy"), plan("quick"))
+    assert (found.control, found.chosen_by, found.kind) == ("dense", "all", "sparsity")
+    assert found.targets == (0.8, 0.9)
+    assert list(found.seeds) == [0, 1]
+    for seed, pairs in found.seeds.items():
+        assert [ours.settings.target.value for ours, _ in pairs] == [0.8, 0.9]
+        for ours, theirs in pairs:
+            assert (ours.settings.seed, theirs.settings.seed) == (seed, seed)
             assert ours.settings.parent == theirs.settings.parent
+
+
+STRONGEST = 'against = "strongest"\n    controls = ["random", "l1"]'
+BEST = """
+    [[strongest]]
+    profile = "quick"
+    columns = ["model", "dataset", "target_kind", "control"]
+    rows = [["lenet300", "digits", "{kind}", "{control}"]]
+
+    [profiles.quick]
+"""
+
+
+def test_the_strongest_control_is_that_of_the_cards_row(card_file):
+    entries = ("dense", "magnitude", "random", "l1")
+    text = with_methods(*(f'method = "{name}"' for name in entries))
+    text = text.replace('against = "random"', STRONGEST)
+    for kind, control, expected in (
+        ("sparsity", "l1", [("l1", "search")]),
+        ("sparsity", "snip", [("random", "all"), ("l1", "all")]),
+        ("macs", "l1", [("random", "all"), ("l1", "all")]),
+    ):
+        rows = BEST.format(kind=kind, control=control)
+        card_file(text.replace("    [profiles.quick]\n", rows))
+        found = compared(papers.card("toy"), plan("quick"))
+        assert [(c.control, c.chosen_by) for c in found] == expected
+    assert compared(papers.card("toy"), plan("quick"), "cpu")[0].chosen_by == "all"
+
+
+def test_a_seed_counts_with_all_targets_of_the_seeds_that_verdicts_are_made_on(card_file):
+    """Here seeds 0 to 2 have three targets, seeds 10 to 17 two of them."""
+    more = CARD[CARD.index("    [[profiles.quick.experiments]]") :]
+    more = more.replace('name = "digits"', 'name = "new"').replace("[0.9]", "[0.9, 0.8]")
+    more = more.replace("seeds = 1", "seeds = 8\n    first_seed = 10")
+    first = CARD.replace("seeds = 1", "seeds = 3").replace("[0.9]", "[0.9, 0.8, 0.7]")
+    card_file(first)
+    (old,) = compared(papers.card("toy"), plan("quick"))
+    assert (old.targets, list(old.seeds), old.planned) == ((0.7, 0.8, 0.9), [0, 1, 2], False)
+    card_file(first + more)
+    (found,) = compared(papers.card("toy"), plan("quick"))
+    assert (found.targets, found.planned) == ((0.8, 0.9), True)
+    assert list(found.seeds) == [0, 1, 2, *range(10, 18)]
+    card_file(first + more.replace("seeds = 8", "seeds = 7"))
+    (few,) = compared(papers.card("toy"), plan("quick"))
+    assert not few.planned
+
+
+def test_an_entry_may_have_seeds_of_its_own(card_file):
+    card_file(
+        with_methods(
+            'method = "dense", first_seed = 10, seeds = 3', 'method = "magnitude", seeds = 2'
+        )
+    )
+    seeds = {}
+    for item in plan("quick"):
+        seeds.setdefault((item.variant, item.settings.method), []).append(item.settings.seed)
+        assert item.settings.parent is None or item.settings.parent.seed == item.settings.seed
+    new = [10, 11, 12]
+    expected = {("", "dense"): new, ("", "magnitude"): [0, 1], ("start", "dense"): [*new, 0, 1]}
+    assert seeds == expected
+    assert {item.settings.seed for item in plan("quick", seeds=1)} == {0, 10}
+    first = {(item.settings.method, item.settings.seed) for item in plan("quick") if item.first}
+    assert first == {("dense", 10), ("magnitude", 0), ("dense", 0)}  # the last is a start
 
 
 @pytest.mark.parametrize(
     ("narrowed", "targets"),
     [
-        ("", [0.9, 0.8]),
+        ("", [0.8, 0.9]),
         ('where = { targets = [0.8] }\n    why = "x"', [0.8]),
         ('where = { datasets = ["mnist"] }\n    why = "x"', []),
-        ('where = { models = ["lenet300"] }\n    why = "x"', [0.9, 0.8]),
-        ('target_kind = "sparsity"', [0.9, 0.8]),
+        ('where = { models = ["lenet300"] }\n    why = "x"', [0.8, 0.9]),
+        ('target_kind = "sparsity"', [0.8, 0.9]),
         ('target_kind = "macs"', []),
     ],
 )
 def test_a_rule_can_be_narrowed(card_file, narrowed, targets):
-    rule = f'against = ["random"]\n    {narrowed}'
-    card_file(CARD.replace('against = ["random"]', rule).replace("[0.9]", "[0.9, 0.8]"))
+    rule = f'against = "random"\n    {narrowed}'
+    card_file(CARD.replace('against = "random"', rule).replace("[0.9]", "[0.9, 0.8]"))
     found = compared(papers.card("toy"), plan("quick"))
-    assert [c.target.value for c in found] == targets
+    assert [target for c in found for target in c.targets] == targets
 
 
 # --- what a card says once

@@ -21,7 +21,7 @@ from torch import nn
 
 from prunestudy import datasets, measure
 from prunestudy.errors import InputError
-from prunestudy.study import lines, records, runs
+from prunestudy.study import lines, provenance, records, runs
 from prunestudy.study.commands import differences
 from prunestudy.study.lines import line_of, parse
 from prunestudy.study.records import Store
@@ -30,7 +30,7 @@ from prunestudy.train import read_checkpoint
 
 DIVERGED = {"epochs": 2, "lr": 1e18}
 KEYS = {*"run format parent status settings data metrics validation history latency cost".split()}
-KEYS |= {"environment", "files"}
+KEYS |= {"environment", "files", "right"}
 
 
 def own(store, run):
@@ -122,7 +122,7 @@ def test_record_of_a_dense_run(runner, store):
     for name in ("prunestudy", "torch", "torchvision", "numpy"):
         assert environment[name] == version(name)
     assert environment["python"] == sys.version.split()[0]
-    assert (environment["device"], environment["commit"]) == ("cpu", runs.commit())
+    assert (environment["device"], environment["commit"]) == ("cpu", provenance.commit())
     assert sorted(record["cost"]) == ["seconds", "train_seconds"]
     assert 0 < record["cost"]["train_seconds"] <= record["cost"]["seconds"]
     (last,) = store.history(settings.run)
@@ -639,12 +639,12 @@ def test_the_commit_is_that_of_the_checkout(monkeypatch):
     head = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     if not head:
         pytest.skip("no git checkout")
-    runs._git.cache_clear()
-    assert runs.commit() in (head, f"{head}-dirty")
-    runs._git.cache_clear()
-    monkeypatch.setattr(runs.places, "checkout", lambda: None)
-    assert runs.commit() == "unknown"
-    runs._git.cache_clear()
+    provenance._once.cache_clear()
+    assert provenance.commit() in (head, f"{head}-dirty")
+    provenance._once.cache_clear()
+    monkeypatch.setattr(provenance.places, "checkout", lambda: None)
+    assert provenance.commit() == "unknown"
+    provenance._once.cache_clear()
 
 
 FOLDER = {"validation": 8, "batch_size": 8}

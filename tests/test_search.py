@@ -158,6 +158,49 @@ def test_the_command_fails_where_the_card_differs(card_file, tmp_path, capsys, e
     ]
 
 
+STRONGEST = 'against = "strongest"\n    controls = ["l1", "random", "gradual_magnitude"]'
+ROW = '{ profile = "quick", model = "lenet300", dataset = "digits", target_kind = "sparsity",'
+
+
+@pytest.mark.parametrize(
+    ("l1", "control", "best", "code"),
+    [
+        ((0.8, 0.9), "l1", "l1", 0),
+        ((0.8, 0.9), "gradual_magnitude", "l1", 1),
+        ((0.8, 0.9), "", "l1", 1),
+        ((0.99, None), "gradual_magnitude", "gradual_magnitude", 0),
+    ],
+)
+def test_the_strongest_control_of_the_card_is_checked(
+    card_file, tmp_path, capsys, l1, control, best, code
+):
+    """By the means of the best settings; one that fails everywhere is not eligible."""
+    rows = f'    strongest = [{ROW} control = "{control}" }}]\n' if control else ""
+    text = CARD.replace('against = "random"', STRONGEST).replace(
+        "    published", rows + "    published"
+    )
+    text = text.replace(
+        '{ method = "random" }', '{ method = "l1" }, { method = "gradual_magnitude" }'
+    )
+    grids = """grids = [
+        { methods = ["l1", "magnitude"], lr = [0.05] },
+        { methods = ["gradual_magnitude"], lr = [0.05] },
+    ]
+    """
+    card_file(text + SEARCH[: SEARCH.index("grids")].replace(", one_schedule = true", "") + grids)
+    store, scores = Store("quick", tmp_path), {"l1": l1, "gradual_magnitude": (0.84, 0.85)}
+    words = ["search", "--results", str(tmp_path), "--check"]
+    items = [item.settings for item in plan("quick") if item.experiment == "search"]
+    for settings in items[:-1]:
+        put(store, settings, scores.get(settings.method, (0.9, 0.9))[settings.seed])
+    assert cli.main(words) == 0
+    assert "against" not in capsys.readouterr().out  # not all grids are complete
+    put(store, items[-1], 0.85)
+    assert cli.main(words) == code
+    told = f"toy: magnitude against {best}, lenet300, digits, sparsity; card: {control or '-'}"
+    assert told in capsys.readouterr().out.splitlines()
+
+
 # --- the study's own
 
 
@@ -190,7 +233,8 @@ def test_every_method_and_control_of_the_cards_has_the_same_chance(found):
 def test_every_opponent_of_map_was_searched(found):
     labels = {grid.label for grid in found if grid.paper == "magnitude_attention"}
     rules = [r for claim in papers.card("magnitude_attention").claims for r in claim.tests]
-    assert labels == {rule.method for rule in rules} | {a for rule in rules for a in rule.against}
+    opponents = {a for rule in rules for a in rule.controls or (rule.against,)}
+    assert labels == {rule.method for rule in rules} | opponents
 
 
 def without_seed(settings):

@@ -7,9 +7,9 @@ from conftest import put_record as put
 
 from prunestudy import papers
 from prunestudy.errors import InputError
-from prunestudy.study import tables, verdicts
+from prunestudy.study import tables
 from prunestudy.study.plan import Planned, plan
-from prunestudy.study.verdicts import interval
+from prunestudy.study.statistics import interval
 
 T2, T4 = 4.302652729911275, 2.7764451051977987  # the 97.5% points of t with 2 and 4 degrees
 
@@ -39,10 +39,6 @@ def fill(store, planned):
 @pytest.fixture
 def filled(store, planned):
     return fill(store, planned)
-
-
-def judge(store, planned):
-    return verdicts.verdicts_table(store, planned, papers.card("toy"))
 
 
 # --- runs
@@ -250,7 +246,7 @@ def test_published_numbers_stand_beside_our_setting_only(store, card_file):
     assert set(summary[summary.published.isna()].mark) == {""}
 
 
-# --- intervals and verdicts
+# --- intervals
 
 
 def test_intervals_by_hand():
@@ -266,162 +262,20 @@ def test_intervals_by_hand():
         assert mean == 0.5 if few else math.isnan(mean)
 
 
-@pytest.mark.parametrize(
-    ("low", "high", "at_least", "verdict"),
-    [
-        (0.01, 0.03, 0.0, "confirmed"),
-        (0.0, 0.03, 0.0, "confirmed"),
-        (-0.005, 0.001, -0.01, "confirmed"),
-        (-0.03, -0.01, 0.0, "contradicted"),
-        (-0.03, 0.0, 0.0, "undecided"),
-        (-0.01, 0.01, 0.0, "undecided"),
-        (-0.02, 0.01, -0.01, "undecided"),
-        (-0.03, -0.02, -0.01, "contradicted"),
-        (math.nan, math.nan, 0.0, "undecided"),
-    ],
-)
-def test_verdicts_are_a_rule(low, high, at_least, verdict):
-    assert verdicts.verdict(low, high, at_least) == verdict
-
-
-def test_verdicts_of_a_card(store, filled):
-    (row,) = judge(store, filled).to_dict("records")
-    runs = {(p.settings.method, p.settings.seed): p.settings.run for p in filled}
-    # magnitude - random: 0.38, 0.30, 0.42
-    mean = 1.1 / 3
-    sd = math.sqrt(((0.38 - mean) ** 2 + (0.30 - mean) ** 2 + (0.42 - mean) ** 2) / 2)
-    assert row == {
-        "claim": "better",
-        "says": "Magnitude is better than chance.",
-        "mark": "O",
-        "rule": "magnitude - random of metric >= 0",
-        "where": "lenet300, digits, 90% of weights removed",
-        "difference": pytest.approx(mean),
-        "low": pytest.approx(mean - T2 * sd / math.sqrt(3)),
-        "high": pytest.approx(mean + T2 * sd / math.sqrt(3)),
-        "n": 3,
-        "verdict": "confirmed",
-        "record": f"{runs['magnitude', 0]} - {runs['random', 0]}",
-    }
-
-
-def test_a_contradicted_claim_an_undecided_one_and_one_without_runs(store, card_file):
-    claims = CARD.replace('method = "magnitude"\n', 'method = "random"\n', 1)
-    claims = claims.replace('against = ["random"]', 'against = ["magnitude"]')
-    more = """
-    [[claims.tests]]
-    method = "magnitude"
-    against = ["dense"]
-    at_least = { digits = -0.01, other = 0.5 }
-
-    [[claims.tests]]
-    method = "magnitude"
-    against = ["dense", "l1"]
-    where = { targets = [0.5] }
-    why = "nothing is there"
-
-    [[claims]]
-    id = "never"
-    text = "t"
-    mark = "P"
-    place = "p"
-    not_testable = "because"
-
-    [profiles.quick]
-    """
-    claims = claims.replace("    [profiles.quick]\n", more)
-    card_file(claims.replace("seeds = 1", "seeds = 3"))
-    planned = fill(store, plan("quick"))
-    table = judge(store, planned)
-    assert table.verdict.tolist() == [
-        "contradicted",
-        "undecided",
-        "no runs in this profile",
-        "not testable here",
-    ]
-    assert table.rule.tolist() == [
-        "random - magnitude of metric >= 0",
-        "magnitude - dense of metric >= -0.01",
-        "magnitude - dense or l1 of metric >= 0",
-        "because",
-    ]
-    assert table.n.tolist() == [3, 3, 0, 0]
-
-
-def test_claims_on_other_metrics(store, card_file):
-    card_file(
-        CARD.replace('against = ["random"]', 'against = ["random"]\n    metric = "kept_scale"')
-    )
-    planned = plan("quick")
-    for item in planned:
-        values = {"magnitude": {"kept_scale": 1.25}, "random": {"kept_scale": 0.5}}
-        put(store, item.settings, 0.5, **values.get(item.settings.method, {}))
-    (row,) = judge(store, planned).to_dict("records")
-    assert (row["difference"], row["n"], row["verdict"]) == (0.75, 1, "undecided")
-
-
-@pytest.mark.parametrize(
-    ("within", "ours", "n"),
-    [("", 0.85, 1), ("0.001", 0.8995, 1), ("0.001", 0.95, 1), ("0.001", 0.898, 0), ("0.0", 0.9, 1)],
-)
-def test_pairs_count_where_ours_removed_as_much(store, card_file, within, ours, n):
-    line = 'against = ["random"]' + (f"\n    within = {within}" if within else "")
-    card_file(CARD.replace('against = ["random"]', line))
-    for item in plan("quick"):
-        put(store, item.settings, sparsity=ours if item.settings.method == "magnitude" else 0.9)
-    assert judge(store, plan("quick")).n.tolist() == [n]
-
-
-@pytest.mark.parametrize(("macs", "n"), [(509, 1), (511, 0)])
-def test_equal_size_is_of_what_the_target_counts(store, card_file, macs, n):
-    text = CARD.replace('"magnitude"', '"group_l2"')
-    text = text.replace("targets =", 'target_kind = "macs"\n    targets =')
-    card_file(text.replace('against = ["random"]', 'against = ["random"]\n    within = 0.005'))
-    for item in plan("quick"):
-        left = macs if item.settings.method == "group_l2" else 505
-        put(store, item.settings, macs=left, dense_macs=1000)
-    assert judge(store, plan("quick")).n.tolist() == [n]
-
-
-def test_runs_of_different_devices_are_never_paired(store, planned, monkeypatch):
-    """A seed that both devices have is two pairs; one side alone on a device is none."""
-
-    def read_all(settings):
-        devices = {"magnitude": ["cpu", "cuda"], "random": ["cpu", "cuda", "mps"][settings.seed :]}
-        same = {"settings": settings.model_dump(), "metrics": {"metric": 0.5}}
-        return [same | {"environment": {"device": name}} for name in devices[settings.method]]
-
-    monkeypatch.setattr(store, "read_all", read_all)
-    (found,) = compared(papers.card("toy"), planned)
-    pairs = [
-        [(record["settings"]["seed"], record["environment"]["device"]) for record in pair]
-        for pair in verdicts.pairs(store, found)
-    ]
-    assert pairs == [[(0, "cpu")] * 2, [(0, "cuda")] * 2, [(1, "cuda")] * 2]
-
-
-def test_a_claim_on_a_value_itself(store, card_file):
-    text = CARD.replace('against = ["random"]\n', "at_least = 0.85\n")
-    card_file(text.replace("seeds = 1", "seeds = 3"))
-    (row,) = judge(store, fill(store, plan("quick"))).to_dict("records")
-    # 0.88, 0.90, 0.92: 0.90 -+ 0.0497
-    found = [row[name] for name in ("rule", "difference", "n", "verdict")]
-    assert found == ["magnitude of metric >= 0.85", pytest.approx(0.9), 3, "confirmed"]
-
-
 # --- files
 
 
 def test_files_are_the_same_byte_for_byte(store, filled):
     tables.write(store, filled)
-    files = [store.folder / "tables" / name for name in ("runs.csv", "summary.csv")]
+    names = ("runs.csv", "summary.csv", "verdicts.csv")
+    files = [store.folder / "tables" / name for name in names]
     first = [path.read_bytes() for path in files]
     for path in files:
         path.unlink()
     tables.write(store, list(reversed(filled)))
     assert [path.read_bytes() for path in files] == first
     assert all(b"\r" not in data and data.endswith(b"\n") for data in first)
-    assert len(list((store.folder / "tables").iterdir())) == 2
+    assert len(list((store.folder / "tables").iterdir())) == 3
 
 
 # --- for people

@@ -11,21 +11,18 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from prunestudy.errors import InputError, require_one_of
+from prunestudy.papers.claims import Claim, Mark, ProfileName, Strict, Strongest, TargetKind
 from prunestudy.papers.shorthand import written_out
 from prunestudy.train import Recipe
 
-# P: the paper, its poster, abstract or the authors' code; S: quoted by another paper or project;
-# N: the number of a similar method; D: derived or checked numerically; O: our reading.
-_Mark = Literal["P", "S", "N", "D", "O"]
-_TargetKind = Literal["sparsity", "macs", "parameters", "rank", "energy"]
 _Precision = Literal["fp32", "bf16"]
-_ProfileName = Literal["quick", "cpu", "cpu-long", "gpu", "paper"]
 _Count = Annotated[int, Field(ge=1)]
+_Seed = Annotated[int, Field(ge=0)]
 
-PROFILES: tuple[str, ...] = get_args(_ProfileName)
+PROFILES: tuple[str, ...] = get_args(ProfileName)
 
 
 class RunRecipe(Recipe):
@@ -34,72 +31,12 @@ class RunRecipe(Recipe):
     period: Annotated[int, Field(ge=0, le=1_000_000)] = 1
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class Rule(_Strict):
-    """A test of a claim: the paired difference `method - against` of `metric` is >= `at_least`.
-
-    It applies against each of `against` (empty: the metric itself is tested), labels of entries,
-    wherever both sides have runs; `where` restricts it, `why` gives the reason. `at_least` may be a
-    dict by data set, with "other" for the rest. `target_kind` restricts the rule to those targets;
-    `within` to pairs where `method` removed at most that share less than `against`.
-    """
-
-    method: str
-    against: tuple[str, ...] = ()
-    metric: str = "metric"
-    at_least: float | dict[str, float] = 0.0
-    within: Annotated[float, Field(ge=0, lt=1)] | None = None
-    target_kind: _TargetKind | None = None
-    where: dict[Literal["models", "datasets", "targets"], tuple[str | float, ...]] = {}
-    why: str = ""
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if bool(self.where) != bool(self.why):
-            raise ValueError("where and why come together")
-        if isinstance(self.at_least, dict) and "other" not in self.at_least:
-            raise ValueError("at_least by data set needs one for all other")
-        return self
-
-    def margin(self, dataset: str) -> float:
-        """The smallest difference on `dataset` that passes."""
-        if isinstance(self.at_least, float):
-            return self.at_least
-        return self.at_least.get(dataset, self.at_least["other"])
-
-    def covers(self, model: str, dataset: str, target: float | None, kind: str) -> bool:
-        """Whether the rule applies to this net, data set and target of `kind`."""
-        at = {"models": model, "datasets": dataset, "targets": target}
-        inside = all(at[name] in allowed for name, allowed in self.where.items())
-        return inside and self.target_kind in (None, kind)
-
-
-class _Claim(_Strict):
-    """A claim of the paper, read at `place`: `tests`, or the reason why it is `not_testable`."""
-
-    id: str
-    text: str
-    mark: _Mark
-    place: str
-    tests: tuple[Rule, ...] = ()
-    not_testable: str = ""
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if bool(self.tests) == bool(self.not_testable):
-            raise ValueError("a claim has either tests or a reason in not_testable")
-        return self
-
-
-class _Read(_Strict):
+class _Read(Strict):
     text: str
     method: str
     model: str
     dataset: str
-    mark: _Mark
+    mark: Mark
     source: str
 
 
@@ -116,7 +53,7 @@ class _Published(_Read):
     kept: float | None = None
     nonzeros: int | None = None
     target: float | None = None
-    target_kind: _TargetKind = "sparsity"
+    target_kind: TargetKind = "sparsity"
 
 
 class _Ranks(_Read):
@@ -131,7 +68,7 @@ class _Ranks(_Read):
     theory: tuple[float, ...] = ()
 
 
-class _Unknown(_Strict):
+class _Unknown(Strict):
     """What the paper leaves open, how we read it, and the ablation of that reading."""
 
     text: str
@@ -139,7 +76,7 @@ class _Unknown(_Strict):
     ablation: str = ""
 
 
-class Entry(_Strict):
+class Entry(Strict):
     """A method in an experiment; `variant` names a reading with other `params` than the default.
 
     `stage` is "half" and "combined" for the halves of a combination, "fine-tuned" for training
@@ -153,9 +90,10 @@ class Entry(_Strict):
     variant: str = ""
     stage: Literal["", "half", "fine-tuned", "combined"] = ""
     params: dict[str, Any] = {}
+    first_seed: _Seed | None = None
     seeds: _Count | None = None
     targets: tuple[float, ...] | None = None
-    target_kind: _TargetKind | None = None
+    target_kind: TargetKind | None = None
     lr: Annotated[float, Field(gt=0)] | None = None
     weight_decay: Annotated[float, Field(ge=0)] | None = None
     epochs: Annotated[int, Field(ge=0)] | None = None
@@ -170,12 +108,13 @@ class Entry(_Strict):
         return ", ".join(filter(None, (self.method, self.variant, self.stage)))
 
 
-class Experiment(_Strict):
+class Experiment(Strict):
     """Methods side by side on one net and data set, from the same dense start.
 
     `start` trains the dense parent (None: start from random weights), `recipe` everything after it.
     With `pretrained` the parent begins with torchvision's weights (0 epochs: it is these weights).
     `validation` is a number of images; a "search" is scored on them instead of the test images.
+    The seeds are the `seeds` numbers from `first_seed` on.
     """
 
     name: str
@@ -186,7 +125,8 @@ class Experiment(_Strict):
     pretrained: bool = False
     precision: _Precision | None = None
     targets: tuple[float, ...]
-    target_kind: _TargetKind = "sparsity"
+    target_kind: TargetKind = "sparsity"
+    first_seed: _Seed = 0
     seeds: _Count
     validation: _Count = 5000
     methods: tuple[Entry, ...]
@@ -209,7 +149,7 @@ class Experiment(_Strict):
         return next(entry for entry in self.methods if entry.label == label)
 
 
-class Profile(_Strict):
+class Profile(Strict):
     """How the study runs at one size."""
 
     time: str
@@ -218,7 +158,7 @@ class Profile(_Strict):
     experiments: tuple[Experiment, ...]
 
 
-class Card(_Strict):
+class Card(Strict):
     """A paper's card, `short` its name in tables; without a citation it has experiments only."""
 
     id: str
@@ -229,16 +169,22 @@ class Card(_Strict):
     venue: str = ""
     year: int | None = None
     arxiv: str = ""
-    claims: tuple[_Claim, ...] = ()
+    claims: tuple[Claim, ...] = ()
+    strongest: tuple[Strongest, ...] = ()
     published: tuple[_Published, ...] = ()
     ranks: tuple[_Ranks, ...] = ()
     unknown: tuple[_Unknown, ...] = ()
-    profiles: dict[_ProfileName, Profile]
+    profiles: dict[ProfileName, Profile]
 
     @property
     def is_paper(self) -> bool:
         """Whether the card is that of a publication."""
         return bool(self.arxiv)
+
+
+def path_of(name: str) -> Path:
+    """The file of the card `name`."""
+    return Path(str(files(__name__)), f"{name}.toml")
 
 
 def cards() -> tuple[Card, ...]:

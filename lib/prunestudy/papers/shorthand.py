@@ -9,8 +9,8 @@
 - An experiment whose `model` and `dataset` are lists is one for each pair, with names of both.
 - `[[...experiments.grids]]` adds `methods` at every combination of a grid's lists: `lr`, and
   parameters of the method by name; its other values hold for all entries.
-- A group of `[[published]]`, `[[ranks]]`, `[[unknown]]` or experiments is what they share, with
-  `rows` of `columns` for the rest; a row may lack the last columns.
+- A group of `[[strongest]]`, `[[published]]`, `[[ranks]]`, `[[unknown]]` or experiments is what
+  they share, with `rows` of `columns` for the rest; a row may lack the last columns.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,10 @@ from typing import Any
 
 from prunestudy.errors import require, require_one_of
 
-_DEFAULTS = ("dataset", "model", "start", "recipe", "target_kind", "targets", "seeds", "validation")
+_DEFAULTS = (
+    *("dataset", "model", "start", "recipe", "target_kind", "targets"),
+    *("first_seed", "seeds", "validation"),
+)
 _Table = dict[str, Any]
 _Sets = dict[str, list[_Table]]
 
@@ -34,7 +37,7 @@ def written_out(values: _Table) -> _Table:
     for name, methods in values.get("sets", {}).items():
         sets[name] = list(_entries(methods, sets))
     whole = {key: value for key, value in values.items() if key != "sets"}
-    for part in {"published", "ranks", "unknown"} & values.keys():
+    for part in {"strongest", "published", "ranks", "unknown"} & values.keys():
         whole[part] = _rows(values[part])
     whole["claims"] = [
         claim | {"tests": [_rule(rule, sets) for rule in claim.get("tests", [])]}
@@ -57,10 +60,12 @@ def _rows(groups: list[_Table]) -> list[_Table]:
 
 
 def _rule(rule: _Table, sets: _Sets) -> _Table:
-    method, *more = _labels(rule["method"], sets)
-    require(not more, "method", rule["method"], "a method, or a set of one")
-    against = [label for name in rule.get("against", []) for label in _labels(name, sets)]
-    return rule | {"method": method, "against": against}
+    whole = dict(rule)
+    for side in {"method", "against"} & rule.keys():
+        whole[side], *more = _labels(rule[side], sets)
+        require(not more, side, rule[side], "a method, or a set of one")
+    controls = [label for name in rule.get("controls", []) for label in _labels(name, sets)]
+    return whole | ({"controls": controls} if controls else {})
 
 
 def _labels(name: str, sets: _Sets) -> list[str]:

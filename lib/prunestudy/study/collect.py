@@ -92,7 +92,7 @@ def drawn_arrays(profile: str) -> dict[str, tuple[str, tuple[str, ...]]]:
     drawn: dict[str, tuple[str, tuple[str, ...]]] = {}
     for item in plan(profile) if profile in PROFILES else ():
         paper, names = drawn.get(item.settings.run, (item.paper, _OF_ALL))
-        if item.settings.seed == 0 and not item.variant:
+        if item.first and not item.variant:
             names += _DRAWN.get(item.paper, ())
             names += _OF_OURS if item.settings.method == item.paper else ()
         drawn[item.settings.run] = paper, names

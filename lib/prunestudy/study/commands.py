@@ -155,7 +155,11 @@ def do_search(a: Namespace) -> int:
     differ = [grid for grid in complete if grid.differences]
     print(*(line for grid in found for line in search.lines(grid)), sep="\n")
     print(f"{len(found)} grids, {len(complete)} complete; {len(differ)} of a card differ")
-    return int(a.check and bool(differ))
+    controls = search.strongest(found, a.profile)
+    for (paper, *where, method), (best, now) in controls.items():
+        print(f"{paper}: {method} against {best}, {', '.join(where)}; card: {now or '-'}")
+    wrong = [place for place, (best, now) in controls.items() if best != now]
+    return int(a.check and bool(differ or wrong))
 
 
 def do_latency(a: Namespace) -> None:

@@ -1,14 +1,17 @@
 """A record: what is kept of one finished run, as one line of JSON with a checksum.
 
 `history` is a list per column, `latency` None until it was measured, and `files` has digests of
-the run's arrays and weights.
+the run's arrays and weights. `right`, of newer records of classifiers, has a bit for each test
+image, in the data set's order: whether the net was right.
 """
 
+import base64
 import gc
 import hashlib
 import json
 import math
 import re
+import zlib
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -100,6 +103,19 @@ def _read_lines(path: Path, _state: tuple[int, ...]) -> dict[str, dict[str, Any]
         if collects:
             gc.enable()
     return records
+
+
+def bits_of(right: np.ndarray) -> str:
+    """The text that a record has for `right`, a truth value for each test image."""
+    return base64.b64encode(zlib.compress(np.packbits(right).tobytes(), 9)).decode()
+
+
+def right_of(record: dict[str, Any]) -> np.ndarray | None:
+    """Whether the net of `record` was right, for each test image; None if it is not noted."""
+    if not record.get("right"):
+        return None
+    packed = np.frombuffer(zlib.decompress(base64.b64decode(record["right"])), dtype=np.uint8)
+    return np.unpackbits(packed, count=record["metrics"]["images"]).astype(bool)
 
 
 def changed(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

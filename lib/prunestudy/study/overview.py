@@ -3,26 +3,22 @@
 import math
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from prunestudy.errors import InputError
 from prunestudy.methods import method_class
-from prunestudy.papers import Rule, cards
+from prunestudy.papers import cards
+from prunestudy.papers.claims import Rule
 from prunestudy.study import tables
+from prunestudy.study.lines import right_of
 from prunestudy.study.plan import Planned, plan
 from prunestudy.study.records import Store
 from prunestudy.study.select import comparisons, index
 from prunestudy.study.session import Session
-from prunestudy.study.verdicts import judged, removed, verdicts_table
+from prunestudy.study.verdicts import claims_table, observed, removed, row_of, verdicts_table
 
-# Each paper's method with its strongest control: what chooses by rule where the paper learns.
-DUELS = {
-    "sparse_gates": "gradual_magnitude",
-    "force": "plain_low_rank",
-    "gdp": "group_l2",
-    "magnitude_attention": "gradual_magnitude",
-    "component_aware": "uniform",
-}
+OURS = tuple(card.id for card in cards() if card.is_paper)  # each paper's method has its name
 # What may matter about a net, as a share of the dense one, and its name for people.
 COSTS = {
     "weights": "weights",
@@ -35,6 +31,7 @@ COSTS = {
     "training": "training time",
 }
 _SLACK = 1.1  # times as large still counts as small, since targets are met to a channel only
+_DUEL = "method control model dataset targets n mean low high".split()
 # Settings are compared where these are equal.
 _SAME = ["model", "dataset", "epochs", "device"]
 
@@ -44,7 +41,8 @@ def settings_table(runs: pd.DataFrame) -> pd.DataFrame:
 
     `label` names it for people; `combined` marks two methods, one after the other. Costs are
     shares of the dense net of the same model, data, total epochs and device: means over seeds,
-    times of seed 0, training (parents included) a median. Raises `InputError` if no run is done.
+    times of the first seed, training (parents included) a median. Raises `InputError` if no run is
+    done.
     """
     done = runs[(runs["status"] == "done") & ~runs["stage"].isin(["start", "half"])]
     if done.empty:
@@ -53,7 +51,7 @@ def settings_table(runs: pd.DataFrame) -> pd.DataFrame:
     groups = done.groupby(tables.KEYS, dropna=False)
     costs = groups[[*COSTS]].mean().assign(training=groups["training"].median())
     rows = tables.summary_table(done).merge(costs.reset_index(), on=tables.KEYS)
-    order = list(dict.fromkeys(["dense", *DUELS, *rows["method"]]))
+    order = list(dict.fromkeys(["dense", *OURS, *rows["method"]]))
     rows = rows.assign(
         combined=rows["stage"] == "combined",
         order=rows["method"].map(order.index),
@@ -137,35 +135,57 @@ def combinations(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def duels(store: Store, planned: list[Planned]) -> pd.DataFrame:
-    """Each paper's method against all others at the same target, judged as a rule; a pair once.
+    """Each paper's method beside all others at the same targets, as a description; a pair once.
 
-    `strongest` marks the control of `DUELS`.
+    `side` says whether the interval lies above 0.
     """
     runs, found = index(planned), []
     others = sorted({label for label, _, _ in runs if ", " not in label} - {"dense"})
-    for ours, strongest in DUELS.items():
+    for ours in OURS:
         others = [label for label in others if label != ours]
-        for comparison in comparisons(Rule(method=ours, against=tuple(others)), runs):
-            strong = "strongest" * (comparison.against == strongest)
-            found.append(judged(store, comparison) | {"method": ours, "strongest": strong})
-    return _told(pd.DataFrame(found))
+        for other in others:
+            rule = Rule(kind="description", method=ours, against=other)
+            found += [row_of(store, c) | {"method": ours} for c in comparisons(rule, runs)]
+    table = pd.DataFrame(found, columns=_DUEL)
+    side = np.select([table["low"] > 0, table["high"] < 0], ["ahead", "behind"], "holds 0")
+    return table.assign(side=side)
 
 
-def claims(study: Session) -> pd.DataFrame:
-    """Every claim of every paper: its rule, the verdict in the profile, the record to look at."""
+def class_drops(study: Session) -> pd.DataFrame:
+    """What each class pays: accuracy minus that of the dense net, per data set, method and class.
+
+    Of the methods with their own settings, a mean over nets, targets and seeds; no rows where the
+    records do not say which test images were right. Raises `InputError` if the images are missing.
+    """
+    runs, found = index(study.planned), []
+    for method in dict.fromkeys(label for label, _, _ in runs if ", " not in label):
+        rule = Rule(kind="description", method=method, against="dense")
+        for comparison in comparisons(rule, runs) if method != "dense" else ():
+            for pairs in observed(study.store, comparison).values():
+                right = [[right_of(record) for record in pair] for pair in pairs]
+                if all(each is not None for pair in right for each in pair):
+                    lost = np.mean([ours * 1.0 - dense for ours, dense in right], axis=0)
+                    labels = study.runner.load(comparison.dataset).test.labels.numpy()
+                    classes = pd.Series(lost).groupby(labels).mean()
+                    said = {"dataset": comparison.dataset, "method": method}
+                    found += [said | {"class": c, "drop": x} for c, x in classes.items()]
+    table = pd.DataFrame(found, columns=["dataset", "method", "class", "drop"])
+    by = ["dataset", "method", "class"]
+    return table.groupby(by, sort=False, as_index=False).mean()
+
+
+def verdicts(study: Session) -> pd.DataFrame:
+    """Every row of every paper's `verdicts_table` in the profile of `study`."""
     found = []
     for paper in (card for card in cards() if card.is_paper):
         sized = (study.profile, (paper.id,), study.seeds, study.epochs)
         planned = plan(*sized) if study.profile in paper.profiles else []
-        table = verdicts_table(study.store, planned, paper)
-        said = (table["says"] + " [" + table["mark"] + "]").mask(table["says"].duplicated(), "")
-        found.append(table.assign(paper=paper.short or paper.title, claim=said))
-    return _told(pd.concat(found, ignore_index=True))
+        found.append(verdicts_table(study.store, planned, paper, images=True))
+    return pd.concat(found, ignore_index=True)
 
 
-def _told(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows with their intervals in brackets, in the metric's own unit."""
-    numbers = table[["difference", "low", "high"]].itertuples(index=False)
-    told = table.assign(difference=[tables.bracket(*row, digits=4) for row in numbers])
-    order = ["paper", "claim", "method", "strongest", "rule", "where", "difference", "n"]
-    return told.filter([*order, "verdict", "record"])
+def claims(study: Session) -> pd.DataFrame:
+    """Every claim of every paper, and what came out on top in the profile of `study`."""
+    table = claims_table(verdicts(study))
+    names = {paper.id: paper.short or paper.title for paper in cards()}
+    return table.assign(paper=table["paper"].map(names))

@@ -22,7 +22,8 @@ class Planned:
 
     `variant` is its label for people. It says which `reading` of the method this is, at which
     `stage` ("" an ordinary result, "start" the dense parent, "half" the beginning of a combination,
-    "fine-tuned", "combined"), and for a combination which method came before it (`after`).
+    "fine-tuned", "combined"), and for a combination which method came before it (`after`). The
+    `first` seed of an experiment is the one that is drawn and timed.
     """
 
     paper: str
@@ -33,6 +34,7 @@ class Planned:
     reading: str = ""
     stage: str = ""
     after: str = ""
+    first: bool = True
 
 
 def plan(
@@ -68,19 +70,18 @@ def _of_experiment(
         "threads": size.threads,
         "evaluate": "validation" if experiment.purpose == "search" else "test",
     }
-    counts = {e.label: e.seeds or experiment.seeds for e in experiment.methods}
-    counts = {label: min(count, seeds or count) for label, count in counts.items()}
-    most, starts = max(counts.values()), []
+    seeds_of = {e.label: _seeds(experiment, e, seeds) for e in experiment.methods}
+    every, starts = sorted(set().union(*seeds_of.values())), {}
     if experiment.start:
         own = {"method": "dense", "recipe": _sized(experiment.start, epochs)}
-        starts = _by_seed(most, [], **common, **own, pretrained=experiment.pretrained)
-    trained: dict[tuple[str, float | None], list[RunSettings]] = {}
+        starts = _by_seed(every, {}, **common, **own, pretrained=experiment.pretrained)
+    trained: dict[tuple[str, float | None], dict[int, RunSettings]] = {}
     runs: dict[tuple[str, str], Planned] = {}
     for entry in experiment.methods:
         after = experiment.entry(entry.after).method if entry.after else ""
         own = {"method": entry.method, "params": entry.params}
         own |= {"recipe": _recipe(experiment, entry, epochs)}
-        parents, targets = [] if entry.fresh else starts, _targets(experiment, entry)
+        parents, targets = {} if entry.fresh else starts, _targets(experiment, entry)
         for target in targets:
             if after:
                 before = (entry.after, entry.after_target or target)
@@ -91,22 +92,32 @@ def _of_experiment(
             if methods.method_class(entry.method).counts:
                 kind = entry.target_kind or experiment.target_kind
                 own["target"] = target_of(entry.method, target, kind)
-            trained[entry.label, target] = _by_seed(most, parents, **common, **own)
-        for seed, target in itertools.product(range(counts[entry.label]), targets):
+            trained[entry.label, target] = _by_seed(every, parents, **common, **own)
+        for seed, target in itertools.product(seeds_of[entry.label], targets):
             found = [(trained[entry.label, target][seed], entry.variant, entry.stage, after)]
             if parents and not after:
                 found.insert(0, (starts[seed], "", "start", ""))
             for settings, *words in found:
                 item = (experiment.name, experiment.purpose, _label(*words), settings, *words)
-                runs.setdefault((_label(*words), settings.run), Planned(paper, *item))
+                first = seed == seeds_of[entry.label].start
+                runs.setdefault((_label(*words), settings.run), Planned(paper, *item, first))
     return list(runs.values())
 
 
-def _by_seed(seeds: int, parents: list[RunSettings], **values: Any) -> list[RunSettings]:
+def _seeds(experiment: Experiment, entry: Entry, most: int) -> range:
+    """The seeds of an entry; for a `most` other than 0 at most so many."""
+    own = entry.first_seed
+    first, count = experiment.first_seed if own is None else own, entry.seeds or experiment.seeds
+    return range(first, first + min(count, most or count))
+
+
+def _by_seed(
+    seeds: list[int], parents: dict[int, RunSettings], **values: Any
+) -> dict[int, RunSettings]:
     """The settings for each seed, with its parent; checked once, as no check looks at the seed."""
-    each = [{"seed": seed, "parent": parents[seed] if parents else None} for seed in range(seeds)]
-    first = resolve(**values, **each[0])
-    return [first.model_copy(update=own) for own in each]
+    first = resolve(**values, seed=seeds[0], parent=parents.get(seeds[0]))
+    own = {seed: {"seed": seed, "parent": parents.get(seed)} for seed in seeds}
+    return {seed: first.model_copy(update=update) for seed, update in own.items()}
 
 
 def _label(reading: str, stage: str, after: str) -> str:

@@ -2,24 +2,21 @@
 
 import copy
 import functools
-import os
-import platform
 import re
 import shutil
-import subprocess
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from prunestudy import datasets, measure, methods, models, places, shrink
+from prunestudy import datasets, measure, methods, models, shrink
 from prunestudy.errors import InputError, require, require_one_of
-from prunestudy.study.lines import FORMAT
+from prunestudy.study.lines import FORMAT, bits_of
+from prunestudy.study.provenance import environment
 from prunestudy.study.records import Store
 from prunestudy.study.settings import RunSettings, dense_macs, dense_net
 from prunestudy.train import Result, Steps, deterministic, gang, pruning
@@ -187,15 +184,25 @@ class _Job:
         scores = self.task.evaluate(model, batches, self.data.info.num_classes)
         return {self.task.metric_name: scores.metric, "loss": scores.loss}
 
-    def judged(self, model: nn.Module) -> measure.Scores:
-        """Scores of `model` on the images that the run is judged by."""
+    def judged(self, model: nn.Module) -> tuple[measure.Scores, torch.Tensor]:
+        """Scores of `model` on the images that the run is judged by; which it classifies right."""
         info, images = self.data.info, self.data.test
         if self.settings.evaluate == "validation":
             _, images = datasets.split(self.data.train, self.settings.validation)
         batches = datasets.batches_of(images, info, len(images), device=self.device)
         # The layout that it was trained in.
         net = copy.deepcopy(model).to(self.device, memory_format=torch.channels_last)
-        return self.task.evaluate(net, batches.ordered(512), info.num_classes)
+        guesses, labels = [], []
+
+        def noted() -> Iterable[Any]:
+            for x, y in batches.ordered(512):
+                labels.append(y.cpu())
+                yield x, y
+
+        if self.task.name == "classify":
+            net.register_forward_hook(lambda *seen: guesses.append(seen[-1].argmax(1).cpu()))
+        scores = self.task.evaluate(net, noted(), info.num_classes)
+        return scores, torch.cat(guesses) == torch.cat(labels) if guesses else torch.empty(0)
 
     def metrics(self, made: Result) -> dict[str, Any]:
         """Quality and cost of the finished net, of a diverged one the dense net's cost alone."""
@@ -204,7 +211,7 @@ class _Job:
         costs = {"dense_parameters": measure.parameters(dense), "dense_macs": macs}
         if made.status == "diverged":
             return costs
-        scores, model = self.judged(made.model), made.model.cpu()
+        (scores, right), model = self.judged(made.model), made.model.cpu()
         nonzeros, example = measure.nonzeros(model), torch.zeros(128, *shape)
         metrics = {
             "metric_name": self.task.metric_name,
@@ -222,9 +229,11 @@ class _Job:
             "stored_values": nonzeros,
             "stored_with_indices": 2 * nonzeros,  # as the papers count: an index for each value
         }
+        if len(right) and self.settings.evaluate == "test":
+            metrics["right"] = bits_of(right.numpy())
         metrics |= made.method.report() | made.probe.measures()
         others = {f"metric_{name}": other for name, other in made.probe.others().items()}
-        return metrics | costs | {name: self.judged(net).metric for name, net in others.items()}
+        return metrics | costs | {name: self.judged(net)[0].metric for name, net in others.items()}
 
     def record(self, made: Result, metrics: dict[str, Any], seconds: float) -> dict[str, Any]:
         settings, data, history = self.settings, self.data, made.history
@@ -233,7 +242,8 @@ class _Job:
         cost = {"train_seconds": round(made.seconds, 3), "seconds": round(seconds, 3)}
         if self.device.type == "cuda":
             cost["device_peak_mb"] = round(torch.cuda.max_memory_allocated(self.device) / 1e6, 1)
-        return {
+        right = {"right": metrics.pop("right")} if "right" in metrics else {}
+        return right | {
             "format": FORMAT,
             "run": settings.run,
             "parent": settings.parent.run if settings.parent else None,
@@ -252,39 +262,6 @@ class _Job:
             "validation": {n: last.get(f"validation_{n}") for n in (self.task.metric_name, "loss")},
             "history": {name: [row.get(name) for row in history] for name in columns},
             "latency": None,
-            "environment": _environment(self.device),
+            "environment": environment(self.device),
             "cost": cost,
         }
-
-
-def _environment(device: torch.device) -> dict[str, Any]:
-    packages = ("prunestudy", "torch", "torchvision", "numpy", "ptflops")
-    return {
-        "python": platform.python_version(),
-        **{name: version(name) for name in packages},
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "commit": commit(),
-        "tree": _git("rev-parse", "HEAD:lib/prunestudy"),
-    }
-
-
-def commit() -> str:
-    """Git commit of the checkout, "-dirty" when its library differs.
-
-    Outside git what PRUNESTUDY_COMMIT says, else "unknown".
-    """
-    head = _git("rev-parse", "HEAD") or os.environ.get("PRUNESTUDY_COMMIT") or "unknown"
-    dirty = _git("status", "--porcelain", "--", "lib", "pyproject.toml")
-    return f"{head}-dirty" if dirty else head
-
-
-@functools.cache
-def _git(*words: str) -> str:
-    folder = places.checkout()
-    if not folder:
-        return ""
-    command = ["git", "-C", str(folder), *words]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""

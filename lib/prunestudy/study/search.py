@@ -14,6 +14,7 @@ from typing import Any
 from prunestudy.papers import card
 from prunestudy.study.plan import Planned
 from prunestudy.study.records import Store
+from prunestudy.study.select import chosen
 from prunestudy.study.settings import RunSettings
 from prunestudy.study.tables import datasets_title
 from prunestudy.study.verdicts import removed
@@ -135,6 +136,29 @@ def _score(store: Store, settings: RunSettings) -> float | None:
     if record and record["status"] != "done":
         return -math.inf
     return record and record["metrics"]["metric"]
+
+
+def strongest(found: list[Grid], profile: str) -> dict[tuple[str, ...], tuple[str, str]]:
+    """The best control by the grids `found` of `profile`, and that of the card ("" for none).
+
+    By paper, net, data set, kind of target and method, for each test against the strongest control
+    of which all grids are complete. A control whose best setting fails is not eligible.
+    """
+    places: dict[tuple[str, ...], list[Grid]] = {}
+    for grid in found:
+        first = grid.tried[0].settings
+        rules = [rule for claim in card(grid.paper).claims for rule in claim.tests]
+        for rule in (rule for rule in rules if grid.label in rule.controls and first.aim):
+            place = (grid.paper, first.model, first.dataset, first.aim.kind, rule.method)
+            places.setdefault(place, []).append(grid)
+    best = {}
+    for (paper, *where, method), grids in places.items():
+        able = [g for g in grids if g.complete and math.isfinite(g.best.mean)]
+        if able and all(g.complete for g in grids):
+            named = chosen(card(paper), profile).get(tuple(where), ())
+            now = " and ".join(sorted({*named} & {g.label for g in grids}))
+            best[paper, *where, method] = max(able, key=lambda g: g.best.mean).label, now
+    return best
 
 
 def lines(grid: Grid) -> list[str]:

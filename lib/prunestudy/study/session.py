@@ -107,8 +107,15 @@ class Session:
         return tables.summary_table(self.runs)
 
     def verdicts(self) -> pd.DataFrame:
-        """One row per claim and comparison, judged by the rule."""
-        return verdicts.verdicts_table(self.store, self.planned, self.card)
+        """One row per claim, net and data set, for people; by the tests that the card has."""
+        return tables.readable_verdicts(self._judged(images=True))
+
+    def claims(self) -> pd.DataFrame:
+        """One row per claim: its text, and what came out on top."""
+        return verdicts.claims_table(self._judged()).drop(columns="paper")
+
+    def _judged(self, images: bool = False) -> pd.DataFrame:
+        return verdicts.verdicts_table(self.store, self.planned, self.card, images)
 
     def says(self, method: str, against: str = "", **what: Any) -> sentences.Sentence:
         """A sentence about `method`'s results that the records make; see `sentences.says`."""
@@ -135,17 +142,20 @@ class Session:
         drawn.savefig(path, metadata={"Software": None})  # the same figure gives the same file
         return drawn
 
-    def find(self, method: str, target: float | None, seed: int = 0, **where: Any) -> RunSettings:
-        """Return the settings of the planned run of `method` at `target`; `InputError` if none."""
-        wanted = {"method": method, "seed": seed} | where
+    def find(self, method: str, target: float | None, **where: Any) -> RunSettings:
+        """The first planned run of `method` at `target`, with settings `where`.
+
+        Raises `InputError` if there is none.
+        """
+        wanted = {"method": method} | where
         for s in (item.settings for item in self.planned if not item.variant):
             aim = s.target.value if s.target else None
             if aim == target and all(getattr(s, key) == value for key, value in wanted.items()):
                 return s
-        raise InputError(f"run = {method} at {target}, seed {seed}: not planned in {self.profile}")
+        raise InputError(f"run = {method} at {target}: not planned in {self.profile}")
 
     def found(self, methods: Iterable[str], target: float, **where: Any) -> dict[str, str]:
-        """Method -> run at `target`, seed 0, of those `methods` that the profile has there."""
+        """Method -> first run at `target` of those `methods` that the profile has there."""
         runs = {}
         for method in methods:
             with contextlib.suppress(InputError):
@@ -154,7 +164,7 @@ class Session:
 
 
 def measure_latency(store: Store, planned: list[Planned], rounds: int = 30) -> int:
-    """Time the nets of seed 0 against the dense net, interleaved; return how many.
+    """Time the nets of the first seed against the dense net, interleaved; return how many.
 
     Weight-sparse linear layers compute from compressed rows. One thread. The dense net is a fresh
     one: what its weights are takes no time. Nets that are not on disk are left out.
@@ -169,10 +179,10 @@ def measure_latency(store: Store, planned: list[Planned], rounds: int = 30) -> i
 
 
 def is_untimed(store: Store, item: Planned) -> bool:
-    """Whether the net of `item` is there and still to be timed (seed 0 of results only)."""
+    """Whether the net of `item` is there and still to be timed (the first seed of results only)."""
     settings = item.settings
     pruned = settings.parent is not None or settings.method != "dense"
-    if settings.seed != 0 or item.purpose != "results" or not pruned:
+    if not item.first or item.purpose != "results" or not pruned:
         return False
     # The stored record may be that of another training than the net that is here.
     both = store.read(settings), store.trained(store.place(settings.run))

@@ -1,4 +1,4 @@
-"""The two tidy tables of a profile, made from records: runs.csv and summary.csv."""
+"""The tidy tables of a profile, made from records: runs.csv, summary.csv and verdicts.csv."""
 
 import html
 import math
@@ -12,7 +12,8 @@ from prunestudy.papers import card
 from prunestudy.study.lines import write_text
 from prunestudy.study.plan import Planned
 from prunestudy.study.records import Store
-from prunestudy.study.verdicts import interval, removed
+from prunestudy.study.statistics import interval
+from prunestudy.study.verdicts import COLUMNS, removed, verdicts_table
 
 RUN_COLUMNS = (
     "run parent paper method variant model dataset seed epochs precision threads target_kind "
@@ -109,10 +110,18 @@ def build(store: Store, planned: list[Planned]) -> tuple[pd.DataFrame, pd.DataFr
     return runs, summary_table(runs)
 
 
+def verdicts(store: Store, planned: list[Planned]) -> pd.DataFrame:
+    """The verdicts on the claims of all papers in `planned`, in the columns of their file."""
+    papers = dict.fromkeys(item.paper for item in planned)
+    found = [verdicts_table(store, planned, card(paper))[COLUMNS] for paper in papers]
+    return pd.concat([table for table in found if len(table)] or found[:1], ignore_index=True)
+
+
 def write(store: Store, planned: list[Planned]) -> pd.DataFrame:
-    """Write runs.csv and summary.csv from the records; return the summary."""
+    """Write runs.csv, summary.csv and verdicts.csv from the records; return the summary."""
     runs, summary = build(store, planned)
-    for name, table in (("runs", runs), ("summary", summary)):
+    made = {"runs": runs, "summary": summary, "verdicts": verdicts(store, planned)}
+    for name, table in made.items():
         write_text(store.folder / "tables" / f"{name}.csv", text_of(table))
     return summary
 
@@ -148,6 +157,30 @@ def _for_people(row: dict[str, Any]) -> dict[str, Any]:
         "result": f"{factor * row['metric']:.2f}{sd}{unit}",
         "minus dense": bracket(*difference),
         "published": "" if math.isnan(row["published"]) else published,
+    }
+
+
+def readable_verdicts(table: pd.DataFrame) -> pd.DataFrame:
+    """Rows of `verdicts_table` for people: what was compared where, and what came out."""
+    return pd.DataFrame(map(_verdict_for_people, table.to_dict("records")))
+
+
+def _verdict_for_people(row: dict[str, Any]) -> dict[str, Any]:
+    spans = [(row["mean"], row[f"{of}low"], row[f"{of}high"]) for of in ("", "images_")]
+    seeds, images = (bracket(*span, digits=4) for span in spans)
+    p, opposite = (f"{row[name]:.2g}" for name in ("p_adjusted", "p_opposite_adjusted"))
+    metric = "" if row["metric"] in ("", "metric") else f" ({row['metric']})"
+    return {
+        "claim": row["claim"],
+        "test": row["kind"].replace("_", " "),
+        "compared": " - ".join(filter(None, (row["method"], row["control"]))) + metric,
+        "where": " on ".join(filter(None, (row["model"], row["dataset"]))),
+        **{name: row[name] for name in ("targets", "n")},
+        "mean, over seeds": seeds,
+        "over seeds and images": "" if math.isnan(row["images_low"]) else images,
+        "p": p.replace("nan", ""),
+        "p of the opposite": opposite.replace("nan", ""),
+        **{name: row[name] for name in ("verdict", "failures")},
     }
 
 

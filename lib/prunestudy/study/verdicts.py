@@ -1,72 +1,219 @@
-"""Verdicts on a paper's claims, made from records.
+"""Verdicts on a paper's claims, made from records; what each is tested by stands in the card.
 
-A verdict is a rule: *confirmed* if the 95% interval of the paired per-seed difference lies on the
-claimed side, *contradicted* if on the other, *undecided* otherwise.
+A test's unit is a seed: the paired difference of its runs, averaged over the claim's targets. Two
+one-sided paired t-tests ask whether it lies above the bound (0, or minus the margin) or below; each
+is adjusted by Holm's method over the paper's tests in the profile.
 """
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
-from prunestudy import methods
-from prunestudy.papers import Card, Rule
+from prunestudy import datasets, methods, places
+from prunestudy.papers import Card, path_of
+from prunestudy.papers.claims import Rule
+from prunestudy.study.lines import right_of
 from prunestudy.study.plan import Planned
+from prunestudy.study.provenance import is_before, rules_commit
 from prunestudy.study.records import Store
-from prunestudy.study.select import Comparison, comparisons, index
+from prunestudy.study.select import SEEDS, Comparison, chosen, comparisons, index
+from prunestudy.study.statistics import OUTCOMES, decided, drawn, holm, interval, one_sided
 
 Record = dict[str, Any]
-NO_RUNS = "no runs in this profile"
-_COLUMNS = "claim says mark rule where difference low high n verdict record".split()
-_NO = {"where": "", "n": 0, "record": ""}
+Pairs = dict[int, list[list[Record]]]  # by seed, a pair of records for each target
+# How much counts as nothing: of accuracy by data set, and in dB.
+MARGINS = {"mnist": 0.001, "fashion_mnist": 0.003, "cifar10": 0.005, "cifar10_jpeg": 0.005}
+PSNR_MARGIN = 0.2
+_EQUAL = 1e-12  # a smaller deviation is that of rounding
+MANY = 3  # seeds on which ours fails contradict a claim
+BY_CONSTRUCTION, NOT_TESTABLE = "by construction", "not testable here"
+NO_RUNS, YOUNGER = "no runs in this profile", "rule younger than its runs"
+COLUMNS = (
+    "paper claim kind model dataset method control chosen_by targets n mean low high "
+    "p p_adjusted p_opposite p_opposite_adjusted verdict runs"
+).split()
+_NUMBERS = [*COLUMNS[10:17], "images_low", "images_high"]
+_FOR_PEOPLE = [*"says mark why metric failures".split(), *_NUMBERS[-2:]]
+_BLANK = dict.fromkeys([*COLUMNS, *_FOR_PEOPLE], "") | dict.fromkeys(_NUMBERS, math.nan) | {"n": 0}
 
 
-def interval(values: Sequence[float]) -> tuple[int, float, float, float, float]:
-    """Number, mean, standard deviation and 95% t-interval (low, high) of paired differences.
+def fails(record: Record) -> bool:
+    """Whether a run did not finish, or ended below twice chance on the validation images."""
+    score, name = record["validation"].get("top1"), record["settings"]["dataset"]
+    poor = score is not None and score < 2 / datasets.info(name).num_classes
+    return record["status"] != "done" or poor
 
-    NaN stands for what fewer than two values do not determine.
+
+def _failed(pairs: list[list[Record]]) -> list[bool]:
+    """Whether any run of ours fails, and of the other side."""
+    return [any(map(fails, side)) for side in zip(*pairs, strict=True)]
+
+
+def observed(store: Store, comparison: Comparison) -> Pairs:
+    """The records of `comparison` by seed: of those seeds that have all, on one device.
+
+    Of several devices it is the one that has most; runs of different devices are never paired.
     """
-    n = len(values)
-    if n < 2:
-        return n, *(values or [math.nan]), math.nan, math.nan, math.nan
-    from scipy.special import stdtrit  # late: it takes a second
-
-    mean = math.fsum(values) / n
-    sd = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1))
-    half = float(stdtrit(n - 1, 0.975)) * sd / math.sqrt(n)
-    return n, mean, sd, mean - half, mean + half
-
-
-def verdict(low: float, high: float, at_least: float) -> str:
-    """Judge the claim that a difference is at least `at_least` by its interval (NaN: none)."""
-    if low >= at_least:
-        return "confirmed"
-    return "contradicted" if high < at_least else "undecided"
-
-
-def pairs(store: Store, comparison: Comparison) -> list[list[Record]]:
-    """The records that `comparison` is on, by seed; without an opponent of one side.
-
-    A pair is of one device and has the metric; with the rule's `within` it counts only where ours
-    removed as much, or at most that share less.
-    """
-    rule, kind = comparison.rule, comparison.target.kind if comparison.target else ""
-    found = []
-    for items in comparison.pairs:
+    by_device: dict[str, Pairs] = {}
+    for seed, pairs in comparison.seeds.items():
         sides = [
-            {
-                record["environment"]["device"]: record
-                for record in store.read_all(item.settings)
-                if record["metrics"].get(rule.metric) is not None
-            }
-            for item in items
+            [{r["environment"]["device"]: r for r in store.read_all(item.settings)} for item in p]
+            for p in pairs
         ]
-        for device in sorted(set.intersection(*map(set, sides))):
-            pair = [side[device] for side in sides]
-            if rule.within is None or _left(pair[0], kind) - _left(pair[-1], kind) <= rule.within:
-                found.append(pair)
-    return found
+        for device in set.intersection(*(set(side) for pair in sides for side in pair)):
+            by_device.setdefault(device, {})[seed] = [[side[device] for side in p] for p in sides]
+    return max(by_device.items(), key=lambda found: (len(found[1]), found[0]), default=("", {}))[1]
+
+
+def verdicts_table(
+    store: Store, planned: list[Planned], paper: Card, images: bool = False
+) -> pd.DataFrame:
+    """One row per claim, net and data set, and per control where none was chosen.
+
+    `COLUMNS`, then what people read: the claim, why it has no test, failures, and with `images` the
+    interval over seeds and images. Without a test p is empty, and `verdict` is too or says why.
+    """
+    runs = index(item for item in planned if item.paper == paper.id)
+    best, rows = chosen(paper, store.folder.name), []
+    for claim in paper.claims:
+        said = {"paper": paper.id, "claim": claim.id, "says": claim.text, "mark": claim.mark}
+        if claim.not_testable:
+            rows.append(said | {"why": claim.not_testable, "verdict": NOT_TESTABLE})
+        for rule in claim.tests:
+            said |= {"kind": rule.kind, "method": rule.method, "metric": rule.metric}
+            if rule.kind == "by_construction":
+                rows.append(said | {"why": rule.why, "verdict": BY_CONSTRUCTION})
+                continue
+            found = [row_of(store, each, images) for each in comparisons(rule, runs, best)]
+            rows += [said | row for row in found or [{"control": rule.against, "verdict": NO_RUNS}]]
+    _test(rows, paper, store.folder.name)
+    return pd.DataFrame([_BLANK | row for row in rows], columns=[*_BLANK])
+
+
+def row_of(store: Store, comparison: Comparison, images: bool = False) -> dict[str, Any]:
+    """What the records say of `comparison`; with its `p` if it is a test that can be made."""
+    rule, control, chosen_by, model, dataset, kind, targets, _ = comparison
+    found = observed(store, comparison)
+    if comparison.planned:
+        found = {seed: found[seed] for seed in SEEDS if seed in found}
+    failed = {seed: _failed(pairs) for seed, pairs in found.items()}
+    ours = [seed for seed in found if failed[seed][0]]
+    theirs = [seed for seed in found if any(failed[seed][1:])]
+    values = {s: _difference(rule, kind, found[s]) for s in found if s not in (*ours, *theirs)}
+    d = {seed: value for seed, value in values.items() if not math.isnan(value)}
+    n, mean, sd, low, high = interval([*d.values()])
+    names = [" - ".join(r["run"] for r in pair) for seed in [*d][:1] for pair in found[seed]]
+    lost = {rule.method: ours, control: theirs}
+    row = {
+        "kind": rule.kind,
+        "control": control,
+        "chosen_by": chosen_by,
+        "model": model,
+        "dataset": dataset,
+        "targets": " ".join([kind, *(f"{target:g}" for target in targets)] if kind else []),
+        **{"n": n, "mean": mean, "low": low, "high": high, "verdict": "", "runs": "; ".join(names)},
+        "failures": "; ".join(f"{who} fails on {_seeds(at)}" for who, at in lost.items() if at),
+    }
+    if images and control and rule.metric == "metric" and n > 1:
+        row |= _with_images([found[seed] for seed in d])
+    row |= {"planned": comparison.planned, "there": bool(found)}
+    if not (rule.primary and found):
+        return row if found else row | {"verdict": NO_RUNS}
+    margin = 0.0 if rule.kind == "superiority" else _margin(dataset, found)
+    if why := _why_not(comparison, margin, n, len(ours), len(theirs)):
+        return row | {"kind": "description", "verdict": f"not tested: {why}"}
+    if sd < _EQUAL and not ours:
+        return row | {"kind": "by_construction", "verdict": BY_CONSTRUCTION}
+    p, opposite = map(float, one_sided(np.array([*d.values()]) - rule.at_least + (margin or 0.0)))
+    return row | {
+        "p": math.nan if ours else p,  # a seed that fails never helps ours
+        "p_opposite": opposite,
+        "lost": len(ours),
+        "commits": {r["environment"]["commit"] for ps in found.values() for p in ps for r in p},
+    }
+
+
+def _why_not(comparison: Comparison, margin: float | None, n: int, ours: int, theirs: int) -> str:
+    """Why there is no test, with `n` seeds that count and others on which a side fails."""
+    if comparison.chosen_by == "all":
+        return "no control is chosen"
+    if comparison.planned and ours >= MANY:
+        return ""
+    if comparison.planned and theirs:
+        return "the control fails"
+    if not comparison.planned or n + ours < len(SEEDS):
+        return "fewer than eight seeds"
+    return "no margin for this data set" if margin is None else ""
+
+
+def _test(rows: list[dict[str, Any]], paper: Card, profile: str) -> None:
+    """Adjust the p-values over the planned tests, and give the verdicts; in place.
+
+    Planned tests on data sets without any run do not count: of two copies there may be one.
+    """
+    there, checkout = {row["dataset"] for row in rows if row.get("there")}, places.checkout()
+    family = [row for row in rows if row.get("planned") and row["dataset"] in there]
+    tests = [row for row in family if "commits" in row]
+    since = rules_commit(checkout, path_of(paper.id), profile) if tests and checkout else ""
+    for row in tests:
+        old = checkout and all(is_before(checkout, since, commit) for commit in row["commits"])
+        if not old:
+            row.update(p=math.nan, p_opposite=math.nan, verdict=YOUNGER)
+    for name in ("p", "p_opposite"):
+        adjusted = holm(np.array([row.get(name, math.nan) for row in family]))
+        for row, p in zip(family, adjusted, strict=True):
+            row[f"{name}_adjusted"] = float(p)
+    for row in tests:
+        outcome = str(decided(row["p_adjusted"], row["p_opposite_adjusted"]))
+        row["verdict"] = row["verdict"] or (OUTCOMES[2] if row["lost"] >= MANY else outcome)
+
+
+def claims_table(table: pd.DataFrame) -> pd.DataFrame:
+    """One row per claim of `verdicts_table`: its text and mark, and what came out on top."""
+    found = []
+    for (paper, claim), rows in table.groupby(["paper", "claim"], sort=False):
+        first = rows.iloc[0]
+        said = {"paper": paper, "claim": claim, "text": f"{first['says']} [{first['mark']}]"}
+        found.append(said | {"verdict": _on_top(rows)})
+    return pd.DataFrame(found, columns=["paper", "claim", "text", "verdict"])
+
+
+def _on_top(rows: pd.DataFrame) -> str:
+    """The verdicts of a claim's `rows` in one line, or why there are none."""
+    tested = rows["verdict"][rows["verdict"].isin(OUTCOMES)]
+    if n := len(tested):
+        counts = [f"{word} on {k}" for word in OUTCOMES if (k := int((tested == word).sum()))]
+        return f"{', '.join(counts)} of {n} net{'s' * (n > 1)}"
+    # The reason why a test was not made comes first, what needs none second.
+    for begins in (YOUNGER, "not tested", BY_CONSTRUCTION, NOT_TESTABLE):
+        for verdict, why in rows[["verdict", "why"]].itertuples(index=False):
+            if verdict.startswith(begins):
+                return f"{verdict}: {why}" if why else verdict
+    return NO_RUNS if (rows["verdict"] == NO_RUNS).all() else "described, not tested"
+
+
+def _margin(dataset: str, found: Pairs) -> float | None:
+    """What counts as no loss; None where nothing is agreed on."""
+    records = (record for pairs in found.values() for pair in pairs for record in pair)
+    psnr = any(record["metrics"].get("metric_name") == "psnr" for record in records)
+    return PSNR_MARGIN if psnr else MARGINS.get(dataset)
+
+
+def _difference(rule: Rule, kind: str, pairs: list[list[Record]]) -> float:
+    """Mean over the pairs of ours minus theirs, or of ours alone.
+
+    NaN where one lacks the metric, and where ours is larger than the rule allows.
+    """
+    found, name = [], rule.metric.removeprefix("-")
+    for pair in pairs:
+        values = [record["metrics"].get(name) for record in pair]
+        more = 0.0 if rule.within is None else _left(pair[0], kind) - _left(pair[-1], kind)
+        if None in values or more > (rule.within or 0.0):
+            return math.nan
+        found.append(values[0] - sum(values[1:]))
+    return math.fsum(found) / len(found) * (1 if name == rule.metric else -1)
 
 
 def _left(record: Record, kind: str) -> float:
@@ -77,50 +224,17 @@ def _left(record: Record, kind: str) -> float:
     return 1 - metrics["sparsity"]
 
 
-def verdicts_table(store: Store, planned: list[Planned], paper: Card) -> pd.DataFrame:
-    """One row per claim and comparison: difference, interval, n and verdict.
-
-    `record` names the compared runs of the first seed. For a claim that is not tested, `rule` is
-    the reason why not.
-    """
-    runs = index(item for item in planned if item.paper == paper.id)
-    rows: list[dict[str, Any]] = []
-    for claim in paper.claims:
-        said = {"claim": claim.id, "says": claim.text, "mark": claim.mark}
-        if claim.not_testable:
-            rows.append(said | {"rule": claim.not_testable, "verdict": "not testable here"} | _NO)
-        for rule in claim.tests:
-            found = [judged(store, comparison) for comparison in comparisons(rule, runs)]
-            told = _told(rule, rule.against, rule.margin("other"))
-            rows += [said | row for row in found or [{"rule": told, "verdict": NO_RUNS} | _NO]]
-    return pd.DataFrame(rows, columns=_COLUMNS)
+def _with_images(seeds: list[list[list[Record]]]) -> dict[str, float]:
+    """The interval over seeds and images, where all records say which images were right."""
+    right = [[[right_of(record) for record in pair] for pair in pairs] for pairs in seeds]
+    if any(each is None for pairs in right for pair in pairs for each in pair):
+        return {}
+    sides = np.array(right, dtype=float)  # seeds, targets, two, images
+    return dict(zip(_NUMBERS[-2:], drawn((sides[:, :, 0] - sides[:, :, 1]).mean(1)), strict=True))
 
 
-def judged(store: Store, comparison: Comparison) -> dict[str, Any]:
-    """The result of `comparison`: its rule and place for people, the difference, the verdict."""
-    rule, against, model, dataset, target, _ = comparison
-    margin, compared = rule.margin(dataset), pairs(store, comparison)
-    values = [[record["metrics"][rule.metric] for record in pair] for pair in compared]
-    n, mean, _, low, high = interval([ours - sum(theirs) for ours, *theirs in values])
-    share = [f"{removed(target.value, target.kind)} removed"] if target else []
-    return {
-        "rule": _told(rule, (against,) * bool(against), margin),
-        "where": ", ".join([model, dataset, *share]),
-        "difference": mean,
-        "low": low,
-        "high": high,
-        "n": n,
-        "verdict": verdict(low, high, margin) if n else NO_RUNS,
-        "record": " - ".join(record["run"] for pair in compared[:1] for record in pair),
-    }
-
-
-def _told(rule: Rule, against: tuple[str, ...], margin: float) -> str:
-    """The rule for people: "magnitude - random (rows) of metric >= 0"."""
-    words = [label.partition(", ") for label in (rule.method, *against)]
-    ours, *theirs = [f"{name} ({more})" if more else name for name, _, more in words]
-    sides = f"{ours} - {' or '.join(theirs)}" if theirs else ours
-    return f"{sides} of {rule.metric} >= {margin:g}"
+def _seeds(seeds: list[int]) -> str:
+    return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
 
 
 def removed(target: float, kind: str) -> str:

@@ -7,9 +7,11 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
+from prunestudy.papers import card
 from prunestudy.study import figures as look
 from prunestudy.study import tables
 from prunestudy.study.overview import COSTS
+from prunestudy.study.statistics import OUTCOMES
 
 _CAPTIONS = {
     "dense": "darker: larger",
@@ -23,8 +25,9 @@ _VERDICTS = {
     "confirmed": "#029e73",
     "undecided": "#d9c77c",
     "contradicted": "#d55e00",
+    "by construction": "#7fb3d5",
     "not testable here": "#b0b0b0",
-    "no runs in this profile": "#ececec",
+    "not tested": "#ececec",
 }
 _AXES = ("weights", "nonzero_macs", "time_b1", "time_b128", "memory", "bytes")
 
@@ -104,16 +107,50 @@ def frontier(rows: pd.DataFrame, cost: str) -> pd.DataFrame:
     return ordered[ordered.difference > before]
 
 
-def verdicts(claims: pd.DataFrame) -> Figure:
-    """How many comparisons of each paper's claims came out which way."""
-    counts = pd.crosstab(claims.paper, claims.verdict).reindex(claims.paper.unique()[::-1])
-    counts = counts[[name for name in _VERDICTS if name in counts]]
-    figure, (axes,) = look.canvas(size=(9, 0.5 * len(counts) + 1.4))
-    counts.plot.barh(stacked=True, color=_VERDICTS, width=0.8, ax=axes, legend=False)
-    labels = [" / ".join(map(str, row)) for row in counts.to_numpy()]
-    axes.bar_label(axes.containers[-1], labels, padding=4, fontsize=8)
-    axes.margins(x=0.15)
-    axes.set(xlabel="comparisons that the claims are tested by", ylabel="")
-    axes.grid(visible=False, axis="y")
-    look.legend(figure, "outside upper center", columns=len(counts.columns))
+def verdicts(rows: pd.DataFrame) -> Figure:
+    """What came out of each claim of each paper: a square for each net that it was tested on.
+
+    `rows` of `overview.verdicts`; a claim that was not tested has one square, which says why.
+    """
+    known = rows.assign(verdict=rows.verdict.where(rows.verdict.isin([*_VERDICTS]), "not tested"))
+    groups = [*known.groupby(["paper", "claim"], sort=False)]
+    figure, (axes,) = look.canvas(size=(7, 0.22 * len(groups) + 1.2))
+    most, drawn = 1, set()
+    for y, (_, claim) in enumerate(groups):
+        tested = [v for v in claim.verdict if v in OUTCOMES]
+        shown = sorted(tested or {min(claim.verdict, key=[*_VERDICTS].index)})
+        colours = [_VERDICTS[verdict] for verdict in shown]
+        axes.scatter(range(len(shown)), [y] * len(shown), s=110, c=colours, marker="s")
+        most, drawn = max(most, len(shown)), drawn | {*shown}
+    papers = [card(paper).short or card(paper).title for (paper, _), _ in groups]
+    heads = [p if p != before else "" for before, p in zip(["", *papers], papers, strict=False)]
+    names = [
+        f"{head}   {claim.replace('_', ' ')}"
+        for head, ((_, claim), _) in zip(heads, groups, strict=True)
+    ]
+    axes.set_yticks(range(len(groups)), names)
+    axes.set(xlim=(-0.5, max(most, 5) - 0.5), xticks=[], xlabel="nets that a claim is tested on")
+    axes.invert_yaxis()
+    axes.grid(visible=False)
+    for name in (name for name in _VERDICTS if name in drawn):
+        axes.scatter([], [], s=80, c=_VERDICTS[name], marker="s", label=name)
+    look.legend(figure, "outside upper center", columns=6)
+    return figure
+
+
+def classes(drops: pd.DataFrame) -> Figure:
+    """Which classes pay for the pruning: `overview.class_drops`, a panel for each data set."""
+    datasets = drops.dataset.unique()
+    figure, axes = look.canvas(len(datasets), (5.5 * len(datasets), 4.2))
+    for panel, name in zip(axes, datasets, strict=True):
+        part = drops[drops.dataset == name]
+        grid = 100 * part.pivot_table("drop", "method", "class", sort=False)
+        grid.index = grid.index.map(look.title_of)
+        most = float(grid.abs().max().max()) or 1.0
+        image = panel.imshow(grid, cmap="RdBu", vmin=-most, vmax=most, aspect="auto")
+        panel.set_xticks(range(grid.shape[1]), grid.columns)
+        panel.set_yticks(range(len(grid)), grid.index)
+        panel.set(title=tables.datasets_title(name), xlabel="class")
+        panel.grid(visible=False)
+        figure.colorbar(image, ax=panel, label="minus dense, points")
     return figure

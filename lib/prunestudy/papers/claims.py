@@ -1,0 +1,122 @@
+"""What a card claims, and what its claims are tested by."""
+
+import json
+import tomllib
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from prunestudy.errors import InputError
+from prunestudy.papers.shorthand import written_out
+
+# P: the paper, its poster, abstract or the authors' code; S: quoted by another paper or project;
+# N: the number of a similar method; D: derived or checked numerically; O: our reading.
+Mark = Literal["P", "S", "N", "D", "O"]
+TargetKind = Literal["sparsity", "macs", "parameters", "rank", "energy"]
+PRIMARY = ("superiority", "non_inferiority")
+ProfileName = Literal["quick", "cpu", "cpu-long", "gpu", "paper"]
+
+
+class Strict(BaseModel):
+    """A part of a card: no other keys, no other types, never changed."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Rule(Strict):
+    """What a claim is tested by: the paired difference `method - against` of `metric`.
+
+    Of `kind` "superiority" (it is above 0) and "non_inferiority" (above minus the margin of the
+    data set) a claim has at most one. What algebra says is "by_construction", and `why` names what
+    shows it; a "description" has an interval and no verdict. Labels are those of entries. A metric
+    with "-" before its name is better the lower it is. `against` is empty where the metric itself
+    is compared with `at_least`, and "strongest" for the one of the `controls` that the card's
+    searches chose; a reading of the method is none. The rule holds wherever both sides have runs:
+    `where` restricts it, for the reason `why`, `target_kind` to such targets, `within` to pairs
+    where ours removed at most that share less than the other.
+    """
+
+    kind: Literal["superiority", "non_inferiority", "by_construction", "description"]
+    method: str
+    against: str = ""
+    controls: tuple[str, ...] = ()
+    metric: str = "metric"
+    at_least: float = 0.0
+    within: Annotated[float, Field(ge=0, lt=1)] | None = None
+    target_kind: TargetKind | None = None
+    where: dict[Literal["models", "datasets", "targets"], tuple[str | float, ...]] = {}
+    why: str = ""
+
+    @property
+    def primary(self) -> bool:
+        """Whether it may end in a verdict."""
+        return self.kind in PRIMARY
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if bool(self.where or self.kind == "by_construction") != bool(self.why):
+            raise ValueError("why belongs to where, and to what holds by construction")
+        if bool(self.controls) != (self.against == "strongest"):
+            raise ValueError("controls belong to against = 'strongest'")
+        own = self.method.partition(",")[0]
+        if own in {label.partition(",")[0] for label in self.controls}:
+            raise ValueError("a reading of the method is no control")
+        if self.at_least and self.against:
+            raise ValueError("at_least is for the metric itself, without against")
+        if self.kind == "non_inferiority" and (not self.against or self.metric != "metric"):
+            raise ValueError("non_inferiority is of the metric, against something")
+        return self
+
+    def covers(self, model: str, dataset: str, target: float | None, kind: str) -> bool:
+        """Whether the rule applies to this net, data set and target of `kind`."""
+        at = {"models": model, "datasets": dataset, "targets": target}
+        inside = all(at[name] in allowed for name, allowed in self.where.items())
+        return inside and self.target_kind in (None, kind)
+
+
+class Claim(Strict):
+    """A claim of the paper, read at `place`: `tests`, or the reason why it is `not_testable`."""
+
+    id: str
+    text: str
+    mark: Mark
+    place: str
+    tests: tuple[Rule, ...] = ()
+    not_testable: str = ""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if bool(self.tests) == bool(self.not_testable):
+            raise ValueError("a claim has either tests or a reason in not_testable")
+        if sum(rule.primary for rule in self.tests) > 1:
+            raise ValueError("a claim has at most one test that ends in a verdict")
+        return self
+
+
+class Strongest(Strict):
+    """The `control` with the best mean validation score over the seeds of the searches."""
+
+    profile: ProfileName
+    model: str
+    dataset: str
+    target_kind: TargetKind
+    control: str
+
+
+def rules_of(text: str, profile: str) -> str:
+    """By what tests, against which controls, the card in `text` gives verdicts in `profile`: JSON.
+
+    Prose and descriptions are left out. Empty for a text that is no card.
+    """
+    try:
+        values = written_out(tomllib.loads(text))
+        tests = [
+            {"claim": claim["id"]} | {key: rule[key] for key in rule if key != "why"}
+            for claim in values["claims"]
+            for rule in claim["tests"]
+            if rule.get("kind") in PRIMARY
+        ]
+        controls = [row for row in values.get("strongest", []) if row["profile"] == profile]
+        return json.dumps([sorted(tests, key=lambda t: t["claim"]), controls], sort_keys=True)
+    except (tomllib.TOMLDecodeError, InputError, AttributeError, KeyError, TypeError):
+        return ""
