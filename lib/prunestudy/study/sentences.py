@@ -127,7 +127,8 @@ def says(
         versus = f" beside {other}"
     way = _overall({each.way for each in seen})
     if not seen:
-        place = f" on {_place(**where)}" if where else ""
+        place = _place(**where)
+        place = f" on {place}" if place else ""
         name = of.name if of else "score"
         text = f"This profile does not tell the {name} of {_called(method)}{versus}{place}."
     elif len(seen) == 1:
