@@ -292,7 +292,7 @@ def test_markdown_by_hand():
 def test_readable_by_hand(store, filled):
     table = tables.readable(tables.build(store, filled)[1])
     row = table[table.method == "random"].iloc[0]
-    assert row["net"] == "lenet300"
+    assert row["net"] == "LeNet-300-100"
     assert row["data"] == "Digits"
     assert row["removed"] == "90% of weights"
     assert row["n"] == 3

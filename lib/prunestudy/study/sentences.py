@@ -5,12 +5,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from prunestudy import models
-from prunestudy.methods import TARGETS, method_class
+from prunestudy.methods import TARGETS
 from prunestudy.papers import Card
 from prunestudy.study.plan import Planned
 from prunestudy.study.records import Store
 from prunestudy.study.select import index
-from prunestudy.study.tables import UNITS, datasets_title
+from prunestudy.study.tables import UNITS, called, datasets_title
 from prunestudy.study.verdicts import interval, removed
 
 Record = dict[str, Any]
@@ -120,7 +120,7 @@ def says(
                 keys = sorted(set.intersection(*map(set, both)))
                 pairs = [[side[key] for side in both] for key in keys]
                 seen += _seen(store, pairs, _place(**at), of, 0.0 if against else held)
-    other = _called(against) if against else "what is published" if than == "published" else ""
+    other = called(against) if against else "what is published" if than == "published" else ""
     versus = f" against {other}" if other else ""
     if not other and than is not None:
         other = f"{than:g}{of.unit if of else ''}"
@@ -132,14 +132,14 @@ def says(
         if "kind" in where and "target" not in where:
             place += f" at targets on {TARGETS[where['kind']]}"
         name = of.name if of else "score"
-        text = f"This profile does not tell the {name} of {_called(method)}{versus}{place}."
+        text = f"This profile does not tell the {name} of {called(method)}{versus}{place}."
     elif len(seen) == 1:
         verb = f" is {_WAYS[way]} {'that of ' * bool(against)}{other}:" if way else f"{versus} is"
         where_, name, _, told, _ = seen[0]
-        text = f"{where_}: the {name} of {_called(method)}{verb} {told}."
+        text = f"{where_}: the {name} of {called(method)}{verb} {told}."
     else:
         name = seen[0].name
-        text = f"{name[0].upper()}{name[1:]}, {_called(method)}{versus}, {_range(seen)}."
+        text = f"{name[0].upper()}{name[1:]}, {called(method)}{versus}, {_range(seen)}."
     sentence = Sentence(f"{text} {(then or {}).get(way, '')}".strip())
     sentence.direction = way
     return sentence
@@ -154,7 +154,7 @@ def measured(
         for target, items in targets.items() if method == label else ():
             found = [record for item in items.values() for record in store.read_all(item.settings)]
             done = [record for record in found if record["status"] == "done"]
-            names = (models.title(model), datasets_title(dataset), _called(label))
+            names = (models.title(model), datasets_title(dataset), called(label))
             row = dict(zip(("net", "data", "method"), names, strict=True))
             row["removed"] = removed(target.value, target.kind) if target else ""
             for each in quantities:
@@ -220,12 +220,6 @@ def _place(
     net = " on ".join(f(x) for f, x in ((models.title, model), (datasets_title, dataset)) if x)
     share = f"{removed(target, kind)} removed" if target is not None else ""
     return ", ".join(filter(None, (net, share)))
-
-
-def _called(label: str) -> str:
-    """A label of the card for people: "gate variables (from scratch)"."""
-    name, _, variant = label.partition(", ")
-    return method_class(name).title.removesuffix(" (ours)") + f" ({variant})" * bool(variant)
 
 
 def _published(paper: Card, method: str, at: Mapping[str, Any]) -> float | None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from prunestudy import datasets
+from prunestudy import datasets, models
 from prunestudy.methods import method_class
 from prunestudy.papers import card
 from prunestudy.study.lines import write_text
@@ -149,7 +149,7 @@ def _for_people(row: dict[str, Any]) -> dict[str, Any]:
     return {
         "paper": paper.short or paper.title,
         "device": row["device"],
-        "net": row["model"],
+        "net": models.title(row["model"]),
         "data": datasets_title(row["dataset"]),
         "method": ", ".join(filter(None, (method_class(row["method"]).title, row["variant"]))),
         "removed": row["target_kind"] and removed(row["target"], row["target_kind"]),
@@ -169,12 +169,13 @@ def _verdict_for_people(row: dict[str, Any]) -> dict[str, Any]:
     spans = [(row["mean"], row[f"{of}low"], row[f"{of}high"]) for of in ("", "images_")]
     seeds, images = (bracket(*span, digits=4) for span in spans)
     p, opposite = (f"{row[name]:.2g}" for name in ("p_adjusted", "p_opposite_adjusted"))
-    metric = "" if row["metric"] in ("", "metric") else f" ({row['metric']})"
+    metric = "" if row["metric"] in ("", "metric") else f" ({row['metric'].replace('_', ' ')})"
+    where = {models.title: row["model"], datasets_title: row["dataset"]}
     return {
         "claim": row["claim"],
         "test": row["kind"].replace("_", " "),
-        "compared": " - ".join(filter(None, (row["method"], row["control"]))) + metric,
-        "where": " on ".join(filter(None, (row["model"], row["dataset"]))),
+        "compared": " - ".join(called(x) for x in (row["method"], row["control"]) if x) + metric,
+        "where": " on ".join(of(name) for of, name in where.items() if name),
         **{name: row[name] for name in ("targets", "n")},
         "mean, over seeds": seeds,
         "over seeds and images": "" if math.isnan(row["images_low"]) else images,
@@ -182,6 +183,12 @@ def _verdict_for_people(row: dict[str, Any]) -> dict[str, Any]:
         "p of the opposite": opposite.replace("nan", ""),
         **{name: row[name] for name in ("verdict", "failures")},
     }
+
+
+def called(label: str) -> str:
+    """A label of the card for people: "gate variables (from scratch)"."""
+    name, _, variant = label.partition(", ")
+    return method_class(name).title.removesuffix(" (ours)") + f" ({variant})" * bool(variant)
 
 
 def datasets_title(name: str) -> str:
