@@ -132,7 +132,7 @@ def test_columns_of_the_file(store, judge):
         "p_adjusted,p_opposite,p_opposite_adjusted,verdict,runs"
     ).split(",")
     (row,) = tables.readable_verdicts(table).to_dict("records")
-    assert row["compared"] == "magnitude - random"
+    assert row["compared"] == "one-shot magnitude - random"
     assert row["where"] == "lenet300 on digits"
     assert row["mean, over seeds"].startswith("+0.0505 [")
     assert (row["over seeds and images"], row["failures"]) == ("", "")
