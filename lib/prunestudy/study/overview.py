@@ -104,9 +104,12 @@ def which_when(rows: pd.DataFrame, at_least: float) -> pd.DataFrame:
     able = rows[(rows["method"] != "dense") & (rows["difference"] >= at_least)]
     costs = [cost for cost in COSTS if able[cost].notna().any()]
     near = [able[able[cost] <= _SLACK * able[cost].min()] for cost in costs]
-    best = readable(able.loc[[settings["difference"].idxmax() for settings in near]])
-    best.insert(0, "to save", [COSTS[cost] for cost in costs])
-    return best
+    best: dict[Any, list[str]] = {}
+    for cost, settings in zip(costs, near, strict=True):
+        best.setdefault(settings["difference"].idxmax(), []).append(COSTS[cost])
+    table = readable(able.loc[[*best]])
+    table.insert(0, "to save", [", ".join(words) for words in best.values()])
+    return table
 
 
 def combinations(rows: pd.DataFrame) -> pd.DataFrame:

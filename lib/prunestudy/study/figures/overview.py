@@ -94,6 +94,7 @@ def pareto(rows: pd.DataFrame, dataset: str) -> Figure:
         panel.set_xscale("log", subs=[])
         panel.xaxis.set_major_locator(FixedLocator(_TICKS))
         panel.xaxis.set_major_formatter("{x:g}")
+        panel.margins(x=0.1)
         panel.set_yscale("symlog", linthresh=1)
         panel.yaxis.set_major_locator(FixedLocator([-50, -20, -10, -5, -2, -1, -0.5, 0, 0.5]))
         panel.yaxis.set_major_formatter("{x:g}")
