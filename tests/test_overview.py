@@ -154,19 +154,6 @@ def test_of_settings_about_as_small_the_most_accurate_is_taken(rows):
     assert overview.which_when(rows, 0.5).empty
 
 
-def test_a_pair_is_beside_the_best_single_one_of_its_size(rows):
-    pair, single = "gate variables (ours), after GDP, 80% of weights removed", rows[~rows.combined]
-    assert overview.combinations(rows).label.tolist() == [
-        pair,
-        "gate variables (ours), 90% of weights removed",
-    ]
-    by_macs = rows.assign(target_kind=rows.target_kind.mask(rows.combined, "macs"))
-    assert overview.combinations(by_macs).method.tolist() == ["sparse_gates", "gdp"]
-    tiny = by_macs.assign(macs=by_macs.macs.mask(by_macs.combined, 0.1))
-    assert overview.combinations(tiny).label.tolist() == [pair]
-    assert overview.combinations(single).empty
-
-
 # --- claims
 
 

@@ -112,20 +112,6 @@ def which_when(rows: pd.DataFrame, at_least: float) -> pd.DataFrame:
     return table
 
 
-def combinations(rows: pd.DataFrame) -> pd.DataFrame:
-    """Each combination of two methods, followed by the best single setting that is as small.
-
-    In weights or in MACs: which of them the second target says.
-    """
-    found, single = [], rows[~rows["combined"] & (rows["method"] != "dense")]
-    for place, both in rows[rows["combined"]].iterrows():
-        cost = "weights" if both["target_kind"] == "sparsity" else "macs"
-        like = single[(single[_SAME] == both[_SAME]).all(axis=1)]
-        like = like[like[cost] <= _SLACK * both[cost]]
-        found += [place, *like.nlargest(1, "metric").index]
-    return rows.loc[found]
-
-
 def class_drops(study: Session) -> pd.DataFrame:
     """What each class pays: accuracy minus that of the dense net, per data set, method and class.
 
