@@ -64,10 +64,15 @@ def came_out(rows: pd.DataFrame) -> str:
     return f"{_SO_FAR}{by}{counts} of {many}, against {other}."
 
 
+def net(model: str, dataset: str) -> str:
+    """A net and its data for people: "LeNet-5 on MNIST"."""
+    return f"{models.title(model)} on {tables.datasets_title(dataset)}"
+
+
 def nets(rows: pd.DataFrame) -> str:
     """How many nets the rows of tests, made or planned, are of, and which."""
     found = rows[(rows.verdict != "") & (rows.n > 0)][["model", "dataset"]].drop_duplicates()
-    names = [f"{models.title(m)} on {tables.datasets_title(d)}" for m, d in found.to_numpy()]
+    names = [net(*pair) for pair in found.to_numpy()]
     return f"{len(names)}: {', '.join(names)}" if names else "none"
 
 
