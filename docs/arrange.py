@@ -120,7 +120,7 @@ def paper_page(paper: Card, rows: pd.DataFrame) -> str:
     open_ = [{"open in the paper": gap.text, "read here as": gap.reading} for gap in paper.unknown]
     parts = [
         f"# {paper.short or paper.title}",
-        f"{paper.authors}: *{paper.title}*, {paper.venue}, {paper.year} "
+        f"{paper.authors}: *{paper.title}*, {paper.venue} "
         f"([arXiv {paper.arxiv}](https://arxiv.org/abs/{paper.arxiv})).",
         f"**[The notebook, executed](../notebooks/{paper.notebook}.ipynb)** explains the paper, "
         f"runs its experiments and ends in exercises. The method is one file, "

@@ -52,7 +52,7 @@ def came_out(rows: pd.DataFrame) -> str:
     if rows.verdict.isin(OUTCOMES).any() or seen.empty:
         return claims_table(rows).verdict[0]
     names = [method_class(name.partition(",")[0]).title for name in seen.control.unique() if name]
-    other = f"*{names[0]}*" if names else "the limit"
+    other = names[0].replace("dense", "the dense net") if names else "the limit"
     other = f"the strongest of {len(names)} controls" if len(names) > 1 else other
     hardest = seen.sort_values("mean").drop_duplicates(["model", "dataset"])
     ways = ["ahead"] * int((hardest.low > 0).sum()) + ["behind"] * int((hardest.high < 0).sum())

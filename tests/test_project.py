@@ -204,7 +204,7 @@ def test_a_row_of_readme_says_on_how_many_nets(readme):
     assert readme.came_out(rows) == f"{said}controls."
     assert readme.nets(rows).startswith("3: LeNet-5 on MNIST, LeNet-5 on Fashion-MNIST, ResNet-20")
     one = rows[rows.model == "resnet20"].assign(metric="-log2_rank_total")
-    said = "So far by rank (lower is better) ahead on 1 of 1 net, against *group L2, one shot*."
+    said = "So far by rank (lower is better) ahead on 1 of 1 net, against group L2, one shot."
     assert readme.came_out(one) == said
     rows.loc[4, "verdict"] = "confirmed"
     assert readme.came_out(rows) == "confirmed on 1 of 1 net"
