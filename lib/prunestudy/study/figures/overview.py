@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator
 
 from prunestudy.papers import card
 from prunestudy.study import figures as look
@@ -34,7 +34,7 @@ _VERDICTS = {
 }
 # What is drawn of the costs, and the controls beside the papers' methods: seven series in all.
 _AXES = ("time_b1", "bytes")
-_TICKS = (2, 3, 5, 7, 10, 15, 20, 30, 40, 50, 60, 70, 80, 100)
+_TICKS = (2, 3, 5, 7, 10, 15, 20, 30, 40, 50, 70, 100)
 _CONTROLS = ("gradual_magnitude", "group_l2")
 
 
@@ -92,11 +92,14 @@ def pareto(rows: pd.DataFrame, dataset: str) -> Figure:
             near |= {"ha": "left" if ours else "right", "color": look.COLOURS[row.method]}
             panel.annotate(f"{row.target:.0%}", (getattr(row, cost), row.lost), **near)
         panel.set_xscale("log", subs=[])
-        panel.xaxis.set_major_locator(FixedLocator(_TICKS))
+        wide = seen[cost].max() > 3 * seen[cost].min()
+        panel.xaxis.set_major_locator(FixedLocator(_TICKS) if wide else MaxNLocator(6))
         panel.xaxis.set_major_formatter("{x:g}")
         panel.margins(x=0.1)
         panel.set_yscale("symlog", linthresh=1)
-        panel.yaxis.set_major_locator(FixedLocator([-50, -20, -10, -5, -2, -1, -0.5, 0, 0.5]))
+        panel.yaxis.set_major_locator(
+            FixedLocator([-50, -20, -10, -5, -2, -1, -0.5, 0, 0.5, 1, 2, 5])
+        )
         panel.yaxis.set_major_formatter("{x:g}")
         look.frame(panel, part, "lost", 0)
         best = frontier(seen, cost)
