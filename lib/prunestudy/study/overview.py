@@ -34,8 +34,7 @@ COSTS = {
     "bytes": "bytes on disk",
 }
 _SLACK = 1.1  # times as large still counts as small, since targets are met to a channel only
-# Settings are compared where these are equal.
-_SAME = ["model", "dataset", "epochs", "device"]
+_SAME = ["model", "dataset", "epochs", "device"]  # settings are compared where these are equal
 
 
 def settings_table(runs: pd.DataFrame) -> pd.DataFrame:
@@ -131,8 +130,7 @@ def class_drops(study: Session) -> pd.DataFrame:
                     said = {"dataset": comparison.dataset, "method": method}
                     found += [said | {"class": c, "drop": x} for c, x in classes.items()]
     table = pd.DataFrame(found, columns=["dataset", "method", "class", "drop"])
-    by = ["dataset", "method", "class"]
-    return table.groupby(by, sort=False, as_index=False).mean()
+    return table.groupby(["dataset", "method", "class"], sort=False, as_index=False).mean()
 
 
 def verdicts(study: Session) -> pd.DataFrame:

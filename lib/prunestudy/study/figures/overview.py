@@ -35,6 +35,7 @@ _VERDICTS = {
 # What is drawn of the costs, and the controls beside the papers' methods: seven series in all.
 _AXES = ("time_b1", "bytes")
 _TICKS = (2, 3, 5, 7, 10, 15, 20, 30, 40, 50, 70, 100)
+_LOST = (-50, -20, -10, -5, -2, -1, -0.5, -0.2, 0, 0.2, 0.5, 1, 2, 5)
 _CONTROLS = ("gradual_magnitude", "group_l2")
 
 
@@ -61,10 +62,8 @@ def five_ways(
         if matrix.shape != dense.shape:  # two factors
             middle = len(matrix) - len(dense) / 2
             panel.text(middle, middle, "their product", ha="center", va="center", fontsize=8)
-    size = " x ".join(map(str, dense.shape))
     figure.suptitle(
-        f"One trained layer of {size} weights; each method leaves {left:.0%} of the net, "
-        "and of this layer:"
+        f"One trained layer. Each method leaves {left:.0%} of the net, and of this layer:"
     )
     return figure
 
@@ -77,7 +76,7 @@ def pareto(rows: pd.DataFrame, dataset: str) -> Figure:
     """
     single = rows[rows.method.isin([*OURS, *_CONTROLS]) & rows.difference.notna()]
     part = look.select(single, f"costs on {dataset}", dataset=dataset, combined=False)
-    factor, unit = tables.UNITS[part.metric_name.iloc[0]]
+    factor, _ = tables.UNITS[part.metric_name.iloc[0]]
     shares = {cost: 100 * part[cost] for cost in _AXES}
     scores = {"lost": factor * part.difference, "sd": factor * part.difference_sd.fillna(0)}
     part = part.assign(**shares, **scores, label=part.method.map(look.title_of))
@@ -97,16 +96,12 @@ def pareto(rows: pd.DataFrame, dataset: str) -> Figure:
         panel.xaxis.set_major_formatter("{x:g}")
         panel.margins(x=0.1)
         panel.set_yscale("symlog", linthresh=1)
-        panel.yaxis.set_major_locator(
-            FixedLocator([-50, -20, -10, -5, -2, -1, -0.5, 0, 0.5, 1, 2, 5])
-        )
-        panel.yaxis.set_major_formatter("{x:g}")
+        panel.set_yticks(_LOST, map("{:g}".format, _LOST))
         look.frame(panel, part, "lost", 0)
         best = frontier(seen, cost)
         panel.plot(cost, "lost", data=best, color="0.35", lw=1, zorder=1, label="front")
         panel.set_xlabel(f"{COSTS[cost]}, % of dense")
-    words = "points" if unit == "%" else "dB"
-    axes[0].set_ylabel(f"minus dense, {words} (mean and sd)")
+    axes[0].set_ylabel("minus dense, points (mean and sd)")
     figure.suptitle(f"{look.place_of(part)}: what is lost against what is left")
     look.legend(figure, "outside lower center", columns=5)
     return figure
