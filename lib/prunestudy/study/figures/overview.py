@@ -62,9 +62,7 @@ def five_ways(
         if matrix.shape != dense.shape:  # two factors
             middle = len(matrix) - len(dense) / 2
             panel.text(middle, middle, "their product", ha="center", va="center", fontsize=8)
-    figure.suptitle(
-        f"One trained layer. Each method leaves {left:.0%} of the net, and of this layer:"
-    )
+    figure.suptitle(f"One layer; each method leaves {left:.0%} of the net, and of this layer:")
     return figure
 
 
