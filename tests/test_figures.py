@@ -155,6 +155,16 @@ def test_paths_of_gates_are_split_by_group_and_by_what_is_left():
     assert [line.get_ydata().tolist() for line in cost.lines[:2]] == [[1, 0.6], [1, 0.5]]
 
 
+def test_gates_on_the_ramp_are_those_of_the_last_step_that_was_kept():
+    """Of 100 steps the ramp is 40: its quarters end at 10, 20 and 30."""
+    paths = np.array([[1, 1], [1, 0.5], [0.91, 0.11], [1, 0]], dtype=np.float16)
+    store = Runs(gate_steps=np.array([0, 10, 25, 99]), gate_paths=paths)
+    axes = papers.gates_on_the_ramp(store, "a", 0.4).axes
+    assert axes[0].get_title() == "at 25% of the ramp"
+    found = [np.flatnonzero(each.patches[0].get_data().values).tolist() for each in axes]
+    assert found == [[20, 39], [20, 39], [4, 36], [0, 39]]
+
+
 def test_gates_before_removal_say_how_many_are_in_between():
     store = Runs(final_gates=np.array([0, 0, 0.3, 1], dtype=np.float16))
     (axes,) = papers.final_gates(store, {"gdp": "a"}).axes

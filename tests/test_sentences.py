@@ -124,6 +124,11 @@ def test_other_quantities_are_said_in_the_same_way():
             "This profile does not tell the measured speed-up on 128 images of one-shot magnitude "
             "on digits.",
         ),
+        (
+            ("magnitude",),
+            {"kind": "macs"},
+            "This profile does not tell the score of one-shot magnitude at targets on MACs.",
+        ),
     ],
 )
 def test_what_is_not_there_is_said(words, what, says):

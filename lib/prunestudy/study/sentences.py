@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from prunestudy import models
-from prunestudy.methods import method_class
+from prunestudy.methods import TARGETS, method_class
 from prunestudy.papers import Card
 from prunestudy.study.plan import Planned
 from prunestudy.study.records import Store
@@ -127,7 +127,10 @@ def says(
         versus = f" beside {other}"
     way = _overall({each.way for each in seen})
     if not seen:
-        place = f" on {_place(**where)}" if where else ""
+        place = _place(**where)
+        place = f" on {place}" if place else ""
+        if "kind" in where and "target" not in where:
+            place += f" at targets on {TARGETS[where['kind']]}"
         name = of.name if of else "score"
         text = f"This profile does not tell the {name} of {_called(method)}{versus}{place}."
     elif len(seen) == 1:

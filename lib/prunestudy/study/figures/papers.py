@@ -176,6 +176,19 @@ def gate_paths(store: Store, run: str) -> Figure:
     return figure
 
 
+def gates_on_the_ramp(store: Store, run: str, ramp: float) -> Figure:
+    """GDP's gates at 25, 50 and 75% of the first `ramp` (0-1) of the steps, and at the end."""
+    arrays, edges = store.arrays(run), np.linspace(0, 1, 41)
+    steps, panels = arrays["gate_steps"], {}
+    for share in (0.25, 0.5, 0.75, None):
+        step = steps[-1] if share is None else share * ramp * (steps[-1] + 1)
+        gates = arrays["gate_paths"][np.searchsorted(steps, step, side="right") - 1]
+        counts, _ = np.histogram(gates.astype(float), edges)
+        title = "at the end" if share is None else f"at {share:.0%} of the ramp"
+        panels[title] = {"gates": (counts, look.COLOURS["gdp"])}
+    return look.histograms(panels, edges, "gate", "share of the channels", yscale="log")
+
+
 def final_gates(store: Store, runs: dict[str, str]) -> Figure:
     """Gates of channels before removal, one panel per method (name -> run).
 
