@@ -15,8 +15,9 @@ myst_heading_anchors = 3
 suppress_warnings = ["myst.header"]
 
 html_theme = "furo"
-html_static_path = ["site.css", "assets/tex-svg.js"]
+html_static_path = ["site.css", "verdicts.js", "assets/tex-svg.js"]
 html_css_files = ["site.css"]
+html_js_files = ["verdicts.js"]
 mathjax_path = "tex-svg.js"
 html_copy_source = False
 html_show_sourcelink = False

@@ -1,36 +1,120 @@
-"""Write README's table of results from the records of profile cpu: `python docs/readme.py`."""
+"""Write README's table of the papers from the records of profile cpu: `python docs/readme.py`."""
 
 import sys
+from collections.abc import Iterator
 
 import pandas as pd
 
+from prunestudy import models
 from prunestudy.errors import InputError
+from prunestudy.methods import method_class
+from prunestudy.papers import Card, card, cards
 from prunestudy.places import home
 from prunestudy.study import tables
 from prunestudy.study.plan import plan
 from prunestudy.study.records import Store
+from prunestudy.study.statistics import OUTCOMES
+from prunestudy.study.verdicts import claims_table, verdicts_table
 
 BEGIN = "<!-- results: made by `python docs/readme.py` -->\n"
 END = "<!-- end of results -->"
+_METRICS = {"-log2_rank_total": "rank (lower is better)"}
+_WAITS, _SO_FAR = "Not yet judged: eight fresh seeds are planned.", "So far "
 
 
-def filled(page: str, summary: pd.DataFrame) -> str:
-    """`page` with what each paper's own method reached between the two comments.
+def judged(store: Store, profile: str) -> dict[str, pd.DataFrame]:
+    """Paper -> its table of verdicts, of all papers that the profile has runs of."""
+    planned = plan(profile)
+    papers = dict.fromkeys(item.paper for item in planned if card(item.paper).is_paper)
+    return {paper: verdicts_table(store, planned, card(paper)) for paper in papers}
+
+
+def headline(paper: Card) -> tuple[str, ...]:
+    """The claims that a paper is read for: better than others, or else the first with a test.
+
+    A claim whose text goes on ("...") takes its neighbour along.
+    """
+    primary = [c for c in paper.claims if any(rule.primary for rule in c.tests)]
+    ahead = [c for c in primary if any(rule.against == "strongest" for rule in c.tests)]
+    place = paper.claims.index((ahead or primary)[0])
+    first = place - paper.claims[place].text.startswith("...")
+    last = place + paper.claims[place].text.endswith("...")
+    return tuple(claim.id for claim in paper.claims[first : last + 1])
+
+
+def came_out(rows: pd.DataFrame) -> str:
+    """What came out of one claim, from its rows of `verdicts_table`, in one phrase.
+
+    Its verdicts; without any, on how many nets the intervals over seeds tell a difference. Of
+    several controls it is the one that is hardest to beat on that net.
+    """
+    seen = rows[rows.verdict.str.startswith("not tested") & (rows.n > 1)]
+    if rows.verdict.isin(OUTCOMES).any() or seen.empty:
+        return claims_table(rows).verdict[0]
+    names = [method_class(name.partition(",")[0]).title for name in seen.control.unique() if name]
+    other = names[0].replace("dense", "the dense net") if names else "the limit"
+    other = f"the strongest of {len(names)} controls" if len(names) > 1 else other
+    hardest = seen.sort_values("mean").drop_duplicates(["model", "dataset"])
+    ways = ["ahead"] * int((hardest.low > 0).sum()) + ["behind"] * int((hardest.high < 0).sum())
+    ways += ["not told apart"] * (len(hardest) - len(ways))
+    counts = ", ".join(f"{way} on {ways.count(way)}" for way in dict.fromkeys(ways))
+    name = seen.metric.iloc[0]
+    by = "" if name == "metric" else f"by {_METRICS.get(name, name.replace('_', ' '))} "
+    many = f"{len(hardest)} net{'s' * (len(hardest) > 1)}"
+    return f"{_SO_FAR}{by}{counts} of {many}, against {other}."
+
+
+def net(model: str, dataset: str) -> str:
+    """A net and its data for people: "LeNet-5 on MNIST"."""
+    return f"{models.title(model)} on {tables.datasets_title(dataset)}"
+
+
+def nets(rows: pd.DataFrame) -> str:
+    """How many nets the rows of tests, made or planned, are of, and which."""
+    found = rows[(rows.verdict != "") & (rows.n > 0)][["model", "dataset"]].drop_duplicates()
+    names = [net(*pair) for pair in found.to_numpy()]
+    return f"{len(names)}: {', '.join(names)}" if names else "none"
+
+
+def lines(found: dict[str, pd.DataFrame]) -> Iterator[dict[str, str]]:
+    """One row per paper: what it claims, what came out, on how many nets, its notebook."""
+    for paper in (each for each in cards() if each.is_paper and each.id in found):
+        wanted = headline(paper)
+        rows = found[paper.id][found[paper.id].claim.isin(wanted)]
+        texts = [claim.text for claim in paper.claims if claim.id in wanted]
+        phrases = [came_out(rows[rows.claim == name]) for name in wanted]
+        if any(phrase.startswith(_SO_FAR) for phrase in phrases):
+            phrases.insert(0, _WAITS)
+        number = paper.notebook[:2]
+        yield {
+            "paper": f"{paper.short or paper.title} ({paper.year})",
+            "claims": " ".join(texts).replace("... ...", "..."),
+            "came out": " ".join(phrases),
+            "nets": nets(rows),
+            "notebook": f"[{number}](notebooks/{paper.notebook}.ipynb), "
+            f"[with results](results/cpu/notebooks/{paper.notebook}.ipynb)",
+        }
+
+
+def filled(page: str, found: dict[str, pd.DataFrame]) -> str:
+    """`page` with the table of the papers between the two comments.
 
     Raises `InputError` if the page has no such pair.
     """
-    own = summary[(summary["variant"] == "") & (summary["method"] == summary["paper"])]
-    before, found, rest = page.partition(BEGIN)
+    before, begun, rest = page.partition(BEGIN)
     _, closed, after = rest.partition(END)
-    if not (found and closed):
+    if not (begun and closed):
         raise InputError("readme: has no pair of results comments")
-    return f"{before}{BEGIN}\n{tables.markdown(tables.readable(own))}\n{END}{after}"
+    rows = [*lines(found)]
+    table = [[*rows[0]], ["---"] * len(rows[0]), *(row.values() for row in rows)]
+    text = "".join(f"| {' | '.join(row)} |\n" for row in table)
+    return f"{before}{BEGIN}\n{text}\n{END}{after}"
 
 
 if __name__ == "__main__":
     path = home() / "README.md"
-    _, summary = tables.build(Store("cpu"), plan("cpu"))
     try:
-        path.write_text(filled(path.read_text("utf-8"), summary), "utf-8")
+        text = filled(path.read_text("utf-8"), judged(Store("cpu"), "cpu"))
     except InputError as error:
         sys.exit(str(error))
+    path.write_text(text, "utf-8")

@@ -5,10 +5,13 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from conftest import CARD, child_run, one_line, put_record
 from matplotlib import pyplot as plt
 from matplotlib.colors import to_hex
+from torch import nn
 
+import prunestudy as ps
 from prunestudy import papers
 from prunestudy.errors import InputError
 from prunestudy.study import notebooks, overview, session
@@ -29,7 +32,7 @@ def closed():
 
 
 def run(method, seed, metric, dense=0.9, kind="", target=math.nan, variant="", **more):
-    """A row of runs.csv: a net of 1000 parameters and MACs, trained in ten seconds."""
+    """A row of runs.csv: a net of 1000 parameters and MACs."""
     name = f"{method}-{variant}-{kind}-{target}-{seed}"
     row = {"run": name, "parent": "", "paper": "overview", "method": method, "variant": variant}
     row |= {"model": "lenet5", "dataset": "mnist", "seed": seed, "epochs": 10, "status": "done"}
@@ -38,7 +41,7 @@ def run(method, seed, metric, dense=0.9, kind="", target=math.nan, variant="", *
     row |= {"metric_name": "top1", "metric": metric, "dense_metric": dense}
     row |= {"nonzeros": 1000, "macs": 1000, "nonzero_macs": 1000, "bytes": 4000}
     row |= {"dense_parameters": 1000, "dense_macs": 1000, "peak_memory_mb": 2.0}
-    return row | {"train_seconds": 10.0} | more
+    return row | more
 
 
 def table(*rows):
@@ -61,13 +64,12 @@ def runs():
         aim = {"kind": "macs", "target": 0.7}
         rows += [
             run("dense", seed, 0.9 + up, 0.9 + up),
-            run("gdp", seed, 0.89 + up, 0.9 + up, **aim, **small(0.3), train_seconds=12.0),
-            run("group_l2", seed, 0.87 + up, 0.9 + up, **aim, **small(0.29), train_seconds=5.0),
-            run("scratch", seed, 0.88 + 2 * up, 0.9 + up, **aim, **small(0.3), train_seconds=8.0)
+            run("gdp", seed, 0.89 + up, 0.9 + up, **aim, **small(0.3)),
+            run("group_l2", seed, 0.87 + up, 0.9 + up, **aim, **small(0.29)),
+            run("scratch", seed, 0.88 + 2 * up, 0.9 + up, **aim, **small(0.3))
             | {"parent": f"gdp--macs-0.7-{seed}"},
             run("sparse_gates", seed, 0.9, 0.9 + up, "sparsity", 0.9, nonzeros=100),
-            run("gdp", seed, 0.5, math.nan, "macs", 0.5, "half", epochs=8, train_seconds=6.0)
-            | {"stage": "half"},
+            run("gdp", seed, 0.5, math.nan, "macs", 0.5, "half", epochs=8) | {"stage": "half"},
             run("sparse_gates", seed, 0.85 + up, 0.9 + up, "sparsity", 0.8, "after GDP")
             | {
                 "stage": "combined",
@@ -109,14 +111,6 @@ def test_one_row_per_setting_in_shares_of_dense(rows):
     assert pair.label == "gate variables (ours), after GDP, 80% of weights removed"
 
 
-def test_training_counts_what_had_to_be_trained_before(runs, rows):
-    assert row_of(rows, "gdp").training == 1.2
-    assert row_of(rows, "scratch").training == 2.0  # the shape's search and its own
-    assert row_of(rows, "sparse_gates", combined=True).training == pytest.approx(1.6)
-    runs.loc[(runs.method == "gdp") & (runs.seed == 1), "train_seconds"] = 22.0
-    assert row_of(overview.settings_table(runs), "gdp").training == pytest.approx(1.7)
-
-
 def test_what_did_not_finish_is_left_out(runs):
     runs.loc[runs.method == "gdp", "status"] = "diverged"
     assert "gdp" not in set(overview.settings_table(runs).method)
@@ -128,7 +122,7 @@ def test_what_did_not_finish_is_left_out(runs):
 def test_the_readable_table_leaves_empty_what_was_not_measured(rows):
     line = overview.readable(rows).set_index("setting").loc["GDP (ours), 70% of MACs removed"]
     assert line["minus dense"] == "-1.00 [-1.00, -1.00]"
-    assert [line[f"{words}, %"] for words in ("weights", "training time")] == ["30", "120"]
+    assert line["weights, %"] == "30"
     assert line["time for one image, %"] == ""
     assert line["result"] == "89.50 ± 0.71%"
 
@@ -145,54 +139,19 @@ def test_of_settings_about_as_small_the_most_accurate_is_taken(rows):
     ):
         changed = rows.assign(difference=rows.difference + worse * (rows.method == "gdp"))
         best = overview.which_when(changed, at_least).set_index("to save")
-        assert best.loc["MACs", "setting"] == expected
+        (macs,) = (words for words in best.index if "MACs" in words.split(", "))
+        assert best.loc[macs, "setting"] == expected
     best = overview.which_when(rows, -0.02).set_index("to save")
-    assert best.loc["MACs", ["minus dense", "n", "MACs, %"]].tolist() == [
+    assert best.index.tolist() == [
+        "weights",
+        "MACs, MACs with non-zero weights, peak memory, bytes on disk",
+    ]
+    assert best.iloc[1][["minus dense", "n", "MACs, %"]].tolist() == [
         "-1.00 [-1.00, -1.00]",
         2,
         "30",
     ]
-    assert len(best) == 6  # nothing was timed
     assert overview.which_when(rows, 0.5).empty
-
-
-def test_every_duel_is_fought_once_and_described(store, card_file):
-    """Gates meet MAP once; each meets the controls. The mean over both targets counts as one."""
-    names = ["dense", "sparse_gates", "magnitude_attention", "gradual_magnitude", "random"]
-    entries = ", ".join(f'{{ method = "{name}" }}' for name in names)
-    text = CARD[: CARD.index("methods = [{")] + f"methods = [{entries}]"
-    card_file(text.replace("seeds = 1", "seeds = 2").replace("[0.9]", "[0.9, 0.8]"))
-    scores = dict(zip(names, (0.9, 0.8, 0.7, 0.85, 0.5), strict=True))
-    for item in plan("quick"):
-        s = item.settings
-        put_record(store, s, scores[s.method] + (s.seed * 0.2 if s.method == "random" else 0))
-    duels = overview.duels(store, plan("quick"))
-    rows = duels[["method", "control", "targets", "n", "mean"]].to_numpy().tolist()
-    assert rows == [
-        [ours, theirs, "sparsity 0.8 0.9", 2, pytest.approx(mean)]
-        for ours, theirs, mean in (
-            ("sparse_gates", "gradual_magnitude", -0.05),
-            ("sparse_gates", "magnitude_attention", 0.1),
-            ("sparse_gates", "random", 0.2),
-            ("magnitude_attention", "gradual_magnitude", -0.15),
-            ("magnitude_attention", "random", 0.1),
-        )
-    ]
-    half = T1 * 0.2 / math.sqrt(2) / math.sqrt(2)
-    assert duels[["low", "high"]].to_numpy()[2] == pytest.approx([0.2 - half, 0.2 + half])
-
-
-def test_a_pair_is_beside_the_best_single_one_of_its_size(rows):
-    pair, single = "gate variables (ours), after GDP, 80% of weights removed", rows[~rows.combined]
-    assert overview.combinations(rows).label.tolist() == [
-        pair,
-        "gate variables (ours), 90% of weights removed",
-    ]
-    by_macs = rows.assign(target_kind=rows.target_kind.mask(rows.combined, "macs"))
-    assert overview.combinations(by_macs).method.tolist() == ["sparse_gates", "gdp"]
-    tiny = by_macs.assign(macs=by_macs.macs.mask(by_macs.combined, 0.1))
-    assert overview.combinations(tiny).label.tolist() == [pair]
-    assert overview.combinations(single).empty
 
 
 # --- claims
@@ -221,20 +180,20 @@ def three_cards(card_file):
 
 
 def test_every_claim_of_every_paper(store, three_cards):
-    said = "Magnitude is better than chance. [O]"
-    assert overview.claims(study_of(store)).to_numpy().tolist() == [
-        ["A toy", "better", said, "no runs in this profile"],
-        ["Other", "better", said, "not testable here: no time"],
+    said, study = "Magnitude is better than chance. [O]", study_of(store)
+    assert overview.claims(overview.verdicts(study)).to_numpy().tolist() == [
+        ["A toy", said, "no runs in this profile"],
+        ["Other", said, "not testable here: no time"],
     ]
     planned = plan("quick", ("toy",))
     for item in planned:
         put_record(store, item.settings, 0.7 if item.settings.method == "random" else 0.9)
     ours, theirs = (item.settings.run for item in planned[-2:])
-    study = study_of(store)
-    row = overview.verdicts(study).iloc[0]
+    judged = overview.verdicts(study)
+    row = judged.iloc[0]
     assert row[["n", "mean", "runs"]].tolist() == [1, pytest.approx(0.2), f"{ours} - {theirs}"]
     few = "not tested: fewer than eight seeds"
-    assert overview.claims(study).verdict[0] == few
+    assert overview.claims(judged).verdict[0] == few
     assert study.claims().to_numpy().tolist() == [["better", said, few]]
     (shown,) = study.verdicts().to_dict("records")
     assert (shown["test"], shown["mean, over seeds"]) == ("description", "+0.2000")
@@ -243,6 +202,7 @@ def test_every_claim_of_every_paper(store, three_cards):
 def test_what_each_class_pays(store, card_file, monkeypatch):
     """The magnitude net loses every image of class 3 and wins none; random has no bits."""
     card_file(CARD.replace("seeds = 1", "seeds = 2"))
+    monkeypatch.setattr(overview, "OURS", ("magnitude", "random"))
     study = study_of(store)
     study.planned = plan("quick")
     labels = study.runner.load("digits").test.labels.numpy()
@@ -306,13 +266,18 @@ def test_the_front_holds_what_no_smaller_one_beats():
     assert drawings.frontier(level, "macs").index.tolist() == [1]
 
 
-def test_points_are_what_is_left_and_what_is_lost(rows):
+def test_points_are_what_is_left_and_what_is_lost_with_their_targets(rows):
     figure = drawings.pareto(rows, "mnist")
-    first = figure.axes[0]
+    (first,) = figure.axes  # nothing was timed
     places = {c.get_label(): c[0].get_xydata().tolist() for c in first.containers}
     assert places["GDP (ours)"] == [[30, pytest.approx(-1)]]
-    assert len(places) == 4  # combinations and dense are no points
-    assert [len(panel.containers) for panel in figure.axes] == [4, 4, 0, 0, 4, 4]
+    assert [*places] == ["gate variables (ours)", "GDP (ours)", "group L2, one shot"]
+    assert [text.get_text() for text in first.texts] == ["90%", "70%", "70%"]
+    timed = drawings.pareto(rows.assign(time_b1=rows.macs), "mnist")
+    assert [panel.get_xlabel() for panel in timed.axes] == [
+        "time for one image, % of dense",
+        "bytes on disk, % of dense",
+    ]
 
 
 def test_one_that_fails_is_shown_and_leaves_the_others_apart(rows):
@@ -333,19 +298,62 @@ def test_the_picture_is_one_of_claims(three_cards):
         ("other", "few"): ["not tested: fewer than eight seeds"] * 3,
     }
     rows = [
-        {"paper": paper, "claim": claim, "verdict": verdict}
+        {"paper": paper, "claim": claim, "says": f"It is {claim}.", "verdict": verdict}
         for (paper, claim), found in shown.items()
         for verdict in found
     ]
     axes = drawings.verdicts(pd.DataFrame(rows)).axes[0]
     squares = [(c.get_offsets().tolist(), len(c.get_facecolors())) for c in axes.collections[:4]]
-    assert squares == [([[0, 0], [1, 0]], 2), ([[0, 1]], 1), ([[0, 2]], 1), ([[0, 3]], 1)]
-    names = [text.get_text() for text in axes.get_yticklabels()]
-    assert names == ["A toy   better", "   same", "Other   algebra", "   few"]
+    assert squares == [([[0, 1], [1, 1]], 2), ([[0, 2]], 1), ([[0, 4]], 1), ([[0, 5]], 1)]
+    texts = [(text.get_text(), *text.get_position()) for text in axes.texts]
+    assert texts[:3] == [("A toy", 0, 0), ("It is better.", 2, 1), ("It is same.", 1, 2)]
+    assert texts[3:] == [("Other", 0, 3), ("It is algebra.", 1, 4), ("It is few.", 1, 5)]
     told = [text.get_text() for text in axes.figure.legends[0].get_texts()]
-    assert told == ["confirmed", "undecided", "contradicted", "by construction", "not tested"]
+    words = ["confirmed", "undecided", "contradicted", "by construction", "not tested"]
+    assert told == [f"{word}: 1" for word in words]
     dark = [to_hex(c.get_facecolors()[0]) for c in axes.collections[:4]]
     assert dark == ["#029e73", "#d55e00", "#7fb3d5", "#ececec"]
+
+
+@pytest.mark.parametrize("name", ["Force", "GDP", "ComponentAware", "MagnitudeAttention"])
+def test_what_is_left_of_a_layer_stands_where_it_was(name):
+    """Put back in place, the weights give what the smaller net computes."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 10), nn.ReLU(), nn.Linear(10, 3))
+    x, y = torch.randn(32, 6), torch.randint(3, (32,))
+    more = {"of": "macs", "layers": "2", "factorise": "2"} if name == "Force" else {}
+    method = getattr(ps, name)(target=0.3, **more)
+    result = ps.prune(net, method, [(x, y)], ps.Recipe(epochs=2, lr=0.01))
+    left = {layer: overview.layer_left(result, layer) for layer in "024"}
+    small = [p for p in result.model.parameters() if p.dim() > 1]
+    if name == "Force":
+        rank = len(small[1])
+        assert left["2"].shape == (10 + rank, 8 + rank)
+        product = left["2"][rank:, :rank] @ left["2"][:rank, rank:]
+        assert np.allclose(product, (small[2] @ small[1]).detach(), atol=1e-6)
+        return
+    for part, weight in zip(left.values(), small, strict=True):
+        assert np.isfinite(part).sum() == int(weight.count_nonzero())
+    biases = [p.detach() for p in result.model.parameters() if p.dim() == 1]
+    hidden, inner = x.double(), [np.nan_to_num(part) for part in left.values()]
+    for weight, bias, part in zip(inner, biases, left.values(), strict=True):
+        rows = ~np.isnan(part).all(1) if len(bias) < len(part) else np.ones(len(part), bool)
+        whole = torch.zeros(len(part)).double()
+        whole[torch.tensor(rows)] = bias.double()
+        hidden = hidden @ torch.tensor(weight).double().T + whole
+        hidden = hidden.relu() if len(part) > 3 else hidden
+    assert torch.allclose(hidden.float(), result.model(x), atol=1e-5)
+
+
+def test_the_five_ways_are_drawn_at_the_share_that_each_leaves():
+    whole = np.ones((4, 4))
+    half = np.where(np.eye(4) + np.eye(4)[::-1], whole, np.nan)
+    figure = drawings.five_ways({"dense": whole, "gdp": half}, 0.5)
+    assert [panel.get_title() for panel in figure.axes] == ["dense", "GDP: 50%"]
+    again = drawings.five_ways({"dense": whole, "gdp": whole}, 1.0, figure)
+    assert again is figure
+    assert figure.axes[1].get_title() == "GDP: 100%"
+    assert "leaves 100% of the net" in figure.get_suptitle()
 
 
 def test_methods_that_a_profile_has_at_a_target_are_found():

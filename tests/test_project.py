@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pandas as pd
@@ -163,14 +164,52 @@ def _by_heart(name, cases):
     return answer
 
 
-def test_readme_table_is_made_from_the_committed_summary():
+@pytest.fixture(scope="module")
+def readme():
+    return SimpleNamespace(**runpy.run_path(str(ROOT / "docs/readme.py")))
+
+
+def test_readme_has_a_row_for_each_paper_made_from_the_committed_records(readme):
     page = (ROOT / "README.md").read_text()
-    filled = runpy.run_path(str(ROOT / "docs/readme.py"))["filled"]
-    _, summary = tables.build(Store("cpu", ROOT / "results"), plan("cpu"))
-    assert filled(page, summary) == page
-    assert "| MNIST |" not in filled(page, summary[summary["method"] != summary["paper"]])
+    found = readme.judged(Store("cpu", ROOT / "results"), "cpu")
+    assert readme.filled(page, found) == page
+    rows = [*readme.lines(found)]
+    assert [row["notebook"][1:3] for row in rows] == ["01", "02", "03", "04", "05"]
+    turned = {paper: t.assign(low=-t.high, high=-t.low) for paper, t in found.items()}
+    for row, other in zip(rows, readme.lines(turned), strict=True):
+        assert row["came out"] != other["came out"]
     with pytest.raises(InputError, match="no pair of results comments"):
-        filled("nothing", summary)
+        readme.filled("nothing", found)
+
+
+def test_a_row_of_readme_says_on_how_many_nets(readme):
+    """Of two controls the harder one counts on each net; a verdict takes the place of both."""
+    names = "paper claim says mark why metric model dataset control n mean low high verdict".split()
+    few = "not tested: fewer than eight seeds"
+    base = ("gdp", "ahead", "It is ahead.", "P", "", "metric")
+    rows = pd.DataFrame(
+        [
+            (*base, "lenet5", "mnist", "random", 5, 0.2, 0.1, 0.3, few),
+            (*base, "lenet5", "mnist", "group_l2", 5, 0.1, -0.1, 0.3, few),
+            (*base, "lenet5", "fashion_mnist", "random", 5, -0.2, -0.3, -0.1, few),
+            (*base, "lenet5", "fashion_mnist", "group_l2", 5, 0.2, 0.1, 0.3, few),
+            (*base, "resnet20", "cifar10", "group_l2", 5, 0.2, 0.1, 0.3, few),
+            (*base, "resnet8", "cifar10", "group_l2", 5, 0.2, 0.1, 0.3, ""),
+        ],
+        columns=names,
+    )
+    said = (
+        "So far ahead on 1, behind on 1, not told apart on 1 of 3 nets, against the strongest of 2 "
+    )
+    assert readme.came_out(rows) == f"{said}controls."
+    assert readme.nets(rows).startswith("3: LeNet-5 on MNIST, LeNet-5 on Fashion-MNIST, ResNet-20")
+    one = rows[rows.model == "resnet20"].assign(metric="-log2_rank_total")
+    said = "So far by rank (lower is better) ahead on 1 of 1 net, against group L2, one shot."
+    assert readme.came_out(one) == said
+    rows.loc[4, "verdict"] = "confirmed"
+    assert readme.came_out(rows) == "confirmed on 1 of 1 net"
+    assert readme.came_out(rows.tail(1)) == "described, not tested"
+    assert readme.nets(rows.tail(1)) == "none"
 
 
 def test_the_instructors_page_leads_to_every_notebook_and_counts_its_exercises():

@@ -86,9 +86,11 @@ def browser():
 
 
 def html(folder):
-    found = sorted(folder.glob("*.html")) + sorted(folder.glob("notebooks/*.html"))
+    found = [
+        page for place in ("", "notebooks/", "papers/") for page in folder.glob(f"{place}*.html")
+    ]
     assert len(found) >= 6
-    return found
+    return sorted(found)
 
 
 def assert_whole(seen, page):
@@ -114,6 +116,26 @@ def test_every_page_of_the_site_is_whole_with_the_network_off(pages, browser):
     assert formulas > 50
     assert images > 10
     assert scrolling > 5
+
+
+@chromium
+def test_verdicts_are_filtered_by_paper_net_and_outcome(pages, browser):
+    browser.open(pages / "report/verdicts.html")
+    rows = "return [...document.querySelectorAll('table.verdicts tbody tr')]"
+    seen = f"{rows}.filter((row) => row.offsetParent).map((row) => row.dataset.paper)"
+    everything = browser.run(seen)
+    assert set(everything) == {card.short or card.title for card in cards() if card.is_paper}
+    choose = """const choice = document.querySelector(`select[data-filter=${arguments[0]}]`);
+        choice.value = arguments[1]; choice.dispatchEvent(new Event("change"));"""
+    browser.run(choose, "paper", "GDP")
+    of_gdp = browser.run(seen)
+    assert set(of_gdp) == {"GDP"}
+    assert len(of_gdp) == everything.count("GDP")
+    browser.run(choose, "outcome", "by construction")
+    both = browser.run(seen)
+    assert 0 < len(both) < len(of_gdp)
+    said = browser.run("return document.querySelector('output.shown').textContent")
+    assert said == f"{len(both)} of {len(everything)} rows"
 
 
 @chromium
@@ -167,6 +189,17 @@ def test_the_first_page_names_the_notebooks_older_than_their_records(pages):
     assert [tag["href"] for tag in line.find_all("a")] == [f"notebooks/{n}.html" for n in old]
 
 
+def test_each_paper_has_a_page_with_its_claims_and_its_notebook(pages):
+    for card in (each for each in cards() if each.is_paper):
+        page = soup(pages / f"report/papers/{card.id}.html")
+        claims = [row.find("td").text for row in page.find("table").find_all("tr")[1:]]
+        wanted = [f"{claim.text} [{claim.mark}]" for claim in card.claims]
+        assert [re.sub(r"\W", "", text) for text in claims] == [
+            re.sub(r"\W", "", text) for text in wanted
+        ]
+        assert page.find("a", href=f"../notebooks/{card.notebook}.html")
+
+
 def test_figures_keep_their_text_and_size_and_empty_outputs_go(pages, results):
     cells = nbformat.read(executed(Store("quick", results), "sparse_gates"), as_version=4).cells
     shown = [output for cell in cells for output in cell.get("outputs", [])]
@@ -179,7 +212,7 @@ def test_figures_keep_their_text_and_size_and_empty_outputs_go(pages, results):
 
 @pytest.mark.parametrize("text", [None, "cut off", "no JSON", "[1]", "{}"])
 def test_a_notebook_that_is_not_whole_is_refused_before_anything_is_written(
-    text, results, tmp_path
+    text, results, tmp_path, monkeypatch
 ):
     shutil.copytree(results / "quick/notebooks", tmp_path / "quick/notebooks")
     path = tmp_path / "quick/notebooks/00_overview.ipynb"
@@ -188,6 +221,7 @@ def test_a_notebook_that_is_not_whole_is_refused_before_anything_is_written(
     if text:
         path.write_text(whole[:5000] if text == "cut off" else text)
     before = tree(tmp_path)
+    monkeypatch.syspath_prepend(ROOT / "docs")
     arrange = runpy.run_path(str(ROOT / "docs/arrange.py"))["main"]
     with pytest.raises(InputError) as caught:
         arrange("quick", str(tmp_path))

@@ -133,7 +133,7 @@ def test_columns_of_the_file(store, judge):
     ).split(",")
     (row,) = tables.readable_verdicts(table).to_dict("records")
     assert row["compared"] == "one-shot magnitude - random"
-    assert row["where"] == "lenet300 on digits"
+    assert row["where"] == "LeNet-300-100 on Digits"
     assert row["mean, over seeds"].startswith("+0.0505 [")
     assert (row["over seeds and images"], row["failures"]) == ("", "")
 

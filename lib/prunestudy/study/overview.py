@@ -1,22 +1,26 @@
-"""The five papers side by side: what each setting costs and gains, pair by pair, claim by claim."""
+"""The five papers side by side: what each setting costs and gains, claim by claim."""
 
 import math
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
+from torch import nn
 
 from prunestudy.errors import InputError
 from prunestudy.methods import method_class
+from prunestudy.methods.channels import Channelled
+from prunestudy.methods.search import Search
 from prunestudy.papers import cards
 from prunestudy.papers.claims import Rule
 from prunestudy.study import tables
 from prunestudy.study.lines import right_of
-from prunestudy.study.plan import Planned, plan
-from prunestudy.study.records import Store
+from prunestudy.study.plan import plan
 from prunestudy.study.select import comparisons, index
 from prunestudy.study.session import Session
-from prunestudy.study.verdicts import claims_table, observed, removed, row_of, verdicts_table
+from prunestudy.study.verdicts import claims_table, observed, removed, verdicts_table
+from prunestudy.train.result import Result
 
 OURS = tuple(card.id for card in cards() if card.is_paper)  # each paper's method has its name
 # What may matter about a net, as a share of the dense one, and its name for people.
@@ -28,12 +32,9 @@ COSTS = {
     "time_b128": "time for 128 images",
     "memory": "peak memory",
     "bytes": "bytes on disk",
-    "training": "training time",
 }
 _SLACK = 1.1  # times as large still counts as small, since targets are met to a channel only
-_DUEL = "method control model dataset targets n mean low high".split()
-# Settings are compared where these are equal.
-_SAME = ["model", "dataset", "epochs", "device"]
+_SAME = ["model", "dataset", "epochs", "device"]  # settings are compared where these are equal
 
 
 def settings_table(runs: pd.DataFrame) -> pd.DataFrame:
@@ -41,15 +42,13 @@ def settings_table(runs: pd.DataFrame) -> pd.DataFrame:
 
     `label` names it for people; `combined` marks two methods, one after the other. Costs are
     shares of the dense net of the same model, data, total epochs and device: means over seeds,
-    times of the first seed, training (parents included) a median. Raises `InputError` if no run is
-    done.
+    times of the first seed. Raises `InputError` if no run is done.
     """
     done = runs[(runs["status"] == "done") & ~runs["stage"].isin(["start", "half"])]
     if done.empty:
         raise InputError("overview: no run is done yet")
-    done = done.assign(**_shares(done, runs))
-    groups = done.groupby(tables.KEYS, dropna=False)
-    costs = groups[[*COSTS]].mean().assign(training=groups["training"].median())
+    done = done.assign(**_shares(done))
+    costs = done.groupby(tables.KEYS, dropna=False)[[*COSTS]].mean()
     rows = tables.summary_table(done).merge(costs.reset_index(), on=tables.KEYS)
     order = list(dict.fromkeys(["dense", *OURS, *rows["method"]]))
     rows = rows.assign(
@@ -67,23 +66,13 @@ def _label(row: Any) -> str:
     return ", ".join(filter(None, (method_class(row.method).title, row.variant, aim)))
 
 
-def _shares(done: pd.DataFrame, runs: pd.DataFrame) -> dict[str, pd.Series]:
-    """`COSTS` of each run that is done; training counts all runs that it continues."""
-    seconds = runs.set_index(["run", "device"])["train_seconds"].to_dict()
-    parents = dict(zip(runs["run"], runs["parent"], strict=True))
-
-    def training(run: str, device: str) -> float:
-        before = training(parents[run], device) if parents.get(run) else 0.0
-        return seconds.get((run, device), math.nan) + before
-
-    pairs = zip(done["run"], done["device"], strict=True)
-    done = done.assign(training=[training(*pair) for pair in pairs])
+def _shares(done: pd.DataFrame) -> dict[str, pd.Series]:
+    """`COSTS` of each run that is done."""
     dense = done[(done["method"] == "dense") & (done["variant"] == "")]
 
-    def of_dense(name: str, *more: str) -> pd.Series:
-        keys = [*_SAME, *more]
-        mean = dense.groupby(keys)[name].mean()
-        return done[name] / mean.reindex(pd.MultiIndex.from_frame(done[keys])).array
+    def of_dense(name: str) -> pd.Series:
+        mean = dense.groupby(_SAME)[name].mean()
+        return done[name] / mean.reindex(pd.MultiIndex.from_frame(done[_SAME])).array
 
     return {
         "weights": done["nonzeros"] / done["dense_parameters"],
@@ -93,7 +82,6 @@ def _shares(done: pd.DataFrame, runs: pd.DataFrame) -> dict[str, pd.Series]:
         "time_b128": done["latency_b128_ms"] / done["dense_latency_b128_ms"],
         "memory": of_dense("peak_memory_mb"),
         "bytes": of_dense("bytes"),
-        "training": of_dense("training", "seed"),
     }
 
 
@@ -115,52 +103,24 @@ def which_when(rows: pd.DataFrame, at_least: float) -> pd.DataFrame:
     able = rows[(rows["method"] != "dense") & (rows["difference"] >= at_least)]
     costs = [cost for cost in COSTS if able[cost].notna().any()]
     near = [able[able[cost] <= _SLACK * able[cost].min()] for cost in costs]
-    best = readable(able.loc[[settings["difference"].idxmax() for settings in near]])
-    best.insert(0, "to save", [COSTS[cost] for cost in costs])
-    return best
-
-
-def combinations(rows: pd.DataFrame) -> pd.DataFrame:
-    """Each combination of two methods, followed by the best single setting that is as small.
-
-    In weights or in MACs: which of them the second target says.
-    """
-    found, single = [], rows[~rows["combined"] & (rows["method"] != "dense")]
-    for place, both in rows[rows["combined"]].iterrows():
-        cost = "weights" if both["target_kind"] == "sparsity" else "macs"
-        like = single[(single[_SAME] == both[_SAME]).all(axis=1)]
-        like = like[like[cost] <= _SLACK * both[cost]]
-        found += [place, *like.nlargest(1, "metric").index]
-    return rows.loc[found]
-
-
-def duels(store: Store, planned: list[Planned]) -> pd.DataFrame:
-    """Each paper's method beside all others at the same targets, as a description; a pair once.
-
-    `side` says whether the interval lies above 0.
-    """
-    runs, found = index(planned), []
-    others = sorted({label for label, _, _ in runs if ", " not in label} - {"dense"})
-    for ours in OURS:
-        others = [label for label in others if label != ours]
-        for other in others:
-            rule = Rule(kind="description", method=ours, against=other)
-            found += [row_of(store, c) | {"method": ours} for c in comparisons(rule, runs)]
-    table = pd.DataFrame(found, columns=_DUEL)
-    side = np.select([table["low"] > 0, table["high"] < 0], ["ahead", "behind"], "holds 0")
-    return table.assign(side=side)
+    best: dict[Any, list[str]] = {}
+    for cost, settings in zip(costs, near, strict=True):
+        best.setdefault(settings["difference"].idxmax(), []).append(COSTS[cost])
+    table = readable(able.loc[[*best]])
+    table.insert(0, "to save", [", ".join(words) for words in best.values()])
+    return table
 
 
 def class_drops(study: Session) -> pd.DataFrame:
     """What each class pays: accuracy minus that of the dense net, per data set, method and class.
 
-    Of the methods with their own settings, a mean over nets, targets and seeds; no rows where the
-    records do not say which test images were right. Raises `InputError` if the images are missing.
+    Of the papers' methods, a mean over nets, targets and seeds; no rows where the records do not
+    say which test images were right. Raises `InputError` if the images are missing.
     """
     runs, found = index(study.planned), []
-    for method in dict.fromkeys(label for label, _, _ in runs if ", " not in label):
+    for method in OURS:
         rule = Rule(kind="description", method=method, against="dense")
-        for comparison in comparisons(rule, runs) if method != "dense" else ():
+        for comparison in comparisons(rule, runs):
             for pairs in observed(study.store, comparison).values():
                 right = [[right_of(record) for record in pair] for pair in pairs]
                 if all(each is not None for pair in right for each in pair):
@@ -170,8 +130,7 @@ def class_drops(study: Session) -> pd.DataFrame:
                     said = {"dataset": comparison.dataset, "method": method}
                     found += [said | {"class": c, "drop": x} for c, x in classes.items()]
     table = pd.DataFrame(found, columns=["dataset", "method", "class", "drop"])
-    by = ["dataset", "method", "class"]
-    return table.groupby(by, sort=False, as_index=False).mean()
+    return table.groupby(["dataset", "method", "class"], sort=False, as_index=False).mean()
 
 
 def verdicts(study: Session) -> pd.DataFrame:
@@ -184,8 +143,42 @@ def verdicts(study: Session) -> pd.DataFrame:
     return pd.concat(found, ignore_index=True)
 
 
-def claims(study: Session) -> pd.DataFrame:
-    """Every claim of every paper, and what came out on top in the profile of `study`."""
-    table = claims_table(verdicts(study))
+def claims(judged: pd.DataFrame) -> pd.DataFrame:
+    """Every claim of every paper in `judged` (`verdicts`), and what came out, for people."""
     names = {paper.id: paper.short or paper.title for paper in cards()}
+    table = claims_table(judged).drop(columns="claim").rename(columns={"text": "claim"})
     return table.assign(paper=table["paper"].map(names))
+
+
+def layer_left(result: Result, name: str) -> np.ndarray:
+    """What a pruned net has of its layer `name`, each weight in its place; NaN is gone.
+
+    (out, in) for a linear layer; two factors of rank r stand beside an empty square of the layer's
+    size, (r + out, r + in).
+    """
+    layer, dense = result.model.get_submodule(name), result.dense.get_submodule(name).weight
+    if isinstance(layer, nn.Sequential):
+        basis, mixture = (part.weight.detach().numpy() for part in layer)
+        rank = len(basis)
+        shown = np.full((rank + len(dense), rank + dense.shape[1]), math.nan)
+        shown[:rank, rank:], shown[rank:, :rank] = basis, mixture
+        return shown
+    weight, shown = layer.weight.detach().numpy(), np.full(dense.shape, math.nan)
+    kept = [np.arange(size) for size in dense.shape]
+    if channels := getattr(result.method, "channels", None):
+        open_ = torch.ones(channels.size + 1, dtype=torch.bool)  # the last: what always stays
+        open_[:-1] = _open(result.method)
+        kept = [open_[channels.numbers(name, axis)].nonzero().flatten() for axis in ("out", "in")]
+    shown[np.ix_(*kept)] = np.where(weight == 0, math.nan, weight)
+    return shown
+
+
+def _open(method: Channelled | Search) -> torch.Tensor:
+    """Which channels of the net a method left open (N,)."""
+    if isinstance(method, Channelled):
+        return method.open()
+    open_ = torch.zeros(method.channels.size, dtype=torch.bool)
+    kept = method.budget.indices(method.point.kept)
+    for part, channels in zip(method.channels.slices, kept, strict=True):
+        open_[part.start + channels] = True
+    return open_
