@@ -257,7 +257,7 @@ def test_a_seed_that_fails_never_helps(judge, value):
         assert outcome(table) == verdict
         assert table.n[0] == 8 - len(lost)
         seeds = ", ".join(str(10 + place) for place in lost)
-        told = f"magnitude fails on seed{'s' * (len(lost) > 1)} {seeds}" if lost else ""
+        told = f"one-shot magnitude fails on seed{'s' * (len(lost) > 1)} {seeds}" if lost else ""
         assert table.failures[0] == told
     # just above twice chance a run counts, and badly
     assert judge(with_lost(good, [3], 0.21)).n[0] == 8

@@ -10,8 +10,8 @@ from prunestudy.papers import Card
 from prunestudy.study.plan import Planned
 from prunestudy.study.records import Store
 from prunestudy.study.select import index
-from prunestudy.study.tables import UNITS, called, datasets_title
-from prunestudy.study.verdicts import interval, removed
+from prunestudy.study.tables import UNITS, datasets_title
+from prunestudy.study.verdicts import called, interval, removed
 
 Record = dict[str, Any]
 _SCORES = {"top1": "test accuracy", "miou": "mean IoU", "psnr": "test PSNR"}

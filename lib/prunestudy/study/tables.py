@@ -13,7 +13,7 @@ from prunestudy.study.lines import write_text
 from prunestudy.study.plan import Planned
 from prunestudy.study.records import Store
 from prunestudy.study.statistics import interval
-from prunestudy.study.verdicts import COLUMNS, removed, verdicts_table
+from prunestudy.study.verdicts import COLUMNS, called, removed, verdicts_table
 
 RUN_COLUMNS = (
     "run parent paper method variant model dataset seed epochs precision threads target_kind "
@@ -183,12 +183,6 @@ def _verdict_for_people(row: dict[str, Any]) -> dict[str, Any]:
         "p of the opposite": opposite.replace("nan", ""),
         **{name: row[name] for name in ("verdict", "failures")},
     }
-
-
-def called(label: str) -> str:
-    """A label of the card for people: "gate variables (from scratch)"."""
-    name, _, variant = label.partition(", ")
-    return method_class(name).title.removesuffix(" (ours)") + f" ({variant})" * bool(variant)
 
 
 def datasets_title(name: str) -> str:

@@ -39,6 +39,14 @@ _FOR_PEOPLE = [*"says mark why metric failures".split(), *_NUMBERS[-2:]]
 _BLANK = dict.fromkeys([*COLUMNS, *_FOR_PEOPLE], "") | dict.fromkeys(_NUMBERS, math.nan) | {"n": 0}
 
 
+def called(label: str) -> str:
+    """A label of the card for people: "gate variables (from scratch)"."""
+    name, _, variant = label.partition(", ")
+    return methods.method_class(name).title.removesuffix(" (ours)") + f" ({variant})" * bool(
+        variant
+    )
+
+
 def fails(record: Record) -> bool:
     """Whether a run did not finish, or ended below twice chance on the validation images."""
     score, name = record["validation"].get("top1"), record["settings"]["dataset"]
@@ -114,7 +122,9 @@ def row_of(store: Store, comparison: Comparison, images: bool = False) -> dict[s
         "dataset": dataset,
         "targets": " ".join([kind, *(f"{target:g}" for target in targets)] if kind else []),
         **{"n": n, "mean": mean, "low": low, "high": high, "verdict": "", "runs": "; ".join(names)},
-        "failures": "; ".join(f"{who} fails on {_seeds(at)}" for who, at in lost.items() if at),
+        "failures": "; ".join(
+            f"{called(who)} fails on {_seeds(at)}" for who, at in lost.items() if at
+        ),
     }
     if images and control and rule.metric == "metric" and n > 1:
         row |= _with_images([found[seed] for seed in d])
