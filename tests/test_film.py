@@ -1,10 +1,14 @@
 """Animations: whole pages that need no network, and the same for the same training."""
 
 import re
+from types import SimpleNamespace
 
+import ipywidgets
 import matplotlib.pyplot as plt
+import pytest
 
-from prunestudy.study.figures.film import film
+from prunestudy.study.figures import film as films
+from prunestudy.study.figures.film import film, slide
 
 
 def _film(heights):
@@ -34,3 +38,16 @@ def test_the_same_frames_give_the_same_page_and_others_another_name():
     assert first == again
     names = [re.search(r"_anim_img(\w+)", page)[1] for page in (first, other)]
     assert names[0] != names[1]
+
+
+@pytest.mark.parametrize("person", [True, False])
+def test_a_slider_is_live_only_where_a_person_can_be_asked(monkeypatch, person):
+    shell = SimpleNamespace(kernel=SimpleNamespace(_allow_stdin=person))
+    monkeypatch.setattr(films, "get_ipython", lambda: shell)
+    made = []
+    monkeypatch.setattr(ipywidgets, "interact", lambda show, value: made.append(value))
+    figure, axes = plt.subplots(figsize=(3, 2))
+    page = slide(figure, lambda height: axes.set(title=f"height {height}"), [1, 2], "height")
+    assert (page is None) == person
+    assert [slider.options for slider in made] == [(1, 2)] * person
+    assert not plt.get_fignums()

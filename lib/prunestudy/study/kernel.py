@@ -63,7 +63,6 @@ def _serve(connection_file: str, parent: int) -> None:
     torch.manual_seed(0)  # cells that draw without a seed of their own draw the same each time
     mpl.rcdefaults()
     mpl.rcParams["backend"] = os.environ["MPLBACKEND"] = _BACKEND
-    os.environ["PRUNESTUDY_FILM"] = "1"  # nobody is there to move a slider
     IPKernelApp.launch_instance(["-f", connection_file], parent_handle=parent)
 
 
