@@ -147,7 +147,8 @@ def test_memory_does_not_grow(monkeypatch):
             sizes.append(process.memory_info().rss)
     assert len(sizes) == 200
     assert max(sizes) - sizes[0] < 1e9
-    assert max(sizes[100:]) - max(sizes[:100]) < 100e6  # the second epoch needs no more
+    # An epoch that kept its batches would need 2 GB more; some are on their way at any time.
+    assert max(sizes[100:]) - max(sizes[:100]) < 400e6
 
 
 def test_an_image_is_drawn_by_seed_epoch_and_index(imagenet):
