@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from prunestudy.errors import InputError
 from prunestudy.papers import card
 from prunestudy.study import sentences
 from prunestudy.study.plan import Planned
@@ -134,3 +135,10 @@ def test_other_quantities_are_said_in_the_same_way():
 def test_what_is_not_there_is_said(words, what, says):
     made = _says(_Store(LOSES), *words, **what)
     assert made.lower() == says.lower() and made.direction == ""
+
+
+@pytest.mark.parametrize("wrong", [{"than": "x"}, {"modell": "lenet5"}])
+def test_what_cannot_be_asked_is_refused_in_one_line(wrong):
+    with pytest.raises(InputError, match="x|modell") as refused:
+        _says(_Store(LOSES), "magnitude", **wrong)
+    assert "\n" not in str(refused.value)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from prunestudy import models
+from prunestudy.errors import require, require_one_of
 from prunestudy.methods import TARGETS
 from prunestudy.papers import Card
 from prunestudy.study.plan import Planned
@@ -107,6 +108,10 @@ def says(
     below: the 95% interval over seeds leaves out zero (or `than`); level: it does not. One seed
     has no direction. `then` adds a sentence by direction, also "mixed" for above here, below there.
     """
+    for name in where:
+        require_one_of("where", name, ("model", "dataset", "target", "kind"))
+    right = than in (None, "published") or isinstance(than, int | float)
+    require(right, "than", than, 'a number or "published"')
     runs, seen = index(planned), []
     for (label, model, dataset), targets in runs.items():
         opponents = runs.get((against, model, dataset), {})
