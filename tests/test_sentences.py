@@ -139,6 +139,6 @@ def test_what_is_not_there_is_said(words, what, says):
 
 @pytest.mark.parametrize("wrong", [{"than": "x"}, {"modell": "lenet5"}])
 def test_what_cannot_be_asked_is_refused_in_one_line(wrong):
-    with pytest.raises(InputError, match="x|modell") as refused:
+    with pytest.raises(InputError, match=r"x|modell") as refused:
         _says(_Store(LOSES), "magnitude", **wrong)
     assert "\n" not in str(refused.value)
