@@ -11,7 +11,6 @@ from prunestudy import measure, methods
 
 SETTINGS = {
     "l1": {"harden": 0.5},
-    "l1 exact": {"harden": 0.5, "exact": True},
     "dpf bounded": {"period": 2, "bounded": True},
     "magnitude_attention bounded": {"period": 2, "ramp": 0.5, "bounded": True, "normalise": True},
     "dpf": {"period": 2},

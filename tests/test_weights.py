@@ -353,33 +353,26 @@ def test_l1_begins_with_a_thousandth_of_the_mean_weight_and_ends_with_the_larges
     assert method.log()["kept"] == 0.5
 
 
-def test_an_exact_l1_applies_no_threshold_that_leaves_fewer_than_the_target():
-    for strength, left in ((4.0, [2.6, -1.6, 0.1, 0]), (6.0, [2.4, -1.4, 0, 0])):
-        for exact in (False, True):
-            model = layer([3.0, -2.0, 0.5, -0.1])
-            method = attached("l1", model, exact=exact)
-            method.steering.start(torch.tensor(strength))
-            method.after_step(at(3, phase="penalty"))  # threshold 0.4, 0.6
-            assert model.weight.tolist()[0] == pytest.approx(left, abs=1e-15)
-    for exact, left in ((False, [0.5, 0, 0, 0]), (True, [3.0, -2.0, 0.5, -0.1])):
-        model = layer([3.0, -2.0, 0.5, -0.1])
-        method = attached("l1", model, exact=exact)
-        method.steering.start(torch.tensor(25.0))
-        method.after_step(at(3, phase="penalty"))
-        assert model.weight.tolist()[0] == left
+def test_l1_applies_no_threshold_that_leaves_fewer_than_the_target():
+    given = [3.0, -2.0, 0.5, -0.1]
+    for strength, left in ((4.0, [2.6, -1.6, 0.1, 0]), (6.0, [2.4, -1.4, 0, 0]), (25.0, given)):
+        model = layer(given)
+        method = attached("l1", model)
+        method.steering.start(torch.tensor(strength))
+        method.after_step(at(3, phase="penalty"))  # threshold 0.4, 0.6, 2.5
+        assert model.weight.tolist()[0] == pytest.approx(left, abs=1e-15)
 
 
-@pytest.mark.parametrize("exact", [False, True])
-def test_a_strong_l1_leaves_the_target_where_inputs_are_always_0_if_exact(exact):
+def test_a_strong_l1_leaves_the_target_where_inputs_are_always_0():
     """Weights on the last six of ten inputs have no gradient: cut too early, they stay zero."""
     x = torch.randn(64, 10, generator=torch.Generator().manual_seed(0))
     x[:, 4:] = 0
     batches = DataLoader(TensorDataset(x, (x[:, 0] > 0).long()), batch_size=16)
-    method = methods.build("l1", {"exact": exact, "ramp": 0.1}, 0.5)
+    method = methods.build("l1", {"ramp": 0.1}, 0.5)
     method.steering.start(torch.tensor(1.0))
     torch.manual_seed(0)
     made = prune(nn.Linear(10, 8), method, batches, Recipe(epochs=10, lr=0.1, period=1))
-    assert (kept_of(made.model)[0] == 40) is exact
+    assert kept_of(made.model)[0] == 40
 
 
 def test_a_methods_weights_are_measured_against_the_start():

@@ -64,16 +64,16 @@ class L1(Masked):
     Proximal gradient: after each step w <- sign(w) max(|w| - lr lambda, 0), which gives exact
     zeros and shrinks every weight that is kept. lambda is steered to the target share as for the
     gates; then exactly the target share of largest |w| is kept and fine-tuned. `ramp`, `harden`,
-    `penalty_phase_lr`: as for `SparseGates`, of the penalty's phase. `exact`: a threshold that
-    would leave fewer weights than the target is not applied. Without, the mask may have to keep
-    zeros, and those whose input is always 0 (the border of MNIST) stay zero.
+    `penalty_phase_lr`: as for `SparseGates`, of the penalty's phase. A threshold that would leave
+    fewer weights than the target is not applied: the mask would have to keep zeros, and those
+    whose input is always 0 (the border of MNIST) would stay zero.
     """
 
     name, title = "l1", "L1 (LASSO)"
+    revision = 2  # 1 could leave fewer weights than the target
     ramp: Annotated[float, Field(gt=0, le=1)] = 0.8
     harden: Annotated[float, Field(gt=0, lt=1)] = 0.55
     penalty_phase_lr: Annotated[float, Field(gt=0)] = 0.5
-    exact: bool = False
 
     def __init__(self, target: float | None = None, of: str | None = None, **settings: Any) -> None:
         super().__init__(target, of, **settings)
@@ -93,10 +93,9 @@ class L1(Masked):
             total = sum(weight.abs().sum().double() for weight in self.weights)
             self.steering.start(1e-3 * total / sum(w.numel() for w in self.weights) / at.lr)
         threshold = self.steering.strength * at.lr
-        if self.exact:
-            left = sum((weight.abs() > threshold).sum() for weight in self.weights)
-            least = kept_count(sum(w.numel() for w in self.weights), self.target)
-            threshold = torch.where(left < least, 0.0, threshold)
+        left = sum((weight.abs() > threshold).sum() for weight in self.weights)
+        least = kept_count(sum(w.numel() for w in self.weights), self.target)
+        threshold = torch.where(left < least, 0.0, threshold)
         for weight in self.weights:
             weight.sub_(weight.clamp(-threshold, threshold))
 
