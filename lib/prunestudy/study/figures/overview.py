@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator
@@ -37,6 +38,10 @@ _AXES = ("time_b1", "bytes")
 _TICKS = (2, 3, 5, 7, 10, 15, 20, 30, 40, 50, 70, 100)
 _LOST = (-50, -20, -10, -5, -2, -1, -0.5, -0.2, 0, 0.2, 0.5, 1, 2, 5)
 _CONTROLS = ("gradual_magnitude", "group_l2")
+_AROUND = ((1.5, 0.4), (-1.5, 0.4), (1.5, -0.4), (-1.5, -0.4), (0, 1), (0, -1))
+# Where a point's label may stand, from the nearest on, and the room that one takes; in points.
+_OFFSETS = np.array([(x * n, y * n) for n in (12, 18, 26) for x, y in _AROUND])
+_ROOM = np.array([17, 8])
 
 
 def five_ways(
@@ -83,26 +88,39 @@ def pareto(rows: pd.DataFrame, dataset: str) -> Figure:
     for panel, cost in zip(axes, measured, strict=True):
         seen = part[part[cost].notna()]
         look.points(panel, seen, cost, "lost", "sd", ls="")
-        for row in seen.itertuples():
-            ours = row.method in OURS  # of a control on the left
-            near = {"textcoords": "offset points", "xytext": (6 if ours else -6, 4), "fontsize": 7}
-            near |= {"ha": "left" if ours else "right", "color": look.COLOURS[row.method]}
-            panel.annotate(f"{row.target:.0%}", (getattr(row, cost), row.lost), **near)
         panel.set_xscale("log", subs=[])
         wide = seen[cost].max() > 3 * seen[cost].min()
         panel.xaxis.set_major_locator(FixedLocator(_TICKS) if wide else MaxNLocator(6))
         panel.xaxis.set_major_formatter("{x:g}")
         panel.margins(x=0.1)
-        panel.set_yscale("symlog", linthresh=1)
+        panel.set_yscale("symlog", linthresh=min(1, 3 * part.lost.abs().median()))
         panel.set_yticks(_LOST, map("{:g}".format, _LOST))
         look.frame(panel, part, "lost", 0)
+        panel.set_ylim(1.1 * (part.lost - part.sd).min(), max(0, *(part.lost + part.sd)) + 0.03)
         best = frontier(seen, cost)
         panel.plot(cost, "lost", data=best, color="0.35", lw=1, zorder=1, label="front")
         panel.set_xlabel(f"{COSTS[cost]}, % of dense")
     axes[0].set_ylabel("minus dense, points (mean and sd)")
     figure.suptitle(f"{look.place_of(part)}: what is lost against what is left")
     look.legend(figure, "outside lower center", columns=5)
+    figure.draw_without_rendering()  # says where the points lie
+    for panel, cost in zip(axes, measured, strict=True):
+        _name_shares(panel, part[part[cost].notna()], cost)
     return figure
+
+
+def _name_shares(panel: Axes, rows: pd.DataFrame, cost: str) -> None:
+    """Write the share removed beside each point, where nothing else stands if there is room."""
+    points = 72 / panel.figure.dpi
+    places = points * panel.transData.transform(rows[[cost, "lost"]].to_numpy())
+    taken = [*places]
+    for row, place in zip(rows.itertuples(), places, strict=True):
+        free = [min(np.abs((place + o - t) / _ROOM).max() for t in taken) for o in _OFFSETS]
+        offset = _OFFSETS[int(np.argmax(np.minimum(free, 1)))]
+        taken.append(place + offset)
+        near = {"xytext": offset, "textcoords": "offset points", "ha": "center", "va": "center"}
+        near |= {"fontsize": 7, "color": look.COLOURS[row.method]}
+        panel.annotate(f"{row.target:.0%}", (getattr(row, cost), row.lost), **near)
 
 
 def frontier(rows: pd.DataFrame, cost: str) -> pd.DataFrame:
@@ -119,19 +137,23 @@ def verdicts(rows: pd.DataFrame) -> Figure:
     """
     known = rows.assign(verdict=rows.verdict.where(rows.verdict.isin([*_VERDICTS]), "not tested"))
     claims, papers = known.groupby(["paper", "claim"], sort=False), known.paper.unique()
-    figure, (axes,) = look.canvas(size=(8.6, 0.24 * (len(claims) + len(papers)) + 1))
+    texts = {key: textwrap.fill(claim.says.iloc[0], 125) for key, claim in claims}
+    rows_of = len(papers) + sum(1 + 0.6 * text.count("\n") for text in texts.values())
+    figure, (axes,) = look.canvas(size=(8.6, 0.24 * rows_of + 1))
     counts, y = dict.fromkeys(_VERDICTS, 0), 0
-    for (name, _), claim in claims:
+    for (name, key), claim in claims:
         if name in papers:  # its first claim
             axes.text(0, y, card(name).short or card(name).title, weight="bold", va="center")
             papers, y = papers[papers != name], y + 1
         tested = [verdict for verdict in claim.verdict if verdict in OUTCOMES]
         shown = sorted(tested or {min(claim.verdict, key=[*_VERDICTS].index)})
         colours = [_VERDICTS[verdict] for verdict in shown]
+        more = 0.6 * texts[name, key].count("\n")  # lines above the first
+        y += more / 2
         axes.scatter(range(len(shown)), [y] * len(shown), s=90, c=colours, marker="s")
-        text = textwrap.shorten(claim.says.iloc[0], 120, placeholder=" ...")
-        axes.text(len(shown), y, text, va="center", fontsize=8)
-        counts, y = counts | {each: counts[each] + shown.count(each) for each in shown}, y + 1
+        axes.text(len(shown), y, texts[name, key], va="center", fontsize=8)
+        counts = counts | {each: counts[each] + shown.count(each) for each in shown}
+        y += 1 + more / 2
     axes.set(xlim=(-0.5, 30), ylim=(y, -1))
     axes.axis("off")
     for name in filter(counts.get, counts):
