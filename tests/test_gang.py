@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import BatchNormNet, randomise, toy_batches
 from test_train import dropping, gated, same
+from torch import nn
 
 from prunestudy import methods
 from prunestudy.errors import InputError
@@ -55,6 +56,19 @@ def test_what_the_process_has_is_as_before_a_gang():
     assert torch.backends.cudnn.allow_tf32 == tf32
     going.close()
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_denormal_numbers_count_as_0_in_a_training_only():
+    seen, tiny = [], torch.tensor(1e-39)
+
+    def loss(output, y):
+        seen.append((tiny * 1).item())
+        return nn.functional.cross_entropy(output, y)
+
+    batches = [(torch.randn(4, 3), torch.arange(4) % 2)]
+    prune(nn.Linear(3, 2), methods.build("dense", {}), batches, Recipe(epochs=2, lr=0.1), loss=loss)
+    assert set(seen) == {0.0}
+    assert (tiny * 1).item() > 0
 
 
 def test_settings_of_one_training_are_not_those_of_another():

@@ -23,7 +23,7 @@ from prunestudy.shrink.fold import copied, require_net
 from prunestudy.train.checkpoint import read_checkpoint
 from prunestudy.train.loaders import Loader
 from prunestudy.train.loop import Loop
-from prunestudy.train.process import Steps, gang, keep_freed_memory, use_own_stream, use_tf32
+from prunestudy.train.process import Steps, gang, keep_freed_memory, set_arithmetic, use_own_stream
 from prunestudy.train.recipe import Recipe
 from prunestudy.train.result import Result
 from prunestudy.train.score import Metric, Score, checked_loss, default_metric
@@ -66,7 +66,7 @@ def pruning(
     settings = method.name, method.target, method.of, method.settings, recipe, seed, precision
     mark = run or hashlib.sha256(repr(settings).encode()).hexdigest()[:8]
     keep_freed_memory()
-    use_tf32(precision == "tf32")
+    set_arithmetic(precision == "tf32")
     use_own_stream(device)
     x, y = tree_map_only(Tensor, lambda t: t[:2], next(iter(train.ordered(2))))
     example = moved(inputs(_arguments(model, x) if example is None else example), device)
