@@ -112,23 +112,27 @@ def test_other_quantities_are_said_in_the_same_way():
 @pytest.mark.parametrize(
     ("words", "what", "says"),
     [
-        (("gdp", "dense"), {}, "This profile does not tell the score of GDP against dense."),
+        (
+            ("gdp", "dense"),
+            {},
+            "This profile has no runs for the score of GDP against dense.",
+        ),
         (
             ("magnitude", "l1"),
             {"model": "lenet5", "dataset": "mnist", "target": 0.9},
-            "This profile does not tell the score of one-shot magnitude against L1 (LASSO) on "
+            "This profile has no runs for the score of one-shot magnitude against L1 (LASSO) on "
             "LeNet-5 on MNIST, 90% of weights removed.",
         ),
         (
             ("magnitude",),
             {"of": sentences.speed_up(128), "dataset": "digits"},
-            "This profile does not tell the measured speed-up on 128 images of one-shot magnitude "
+            "This profile has no runs for the measured speed-up on 128 images of one-shot magnitude "
             "on digits.",
         ),
         (
             ("magnitude",),
             {"kind": "macs"},
-            "This profile does not tell the score of one-shot magnitude at targets on MACs.",
+            "This profile has no runs for the score of one-shot magnitude at targets on MACs.",
         ),
     ],
 )

@@ -137,7 +137,7 @@ def says(
         if "kind" in where and "target" not in where:
             place += f" at targets on {TARGETS[where['kind']]}"
         name = of.name if of else "score"
-        text = f"This profile does not tell the {name} of {called(method)}{versus}{place}."
+        text = f"This profile has no runs for the {name} of {called(method)}{versus}{place}."
     elif len(seen) == 1:
         verb = f" is {_WAYS[way]} {'that of ' * bool(against)}{other}:" if way else f"{versus} is"
         where_, name, _, told, _ = seen[0]

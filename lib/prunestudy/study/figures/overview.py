@@ -159,7 +159,7 @@ def verdicts(rows: pd.DataFrame) -> Figure:
     for name in filter(counts.get, counts):
         label = f"{name}: {counts[name]}"
         axes.scatter([], [], s=80, c=_VERDICTS[name], marker="s", label=label)
-    figure.suptitle(f"{len(claims)} claims; a square for each net that one is tested on")
+    figure.suptitle(f"{len(claims)} claims; one square per net on which a claim was tested")
     look.legend(figure, "outside lower center", columns=6)
     return figure
 
