@@ -126,8 +126,8 @@ def test_other_quantities_are_said_in_the_same_way():
         (
             ("magnitude",),
             {"of": sentences.speed_up(128), "dataset": "digits"},
-            "This profile has no runs for the measured speed-up on 128 images of one-shot magnitude "
-            "on digits.",
+            "This profile has no runs for the measured speed-up on 128 images of one-shot "
+            "magnitude on digits.",
         ),
         (
             ("magnitude",),
