@@ -158,14 +158,14 @@ class Dpf(Masked):
     M is chosen anew every `period` steps, to the end of the training. The sparsity grows by the
     cubic schedule s (1 - (1 - e / e_t)^3) and stays at s. Ours: `ramp`, e_t as a share of all
     steps, and `scope`, as in the paper that this is the control of (magnitude attention);
-    `bounded`: whether cut weights' gradients are scaled down, see `Masked.bound`.
+    `bounded`: cut weights' gradients are scaled down, see `Masked.bound`.
     """
 
     name, title = "dpf", "dynamic pruning with feedback"
     scope: Scope = "auto"
     ramp: Annotated[float, Field(gt=0, le=1)] = 0.75
     period: Annotated[int, Field(ge=1)] = 16
-    bounded: bool | None = None
+    bounded: bool = False
 
     def phases(self) -> tuple[Phase, ...]:
         """One: the mask never freezes."""
@@ -177,7 +177,8 @@ class Dpf(Masked):
 
     def after_backward(self, at: At) -> None:  # noqa: ARG002
         """Bound the feedback to cut weights."""
-        self.bound(self.bounded)
+        if self.bounded:
+            self.bound()
 
     def update(self, at: At) -> None:
         """Choose the mask anew every `period` steps; reach the target at the end."""
