@@ -49,8 +49,12 @@ def came_out(rows: pd.DataFrame) -> str:
     several controls it is the one that is hardest to beat on that net.
     """
     seen = rows[rows.verdict.str.startswith("not tested") & (rows.n > 1)]
-    if rows.verdict.isin(OUTCOMES).any() or seen.empty:
-        return claims_table(rows).verdict[0]
+    tested = rows[rows.verdict.isin(OUTCOMES)]
+    if len(tested) or seen.empty:
+        text = claims_table(rows).verdict[0]
+        by_search = len(tested) and (tested.chosen_by == "search").all()
+        found = f"{text}, against the strongest control of the search" if by_search else text
+        return f"{found[0].upper()}{found[1:]}."
     names = [method_class(name.partition(",")[0]).title for name in seen.control.unique() if name]
     other = names[0].replace("dense", "the dense net") if names else "the limit"
     other = f"the strongest of {len(names)} controls" if len(names) > 1 else other
@@ -70,8 +74,10 @@ def net(model: str, dataset: str) -> str:
 
 
 def nets(rows: pd.DataFrame) -> str:
-    """How many nets the rows of tests, made or planned, are of, and which."""
-    found = rows[(rows.verdict != "") & (rows.n > 0)][["model", "dataset"]].drop_duplicates()
+    """How many nets the rows of tests are of, and which; of planned ones while none is made."""
+    planned = rows[(rows.verdict != "") & (rows.n > 0)]
+    tested = planned[planned.verdict.isin(OUTCOMES)]
+    found = (tested if len(tested) else planned)[["model", "dataset"]].drop_duplicates()
     names = [net(*pair) for pair in found.to_numpy()]
     return f"{len(names)}: {', '.join(names)}" if names else "none"
 

@@ -175,7 +175,11 @@ def test_readme_has_a_row_for_each_paper_made_from_the_committed_records(readme)
     assert readme.filled(page, found) == page
     rows = [*readme.lines(found)]
     assert [row["notebook"][1:3] for row in rows] == ["01", "02", "03", "04", "05"]
-    turned = {paper: t.assign(low=-t.high, high=-t.low) for paper, t in found.items()}
+    ways = {"confirmed": "contradicted", "contradicted": "confirmed"}
+    turned = {
+        paper: t.assign(low=-t.high, high=-t.low, verdict=t.verdict.replace(ways))
+        for paper, t in found.items()
+    }
     for row, other in zip(rows, readme.lines(turned), strict=True):
         assert row["came out"] != other["came out"]
     with pytest.raises(InputError, match="no pair of results comments"):
@@ -206,9 +210,14 @@ def test_a_row_of_readme_says_on_how_many_nets(readme):
     one = rows[rows.model == "resnet20"].assign(metric="-log2_rank_total")
     said = "So far by rank (lower is better) ahead on 1 of 1 net, against group L2, one shot."
     assert readme.came_out(one) == said
+    rows = rows.assign(chosen_by="claim")
     rows.loc[4, "verdict"] = "confirmed"
-    assert readme.came_out(rows) == "confirmed on 1 of 1 net"
-    assert readme.came_out(rows.tail(1)) == "described, not tested"
+    assert readme.came_out(rows) == "Confirmed on 1 of 1 net."
+    assert readme.nets(rows) == "1: ResNet-20 on CIFAR-10"
+    rows.loc[4, "chosen_by"] = "search"
+    said = "Confirmed on 1 of 1 net, against the strongest control of the search."
+    assert readme.came_out(rows) == said
+    assert readme.came_out(rows.tail(1)) == "Described, not tested."
     assert readme.nets(rows.tail(1)) == "none"
 
 
