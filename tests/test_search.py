@@ -220,7 +220,8 @@ def test_every_method_and_control_of_the_cards_has_the_same_chance(found):
     for settings in (tried.settings for grid in found for tried in grid.tried):
         r = settings.recipe
         common.setdefault(settings.model, set()).add((r.weight_decay, r.schedule, r.one_schedule))
-    assert common == {"lenet5": {(5e-4, "cosine", True)}, "autoencoder": {(0.0, "cosine", False)}}
+    one = {(5e-4, "cosine", True)}
+    assert common == {"lenet5": one, "lenet300": one, "autoencoder": {(0.0, "cosine", False)}}
     for paper, kinds in {
         "gdp": "dense gdp group_l2 l1_filter taylor_channels random hard_concrete scratch",
         "sparse_gates": "dense sparse_gates gradual_magnitude magnitude l1 random",

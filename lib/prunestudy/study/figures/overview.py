@@ -93,7 +93,7 @@ def pareto(rows: pd.DataFrame, dataset: str) -> Figure:
         panel.xaxis.set_major_locator(FixedLocator(_TICKS) if wide else MaxNLocator(6))
         panel.xaxis.set_major_formatter("{x:g}")
         panel.margins(x=0.1)
-        panel.set_yscale("symlog", linthresh=min(1, 3 * part.lost.abs().median()))
+        panel.set_yscale("symlog", linthresh=np.clip(3 * part.lost.abs().median(), 0.1, 1))
         panel.set_yticks(_LOST, map("{:g}".format, _LOST))
         look.frame(panel, part, "lost", 0)
         panel.set_ylim(1.1 * (part.lost - part.sd).min(), max(0, *(part.lost + part.sd)) + 0.03)
