@@ -53,7 +53,7 @@ def came_out(rows: pd.DataFrame) -> str:
     if len(tested) or seen.empty:
         text = claims_table(rows).verdict[0]
         by_search = len(tested) and (tested.chosen_by == "search").all()
-        found = f"{text}, against the strongest control of the search" if by_search else text
+        found = f"{text}, against the strongest control" if by_search else text
         return f"{found[0].upper()}{found[1:]}."
     names = [method_class(name.partition(",")[0]).title for name in seen.control.unique() if name]
     other = names[0].replace("dense", "the dense net") if names else "the limit"

@@ -215,7 +215,7 @@ def test_a_row_of_readme_says_on_how_many_nets(readme):
     assert readme.came_out(rows) == "Confirmed on 1 of 1 net."
     assert readme.nets(rows) == "1: ResNet-20 on CIFAR-10"
     rows.loc[4, "chosen_by"] = "search"
-    said = "Confirmed on 1 of 1 net, against the strongest control of the search."
+    said = "Confirmed on 1 of 1 net, against the strongest control."
     assert readme.came_out(rows) == said
     assert readme.came_out(rows.tail(1)) == "Described, not tested."
     assert readme.nets(rows.tail(1)) == "none"
