@@ -1,5 +1,8 @@
 """The study of one device: its order, its clock, and what it leaves."""
 
+import subprocess
+import sys
+
 import pytest
 from conftest import one_line
 
@@ -22,6 +25,14 @@ def planned():
 @pytest.fixture(scope="module")
 def whole():
     return plan("gpu")
+
+
+def test_a_borrowed_machine_needs_none_of_jupyter():
+    code = "import sys; from prunestudy.study import commands; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    needed = {name.split(".")[0] for name in done.stdout.split()}
+    assert "torch" in needed
+    assert not needed & {"IPython", "ipykernel", "nbclient", "nbformat", "papermill", "snakemake"}
 
 
 def test_runs_go_net_by_net_and_seed_by_seed_through_the_papers_in_turns(whole):

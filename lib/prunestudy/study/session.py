@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
-from IPython.display import Markdown, display
 from tqdm.auto import tqdm
 
 from prunestudy import datasets, measure, models, shrink
@@ -84,6 +83,8 @@ class Session:
 
         figures.style()
         if badge := notebooks.colab_badge(f"{card(paper).notebook}.ipynb"):
+            from IPython.display import Markdown, display  # late: a study by minutes has none
+
             display(Markdown(badge))
         return cls(paper, **{name: space[name] for name in _PARAMETERS})
 
