@@ -237,9 +237,11 @@ class _Scaled(nn.Module):
     costs only the weights, and absorbing a gate later means keeping the product.
     """
 
-    def __init__(self, gates: nn.Module, numbers: Tensor, size: int, layer: nn.Module) -> None:
+    def __init__(
+        self, gates: nn.Module, once: "_Once", numbers: Tensor, size: int, layer: nn.Module
+    ) -> None:
         super().__init__()
-        self.gates, self.partly = gates, bool((numbers == size).any())
+        self.gates, self.once, self.partly = gates, once, bool((numbers == size).any())
         axis = 0 if isinstance(layer, TRANSPOSED) else 1
         # The groups of a grouped convolution lose channels together: the first stands for all.
         self.register_buffer("numbers", numbers[: layer.weight.shape[axis]], persistent=False)
@@ -247,19 +249,44 @@ class _Scaled(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """The scaled kernel (same shape)."""
-        g = self.gates()
+        g = self.once(self.gates)
         if self.partly:
             g = torch.cat([g, g.new_ones(1)])
         return weight * g.index_select(0, self.numbers).view(self.form)
 
 
+class _Once:
+    """Calls gates once for all layers of a training step on CUDA, which costs by the kernel.
+
+    The CPU adds up their gradients layer by layer, as in all earlier runs.
+    """
+
+    def __init__(self) -> None:
+        self.found: Tensor | None = None
+
+    def __call__(self, gates: nn.Module) -> Tensor:
+        if self.found is not None and gates.training and torch.is_grad_enabled():
+            return self.found
+        g = gates()
+        if g.is_cuda and g.requires_grad and gates.training:
+            self.found = g
+            g.register_hook(self._forget)
+        return g
+
+    def _forget(self, _: Tensor) -> None:
+        self.found = None
+
+    def __deepcopy__(self, _: Any) -> "_Once":
+        return _Once()
+
+
 def scale_consumers(model: nn.Module, channels: Channels, gates: nn.Module) -> None:
     """Scale each regular kernel that consumes `channels` by `gates()`, one number each, (N,)."""
-    consumers = {m.layer for group in channels.groups for m in group.having(CONSUMES)}
+    once, consumers = _Once(), {m.layer for group in channels.groups for m in group.having(CONSUMES)}
     for name in sorted(consumers, key=list(channels.traced.layers).index):
         layer = model.get_submodule(name)
         numbers = channels.numbers(name, "in").to(layer.weight.device)
-        made = _Scaled(gates, numbers, channels.size, layer)
+        made = _Scaled(gates, once, numbers, channels.size, layer)
         parametrize.register_parametrization(layer, "weight", made)
 
 

@@ -125,7 +125,7 @@ class Force(LowRank):
 
     def __init__(self, *target: Any, **settings: Any) -> None:
         super().__init__(*target, **settings)
-        self.forced: tuple[tuple[Layer, float], ...] = ()
+        self.forced: dict[Any, list[tuple[Layer, float]]] = {}  # layers of one shape
         self.weight_decay = 0.0
 
     def check(self, model: nn.Module) -> None:
@@ -137,7 +137,11 @@ class Force(LowRank):
         """Choose the layers on which the force acts, and take the decay of their gradient."""
         super().attach(model, context)
         strengths = self._strengths(model)
-        self.forced = tuple((model.get_submodule(name), s) for name, s in strengths.items())
+        self.forced = {}
+        for name, strength in strengths.items():
+            layer = model.get_submodule(name)
+            kind = groups_of(layer), tuple(layer.weight.shape), layer.weight.dtype
+            self.forced.setdefault(kind, []).append((layer, strength))
         self.weight_decay = context.weight_decay
 
     @torch.no_grad()
@@ -146,11 +150,16 @@ class Force(LowRank):
         if at.phase != "train":
             return
         acting = (at.share < self.stop).double()
-        for layer, strength in self.forced:
-            if layer.weight.grad is None:  # frozen, or not part of this loss
+        for (groups, *_), forced in self.forced.items():
+            # Others are frozen, or not part of this loss.
+            found = [(layer.weight, s) for layer, s in forced if layer.weight.grad is not None]
+            if not found:
                 continue
-            pull = force(layer.weight, self.kind, groups_of(layer))
-            layer.weight.grad.add_(self._gradient(layer.weight, pull, strength * acting))
+            # All at once: on a GPU the number of kernels is what this costs.
+            joined = torch.cat([weight.detach() for weight, _ in found])
+            pulls = force(joined, self.kind, groups * len(found)).chunk(len(found))
+            for (weight, strength), pull in zip(found, pulls, strict=True):
+                weight.grad.add_(self._gradient(weight, pull, strength * acting))
 
     def _gradient(self, weight: Tensor, pull: Tensor, strength: Tensor) -> Tensor:
         """What the force adds to the gradient of `weight`."""

@@ -171,13 +171,12 @@ class MagnitudeAttention(Masked):
 
     @torch.no_grad()
     def _set_scale(self, weights: list[Tensor]) -> None:
-        if self.norm == "network_mean":
-            sums = torch.stack([torch.linalg.vector_norm(w, 1) for w in weights])
-            scales = [sums.sum() / sum(w.numel() for w in weights)] * len(weights)
-        else:
-            scales = [torch.linalg.vector_norm(w, torch.inf) for w in weights]
-            if self.norm == "network_max":
-                scales = [torch.stack(scales).max()] * len(scales)
-        for each, scale in zip(self.masks, scales, strict=True):
-            # A layer of zeros: A is 0 there, not 0 / 0.
-            each.scale.copy_(scale.clamp(min=torch.finfo(scale.dtype).tiny))
+        mean = self.norm == "network_mean"
+        sizes = torch.stack(torch._foreach_norm(weights, 1 if mean else torch.inf))
+        if mean:
+            sizes = sizes.sum() / sum(w.numel() for w in weights)
+        elif self.norm == "network_max":
+            sizes = sizes.max()
+        # A layer of zeros: A is 0 there, not 0 / 0.
+        scales = sizes.clamp(min=torch.finfo(sizes.dtype).tiny).expand(len(weights))
+        torch._foreach_copy_([each.scale for each in self.masks], scales.unbind())

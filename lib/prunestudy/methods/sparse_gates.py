@@ -139,15 +139,19 @@ class SparseGates(Masked):
             self.steering.start(0.1 * (total / sum(gate.numel() for gate in gates)))
         lambda2 = self.steering.strength
         lambda1 = lambda2 * self.bimodal_ratio(at.share)
-        for gate in gates:
-            gate.grad.addcmul_(gate.detach(), -2 * lambda1).add_(lambda1 + lambda2)
+        gradients = [gate.grad for gate in gates]
+        both, middle = (value.to(gradients[0]) for value in (lambda1 + lambda2, -2 * lambda1))
+        torch._foreach_add_(gradients, torch._foreach_mul([g.detach() for g in gates], middle))
+        for gradient in gradients:
+            gradient.add_(both)
 
     @torch.no_grad()
     def after_step(self, at: At) -> None:  # noqa: ARG002
         """Clip gates to [0, 1]."""
         if not self.hard:
-            for each in self.masks:
-                each.gate.clamp_(0, 1)
+            gates = [each.gate for each in self.masks]
+            torch._foreach_clamp_min_(gates, 0.0)
+            torch._foreach_clamp_max_(gates, 1.0)
 
     def update(self, at: At) -> None:
         """Steer lambda2; change the draw when it is time; decide the gates at the end."""
