@@ -72,7 +72,8 @@ def test_a_run_on_cuda_ends_as_on_the_cpu(tmp_path, method, target, model):
     assert there["status"] == here["status"] == "done"
     assert there["metrics"]["parameters"] == pytest.approx(here["metrics"]["parameters"], rel=0.1)
     # Draws of gates are of another stream there; the rest differs by rounding alone.
-    most = 0.2 if method == "sparse_gates" else 0.02
+    # Thresholds on gates magnify that.
+    most = {"sparse_gates": 0.2, "gdp": 0.05}.get(method, 0.02)
     assert other[0]["train_loss"] == pytest.approx(history[0]["train_loss"], rel=most)
     assert there["metrics"]["metric"] == pytest.approx(here["metrics"]["metric"], abs=0.1)
 
@@ -180,7 +181,8 @@ def test_captured_steps(options, graphs, plainly, capsys):
 @needs_cuda
 def test_what_cannot_be_captured_is_named(graphs, capsys):
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10), Reads())
-    assert fit(net=net, device="cuda").status == "done"
+    batches = {name: toy_batches(device="cuda") for name in ("batches", "validation")}
+    assert fit(net=net, device="cuda", **batches).status == "done"
     assert not graphs
     assert "in or after 2 (Reads), aten._local_scalar_dense" in capsys.readouterr().err
 

@@ -1,5 +1,6 @@
 """The study of one device: its order, its clock, and what it leaves."""
 
+import re
 import subprocess
 import sys
 
@@ -107,19 +108,18 @@ def test_time_that_is_up_leaves_checkpoints_and_the_next_call_goes_on(
         assert (one["metrics"], one["history"]) == (other["metrics"], other["history"])
 
 
-def test_a_run_that_cannot_be_made_is_named_and_its_children_wait(
-    planned, tmp_path, monkeypatch, capsys
-):
+@pytest.mark.parametrize("error", [InputError("loss = 'x': fails"), RuntimeError("fails")])
+def test_a_run_that_cannot_be_made_is_named_and_its_children_wait(error, planned, tmp_path, capsys):
     class Failing(Runner):
         def _train(self, settings):
             if settings.method == "dense" and settings.seed == 0:
-                raise InputError("loss = 'x': fails")
+                raise error
             return super()._train(settings)
 
     left = minutes.run(Failing(Store("quick", tmp_path), device="cpu"), planned, 10, 2)
     seeds = [item.settings.seed for item in planned]
     assert 0 < left <= seeds.count(0)
-    assert "loss = 'x': fails" in capsys.readouterr().err
+    assert re.search(r"^dense-lenet300-digits-\w+: .*fails$", capsys.readouterr().err, re.MULTILINE)
 
 
 def test_missing_data_is_one_line_before_any_run(whole, tmp_path, monkeypatch):

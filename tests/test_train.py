@@ -533,3 +533,13 @@ def test_other_c_libraries_are_left_alone(monkeypatch):
     for error in (AttributeError, OSError, TypeError):
         monkeypatch.setattr(process.ctypes, "CDLL", lambda name, e=error: (_ for _ in ()).throw(e))
         assert process.keep_freed_memory() is False
+
+
+@pytest.mark.parametrize("name", ["batches", "validation"])
+def test_batches_on_another_device_than_the_net_are_refused(name):
+    batches = toy_batches()
+    batches.device = torch.device("cuda")
+    with pytest.raises(InputError) as caught:
+        fit(**{name: batches})
+    parameter = {"batches": "train"}.get(name, name)
+    assert one_line(caught) == f"{parameter} = 'batches on cuda': on cpu, as the net"

@@ -13,7 +13,7 @@ ones it is exactly what the small net costs.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -238,7 +238,7 @@ class _Scaled(nn.Module):
     """
 
     def __init__(
-        self, gates: nn.Module, once: "_Once", numbers: Tensor, size: int, layer: nn.Module
+        self, gates: nn.Module, once: Any, numbers: Tensor, size: int, layer: nn.Module
     ) -> None:
         super().__init__()
         self.gates, self.once, self.partly = gates, once, bool((numbers == size).any())
@@ -258,17 +258,19 @@ class _Scaled(nn.Module):
 class _Once:
     """Calls gates once for all layers of a training step on CUDA, which costs by the kernel.
 
-    The CPU adds up their gradients layer by layer, as in all earlier runs.
+    The first layer that runs calls them for all, up to the backward pass; alone each layer calls
+    its own. The CPU adds up their gradients layer by layer, as in all earlier runs.
     """
 
     def __init__(self) -> None:
         self.found: Tensor | None = None
 
-    def __call__(self, gates: nn.Module) -> Tensor:
-        if self.found is not None and gates.training and torch.is_grad_enabled():
+    def __call__(self, gates: nn.Module, first: bool) -> Tensor:
+        trains = gates.training and torch.is_grad_enabled()
+        if trains and not first and self.found is not None:
             return self.found
         g = gates()
-        if g.is_cuda and g.requires_grad and gates.training:
+        if trains and first and g.is_cuda and g.requires_grad:
             self.found = g
             g.register_hook(self._forget)
         return g
@@ -282,11 +284,14 @@ class _Once:
 
 def scale_consumers(model: nn.Module, channels: Channels, gates: nn.Module) -> None:
     """Scale each regular kernel that consumes `channels` by `gates()`, one number each, (N,)."""
-    once, consumers = _Once(), {m.layer for group in channels.groups for m in group.having(CONSUMES)}
-    for name in sorted(consumers, key=list(channels.traced.layers).index):
+    once, consumers = (
+        _Once(),
+        {m.layer for group in channels.groups for m in group.having(CONSUMES)},
+    )
+    for i, name in enumerate(sorted(consumers, key=list(channels.traced.layers).index)):
         layer = model.get_submodule(name)
         numbers = channels.numbers(name, "in").to(layer.weight.device)
-        made = _Scaled(gates, once, numbers, channels.size, layer)
+        made = _Scaled(gates, partial(once, first=not i), numbers, channels.size, layer)
         parametrize.register_parametrization(layer, "weight", made)
 
 

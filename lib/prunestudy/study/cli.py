@@ -111,7 +111,7 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     "--jobs": {"type": int, "default": 2, "help": "jobs side by side (default: 2)"},
     "--executor": {"default": "local", "help": "a Snakemake executor (default: local)"},
     "--minutes": {"type": float, "default": math.inf, "help": "profile gpu: stop after so many"},
-    "--gang": {"type": int, "default": 4, "help": "profile gpu: runs at a time (default: 4)"},
+    "--gang": {"type": int, "default": 8, "help": "profile gpu: runs at a time (default: 8)"},
     "--weights": {"action": "store_true", "help": "also where only the net is missing"},
     "--searches": {"action": "store_true", "help": "also the runs that settings are chosen by"},
     "--check": {"action": "store_true", "help": "fail where a card has other settings"},

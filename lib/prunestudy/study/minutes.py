@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from prunestudy import datasets
-from prunestudy.errors import InputError, require
+from prunestudy.errors import first_line, require
 from prunestudy.study import tables
 from prunestudy.study.batch import line_of_run
 from prunestudy.study.collect import collect
@@ -117,8 +117,8 @@ def _until(end: float, run: str, training: Steps[Any]) -> Steps[Any]:
             yield
     except StopIteration as made:
         return made.value
-    except InputError as error:
-        _say(f"{run}: {error}")
+    except Exception as error:  # the other runs go on
+        _say(f"{run}: {first_line(error)}")
     finally:
         training.close()
     return None

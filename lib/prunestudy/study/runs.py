@@ -137,6 +137,9 @@ def _data(name: str, root: str | None, _: str) -> datasets.Dataset:
     return datasets.load(name, root)
 
 
+_split = functools.lru_cache(maxsize=2)(datasets.split)  # it copies all images
+
+
 @dataclass
 class _Job:
     """A run that is being trained: its settings, its data and where."""
@@ -158,7 +161,7 @@ class _Job:
 
     def training(self, model: nn.Module, checkpoint: Path, show: bool) -> Steps[Result]:
         settings, info, recipe = self.settings, self.data.info, self.settings.recipe
-        held_in, held_out = datasets.split(self.data.train, settings.validation)
+        held_in, held_out = _split(self.data.train, settings.validation)
         ways = {"shift": recipe.shift, "flip": recipe.flip, "seed": settings.seed}
         target = (settings.target.value, settings.target.kind) if settings.target else ()
         return pruning(
@@ -188,7 +191,7 @@ class _Job:
         """Scores of `model` on the images that the run is judged by; which it classifies right."""
         info, images = self.data.info, self.data.test
         if self.settings.evaluate == "validation":
-            _, images = datasets.split(self.data.train, self.settings.validation)
+            _, images = _split(self.data.train, self.settings.validation)
         batches = datasets.batches_of(images, info, len(images), device=self.device)
         # The layout that it was trained in.
         net = copy.deepcopy(model).to(self.device, memory_format=torch.channels_last)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.serialization import default_restore_location
 
 from prunestudy.errors import InputError
 
@@ -30,8 +31,9 @@ def write_checkpoint(path: Path, run: str, state: dict[str, Any]) -> None:
 def read_checkpoint(
     path: Path, run: str, device: torch.device | str = "cpu"
 ) -> dict[str, Any] | None:
-    """Return the state that `write_checkpoint` wrote for `run`, its tensors on `device`, or None.
+    """Return the state that `write_checkpoint` wrote for `run`, or None.
 
+    What was not on the CPU comes back on `device`.
     Raises `InputError` for a file that is corrupt, of another format or of another run.
     """
     if not path.exists():
@@ -44,7 +46,11 @@ def read_checkpoint(
     elif hashlib.sha256(payload).hexdigest().encode() != digest:
         wrong = "corrupt (checksum)"
     else:
-        state = torch.load(io.BytesIO(payload), map_location=device, weights_only=True)
+
+        def placed(storage: Any, where: str) -> Any:
+            return default_restore_location(storage, "cpu" if where == "cpu" else str(device))
+
+        state = torch.load(io.BytesIO(payload), map_location=placed, weights_only=True)
         wrong = "" if state.pop("run") == run else "of another run"
     if wrong:
         way_out = "delete it to start this run again"

@@ -62,6 +62,7 @@ def pruning(
     train = train if hasattr(train, "epoch") else Loader(train, seed, device, "train")
     if validation is not None and not hasattr(validation, "ordered"):
         validation = Loader(validation, seed, device, "validation")
+    _require_there(device, train=train, validation=validation)
     path = writable_file(checkpoint, "checkpoint") if checkpoint else None
     settings = method.name, method.target, method.of, method.settings, recipe, seed, precision
     mark = run or hashlib.sha256(repr(settings).encode()).hexdigest()[:8]
@@ -205,6 +206,12 @@ def _on_device(model: nn.Module, device: torch.device, example: tuple[Tensor, ..
             return net
         return fast
     return net
+
+
+def _require_there(device: torch.device, **given: Any) -> None:
+    for name, batches in given.items():
+        there = getattr(batches, "device", device).type
+        require(there == device.type, name, f"batches on {there}", f"on {device.type}, as the net")
 
 
 def _require_kinds(model: Any, method: Any, recipe: Any, precision: Any) -> None:
