@@ -56,8 +56,7 @@ def pruning(
     recipe = recipe or Recipe(epochs=10, lr=0.05)
     _require_kinds(model, method, recipe, precision)
     require(metric is None or callable(metric), "metric", metric, "a function of (model, batches)")
-    right = metrics is None or isinstance(metrics, Metrics)
-    require(right, "metrics", type(metrics).__name__, "a Metrics")
+    require(isinstance(metrics, Metrics | None), "metrics", type(metrics).__name__, "a Metrics")
     seed, device = _seed(seed), _device(device_of(model) if device is None else device)
     train = train if hasattr(train, "epoch") else Loader(train, seed, device, "train")
     if validation is not None and not hasattr(validation, "ordered"):
