@@ -38,7 +38,7 @@ methods/magnitude_attention.py test_magnitude_attention.py test_forward_and_back
 methods/magnitude_attention.py test_magnitude_attention.py test_forward_and_backward
     pow_(self.alpha) => pow_(2 * self.alpha)
 methods/magnitude_attention.py test_magnitude_attention.py test_norms_by_hand
-    vector_norm(w, 1) => vector_norm(w, torch.inf)
+    1 if mean else torch.inf => torch.inf
 methods/magnitude_attention.py test_magnitude_attention.py test_nothing_of_a_cut_weight
     torch.where(each.mask == 1, weight, held) => weight
 methods/magnitude_attention.py test_magnitude_attention.py test_while_exploring
@@ -121,10 +121,10 @@ measure/metrics.py test_metrics.py test_psnr_is_of_the_mean_error
     (images - task.pixels(x)).square() => (images - task.pixels(x)).abs()
 train/recipe.py test_train.py test_schedules
     done = step / steps => done = (step + 1) / steps
-train/loop.py test_train.py test_learning_rates_of_phases
+train/recipe.py test_train.py test_learning_rates_of_phases
     for i in range(index + 1) if phases[i].restart => for i in range(1)
-train/loop.py test_train.py test_steps_of_sgd_by_hand
-    "weight_decay": recipe.weight_decay => "weight_decay": 0.0
+train/recipe.py test_train.py test_steps_of_sgd_by_hand
+    "weight_decay": self.weight_decay => "weight_decay": 0.0
 train/loop.py test_train.py test_a_batch_in_pieces_is_the_same_step
     (loss * share).backward() => loss.backward()
 train/loop.py test_train.py test_a_run_interrupted_at_every_step

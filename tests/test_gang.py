@@ -9,7 +9,17 @@ from torch import nn
 from prunestudy import methods
 from prunestudy.errors import InputError
 from prunestudy.methods import Method
-from prunestudy.train import Recipe, deterministic, gang, prune, pruning, read_checkpoint
+from prunestudy.train import (
+    Recipe,
+    capture,
+    deterministic,
+    gang,
+    loop,
+    prune,
+    pruning,
+    read_checkpoint,
+)
+from prunestudy.train.capture import CudaGraph
 
 
 def three(folder=None, device="cpu"):
@@ -103,6 +113,33 @@ def test_a_gang_that_is_closed_goes_on_where_it_was(tmp_path):
     alone = [begin(prune) for begin in three()]
     for one, other in zip(alone, [begin(prune) for begin in three(tmp_path)], strict=True):
         same(one, other)
+
+
+def test_a_turn_ends_where_the_next_step_would_wait_for_the_device(monkeypatch):
+    """With graphs the host looks at a due step in the training's next turn, not in this one."""
+    said = []
+
+    class Told(Method):
+        def __init__(self, of):
+            super().__init__()
+            self.of_run = of
+
+        def after_step(self, at):
+            said.append((self.of_run, at.total_step))
+
+        def update(self, at):
+            said.append((self.of_run, f"look {at.total_step}"))
+
+    def trainings():
+        for run in "ab":
+            recipe = Recipe(epochs=1, lr=0.01, period=2)
+            yield pruning(randomise(BatchNormNet()), Told(run), toy_batches(), recipe)
+
+    monkeypatch.setattr(capture, "WARM", 10**9)
+    monkeypatch.setattr(loop, "graphs_on", lambda device: CudaGraph)
+    list(gang(trainings(), 2, 10))
+    first, again = [1, 2], ["look 2", 3, 4, "look 4"]
+    assert said == [(run, what) for part in (first, again) for run in "ab" for what in part]
 
 
 def test_what_must_wait_begins_later_and_an_error_ends_the_others(tmp_path):

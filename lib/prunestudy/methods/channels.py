@@ -267,12 +267,15 @@ class _Once:
 
     def __call__(self, gates: nn.Module, first: bool) -> Tensor:
         trains = gates.training and torch.is_grad_enabled()
-        if trains and not first and self.found is not None:
+        made_of = [tensor._version for tensor in gates.state_dict().values()]
+        if trains and not first and self.found is not None and made_of == self.made_of:
             return self.found
         g = gates()
-        if trains and first and g.is_cuda and g.requires_grad:
-            self.found = g
-            g.register_hook(self._forget)
+        if first:
+            self.found, self.made_of = None, made_of
+            if trains and g.is_cuda and g.requires_grad:
+                self.found = g
+                g.register_hook(self._forget)
         return g
 
     def _forget(self, _: Tensor) -> None:
@@ -284,10 +287,8 @@ class _Once:
 
 def scale_consumers(model: nn.Module, channels: Channels, gates: nn.Module) -> None:
     """Scale each regular kernel that consumes `channels` by `gates()`, one number each, (N,)."""
-    once, consumers = (
-        _Once(),
-        {m.layer for group in channels.groups for m in group.having(CONSUMES)},
-    )
+    once = _Once()
+    consumers = {m.layer for group in channels.groups for m in group.having(CONSUMES)}
     for i, name in enumerate(sorted(consumers, key=list(channels.traced.layers).index)):
         layer = model.get_submodule(name)
         numbers = channels.numbers(name, "in").to(layer.weight.device)

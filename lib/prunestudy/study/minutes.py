@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from prunestudy import datasets
+from prunestudy import datasets, methods
 from prunestudy.errors import first_line, require
+from prunestudy.methods.search import Search
 from prunestudy.study import tables
 from prunestudy.study.batch import line_of_run
 from prunestudy.study.collect import collect
@@ -63,15 +64,19 @@ def here(planned: list[Planned], data: str) -> list[Planned]:
 
 
 def in_order(planned: list[Planned]) -> list[RunSettings]:
-    """The runs of `planned`, each once: by net and seed, then in turns through the papers."""
+    """The runs of `planned`, each once: by net and seed, then in turns through the papers.
+
+    Behind the others of their seed are those that search before they train, which holds up all.
+    """
     nets = list(dict.fromkeys(item.settings.model for item in planned))
     counts: dict[Any, int] = {}
-    places: dict[str, tuple[int, int, int]] = {}
+    places: dict[str, tuple[int, int, bool, int]] = {}
     for item in planned:
         net, seed = nets.index(item.settings.model), item.settings.seed
+        searches = issubclass(methods.method_class(item.settings.method), Search)
         key = item.paper, net, seed
         counts[key] = counts.get(key, 0) + 1
-        place = net, seed, counts[key]
+        place = net, seed, searches, counts[key]
         places[item.settings.run] = min(place, places.get(item.settings.run, place))
     settings = {item.settings.run: item.settings for item in planned}
     return [settings[run] for run in sorted(settings, key=places.get)]
@@ -113,8 +118,7 @@ def _until(end: float, run: str, training: Steps[Any]) -> Steps[Any]:
     """`training`, closed when time is up; its record, None without one."""
     try:
         while time.monotonic() < end:
-            next(training)
-            yield
+            yield next(training)
     except StopIteration as made:
         return made.value
     except Exception as error:  # the other runs go on

@@ -78,7 +78,7 @@ class Loop:
         self.optimizers: list[torch.optim.Optimizer] = []
         # What a step reads of the host, and the sum of the losses: the same tensors throughout.
         self._share, self._lr, self._sum = (scalar(0.0, self.device) for _ in range(3))
-        self._count, self._saved = 0, 0.0
+        self._count, self._saved, self._due = 0, 0.0, None
         # Until the first checkpoint tells: weights and two moments at 200 MB a second.
         self._save_seconds = 3 * sum(p.nbytes for p in model.parameters()) / 2e8
         method.attach(model, context)
@@ -93,13 +93,14 @@ class Loop:
 
     def steps(
         self, checkpoint: Path | None = None, every: float = 20.0, run: str = ""
-    ) -> Iterator[dict[str, Any] | None]:
+    ) -> Iterator[dict[str, Any] | bool | None]:
         """Make a step at each `next`, to the end or to a loss that is not finite.
 
-        Gives the epoch's row of the history after its last step and validation, else None. With a
-        `checkpoint` path the state of `run` is saved at ends of epochs and after each `every`
-        seconds, less often where that would take more than 2% of the time (0: after each step),
-        and when the iterator is closed. Time that passes between two calls counts for nothing.
+        Gives the epoch's row of the history after its last step and validation, else None, or False
+        where the next step begins with a look at what the device may still be doing. The state of
+        `run` is saved to a `checkpoint` path at ends of epochs and after each `every` seconds, less
+        often where that would take more than 2% of the time (0: after each step), and when the
+        iterator is closed. Time that passes between two calls counts for nothing.
         """
         while self.state.step < self.total:
             epoch, first = divmod(self.state.step, self.train.steps)
@@ -107,15 +108,19 @@ class Loop:
             self.model.train()
             for batch in self._read(epoch, start=first):
                 self._step(batch)
-                if self.diverged:
-                    return
+                ends = self.state.step % self.train.steps == 0 or self.state.step == self.total
+                if ends or self._rate is None:
+                    self._look()
                 # An epoch that ends is saved with its row of the history, not before.
-                if self.state.step % self.train.steps == 0 or self.state.step == self.total:
+                if self.diverged or ends:
                     break
                 self._clock(since, checkpoint, every, run)
-                yield from self._pause(None, checkpoint, run)
+                yield from self._pause(False if self._due else None, checkpoint, run)
                 since = time.perf_counter()
-            row = self._end_epoch(epoch)
+                self._look()
+                if self.diverged:
+                    return
+            row = {} if self.diverged else self._end_epoch(epoch)
             if self.diverged:
                 return
             self.state.history.append(row)
@@ -125,13 +130,13 @@ class Loop:
             self.state.history = [self._end_epoch(-1)]
 
     def _pause(
-        self, row: dict[str, Any] | None, checkpoint: Path | None, run: str
-    ) -> Iterator[dict[str, Any] | None]:
+        self, row: dict[str, Any] | bool | None, checkpoint: Path | None, run: str
+    ) -> Iterator[dict[str, Any] | bool | None]:
         try:
             yield row
         except GeneratorExit:
             if checkpoint:
-                write_checkpoint(checkpoint, run, self._to_save())
+                self._write(checkpoint, run)
             raise
 
     def finish(self) -> nn.Module:
@@ -153,11 +158,15 @@ class Loop:
         self._set_lr()
         seed_default(mix(self.seed, state.step), self.device)
         state.step += 1
-        at = self._at(self._captured(batch))
-        self._count += 1
+        at, self._count = self._at(self._captured(batch)), self._count + 1
         with torch.no_grad():
             self.probe.after_step(at)
-        if at.step % self.context.period == 0 or at.last:
+        self._due = at if at.step % self.context.period == 0 or at.last else None
+
+    def _look(self) -> None:
+        """What the host has to do after the last step, if anything and not done yet."""
+        at, self._due = self._due, None
+        if at:
             self.diverged = not math.isfinite(self._sum.item())
             if not self.diverged:
                 if at.last:
@@ -194,29 +203,20 @@ class Loop:
             optimizer.zero_grad(set_to_none=True)
         found, whole = [], len(tree_leaves(x)[0])
         size = -(-whole // self.recipe.pieces)
+        # A weight's cast that is kept would be one of another step.
+        on = {"enabled": self.precision == "bf16", "cache_enabled": self._rate is None}
         for begin in range(0, whole, size):
             share = min(size, whole - begin) / whole
             part, labels = tree_map_only(Tensor, lambda t, b=begin: t[b : b + size], (x, y))
-            with self._autocast():
+            with torch.autocast(self.device.type, torch.bfloat16, **on):
                 loss = self.context.loss(call(self.model, part), part, labels)
             (loss * share).backward()
             found.append(loss.detach().double() * share)
         return loss.detach() if share == 1 else torch.stack(found).sum()
 
-    def _autocast(self) -> torch.autocast:
-        # A weight's cast that is kept would be one of another step.
-        on = {"enabled": self.precision == "bf16", "cache_enabled": self._rate is None}
-        return torch.autocast(self.device.type, torch.bfloat16, **on)
-
     def _make_optimizers(self) -> None:
-        recipe, own = self.recipe, self.method.optimizer()
-        weights = self.method.trained(self.model, own)
-        common = {"lr": recipe.lr, "weight_decay": recipe.weight_decay}
-        if recipe.optimizer == "adam":
-            first = torch.optim.Adam(weights, betas=(recipe.momentum, 0.999), **common)
-        else:
-            common |= {"momentum": recipe.momentum, "nesterov": recipe.nesterov}
-            first = torch.optim.SGD(weights, **common)
+        own = self.method.optimizer()
+        first = self.recipe.over(self.method.trained(self.model, own))
         self.optimizers = [first, own] if own else [first]
         self._captured.forget()
         for optimizer in self.optimizers if self._rate is not None else ():
@@ -227,15 +227,11 @@ class Loop:
                     group["capturable"] = self.device.type == "cuda"
 
     def _set_lr(self) -> None:
-        phases, index = self.phases, self.state.phase
+        index, step = self.state.phase, self.state.step
         start = self.ends[index - 1] if index else 0
-        first = max((i for i in range(index + 1) if phases[i].restart), default=0)
-        last = next((i for i in range(index + 1, len(phases)) if phases[i].restart), len(phases))
-        begin, end = (self.ends[first - 1] if first else 0), self.ends[last - 1]
-        step, phase = self.state.step - begin, phases[index]
-        lr = self.recipe.lr_at(step, end - begin, phase.schedule) * phase.lr_scale
+        lr = self.recipe.rate(self.phases, self.ends, index, step)
         self._lr.fill_(lr)
-        self._share.fill_((self.state.step - start) / (self.ends[index] - start))
+        self._share.fill_((step - start) / (self.ends[index] - start))
         if self._rate is not None:
             self._rate.fill_(lr)
         for group in self.optimizers[0].param_groups:
@@ -265,8 +261,13 @@ class Loop:
         state.seconds += now - since
         due = max(0.0 if ends else every, self._save_seconds / _MOST_SAVING) if every else 0.0
         if checkpoint and state.seconds - self._saved >= due:
-            write_checkpoint(checkpoint, run, self._to_save())
+            self._write(checkpoint, run)
             self._saved, self._save_seconds = state.seconds, time.perf_counter() - now
+
+    def _write(self, checkpoint: Path, run: str) -> None:
+        self._look()
+        if not self.diverged:
+            write_checkpoint(checkpoint, run, self._to_save())
 
     def _to_save(self) -> dict[str, Any]:
         # Behind the last step of a phase the next one makes new optimisers.

@@ -120,8 +120,10 @@ def gang(trainings: Iterable[Steps[_T] | None], size: int = 1, steps: int = 1) -
             training, turn = going.popleft()
             try:
                 with turn:
+                    # A training that gives False would next wait for the device.
                     for _ in range(steps):
-                        next(training)
+                        if next(training) is False:
+                            break
             except StopIteration as end:
                 yield end.value
             else:

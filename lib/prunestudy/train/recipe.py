@@ -3,7 +3,9 @@
 import math
 from typing import Annotated, Any, Literal, Self
 
+import torch
 from pydantic import Field, ValidationError, model_validator
+from torch import nn
 
 from prunestudy.errors import InputError
 from prunestudy.values import Values, first_wrong
@@ -56,6 +58,24 @@ class Recipe(Values):
         if self.nesterov and self.optimizer == "sgd" and self.momentum == 0:
             raise ValueError("nesterov = True: needs a momentum above 0")
         return self
+
+    def over(self, weights: list[nn.Parameter]) -> torch.optim.Optimizer:
+        """The optimiser of `weights`."""
+        common = {"lr": self.lr, "weight_decay": self.weight_decay}
+        if self.optimizer == "adam":
+            return torch.optim.Adam(weights, betas=(self.momentum, 0.999), **common)
+        sgd = {"momentum": self.momentum, "nesterov": self.nesterov}
+        return torch.optim.SGD(weights, **common, **sgd)
+
+    def rate(self, phases: Any, ends: list[int], index: int, step: int) -> float:
+        """Learning rate of step `step` (from 0) of all, in number `index` of `phases`.
+
+        `ends`: the last step of each, see `boundaries`.
+        """
+        first = max((i for i in range(index + 1) if phases[i].restart), default=0)
+        last = next((i for i in range(index + 1, len(phases)) if phases[i].restart), len(phases))
+        begin, here = (ends[first - 1] if first else 0), phases[index]
+        return self.lr_at(step - begin, ends[last - 1] - begin, here.schedule) * here.lr_scale
 
     def lr_at(self, step: int, steps: int, schedule: str | None = None) -> float:
         """Learning rate of step `step` (from 0) of `steps`, by `schedule` or the recipe's own."""
