@@ -5,9 +5,11 @@ import torch
 from dispatch import TensorsOnly
 from test_face import MyNet, loader
 from torch import nn
+from torch.nn.utils import parametrize
 
 import prunestudy as ps
 from prunestudy import measure, methods
+from prunestudy.methods import channels
 
 SETTINGS = {
     "l1": {"harden": 0.5},
@@ -131,3 +133,40 @@ def test_without_a_step_the_target_is_reached(variant):
         assert measure.parameters(small) <= 0.61 * measure.parameters(net())
     else:
         assert any(isinstance(m, nn.Sequential) for m in small.modules())
+
+
+@pytest.mark.parametrize("variant", ["gdp", "hard_concrete"])
+def test_gates_that_layers_share_train_as_gates_of_each(variant, monkeypatch, tmp_path):
+    """As on CUDA, through a stop, frozen gates and a look at a weight between two steps."""
+    alone, forgotten = pruned(made(variant), epochs=5, period=3), []
+
+    def forget(once, _):
+        forgotten.append(once)
+        once.found = None
+
+    monkeypatch.setattr(channels, "_SHARED_ON", ("cpu",))
+    monkeypatch.setattr(channels._Once, "_forget", forget)
+
+    def shared(stop):
+        method, inside = made(variant), []
+
+        def attach(model, context):
+            type(method).attach(method, model, context)
+            inside.extend(m for m in model.modules() if parametrize.is_parametrized(m))
+
+        def update(at):
+            if at.total_step >= stop:
+                raise StoppedError
+            type(method).update(method, at)
+            assert all(layer.weight.isfinite().all() for layer in inside)
+
+        method.attach, method.update = attach, update
+        options = {"checkpoint": tmp_path / "c", "checkpoint_seconds": 0.0, "run": "r"}
+        return pruned(method, epochs=5, period=3, **options)
+
+    with pytest.raises(StoppedError):
+        shared(18)
+    for one, other in zip(alone.history, shared(10**9).history, strict=True):
+        assert other["train_loss"] == pytest.approx(one["train_loss"], rel=1e-4)
+        assert other["kept"] == pytest.approx(one["kept"])
+    assert forgotten

@@ -34,6 +34,7 @@ from prunestudy.shrink.trace import trace
 from prunestudy.values import inputs
 
 _CPU = torch.device("cpu")
+_SHARED_ON = ("cuda",)  # devices on which layers share one call of the gates
 
 
 class Channels:
@@ -273,7 +274,7 @@ class _Once:
         g = gates()
         if first:
             self.found, self.made_of = None, made_of
-            if trains and g.is_cuda and g.requires_grad:
+            if trains and g.requires_grad and g.device.type in _SHARED_ON:
                 self.found = g
                 g.register_hook(self._forget)
         return g
