@@ -87,7 +87,8 @@ def test_a_study_in_turns_gives_the_records_of_one_run_after_another(planned, tm
     assert rows[0] == "# CIFAR-10 on one GPU"
     assert rows[2].startswith("cpu, torch ")
     assert f"{len(planned)} of {len(planned)} runs are done; in this call 3 at a time" in rows[2]
-    assert sum("| one-shot magnitude | 90% of weights | 2 |" in row for row in rows) == 1
+    assert "| method | n | none removed | 90% of weights |" in rows[4]
+    assert sum("| one-shot magnitude | 2 |" in row for row in rows) == 1
 
 
 def test_time_that_is_up_leaves_checkpoints_and_the_next_call_goes_on(

@@ -306,6 +306,21 @@ def test_readable_by_hand(store, filled):
     assert (dense["removed"], dense["result"]) == ("", "91.00 ± 1.00%")
 
 
+def test_by_share_by_hand(store, filled):
+    summary = tables.build(store, filled)[1]
+    more = summary[summary.method == "random"].assign(target=0.5, published=0.4, mark="P", n=2)
+    more = more.assign(difference_low=-0.3, difference_high=-0.1)
+    table = tables.by_share(pd.concat([summary, more]))
+    shares = ["none removed", "50% of weights", "90% of weights"]
+    assert list(table) == ["net", "data", "method", "n", *shares, "published"]
+    row = table[table.method == "random"].iloc[0]
+    assert (row["n"], row["published"]) == ("3; 2", "40.00% [P], 50% of weights")
+    assert list(row[shares]) == ["", "53.33 ± 5.77% (-37.67*)", "53.33 ± 5.77% (-37.67*)"]
+    dense = table[table.method == "dense"].iloc[0]
+    assert list(dense[shares]) == ["91.00 ± 1.00%", "", ""]
+    assert tables.by_share(summary[summary.variant == "no such"]).empty
+
+
 def test_readable_in_decibel(store, filled):
     summary = tables.build(store, filled)[1].assign(metric_name="psnr", published=20.5, mark="P")
     row = tables.readable(summary[summary.method == "random"]).iloc[0]

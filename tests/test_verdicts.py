@@ -135,7 +135,7 @@ def test_columns_of_the_file(store, judge):
     assert row["compared"] == "one-shot magnitude - random"
     assert row["where"] == "LeNet-300-100 on Digits"
     assert row["mean, over seeds"].startswith("+0.0505 [")
-    assert (row["over seeds and images"], row["failures"]) == ("", "")
+    assert not {"over seeds and images", "failures"} & row.keys()  # nothing stands there
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def study(
         f" {size} at a time were trained for {(time.monotonic() - started) / 60:.1f} minutes."
         " Settings are those of the searches on the CPU; none was made on a GPU.\n\n"
     )
-    write_text(path, text + ("" if summary is None else tables.markdown(tables.readable(summary))))
+    write_text(path, text + ("" if summary is None else tables.markdown(tables.by_share(summary))))
     yield done
     yield str(path)
 

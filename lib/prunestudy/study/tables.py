@@ -141,6 +141,35 @@ def readable(summary: pd.DataFrame) -> pd.DataFrame:
     return table.drop(columns=one, errors="ignore")
 
 
+def by_share(summary: pd.DataFrame) -> pd.DataFrame:
+    """The same in one row for each method on a net, with a column for each share removed.
+
+    In brackets the difference to dense, in points or dB, with a star where its interval is on one
+    side of zero.
+    """
+    table = readable(summary)
+    about = [name for name in table if name in ("paper", "device", "net", "data", "method")]
+    lines, shares = {}, {}
+    for row, text in zip(summary.to_dict("records"), table.to_dict("records"), strict=True):
+        place = tuple(text[name] for name in about)
+        line = lines.setdefault(place, dict(zip(about, place, strict=True)) | {"n": []})
+        line["n"] += [] if text["n"] in line["n"] else [text["n"]]
+        share, changed = text["removed"] or "none removed", text["minus dense"].split(" ")[0]
+        shares[share] = row["target_kind"], row["target"]
+        star = "*" if row["difference_low"] > 0 or row["difference_high"] < 0 else ""
+        shown = f" ({changed}{star})" if changed and row["target_kind"] else ""
+        line[share] = text["result"] + shown
+        line |= {"published": f"{text['published']}, {share}"} if text["published"] else {}
+    # Methods on one net and data set stand together.
+    rows = sorted(
+        lines.values(), key=lambda line: [line[name] for name in about if name != "method"]
+    )
+    published = ["published"] if any("published" in line for line in rows) else []
+    columns = [*about, "n", *sorted(shares, key=shares.get), *published]
+    found = pd.DataFrame(rows, columns=columns).fillna("")
+    return found.assign(n=["; ".join(map(str, each)) for each in found["n"]])
+
+
 def _for_people(row: dict[str, Any]) -> dict[str, Any]:
     (factor, unit), paper, n = UNITS[row["metric_name"]], card(row["paper"]), row["n"]
     sd = "" if math.isnan(row["metric_sd"]) else f" ± {factor * row['metric_sd']:.2f}"
@@ -161,8 +190,12 @@ def _for_people(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def readable_verdicts(table: pd.DataFrame) -> pd.DataFrame:
-    """Rows of `verdicts_table` for people: what was compared where, and what came out."""
-    return pd.DataFrame(map(_verdict_for_people, table.to_dict("records")))
+    """Rows of `verdicts_table` for people: what was compared where, and what came out.
+
+    Without columns in which nothing stands, as p where nothing is tested.
+    """
+    found = pd.DataFrame(map(_verdict_for_people, table.to_dict("records")))
+    return found.loc[:, (found != "").any()]
 
 
 def _verdict_for_people(row: dict[str, Any]) -> dict[str, Any]:
