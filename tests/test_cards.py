@@ -163,25 +163,28 @@ def test_a_claim_that_cannot_be_tested(card_file):
 def test_the_rules_of_a_text_are_what_decides():
     """Prose, recipes, descriptions and the layout are none of it; sets and controls are."""
     described = f'{AGAINST}\n    [[claims.tests]]\n    kind = "description"\n    method = "l1"'
-    row = 'strongest = [{ profile = "PROFILE", control = "l1" }]\n    published'
+    net = 'profile = "PROFILE", model = "lenet300", dataset = "DATASET"'
+    row = f'strongest = [{{ {net}, control = "l1" }}]\n    published'
+    place = "quick", "lenet300", "digits"
     sets = '[sets]\n    chance = [{ method = "random", variant = "NAME" }]\n    [profiles.quick]'
-    first, named = rules_of(CARD, "quick"), CARD.replace(AGAINST, 'against = "chance"')
+    first, named = rules_of(CARD, *place), CARD.replace(AGAINST, 'against = "chance"')
     for old, new, same in (
         ('text = "Magnitude is', 'text = "Size is', True),
         ("epochs = 1", "epochs = 2", True),
         ('    against = "random"', '\n    # chance\n    against   = "random"', True),
         (AGAINST, described, True),
-        ("published", row.replace("PROFILE", "cpu"), True),
-        ("published", row.replace("PROFILE", "quick"), False),
+        ("published", row.replace("PROFILE", "cpu").replace("DATASET", "digits"), True),
+        ("published", row.replace("PROFILE", "quick").replace("DATASET", "mnist"), True),
+        ("published", row.replace("PROFILE", "quick").replace("DATASET", "digits"), False),
         (AGAINST, 'against = "l1"', False),
         (SUPERIOR, 'kind = "description"', False),
         ('id = "better"', 'id = "best"', False),
     ):
         assert old in CARD
-        assert (rules_of(CARD.replace(old, new, 1), "quick") == first) == same, new
+        assert (rules_of(CARD.replace(old, new, 1), *place) == first) == same, new
     texts = [named.replace("[profiles.quick]", sets.replace("NAME", name)) for name in "ab"]
-    assert len({first, *(rules_of(text, "quick") for text in texts)}) == 3
-    assert rules_of("nothing [", "quick") == rules_of("a = 1", "quick") == ""
+    assert len({first, *(rules_of(text, *place) for text in texts)}) == 3
+    assert rules_of("nothing [", *place) == rules_of("a = 1", *place) == ""
 
 
 @pytest.mark.parametrize("card", papers.cards(), ids=ids(papers.cards()))

@@ -385,7 +385,7 @@ def test_the_last_commit_that_changed_the_rules(repository):
     first = repository(CARD.replace('against = "random"', 'against = "dense"'))
     changed = repository(CARD)
     later = repository(CARD.replace("epochs = 1", "epochs = 2").replace("better than", "above"))
-    assert provenance.rules_commit(folder, card, "quick") == changed
+    assert provenance.rules_commit(folder, card, "quick", "lenet300", "digits") == changed
     before = [provenance.is_before(folder, changed, c) for c in (first, changed, later)]
     assert before == [False, True, True]
     assert provenance.is_before(folder, changed, f"{later}-dirty")
@@ -393,7 +393,7 @@ def test_the_last_commit_that_changed_the_rules(repository):
     assert not any(provenance.is_before(folder, changed, commit) for commit in unknown)
     # what is not committed is younger than everything
     card.write_text(CARD.replace('against = "random"', 'against = "l1"'))
-    assert provenance.rules_commit(folder, card, "quick") == ""
+    assert provenance.rules_commit(folder, card, "quick", "lenet300", "digits") == ""
     assert not provenance.is_before(folder, "", later)
 
 
@@ -401,8 +401,9 @@ def test_outside_git_nothing_is_known(tmp_path, repository):
     other = tmp_path / "elsewhere"
     other.mkdir()
     (other / "toy.toml").write_text(CARD)
-    assert provenance.rules_commit(other, other / "toy.toml", "quick") == ""
-    assert provenance.rules_commit(repository.folder, other / "toy.toml", "quick") == ""
+    place = "quick", "lenet300", "digits"
+    assert provenance.rules_commit(other, other / "toy.toml", *place) == ""
+    assert provenance.rules_commit(repository.folder, other / "toy.toml", *place) == ""
 
 
 def test_runs_that_are_older_than_the_rule_give_no_verdict(store, judge, repository, monkeypatch):

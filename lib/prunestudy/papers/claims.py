@@ -103,10 +103,10 @@ class Strongest(Strict):
     control: str
 
 
-def rules_of(text: str, profile: str) -> str:
-    """By what tests, against which controls, the card in `text` gives verdicts in `profile`: JSON.
+def rules_of(text: str, profile: str, model: str, dataset: str) -> str:
+    """By what tests, against which controls, the card in `text` judges a net in `profile`: JSON.
 
-    Prose and descriptions are left out. Empty for a text that is no card.
+    Prose, descriptions and other nets' controls are left out. Empty for a text that is no card.
     """
     try:
         values = written_out(tomllib.loads(text))
@@ -116,7 +116,8 @@ def rules_of(text: str, profile: str) -> str:
             for rule in claim["tests"]
             if rule.get("kind") in PRIMARY
         ]
-        controls = [row for row in values.get("strongest", []) if row["profile"] == profile]
+        here = {"profile": profile, "model": model, "dataset": dataset}
+        controls = [row for row in values.get("strongest", []) if here.items() <= row.items()]
         return json.dumps([sorted(tests, key=lambda t: t["claim"]), controls], sort_keys=True)
     except (tomllib.TOMLDecodeError, InputError, AttributeError, KeyError, TypeError):
         return ""

@@ -36,17 +36,19 @@ def commit() -> str:
     return f"{head}-dirty" if dirty else head
 
 
-def rules_commit(checkout: Path, card: Path, profile: str) -> str:
-    """The last commit that changed what the file `card` gives verdicts by in `profile`.
+def rules_commit(checkout: Path, card: Path, *place: str) -> str:
+    """The last commit that changed what the file `card` judges a net by.
+
+    `place`: profile, model and data set.
 
     Empty where that is not known: outside git, and while the rules in the file are not committed.
     """
     if not card.resolve().is_relative_to(checkout.resolve()):
         return ""
     path = card.resolve().relative_to(checkout.resolve()).as_posix()
-    today, last = rules_of(card.read_text(encoding="utf-8"), profile), ""
+    today, last = rules_of(card.read_text(encoding="utf-8"), *place), ""
     for commit in _git(checkout, "log", "--format=%H", "--", path).split():
-        if rules_of(_git(checkout, "show", f"{commit}:{path}"), profile) != today:
+        if rules_of(_git(checkout, "show", f"{commit}:{path}"), *place) != today:
             break
         last = commit
     return last

@@ -166,9 +166,11 @@ def _test(rows: list[dict[str, Any]], paper: Card, profile: str) -> None:
     there, checkout = {row["dataset"] for row in rows if row.get("there")}, places.checkout()
     family = [row for row in rows if row.get("planned") and row["dataset"] in there]
     tests = [row for row in family if "commits" in row]
-    since = rules_commit(checkout, path_of(paper.id), profile) if tests and checkout else ""
+    nets = dict.fromkeys((row["model"], row["dataset"]) for row in tests if checkout)
+    since = {net: rules_commit(checkout, path_of(paper.id), profile, *net) for net in nets}
     for row in tests:
-        old = checkout and all(is_before(checkout, since, commit) for commit in row["commits"])
+        after = since.get((row["model"], row["dataset"]), "")
+        old = checkout and all(is_before(checkout, after, commit) for commit in row["commits"])
         if not old:
             row.update(p=math.nan, p_opposite=math.nan, verdict=YOUNGER)
     for name in ("p", "p_opposite"):
