@@ -131,9 +131,9 @@ class SparseGates(Masked):
 
     def after_backward(self, at: At) -> None:
         """Add the penalties' gradient lambda2 + lambda1 (1 - 2 g) to the gates'."""
-        if self.hard:
-            return
         gates = [each.gate for each in self.masks if each.gate.grad is not None]
+        if self.hard or not gates:
+            return
         if at.first:
             total = sum(gate.grad.abs().sum().double() for gate in gates)
             self.steering.start(0.1 * (total / sum(gate.numel() for gate in gates)))

@@ -209,7 +209,7 @@ def _on_device(model: nn.Module, device: torch.device, example: tuple[Tensor, ..
 
 def _require_there(device: torch.device, **given: Any) -> None:
     for name, batches in given.items():
-        there = getattr(batches, "device", device).type
+        there = torch.device(getattr(batches, "device", device)).type
         require(there == device.type, name, f"batches on {there}", f"on {device.type}, as the net")
 
 
