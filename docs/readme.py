@@ -45,7 +45,7 @@ def headline(paper: Card) -> tuple[str, ...]:
 def came_out(rows: pd.DataFrame) -> str:
     """What came out of one claim, from its rows of `verdicts_table`, in one phrase.
 
-    Its verdicts; without any, on how many nets the intervals over seeds tell a difference. Of
+    Its verdicts; of nets without any, on how many the intervals over seeds tell a difference. Of
     several controls it is the one that is hardest to beat on that net.
     """
     seen = rows[rows.verdict.str.startswith("not tested") & (rows.n > 1)]
@@ -54,7 +54,11 @@ def came_out(rows: pd.DataFrame) -> str:
         text = claims_table(rows).verdict[0]
         by_search = len(tested) and (tested.chosen_by == "search").all()
         found = f"{text}, against the strongest control" if by_search else text
-        return f"{found[0].upper()}{found[1:]}."
+        judged_on = {*zip(tested.model, tested.dataset, strict=True)}
+        pairs = zip(seen.model, seen.dataset, strict=True)
+        others = seen[[pair not in judged_on for pair in pairs]]
+        more = f" {came_out(others)}" if len(tested) and len(others) else ""
+        return f"{found[0].upper()}{found[1:]}.{more}"
     names = [method_class(name.partition(",")[0]).title for name in seen.control.unique() if name]
     other = names[0].replace("dense", "the dense net") if names else "the limit"
     other = f"the strongest of {len(names)} controls" if len(names) > 1 else other
@@ -74,10 +78,9 @@ def net(model: str, dataset: str) -> str:
 
 
 def nets(rows: pd.DataFrame) -> str:
-    """How many nets the rows of tests are of, and which; of planned ones while none is made."""
+    """How many nets the rows of tests are of, and which."""
     planned = rows[(rows.verdict != "") & (rows.n > 0)]
-    tested = planned[planned.verdict.isin(OUTCOMES)]
-    found = (tested if len(tested) else planned)[["model", "dataset"]].drop_duplicates()
+    found = planned[["model", "dataset"]].drop_duplicates()
     names = [net(*pair) for pair in found.to_numpy()]
     return f"{len(names)}: {', '.join(names)}" if names else "none"
 
