@@ -160,7 +160,7 @@ def verdicts(rows: pd.DataFrame) -> Figure:
         label = f"{name}: {counts[name]}"
         axes.scatter([], [], s=80, c=_VERDICTS[name], marker="s", label=label)
     figure.suptitle(f"{len(claims)} claims; one square per net on which a claim was tested")
-    look.legend(figure, "outside lower center", columns=6)
+    look.legend(figure, "outside lower center", columns=3)
     return figure
 
 
