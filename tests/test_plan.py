@@ -48,15 +48,15 @@ def test_every_rule_and_opponent_is_compared_in_some_profile(card):
 
 @pytest.mark.parametrize("card", papers.cards(), ids=lambda card: card.id)
 def test_a_paper_has_at_most_eight_tests_in_a_profile(card):
-    """Those planned on eight new seeds; in profile cpu also those that such seeds would add.
+    """Those planned on eight new seeds; in profile cpu also those on old seeds, to be replaced.
 
-    Of CIFAR-10 a machine has one of the two copies.
+    What has fewer new seeds is only described. Of CIFAR-10 a machine has one of the two copies.
     """
     for profile, found in comparisons_of(card).items():
         tests = [
             (c.rule.model_dump_json(), c.model, c.dataset.removesuffix("_jpeg"))
             for c in found
-            if c.planned or (profile == "cpu" and c.rule.primary)
+            if c.planned or (profile == "cpu" and c.rule.primary and min(c.seeds) not in SEEDS)
         ]
         assert len(set(tests)) <= 8
         planned = [(c.rule.model_dump_json(), c.model, c.dataset) for c in found if c.planned]

@@ -137,7 +137,13 @@ def _data(name: str, root: str | None, _: str) -> datasets.Dataset:
     return datasets.load(name, root)
 
 
-_split = functools.lru_cache(maxsize=2)(datasets.split)  # it copies all images
+_split_once = functools.lru_cache(maxsize=2)(datasets.split)
+
+
+def _split(images: datasets.ImageSet, validation: int) -> tuple[datasets.ImageSet, ...]:
+    """`datasets.split`, which copies all images: once, where they are in memory."""
+    split = _split_once if isinstance(images.images, torch.Tensor) else datasets.split
+    return split(images, validation)
 
 
 @dataclass
