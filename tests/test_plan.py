@@ -13,6 +13,7 @@ from prunestudy.errors import InputError
 from prunestudy.papers import RunRecipe as Recipe
 from prunestudy.study import settings as settings_module
 from prunestudy.study.plan import plan
+from prunestudy.study.select import SEEDS
 from prunestudy.study.settings import RunSettings, Target, own_settings, resolve
 
 PROFILES = [(c.id, p) for c in papers.cards() for p in c.profiles]
