@@ -9,7 +9,7 @@ from torch.nn.utils import parametrize
 
 import prunestudy as ps
 from prunestudy import measure, methods
-from prunestudy.methods import channels
+from prunestudy.methods import scaled
 
 SETTINGS = {
     "l1": {"harden": 0.5},
@@ -144,8 +144,8 @@ def test_gates_that_layers_share_train_as_gates_of_each(variant, monkeypatch, tm
         forgotten.append(once)
         once.found = None
 
-    monkeypatch.setattr(channels, "_SHARED_ON", ("cpu",))
-    monkeypatch.setattr(channels._Once, "_forget", forget)
+    monkeypatch.setattr(scaled, "_SHARED_ON", ("cpu",))
+    monkeypatch.setattr(scaled._Once, "_forget", forget)
 
     def shared(stop):
         method, inside = made(variant), []

@@ -15,7 +15,8 @@ from conftest import apart, narrowed
 from torch import nn
 
 from prunestudy import measure, models, shrink
-from prunestudy.methods.channels import Channels, scale_consumers
+from prunestudy.methods.channels import Channels
+from prunestudy.methods.scaled import scale_consumers
 from prunestudy.shrink.factors import layers_to_factorise
 
 

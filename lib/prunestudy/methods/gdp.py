@@ -51,8 +51,9 @@ from torch import Tensor, nn
 
 from prunestudy.errors import require
 from prunestudy.methods.base import At, Context, Phase, scalar
-from prunestudy.methods.channels import Channelled, Channels, scale_consumers
+from prunestudy.methods.channels import Channelled, Channels
 from prunestudy.methods.polarity import Polarity
+from prunestudy.methods.scaled import scale_consumers
 from prunestudy.methods.steering import Steering
 from prunestudy.shrink import folded
 

@@ -24,7 +24,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from prunestudy.methods.base import At, Context, Phase, then_fine_tune
-from prunestudy.methods.channels import Channelled, Channels, scale_consumers
+from prunestudy.methods.channels import Channelled, Channels
+from prunestudy.methods.scaled import scale_consumers
 from prunestudy.methods.steering import Steering
 from prunestudy.shrink import folded
 
