@@ -38,7 +38,7 @@ class Tried:
 
 @dataclass(frozen=True)
 class Grid:
-    """The settings `tried` for the entry `label`, and those that its other runs have `now`."""
+    """The settings `tried` for the entry `label`, and those that its results have `now`."""
 
     paper: str
     label: str
@@ -115,10 +115,11 @@ def grids(store: Store, planned: list[Planned]) -> list[Grid]:
     for item in planned:
         s = item.settings
         place = item.paper, s.model, s.dataset
-        if item.purpose != "search":
+        if item.purpose == "results":
             label = ", ".join(filter(None, (s.method, item.variant)))
             now.setdefault((*place, label), []).append(s)
         elif label := labels.get((item.paper, item.experiment, s.method, item.reading)):
+            # None of an ablation, which is compared with its own base alone.
             tried.setdefault((*place, label), {}).setdefault(item.variant, []).append(s)
     return [
         Grid(
