@@ -91,6 +91,24 @@ def test_a_setting_with_a_failed_run_is_the_worst(fill):
     assert [tried.mean for tried in grid.tried][-1] == float("-inf")
 
 
+def test_a_control_that_fails_in_the_results_is_searched_again(card_file, store):
+    """Not where it fails at another setting, and not for the paper's own method."""
+    used = SEARCH[: SEARCH.index("    grids")].replace('"search"', '"results"')
+    used = used.replace("lr = 0.05, one", "lr = 0.1, one").replace("seeds = 2", "seeds = 3")
+    text = CARD + SEARCH + used + '    methods = ["magnitude"]\n'
+    for paper, best in (("magnitude", 0.1), ("toy", 0.02)):
+        card_file(text.replace('id = "toy"', f'id = "{paper}"'), paper)
+        planned = plan("quick", (paper,))
+        for item in (item for item in planned if item.settings.method == "magnitude"):
+            score = {"lr 0.1": 0.9, "lr 0.02": 0.8}.get(item.variant, 0.5)
+            fails = item.experiment == "results" and item.settings.seed == 2
+            put(store, item.settings, None if fails else score)
+        grid = next(g for g in search.grids(store, planned) if g.label == "magnitude")
+        assert grid.best.settings.recipe.lr == best
+        assert [tried.failed for tried in grid.tried] == [False, False, False, paper == "toy"]
+    assert "0.9000   0.9000   failed  among the results" in "\n".join(search.lines(grid))
+
+
 @pytest.mark.parametrize(("method", "rate", "harden"), [("l1", 0.02, None), ("g", 0.05, 0.5)])
 def test_equals_go_to_the_lower_rate_then_to_the_first(fill, method, rate, harden):
     if method == "l1":
@@ -254,7 +272,7 @@ def test_the_best_of_the_committed_searches_are_those_of_the_lines(found):
         score = records[run]["metrics"]["metric"] if done else float("-inf")
         scores.setdefault(without_seed(planned[run]), []).append(score)
     for grid in (grid for grid in found if grid.complete):
-        kinds = {without_seed(t.settings): t for t in grid.tried}
+        kinds = {without_seed(t.settings): t for t in grid.tried if not t.failed}
         assert {len(scores[kind]) for kind in kinds} == {2}
         top = max(mean(scores[kind]) for kind in kinds)
         tops = [t.settings.recipe.lr for kind, t in kinds.items() if mean(scores[kind]) == top]

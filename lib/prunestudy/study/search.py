@@ -2,8 +2,9 @@
 
 A card's searches have a grid for each method and control, all of as many settings, which are scored
 on validation images. The best has the best mean score over the seeds. A setting of which a run
-fails (its status is not "done") is the worst; equals go to the lower learning rate, then to the
-one that comes first.
+fails (its status is not "done") is the worst, and so is a control's that fails in the results: it
+is searched again, without that setting. Equals go to the lower learning rate, then to the one that
+comes first.
 """
 
 import math
@@ -25,14 +26,20 @@ _COMMON = ("weight_decay", "schedule", "one_schedule")
 
 @dataclass(frozen=True)
 class Tried:
-    """A setting and its score for each seed: None if that run is missing, -inf if it failed."""
+    """A setting and its score for each seed: None if that run is missing, -inf if it failed.
+
+    `failed`: whether a run of it fails among the results.
+    """
 
     settings: RunSettings
     scores: list[float | None]
+    failed: bool
 
     @property
     def mean(self) -> float:
-        """The mean over the seeds; NaN where a run is missing."""
+        """The mean over the seeds; NaN where a run is missing, -inf if `failed`."""
+        if self.failed:
+            return -math.inf
         return sum(math.nan if score is None else score for score in self.scores) / len(self.scores)
 
 
@@ -112,12 +119,15 @@ def grids(store: Store, planned: list[Planned]) -> list[Grid]:
     }
     tried: dict[tuple[str, ...], dict[str, list[RunSettings]]] = {}
     now: dict[tuple[str, ...], list[RunSettings]] = {}
+    failed = []
     for item in planned:
         s = item.settings
         place = item.paper, s.model, s.dataset
         if item.purpose == "results":
             label = ", ".join(filter(None, (s.method, item.variant)))
             now.setdefault((*place, label), []).append(s)
+            if s.method != item.paper and _score(store, s) == -math.inf:
+                failed.append((place, _setting(s)))
         elif label := labels.get((item.paper, item.experiment, s.method, item.reading)):
             # None of an ablation, which is compared with its own base alone.
             tried.setdefault((*place, label), {}).setdefault(item.variant, []).append(s)
@@ -125,11 +135,24 @@ def grids(store: Store, planned: list[Planned]) -> list[Grid]:
         Grid(
             paper=place[0],
             label=place[-1],
-            tried=[Tried(seeds[0], [_score(store, s) for s in seeds]) for seeds in by.values()],
+            tried=[
+                Tried(
+                    settings=seeds[0],
+                    scores=[_score(store, s) for s in seeds],
+                    failed=(place[:-1], _setting(seeds[0])) in failed,
+                )
+                for seeds in by.values()
+            ],
             now=now.get(place, []),
         )
         for place, by in tried.items()
     ]
+
+
+def _setting(settings: RunSettings) -> tuple[Any, ...]:
+    """What a search varies, and what is the same in all grids of a net."""
+    common = (_of(settings, name) for name in ("lr", *_COMMON))
+    return settings.method, settings.params, *common
 
 
 def _score(store: Store, settings: RunSettings) -> float | None:
@@ -171,9 +194,8 @@ def lines(grid: Grid) -> list[str]:
         name = ", ".join(f"{name} {_text(_of(tried.settings, name))}" for name in grid.varied)
         scores = [math.nan if score is None else score for score in (*tried.scores, tried.mean)]
         told = "".join(f"{score:9.4f}" for score in scores).replace("nan", "  -")
-        text.append(
-            f"  {'*' if tried is best else ' '} {name:26}{told.replace('  -inf', 'failed')}"
-        )
+        told = told.replace("  -inf", "failed") + "  among the results" * tried.failed
+        text.append(f"  {'*' if tried is best else ' '} {name:26}{told}")
     if best:
         gain = "" if math.isnan(grid.gain) else f", {grid.gain:+.4f} by the search"
         edges = "".join(f"; best at {edge}" for edge in grid.edges)
