@@ -105,6 +105,24 @@ def lines(found: dict[str, pd.DataFrame]) -> Iterator[dict[str, str]]:
         }
 
 
+def in_all(found: dict[str, pd.DataFrame]) -> str:
+    """What came out of all claims of all papers together, and which are contradicted."""
+    rows = pd.concat(found.values(), ignore_index=True)
+    worst = {word: [] for word in ("contradicted", "undecided", "confirmed")}
+    for (paper, _), claim in rows.groupby(["paper", "claim"], sort=False):
+        verdicts, name = {*claim.verdict}, card(paper).short or card(paper).title
+        if word := next((word for word in worst if word in verdicts), ""):
+            worst[word].append(f"{name}: *{claim.says.iloc[0].rstrip('.')}*")
+    several = rows.groupby(["paper", "claim"]).ngroups
+    against = f" ({'; '.join(worst['contradicted'])})" if worst["contradicted"] else ""
+    return (
+        f"Shown is what each paper is read for. Of all {several} claims of the papers "
+        f"{sum(map(len, worst.values()))} have verdicts: {len(worst['confirmed'])} confirmed on "
+        f"every net that they were tested on, {len(worst['contradicted'])} contradicted on at "
+        f"least one{against}, {len(worst['undecided'])} undecided on at least one."
+    )
+
+
 def filled(page: str, found: dict[str, pd.DataFrame]) -> str:
     """`page` with the table of the papers between the two comments.
 
@@ -117,7 +135,7 @@ def filled(page: str, found: dict[str, pd.DataFrame]) -> str:
     rows = [*lines(found)]
     table = [[*rows[0]], ["---"] * len(rows[0]), *(row.values() for row in rows)]
     text = "".join(f"| {' | '.join(row)} |\n" for row in table)
-    return f"{before}{BEGIN}\n{text}\n{END}{after}"
+    return f"{before}{BEGIN}\n{text}\n{in_all(found)}\n\n{END}{after}"
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from torch import nn
 from prunestudy import papers, places
 from prunestudy.datasets import Batches, DatasetInfo, ImageSet, catalogue, info
 from prunestudy.errors import InputError
+from prunestudy.shrink import layer_speed_up
 from prunestudy.study import runs
 from prunestudy.study.lines import FORMAT, digest, line_of, place, write_text
 from prunestudy.study.records import Store
@@ -277,6 +278,13 @@ def refused(call, *words):
 def apart(found, expected):
     """Largest difference relative to the largest output."""
     return float((found - expected).detach().abs().max() / expected.detach().abs().max())
+
+
+def speed_up_at(model, macs, ranks):
+    """MACs of the layers in `ranks` over those of their factors; `macs` by `layer_macs`."""
+    whole = {name: macs[f"{name}.weight"] for name in ranks}
+    low = (whole[n] / layer_speed_up(model.get_submodule(n), rank) for n, rank in ranks.items())
+    return sum(whole.values()) / sum(low)
 
 
 def pairs_of(net):

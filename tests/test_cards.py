@@ -190,7 +190,7 @@ def test_the_rules_of_a_text_are_what_decides():
 @pytest.mark.parametrize("card", papers.cards(), ids=ids(papers.cards()))
 def test_what_the_cards_name_is_there(card):
     """A misspelt name in a claim would only ever say that there are no runs."""
-    metrics = {*RUN_COLUMNS, "kept_scale", "surviving", "layer_focus", "polarised", "unchanged"}
+    metrics = {*RUN_COLUMNS, "kept_scale", "surviving", "layer_focus"}
     metrics |= {"roughness", "top1", "search_passes", "undecided", "log2_rank_total"}
     metrics |= {"validation_factorised"}
     for rule in (rule for claim in card.claims for rule in claim.tests):

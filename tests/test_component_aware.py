@@ -16,7 +16,7 @@ from prunestudy.errors import InputError
 from prunestudy.measure import Metrics
 from prunestudy.methods import Context, Method
 from prunestudy.methods.channel_controls import taylor
-from prunestudy.methods.channel_probes import as_bytes, plane
+from prunestudy.methods.channel_probes import as_bytes
 from prunestudy.methods.channels import Channels
 from prunestudy.methods.component_aware import ComponentAware, masked_output
 from prunestudy.methods.search import Budget, Uniform, placed
@@ -208,11 +208,8 @@ def test_gradient_descent_reaches_the_grid_at_half_of_its_passes(digits):
     given = {"protect": ["coupling", "classifier"], "target": 0.6, "samples": 128, "levels": 7}
     best = digits.prune(solver="grid", **given).method.report()
     found = digits.prune(**given | {"steps": 100}).method.report()
-    assert found["coefficients"] == 4
-    assert (found["grid_passes"], found["grid_ran"]) == (7**4 * 128, 0)
-    assert (best["grid_passes"], best["grid_ran"]) == (best["search_passes"], 1)
     assert found["search_psnr"] >= best["search_psnr"] - 0.1
-    assert found["search_passes"] <= best["grid_passes"] / 2
+    assert found["search_passes"] <= best["search_passes"] / 2
 
 
 def test_coefficients_beat_the_controls(digits):
@@ -288,8 +285,6 @@ def test_a_limit_changes_what_is_kept(digits):
     assert held.shortfall == 0
     assert held.values["accuracy"] >= limit > free["accuracy"]
     assert held.values["psnr"] < free["psnr"]
-    # What the limit costs is measured: the same search without it.
-    assert {name: report[f"free_{name}"] for name in free} == free
     assert report["search_psnr"] == held.values["psnr"]
 
 
@@ -401,8 +396,6 @@ def test_the_small_net_is_trained_on_and_a_resumed_run_ends_the_same(digits, tmp
     assert all(np.array_equal(found[name], again[name]) for name in found)
     for name in ("shown", "output_dense", "output_pruned"):
         assert (found[name].shape, found[name].dtype) == ((6, 1, 8, 8), np.uint8)
-    assert found["latent_dense"].shape == found["latent_pruned"].shape == (64, 2)
-    assert (found["path"].shape, found["kept"].shape) == ((21, 6), (6,))
 
 
 def test_a_classifier_of_ones_own_with_limits_on_ones_own_metrics():
@@ -438,8 +431,5 @@ def test_a_loop_of_ones_own_needs_batches_and_a_net_with_channels():
         Uniform(0.5).attach(net, context)
 
 
-def test_the_plane_of_points_is_that_of_their_spread():
-    z = torch.tensor([[3.0, 0.0, 1.0], [-3.0, 0.0, 1.0], [0.0, 1.0, 1.0], [0.0, -1.0, 1.0]])
-    assert plane(z).tolist() == [[3, 0], [-3, 0], [0, 1], [0, -1]]
-    assert plane(z[:, :1])[:, 1].tolist() == [0] * 4
+def test_pixels_become_bytes():
     assert as_bytes(torch.tensor([-1.0, 0.5, 2.0])).tolist() == [0, 128, 255]

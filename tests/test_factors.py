@@ -3,13 +3,12 @@ import math
 
 import pytest
 import torch
-from conftest import BatchNormNet, apart, one_line, pairs_of, randomise
+from conftest import BatchNormNet, apart, one_line, pairs_of, randomise, speed_up_at
 from torch import nn
 from torch.nn.utils import prune
 
 from prunestudy import measure, models, shrink
 from prunestudy.errors import InputError
-from prunestudy.methods import filter_probes
 from prunestudy.shrink import factors, ranks
 
 # conv1 and 18 block convolutions of ResNet-20: filters, channels, output positions.
@@ -76,7 +75,7 @@ def test_the_speed_up_of_resnet20_from_the_authors_ranks(found, derived):
     names = list(factors.layers_to_factorise(net))
     assert [net.get_submodule(n).weight.shape[:2] for n in names] == [r[:2] for r in RESNET20]
     macs = measure.layer_macs(net, torch.zeros(1, 3, 32, 32))
-    got = filter_probes.speed_up_at(net, macs, dict(zip(names, found, strict=True)))
+    got = speed_up_at(net, macs, dict(zip(names, found, strict=True)))
     dense = sum(n * c * 9 * at for n, c, at in RESNET20)
     low = sum(m * (c * 9 + n) * at for (n, c, at), m in zip(RESNET20, found, strict=True))
     assert got == pytest.approx(dense / low, rel=1e-12)
@@ -340,7 +339,7 @@ def test_speed_up_from_ranks_is_that_of_the_factors():
     whole, part = (measure.layer_macs(n, x) for n in (net, shrink.factorise(net, found)))
     low = sum(macs for name, macs in part.items() if name.count(".") == 2)
     expected = sum(whole[f"{n}.weight"] for n in found) / low
-    assert filter_probes.speed_up_at(net, whole, found) == pytest.approx(expected, rel=1e-12)
+    assert speed_up_at(net, whole, found) == pytest.approx(expected, rel=1e-12)
 
 
 def test_layers_that_factors_would_not_help_stay_out():

@@ -3,13 +3,12 @@
 import pandas as pd
 import pytest
 import torch
-from conftest import one_line, pairs_of
+from conftest import one_line, pairs_of, speed_up_at
 from matplotlib import pyplot as plt
 from torch import nn
 
 from prunestudy import measure, models, papers, shrink
 from prunestudy.errors import InputError
-from prunestudy.methods import filter_probes
 from prunestudy.study.figures import papers as drawings
 from prunestudy.study.plan import plan
 from prunestudy.study.records import Store, repository
@@ -65,7 +64,7 @@ def test_ranks_of_the_card_fit_the_nets_that_we_have(method, derived):
         assert full == dict(zip(table.layers, table.full, strict=True))
         if table.model == "resnet20":
             found = dict(zip(table.layers, table.ranks, strict=True))
-            speed_up = filter_probes.speed_up_at(net, measure.layer_macs(net, x), found)
+            speed_up = speed_up_at(net, measure.layer_macs(net, x), found)
             assert speed_up == pytest.approx(derived, abs=0.01)
 
 

@@ -302,12 +302,9 @@ def test_a_gate_that_reaches_zero_between_two_updates_waits_and_keeps_its_place(
 @pytest.mark.parametrize("net", ["mlp", "resnet8", "batch_norm"])
 def test_gates_end_at_zero_or_above_one_half(net, kind, period):
     made = fit("gdp", net_of(net), target=0.7, kind=kind, epochs=10, period=period)
-    g, found = made.method.gates().detach(), made.probe.measures()
+    g = made.method.gates().detach()
     assert set((g == 0).tolist()) == {True, False}
     assert ((g == 0) | (g > 0.5)).all()
-    assert (found["polarised"], found["unchanged"]) == (1.0, 1.0)
-    assert found["smallest_gate"] == pytest.approx(g[g > 0].min().item())
-    assert found["removal_gap"] < 1e-5
     paths = made.probe.arrays()["gate_paths"].astype(float)
     assert ((paths > 0.05) & (paths < 0.5)).any()  # on the way they were in between
     assert paths.shape == (40, made.method.channels.size)
@@ -367,9 +364,6 @@ def test_losses_in_windows():
 
     curve = watched(4, [1.0, 2.0, 4.0, 4.0])
     assert curve.roughness() == pytest.approx(1.0)
-    # before step 1: 1; after it: 4, 4
-    assert curve.jump([1, 1]) == pytest.approx(3.0)
-    assert math.isnan(curve.jump([0]))
     assert math.isnan(watched(4, [1.0]).roughness())
     coarse = watched(40_000, [1.0, 3.0, 5.0])
     assert (coarse.window, coarse.losses().tolist()) == (2, [2.0])
@@ -483,9 +477,8 @@ def test_hard_concrete_keeps_the_largest_gates_at_the_target():
     assert made.method.optimizer() is None
     assert made.history[1]["kept"] == made.history[3]["kept"] <= 0.5
     assert gates.log_alpha[gates.mask].min() >= gates.log_alpha[~gates.mask].max()
-    assert set(found) == {"polarised", "unchanged", "removal_gap", "roughness"}
-    before = arrays["final_gates"].astype(float)
-    assert found["polarised"] == ((before == 0) | (before > 0.5)).mean()
+    assert set(found) == {"roughness"}
+    assert arrays["final_gates"].shape == gates.log_alpha.shape
     assert len(made.probe.losses()) == 16
 
 

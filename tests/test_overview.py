@@ -114,6 +114,10 @@ def test_one_row_per_setting_in_shares_of_dense(rows):
 def test_what_did_not_finish_is_left_out(runs):
     runs.loc[runs.method == "gdp", "status"] = "diverged"
     assert "gdp" not in set(overview.settings_table(runs).method)
+    left = (runs.method == "sparse_gates") & (runs.seed == 1)
+    runs.loc[left, "status"] = "diverged"
+    gates = overview.readable(overview.settings_table(runs).query("method == 'sparse_gates'"))
+    assert gates.n.tolist()[0] == "1, 1 diverged"
     with pytest.raises(InputError) as caught:
         overview.settings_table(runs.assign(status="diverged"))
     assert one_line(caught) == "overview: no run is done yet"
@@ -272,7 +276,7 @@ def test_points_are_what_is_left_and_what_is_lost_with_their_targets(rows):
     places = {c.get_label(): c[0].get_xydata().tolist() for c in first.containers}
     assert places["GDP (ours)"] == [[30, pytest.approx(-1)]]
     assert [*places] == ["gate variables (ours)", "GDP (ours)", "group L2, one shot"]
-    assert [text.get_text() for text in first.texts] == ["90%", "70%", "70%"]
+    assert [text.get_text() for text in first.texts] == ["90% w", "70% m", "70% m"]
     timed = drawings.pareto(rows.assign(time_b1=rows.macs), "mnist")
     assert [panel.get_xlabel() for panel in timed.axes] == [
         "time for one image, % of dense",
@@ -292,7 +296,12 @@ def test_one_that_fails_is_shown_and_leaves_the_others_apart(rows):
 def test_the_picture_is_one_of_claims(three_cards):
     """A square for each net that a claim is tested on; one for a claim that is not."""
     shown = {
-        ("toy", "better"): ["confirmed", "undecided", "", "not tested: no control is chosen"],
+        ("toy", "better"): [
+            "confirmed",
+            "undecided",
+            "",
+            "not tested: no search has chosen the strongest control yet",
+        ],
         ("toy", "same"): ["contradicted"],
         ("other", "algebra"): ["", "by construction"],
         ("other", "few"): ["not tested: fewer than eight seeds"] * 3,

@@ -86,6 +86,15 @@ def test_several_settings_are_counted_in_one_sentence():
     assert _says(store, "magnitude", "dense", then={"mixed": "It depends."}).endswith("It depends.")
 
 
+def test_a_direction_of_some_settings_says_of_how_many():
+    """-12, -2 and -7 points at 90%, the same minus 50 at 95%: only there below."""
+    store = _Store({"dense": (0.9, 0.9, 0.9), "magnitude": (0.78, 0.88, 0.83)})
+    made = _says(store, "magnitude", "dense", then={"below": "So no."})
+    assert made.direction == "below"
+    assert made.endswith(" So no. That is so in 1 of 2 settings; the others leave it open.")
+    assert _says(_Store(LOSES), "magnitude", "dense", then={"below": "So."}).endswith(" So.")
+
+
 def test_failed_runs_are_named_and_other_devices_not_paired():
     store = _Store(LOSES, dense_2={"status": "diverged"})
     made = _says(store, "magnitude", "dense", target=0.9)
@@ -133,6 +142,18 @@ def test_other_quantities_are_said_in_the_same_way():
             ("magnitude",),
             {"kind": "macs"},
             "This profile has no runs for the score of one-shot magnitude at targets on MACs.",
+        ),
+        (
+            ("magnitude",),
+            {"of": sentences.metric("bytes", "bytes"), "target": 0.9},
+            "The records of this profile do not hold the bytes of one-shot magnitude on 90% of "
+            "weights removed.",
+        ),
+        (
+            ("magnitude",),
+            {"than": "published"},
+            "Nothing is published in this profile's settings beside the score of one-shot "
+            "magnitude against what is published.",
         ),
     ],
 )

@@ -6,28 +6,24 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from prunestudy.measure.forward import evaluating
-from prunestudy.methods.base import At, Context, Method, call
+from prunestudy.methods.base import At, Context, Method
 from prunestudy.methods.probes import Probe
-from prunestudy.shrink import fold
 
 _MOST_LOSSES = 20_000
 _BYTES = 800_000  # of the gates' paths
-# Images whose outputs, and whose latent vectors, are kept.
-_SHOWN, _LATENTS = 6, 128
+_SHOWN = 6  # images whose outputs are kept
 
 
 class _Watch(Probe):
-    """Keeps the losses, averaged over windows if there are many, and says what removal changed."""
+    """Keeps the losses, averaged over windows if there are many."""
 
     noted = ("sums", "window", "done")
 
     def attach(self, method: Method, model: nn.Module, context: Context) -> None:
         """Begin with no loss."""
         super().attach(method, model, context)
-        self.removal: dict[str, float] = {}
         self.sums = torch.zeros(0, dtype=torch.float64, device=context.device)
         self.window, self.done = 1, 0
 
@@ -39,14 +35,6 @@ class _Watch(Probe):
         self.sums[self.done // self.window].add_(at.loss)
         self.done = at.total_step
 
-    def finish(self) -> None:
-        """Keep the gated net."""
-        self.gated = fold(self.model)
-
-    def finished(self, net: nn.Module) -> None:
-        """Compare it with the smaller one."""
-        self.removal = agreement(self.gated, net, self.context)
-
     def losses(self) -> np.ndarray:
         """Mean loss of each window that is complete, float64."""
         return self.sums[: self.done // self.window].cpu().numpy() / self.window
@@ -56,26 +44,20 @@ class _Watch(Probe):
         losses = self.losses()
         return float(np.abs(np.diff(losses)).mean()) if len(losses) > 1 else math.nan
 
-    def jump(self, steps: list[int], around: int = 10) -> float:
-        """Mean over `steps` of the loss in the `around` windows after, minus before; or NaN."""
-        losses, found = self.losses(), []
-        for at in sorted({step // self.window for step in steps}):
-            before, after = losses[max(0, at - around) : at], losses[at + 1 : at + 1 + around]
-            if len(before) and len(after):
-                found.append(after.mean() - before.mean())
-        return float(np.mean(found)) if found else math.nan
+    def measures(self) -> dict[str, Any]:
+        """How smoothly the net trained."""
+        return {"roughness": self.roughness()}
 
 
 class GatePaths(_Watch):
-    """Of GDP: paths of all gates and of the cost, and what closing and removal changed."""
+    """Of GDP: paths of all gates and of the cost."""
 
-    noted = (*_Watch.noted, "steps", "paths", "costs", "closed", "open")
+    noted = (*_Watch.noted, "steps", "paths", "costs")
 
     def attach(self, method: Method, model: nn.Module, context: Context) -> None:
         """Begin with no path."""
         super().attach(method, model, context)
-        self.steps, self.paths, self.costs, self.closed = [], [], [], []
-        self.open = method.open()
+        self.steps, self.paths, self.costs = [], [], []
 
     def after_step(self, at: At) -> None:
         """Keep the gates of at most 200 steps; those closing at this step are still open."""
@@ -87,23 +69,6 @@ class GatePaths(_Watch):
             self.steps.append(step)
             self.paths.append(g.to(torch.float16))
             self.costs.append(torch.stack([channels.cost(g), channels.cost(g != 0)]))
-
-    def update(self, at: At) -> None:
-        """Note whether gates have closed."""
-        now = self.method.open()
-        if (self.open.cpu() & ~now).any():
-            self.closed.append(at.total_step - 1)
-        self.open = now
-
-    def measures(self) -> dict[str, Any]:
-        """How gates ended, how smoothly the net trained, what removal changed."""
-        g = self.method.gates().detach()
-        return self.removal | {
-            "smallest_gate": float(g[g > 0].min()) if (g > 0).any() else math.nan,
-            "polarised": _polarised(g),
-            "roughness": self.roughness(),
-            "jump": self.jump(self.closed),
-        }
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Paths of all gates and of the cost (soft, then hard)."""
@@ -120,31 +85,19 @@ class GatePaths(_Watch):
 
 
 class ConcretePaths(_Watch):
-    """Of hard concrete gates: how they were, and what deciding them and removal changed."""
+    """Of hard concrete gates: how they were before they were decided."""
 
-    noted = (*_Watch.noted, "undecided", "found")
+    noted = (*_Watch.noted, "undecided")
 
     def attach(self, method: Method, model: nn.Module, context: Context) -> None:
         """Begin with nothing."""
         super().attach(method, model, context)
-        self.undecided, self.found = None, {}
+        self.undecided = None
 
     def leaving(self, at: At) -> None:
-        """Keep the gates and the net as they are before they are decided."""
+        """Keep the gates as they are before they are decided."""
         if at.phase == "gates":
             self.undecided = self.method.gates.at_test().detach()
-            self.gated = fold(self.model)
-
-    def update(self, at: At) -> None:
-        """Compare it with the net of decided gates."""
-        if at.phase == "gates" and at.last:
-            now = agreement(self.gated, fold(self.model), self.context)
-            self.found = {"polarised": _polarised(self.undecided), "unchanged": now["unchanged"]}
-
-    def measures(self) -> dict[str, Any]:
-        """How gates were before they were decided, what changed then, how smoothly it trained."""
-        gap = {name: gap for name, gap in self.removal.items() if name == "removal_gap"}
-        return gap | self.found | {"roughness": self.roughness()}
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Gates at test time before they were decided."""
@@ -153,20 +106,18 @@ class ConcretePaths(_Watch):
 
 
 class Pictures(Probe):
-    """Of a pruned net: channels kept, the descent's way, and what an autoencoder makes of images.
+    """What an autoencoder makes of a few validation images, dense and pruned.
 
-    Of a net that has a method `encode`, outputs for a few validation images; with a way also the
-    images, the dense net's outputs, and latent vectors of both nets in two dimensions.
+    Of a net that has a method `encode`; of a search, the images and the dense net's outputs, too.
     """
 
     def attach(self, method: Method, model: nn.Module, context: Context) -> None:
         """Look at the dense net."""
         super().attach(method, model, context)
-        self.x, self.y = method.data[0]
+        self.x, _ = method.data[0]
         self.pictures: dict[str, np.ndarray] = {}
-        if method.path and hasattr(model, "encode"):
+        if hasattr(method, "coefficients") and hasattr(model, "encode"):
             self._look(method.small.dense, "dense")
-            self.pictures["labels"] = self.y[:_LATENTS].to(torch.uint8).cpu().numpy()
             self.pictures["shown"] = as_bytes(self.pixels(self.x[:_SHOWN]))
 
     def finished(self, net: nn.Module) -> None:
@@ -175,59 +126,16 @@ class Pictures(Probe):
             self._look(net, "pruned")
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """`kept` channels, `path` (steps + 1, coefficients), images as bytes, latent planes."""
-        found = {"kept": np.array(self.method.point.kept), **self.pictures}
-        path = np.array(self.method.path, dtype=np.float32)
-        return found | ({"path": path} if len(path) else {})
+        """The images, as bytes."""
+        return self.pictures
 
     def _look(self, net: nn.Module, name: str) -> None:
         with evaluating(net), torch.no_grad():
             output = net(self.x[:_SHOWN])
-            latent = net.encode(self.x[:_LATENTS]) if self.method.path else None
         images = output[0] if isinstance(output, tuple) else output
         self.pictures[f"output_{name}"] = as_bytes(images)
-        if latent is not None:
-            self.pictures[f"latent_{name}"] = plane(latent)
 
 
 def as_bytes(images: Tensor) -> np.ndarray:
     """Images of pixels in 0-1 as uint8."""
     return (images.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
-
-
-def plane(z: Tensor) -> np.ndarray:
-    """The first two principal components of vectors z (n, d), float16 (n, 2).
-
-    Their signs are such that the largest of each is positive; a missing one is zero.
-    """
-    centred = z.double().cpu() - z.double().cpu().mean(0)
-    axes = torch.linalg.svd(centred, full_matrices=False).Vh[:2]
-    points = torch.zeros(len(z), 2, dtype=torch.float64)
-    points[:, : len(axes)] = centred @ axes.T
-    largest = points.gather(0, points.abs().argmax(0, keepdim=True))
-    return (points * torch.where(largest < 0, -1.0, 1.0)).to(torch.float16).numpy()
-
-
-def agreement(before: nn.Module, after: nn.Module, context: Context) -> dict[str, float]:
-    """How far two nets agree on the validation inputs, in eval mode; NaN without any.
-
-    `unchanged`: share (0-1) of the samples with the same largest output; `removal_gap`: largest
-    difference of an output, over the largest output.
-    """
-    same = count = 0
-    gap = largest = 0.0
-    with evaluating(before), evaluating(after), torch.inference_mode():
-        for x, _ in context.validation():
-            outputs = (tree_leaves(call(net, x)) for net in (before, after))
-            for a, b in zip(*outputs, strict=True):
-                same += int((a.flatten(1).argmax(1) == b.flatten(1).argmax(1)).sum())
-                count += len(a)
-                gap = max(gap, float((a - b).abs().max()))
-                largest = max(largest, float(a.abs().max()))
-    unchanged = same / count if count else math.nan
-    return {"unchanged": unchanged, "removal_gap": gap / largest if largest else 0.0}
-
-
-def _polarised(g: Tensor) -> float:
-    """Share (0-1) of the gates at 0 or above one half."""
-    return float(((g == 0) | (g > 0.5)).double().mean())

@@ -16,7 +16,7 @@ S is the share of real parameters removed, c the common offset that meets rho. T
 
 *Grid search.* A product grid of `levels` values of each alpha_g; c shifts each point to rho (of a
 coarse grid hardly a point is within epsilon by itself). Points that differ by a common shift are
-one, and are judged once. Its cost is counted as it runs, or by formula for all of its points.
+one, and are judged once. Its cost is counted as it runs.
 
 *Gradient descent.* Weights frozen, soft masks on what the channels feed, the temperature T
 falling; a shortfall is that of a limit, in units of the limit:
@@ -63,8 +63,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
-from prunestudy.measure.forward import evaluating
-from prunestudy.methods.base import Context, call
+from prunestudy.methods.base import call
 from prunestudy.methods.search import Point, Search, placed
 from prunestudy.shrink import Group, axis_of
 from prunestudy.shrink.groups import CONSUMES
@@ -96,17 +95,6 @@ class ComponentAware(Search):
     check_every: Annotated[int, Field(ge=1, alias="check")] = 10  # `check` is a hook
     recover: Annotated[int, Field(ge=0, le=1_000_000)] = 0
     recover_lr: Annotated[float, Field(gt=0)] = 2e-3
-
-    def attach(self, model: nn.Module, context: Context) -> None:
-        """As `Search`; with limits, search without them first, to know what they cost."""
-        self.free = {}
-        if self.constraints:
-            other = ComponentAware(self.target, **self.settings.model_dump(by_alias=True))
-            other.constraints = []
-            with evaluating(model):
-                other.begin(model, context)
-                self.free = other.solve()[1].values
-        super().attach(model, context)
 
     def solve(self) -> tuple[list[float], Point]:
         """One number per group, and the best point that the solver found."""
@@ -141,14 +129,13 @@ class ComponentAware(Search):
             # Other points are the same as one with all coefficients a level lower.
             if min(alpha) <= low:
                 self._offer(self._spread(alpha))
-        self.path = [list(self.best[0])]
 
     def _descend(self) -> None:
         """Try hardened points on the way of gradient descent."""
         start = self.budget.offset([0.0] * len(self.index), self.target)
         alpha = torch.full((self.coefficients,), start).requires_grad_()
         optimizer = torch.optim.Adam([alpha], lr=self.lr)
-        scale, self.path = self._width(), [alpha.tolist()]
+        scale = self._width()
         net, weights = self.small.dense, None
         if self.recover:
             net = copy.deepcopy(net).requires_grad_(True)
@@ -166,9 +153,8 @@ class ComponentAware(Search):
                 weights.step()
             if self.coefficient == "share":
                 alpha.data.clamp_(0, self.most)
-            self.path.append(alpha.tolist())
             if (step + 1) % self.check_every == 0 or step + 1 == self.steps:
-                self._offer(self._spread(self.path[-1]))
+                self._offer(self._spread(alpha.tolist()))
 
     def step(
         self, alpha: Tensor, optimizer: torch.optim.Optimizer, loss: Tensor, over: Tensor
@@ -240,20 +226,6 @@ class ComponentAware(Search):
         positions = torch.cat(self.budget.positions)
         quarters = positions.quantile(torch.tensor([0.25, 0.75]).double())
         return 2 * float(quarters[1] - quarters[0])
-
-    def report(self) -> dict[str, Any]:
-        """Besides: how many coefficients, what limits cost, the grid's cost in sample passes.
-
-        `grid_passes` are those made if `grid_ran`, else by formula those of all its points.
-        `free_psnr` and so on are the best point's metrics without any limit, as `search_psnr`.
-        """
-        ran, formula = self.solver == "grid", self.levels**self.coefficients * self.judged_on
-        return super().report() | {
-            "coefficients": self.coefficients,
-            "grid_ran": float(ran),
-            "grid_passes": self.cost["search_passes"] if ran else formula,
-            **{f"free_{name}": value for name, value in self.free.items()},
-        }
 
 
 def masked_output(net: nn.Module, groups: Sequence[Group], masks: Sequence[Tensor], x: Any) -> Any:

@@ -1,6 +1,5 @@
 """What is observed of a training for figures and records, outside the methods."""
 
-from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 import numpy as np
@@ -13,9 +12,9 @@ class Probe:
     """Watches a training and changes nothing; this base sees nothing.
 
     The loop calls `attach` after the method's; `leaving`, at the end of each phase, ahead of the
-    method's update; `after_step` and `update` after the method's own; `row` and `views` at the end
-    of each epoch; `finish` before the method finishes the model, and `finished` with the net that
-    comes out. `noted` names the attributes that a resumed run needs, tensors and plain values.
+    method's update; `after_step` and `update` after the method's own; `row` at the end of each
+    epoch; `finish` before the method finishes the model, and `finished` with the net that comes
+    out. `noted` names the attributes that a resumed run needs, tensors and plain values.
     """
 
     noted: ClassVar[tuple[str, ...]] = ()
@@ -40,10 +39,6 @@ class Probe:
 
     def row(self) -> dict[str, float]:
         """More columns of the history."""
-        return {}
-
-    def views(self) -> dict[str, AbstractContextManager]:
-        """Other ways to validate the model, by name (a sampled net, say)."""
         return {}
 
     def finish(self) -> None:

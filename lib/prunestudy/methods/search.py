@@ -151,7 +151,6 @@ class Search(Method, ABC):
         """Read the groups and the limits, and judge the dense net."""
         # `passes` counts samples: a forward pass is 1, forward and backward 3.
         self.context, self.batches = context, context.stream()
-        self.path: list[list[float]] = []
         self.seen: dict[tuple[int, ...], Point] = {}
         self.channels = Channels(model, context.example, "parameters", norms=True)
         found = self.channels.groups

@@ -44,12 +44,13 @@ def settings_table(runs: pd.DataFrame) -> pd.DataFrame:
     shares of the dense net of the same model, data, total epochs and device: means over seeds,
     times of the first seed. Raises `InputError` if no run is done.
     """
-    done = runs[(runs["status"] == "done") & ~runs["stage"].isin(["start", "half"])]
+    runs = runs[~runs["stage"].isin(["start", "half"])]
+    done = runs[runs["status"] == "done"]
     if done.empty:
         raise InputError("overview: no run is done yet")
     done = done.assign(**_shares(done))
     costs = done.groupby(tables.KEYS, dropna=False)[[*COSTS]].mean()
-    rows = tables.summary_table(done).merge(costs.reset_index(), on=tables.KEYS)
+    rows = tables.summary_table(runs).merge(costs.reset_index(), on=tables.KEYS)
     order = list(dict.fromkeys(["dense", *OURS, *rows["method"]]))
     rows = rows.assign(
         combined=rows["stage"] == "combined",

@@ -106,13 +106,14 @@ def says(
     `model`, `dataset`, `target` and `kind`; several make one sentence that counts directions.
     `than` is a number in the unit of `of`, or "published": the paper's for each setting. Above and
     below: the 95% interval over seeds leaves out zero (or `than`); level: it does not. One seed
-    has no direction. `then` adds a sentence by direction, also "mixed" for above here, below there.
+    has no direction. `then` adds a sentence by direction, also "mixed" for above here, below there;
+    above or below are said to hold in so many settings where the others leave it open.
     """
     for name in where:
         require_one_of("where", name, ("model", "dataset", "target", "kind"))
     right = than in (None, "published") or isinstance(than, int | float)
     require(right, "than", than, 'a number or "published"')
-    runs, seen = index(planned), []
+    runs, seen, wanting = index(planned), [], "This profile has no runs for"
     for (label, model, dataset), targets in runs.items():
         opponents = runs.get((against, model, dataset), {})
         for target, ours in targets.items() if label == method else ():
@@ -121,7 +122,10 @@ def says(
             held = _published(paper, method, at) if than == "published" else than
             theirs = opponents.get(target) or opponents.get(None, {})
             both = [ours, theirs] if against else [ours]
-            if at | where == at and (held is not None or than is None):
+            if at | where == at and held is None and than is not None:
+                wanting = "Nothing is published in this profile's settings beside"
+            elif at | where == at:
+                wanting = "The records of this profile do not hold" if all(both) else wanting
                 keys = sorted(set.intersection(*map(set, both)))
                 pairs = [[side[key] for side in both] for key in keys]
                 seen += _seen(store, pairs, _place(**at), of, 0.0 if against else held)
@@ -137,15 +141,18 @@ def says(
         if "kind" in where and "target" not in where:
             place += f" at targets on {TARGETS[where['kind']]}"
         name = of.name if of else "score"
-        text = f"This profile has no runs for the {name} of {called(method)}{versus}{place}."
+        text = f"{wanting} the {name} of {called(method)}{versus}{place}."
     elif len(seen) == 1:
         verb = f" is {_WAYS[way]} {'that of ' * bool(against)}{other}:" if way else f"{versus} is"
         where_, name, _, told, _ = seen[0]
-        text = f"{where_}: the {name} of {called(method)}{verb} {told}."
+        text = f"{where_[0].upper()}{where_[1:]}: the {name} of {called(method)}{verb} {told}."
     else:
         name = seen[0].name
         text = f"{name[0].upper()}{name[1:]}, {called(method)}{versus}, {_range(seen)}."
-    sentence = Sentence(f"{text} {(then or {}).get(way, '')}".strip())
+    text, same = f"{text} {(then or {}).get(way, '')}".strip(), [each.way for each in seen]
+    if way in (then or {}) and way in ("above", "below") and (k := same.count(way)) < len(seen):
+        text += f" That is so in {k} of {len(seen)} settings; the others leave it open."
+    sentence = Sentence(text)
     sentence.direction = way
     return sentence
 

@@ -200,7 +200,8 @@ def readable_verdicts(table: pd.DataFrame) -> pd.DataFrame:
 
 def _verdict_for_people(row: dict[str, Any]) -> dict[str, Any]:
     spans = [(row["mean"], row[f"{of}low"], row[f"{of}high"]) for of in ("", "images_")]
-    seeds, images = (bracket(*span, digits=4) for span in spans)
+    digits = 0 if abs(row["mean"]) > 1000 else 4
+    seeds, images = (bracket(*span, digits=digits) for span in spans)
     p, opposite = (f"{row[name]:.2g}" for name in ("p_adjusted", "p_opposite_adjusted"))
     metric = "" if row["metric"] in ("", "metric") else f" ({row['metric'].replace('_', ' ')})"
     where = {models.title: row["model"], datasets_title: row["dataset"]}

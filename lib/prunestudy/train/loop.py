@@ -245,10 +245,6 @@ class Loop:
         row = {"epoch": epoch + 1, "phase": self.phases[self.state.phase].name, "train_loss": loss}
         row |= {f"validation_{key}": value for key, value in self.score(self.model).items()}
         row |= self.method.log() | self.probe.row()
-        for name, view in self.probe.views().items():
-            with view:
-                seen = self.score(self.model)
-            row |= {f"validation_{key}_{name}": n for key, n in seen.items() if "loss" not in key}
         self._sum.zero_()
         self._count = 0
         return row

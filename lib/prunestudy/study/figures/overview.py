@@ -11,6 +11,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator
 
+from prunestudy.methods import TARGETS
 from prunestudy.papers import card
 from prunestudy.study import figures as look
 from prunestudy.study import tables
@@ -38,10 +39,10 @@ _AXES = ("time_b1", "bytes")
 _TICKS = (2, 3, 5, 7, 10, 15, 20, 30, 40, 50, 70, 100)
 _LOST = (-50, -20, -10, -5, -2, -1, -0.5, -0.2, 0, 0.2, 0.5, 1, 2, 5)
 _CONTROLS = ("gradual_magnitude", "group_l2")
-_AROUND = ((1.5, 0.4), (-1.5, 0.4), (1.5, -0.4), (-1.5, -0.4), (0, 1), (0, -1))
+_AROUND = ((1.8, 0.4), (-1.8, 0.4), (1.8, -0.4), (-1.8, -0.4), (0, 1), (0, -1))
 # Where a point's label may stand, from the nearest on, and the room that one takes; in points.
 _OFFSETS = np.array([(x * n, y * n) for n in (12, 18, 26) for x, y in _AROUND])
-_ROOM = np.array([17, 8])
+_ROOM = np.array([23, 8])
 
 
 def five_ways(
@@ -110,7 +111,7 @@ def pareto(rows: pd.DataFrame, dataset: str) -> Figure:
 
 
 def _name_shares(panel: Axes, rows: pd.DataFrame, cost: str) -> None:
-    """Write the share removed beside each point, where nothing else stands if there is room."""
+    """Write the share removed, and of what, beside each point: where there is room, if there is."""
     points = 72 / panel.figure.dpi
     places = points * panel.transData.transform(rows[[cost, "lost"]].to_numpy())
     taken = [*places]
@@ -120,7 +121,8 @@ def _name_shares(panel: Axes, rows: pd.DataFrame, cost: str) -> None:
         taken.append(place + offset)
         near = {"xytext": offset, "textcoords": "offset points", "ha": "center", "va": "center"}
         near |= {"fontsize": 7, "color": look.COLOURS[row.method]}
-        panel.annotate(f"{row.target:.0%}", (getattr(row, cost), row.lost), **near)
+        count = TARGETS[row.target_kind][0].lower()
+        panel.annotate(f"{row.target:.0%} {count}", (getattr(row, cost), row.lost), **near)
 
 
 def frontier(rows: pd.DataFrame, cost: str) -> pd.DataFrame:
@@ -159,7 +161,9 @@ def verdicts(rows: pd.DataFrame) -> Figure:
     for name in filter(counts.get, counts):
         label = f"{name}: {counts[name]}"
         axes.scatter([], [], s=80, c=_VERDICTS[name], marker="s", label=label)
-    figure.suptitle(f"{len(claims)} claims; one square per net on which a claim was tested")
+    figure.suptitle(
+        f"{len(claims)} claims; a square per net with a verdict, one where there is none"
+    )
     look.legend(figure, "outside lower center", columns=3)
     return figure
 

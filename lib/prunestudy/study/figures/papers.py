@@ -276,7 +276,7 @@ def psnr_against_removed(summary: pd.DataFrame, model: str, dataset: str) -> Fig
     figure, axes = look.canvas(len(stages), (3 + 4 * len(stages), 4), sharey=True)
     for panel, (stage, part) in zip(axes, stages, strict=True):
         look.points(panel, part, "removed", "metric", "sd")
-        panel.axhline(rows.dense_metric.mean(), color=look.COLOURS["dense"], ls=":", label="dense")
+        panel.axhline(look.dense_of(part), color=look.COLOURS["dense"], ls=":", label="dense")
         panel.set(title=f"{look.place_of(rows)}, {stage or 'after pruning'}")
         panel.set(xlabel="parameters removed, %", xticks=100 * part.target.unique())
     axes[0].set_ylabel("test PSNR, dB (mean and sd)")
