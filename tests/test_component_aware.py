@@ -233,9 +233,9 @@ def test_protected_groups_and_the_net_itself_are_untouched(digits):
 
 
 def test_groups_of_a_component_share_a_coefficient(digits):
-    report = digits.prune(per="component", solver="grid", levels=2).method.report()
-    # Encoder, decoder, classifier and the latent vector.
-    assert report["coefficients"] == 4
+    method = digits.prune(per="component", solver="grid", levels=2).method
+    report = method.report()
+    assert method.coefficients == 4  # encoder, decoder, classifier and the latent vector
     removed = [row["removed"] for row in report["report"]]
     assert removed[0] == pytest.approx(removed[1], abs=1 / 8)
     assert removed[3] == pytest.approx(removed[4], abs=1 / 8)
