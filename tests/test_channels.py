@@ -131,6 +131,34 @@ STAYS = {
 }
 
 
+class Words(nn.Module):
+    """An embedding and a recurrent layer, which stay as they are, before two linear layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.state = nn.Embedding(50, 8), nn.GRU(8, 6, batch_first=True)
+        self.fc1, self.fc2 = nn.Linear(6, 20), nn.Linear(20, 3)
+
+    def forward(self, x):
+        return self.fc2(self.fc1(self.state(self.words(x))[0][:, -1]).relu())
+
+
+@pytest.mark.parametrize("kind", ["macs", "parameters"])
+def test_what_is_in_no_group_counts_in_the_whole(kind):
+    """Parameters: 400 + 288 of embedding and GRU; 7 inputs of 6 * 3 * (8 + 6) MACs each."""
+    net, x = Words(), torch.randint(50, (2, 7))
+    channels = Channels(net, x, kind)
+    assert channels.dense == (400 + 288 + 140 + 63 if kind == "parameters" else 1764 + 120 + 60)
+    open_ = torch.arange(20) < 5
+    counted = measure.macs if kind == "macs" else lambda net, _: measure.parameters(net)
+    left = counted(channels.smaller(net, open_), x)
+    assert channels.removed(open_) == pytest.approx(1 - left / channels.dense, abs=1e-12)
+    with pytest.raises(ps.InputError) as caught:
+        ps.shrink_to(net, 0.5, x, of=kind)
+    most = 1 - (left - 4 * (9 if kind == "macs" else 10)) / channels.dense
+    assert one_line(caught) == f"target = 0.5: at most {most:.4f} can go by this rule"
+
+
 @pytest.mark.parametrize("name", STAYS)
 def test_one_channel_stays_where_no_skip_carries_the_signal(name):
     channels = channels_of(name)

@@ -455,3 +455,31 @@ def test_batch_norm_multiplies_the_gradient_of_a_filter_that_is_wholly_cut():
         sizes = original(net[0]).grad.square().mean(1).sqrt()
         factor = sizes[0] / sizes[1:].max()
         assert factor <= 1 if bounded else factor > 100
+
+
+# --- weights of other kinds
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_weights_in_bfloat16(name):
+    net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3)).bfloat16()
+    x, y = torch.randn(32, 8).bfloat16(), torch.arange(32) % 3
+    made = prune(net, methods.build(name, {}, 0.5), [(x, y)] * 4, Recipe(epochs=2, lr=0.05))
+    kept = sum(int(made.model[i].weight.count_nonzero()) for i in (0, 2))
+    assert (made.status, kept, made.model[0].weight.dtype) == ("done", 88, torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_frozen_weights_are_cut_or_stay_as_they_are(name):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
+    net[0].weight.requires_grad_(False)
+    data = [(torch.randn(32, 8), torch.arange(32) % 3)] * 8
+    if name == "magnitude_attention":
+        with pytest.raises(InputError, match=r"^0\.weight = 'frozen': attention changes"):
+            prune(net, methods.build(name, {}, 0.5), data, Recipe(epochs=2, lr=0.1))
+        return
+    made = prune(net, methods.build(name, {}, 0.5), data, Recipe(epochs=2, lr=0.1))
+    left = made.model[0].weight
+    assert torch.equal(left, torch.where(left == 0, 0, net[0].weight))
+    assert 0 < int((left == 0).sum()) < left.numel()

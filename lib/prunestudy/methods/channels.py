@@ -76,6 +76,12 @@ class Channels:
                 numbers[here] = m.channel_of[here] + part.start
         self._tables = {_CPU: self._count(kind, measure.layer_macs(model, self.example))}
         self.dense = float(self.cost(torch.ones(self.size)))
+        # What is in no convolution, linear layer or norm: embeddings, recurrent layers, products.
+        whole = (measure.macs if kind == "macs" else _parameters)(model, self.example)
+        if (rest := whole - round(self.dense)) > 0:
+            table = self._tables[_CPU]
+            self._tables[_CPU] = table._replace(constant=table.constant + rest)
+            self.dense = float(whole)
 
     def numbers(self, layer: str, axis: str) -> Tensor:
         """The channel at each place of a layer's axis ("in", "out"); `size` where it stays."""
@@ -239,6 +245,10 @@ def become(model: nn.Module, small: nn.Module) -> None:
     for name, p in small.named_parameters():
         p.requires_grad_(name not in fixed)
     model.__dict__ = small.train(model.training).__dict__
+
+
+def _parameters(model: nn.Module, _: Any) -> int:
+    return measure.parameters(model)
 
 
 def _useless(group: shrink.Group, silent: set[str]) -> bool:

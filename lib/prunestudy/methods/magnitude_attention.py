@@ -108,6 +108,8 @@ class MagnitudeAttention(Masked):
     def attach(self, model: nn.Module, context: Context) -> None:
         """Put the attention on every weight in the scope."""
         super().attach(model, context)
+        for name, weight in zip(self.names, self.weights, strict=True):
+            require(weight.requires_grad, name, "frozen", "attention changes all that it prunes")
         # Summed in the order of a contiguous tensor, as in all earlier runs.
         self._set_scale([weight.contiguous() for weight in self.weights])
 

@@ -221,12 +221,13 @@ def top_masks(scores: list[Tensor], sparsity: float) -> list[Tensor]:
     else:
         # numpy selects with vector instructions: 15 times faster than kthvalue.
         place = len(flat) - keep
+        flat = flat.float() if flat.dtype == torch.bfloat16 else flat  # which numpy does not know
         least = torch.from_numpy(np.partition(flat.numpy(), place))[place]
     mask = flat >= least
     spare = int(mask.count_nonzero()) - keep
     if spare:
         mask[(flat == least).nonzero().flatten()[-spare:]] = False
-    parts = mask.to(flat.dtype).split([score.numel() for score in scores])
+    parts = mask.to(scores[0].dtype).split([score.numel() for score in scores])
     return [part.view_as(score) for part, score in zip(parts, scores, strict=True)]
 
 

@@ -97,7 +97,8 @@ class L1(Masked):
         least = kept_count(sum(w.numel() for w in self.weights), self.target)
         threshold = torch.where(left < least, 0.0, threshold)
         for weight in self.weights:
-            weight.sub_(weight.clamp(-threshold, threshold))
+            if weight.requires_grad:  # a frozen one may be cut, not shrunk
+                weight.sub_(weight.clamp(-threshold, threshold))
 
     def update(self, at: At) -> None:
         """Steer lambda; fix the mask at the end of the penalty."""
@@ -132,8 +133,8 @@ class Snip(Masked):
         require(context.loss is not None, "context.loss", None, "SNIP needs the task's loss")
         batch = next(context.batches(1), None)
         require(batch is not None, "context.train", "no batch", "batches (x, y)")
-        # A copy: batch norm must not count this batch.
-        net, (x, y) = copy.deepcopy(model).train(), batch
+        # A copy: batch norm must not count this batch, and frozen weights are rated as well.
+        net, (x, y) = copy.deepcopy(model).train().requires_grad_(True), batch
         weights = [layer.weight for layer in layers_in(net, self.scope).values()]
         loss = context.loss(call(net, x), x, y)
         gradients = torch.autograd.grad(loss, weights, materialize_grads=True)

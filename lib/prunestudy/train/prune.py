@@ -152,6 +152,8 @@ def shrink_to(
     context = Context(example, generator=generator)
     method.check(net)
     method.attach(net, context)
+    removed, most = method.report(), "at most {removed:.4f} can go by this rule"
+    require(removed.get("target_met", 1), "target", target, most.format(**{"removed": 0} | removed))
     return method.finish(net, context).requires_grad_(True).train(model.training)
 
 
