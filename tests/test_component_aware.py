@@ -19,7 +19,7 @@ from prunestudy.methods.channel_controls import taylor
 from prunestudy.methods.channel_probes import as_bytes
 from prunestudy.methods.channels import Channels
 from prunestudy.methods.component_aware import ComponentAware, masked_output
-from prunestudy.methods.search import Budget, Uniform, placed
+from prunestudy.methods.search import Uniform, _Budget, placed
 from prunestudy.models import TDMPC, Autoencoder
 from prunestudy.shrink import Narrow, component_groups
 from prunestudy.train import Recipe, prune
@@ -35,7 +35,7 @@ def budget(numbers=(4, 3), least=(1, 1)):
     first, second = numbers
     net = nn.Sequential(nn.Linear(2, first), nn.Linear(first, second), nn.Linear(second, 2))
     positions = placed([torch.arange(n).float() for n in numbers], evenly=True)
-    return Budget(Channels(net, torch.zeros(2, 2), "parameters"), positions, list(least))
+    return _Budget(Channels(net, torch.zeros(2, 2), "parameters"), positions, list(least))
 
 
 def test_positions_are_even_ranks_or_logarithms():

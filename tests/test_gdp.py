@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from prunestudy import methods, models
 from prunestudy.errors import InputError
-from prunestudy.methods.channel_probes import ConcretePaths, GatePaths
+from prunestudy.methods.channel_probes import _ConcretePaths, _GatePaths
 from prunestudy.methods.gdp import gate
 from prunestudy.methods.hard_concrete import _Gates as ConcreteGates
 from prunestudy.methods.polarity import Polarity
@@ -342,7 +342,7 @@ def test_a_run_that_diverges_at_once_still_ends(name):
 
 
 def test_arrays_of_a_wide_net_stay_below_a_megabyte():
-    net, probe = models.build("vgg16_cifar", (1, 8, 8), 10), GatePaths()
+    net, probe = models.build("vgg16_cifar", (1, 8, 8), 10), _GatePaths()
     method = prepared(net)
     probe.attach(method, net, method.context)
     with torch.no_grad():
@@ -353,7 +353,7 @@ def test_arrays_of_a_wide_net_stay_below_a_megabyte():
 
 def test_losses_in_windows():
     def watched(total, losses, state=None):
-        probe = ConcretePaths()
+        probe = _ConcretePaths()
         probe.attach(None, None, context_of(torch.zeros(2, 1)))
         probe.load_state(state or {})
         for step, value in enumerate(losses, probe.done + 1):

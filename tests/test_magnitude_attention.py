@@ -23,7 +23,7 @@ from weight_tools import (
 from prunestudy import methods, models
 from prunestudy.methods import Context
 from prunestudy.methods.masks import cubic_sparsity, kept_count
-from prunestudy.methods.weight_probes import Trail
+from prunestudy.methods.weight_probes import _Trail
 from prunestudy.train import Recipe
 
 CUT = "magnitude_attention"
@@ -246,7 +246,7 @@ def test_exploitation_needs_an_end_of_the_ramp():
 
 
 def trail_of(model, name="dpf", **params):
-    method, probe = attached(name, model, **params), Trail()
+    method, probe = attached(name, model, **params), _Trail()
     probe.attach(method, model, Context((torch.zeros(2, 2, dtype=torch.float64),)))
     return method, probe
 
@@ -313,7 +313,7 @@ def test_a_run_without_a_step_has_a_trail():
 
 
 def test_a_long_trail_is_told_in_fewer_rows():
-    probe = Trail()
+    probe = _Trail()
     probe.sizes, probe.method = np.ones(20_000), SimpleNamespace(names=())
     ones = np.ones(20_000, int)
     probe.changes = [(step, ones, 2 * ones) for step in range(1, 8)]

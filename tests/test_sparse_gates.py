@@ -6,7 +6,7 @@ from weight_tools import at, attached, fit, layer, original
 
 from prunestudy import methods
 from prunestudy.methods import Context
-from prunestudy.methods.weight_probes import Gates
+from prunestudy.methods.weight_probes import _Gates
 from prunestudy.train import Recipe
 
 WEIGHTS, GATES, X, WANTED = [2.0, -3.0, 0.5], [0.25, 0.7, 0.9], [1.0, 2.0, -4.0], 1.5
@@ -225,7 +225,7 @@ def test_numbers_of_the_history_and_histograms_of_the_gates():
     method.steering.start(torch.tensor(0.125))
     expected = {"undecided": 0.25, "expected_kept": pytest.approx(2.46 / 4), "lambda2": 0.125}
     assert method.log() == {"kept": 0.75} | expected
-    probe = Gates()
+    probe = _Gates()
     assert probe.arrays() == {}
     probe.attach(method, None, None)
     assert probe.row() == probe.row() == {}

@@ -261,7 +261,7 @@ def scalar(value: float, device: torch.device | str) -> Tensor:
     return torch.tensor(value, dtype=torch.float64, device=device)
 
 
-class Scratch(Method):
+class _Scratch(Method):
     """The found shape from scratch: does pruning give good weights, or just a good shape?
 
     Liu et al., "Rethinking the Value of Network Pruning", ICLR 2019. The parent's net keeps its

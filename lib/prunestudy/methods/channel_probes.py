@@ -49,7 +49,7 @@ class _Watch(Probe):
         return {"roughness": self.roughness()}
 
 
-class GatePaths(_Watch):
+class _GatePaths(_Watch):
     """Of GDP: paths of all gates and of the cost."""
 
     noted = (*_Watch.noted, "steps", "paths", "costs")
@@ -84,7 +84,7 @@ class GatePaths(_Watch):
         }
 
 
-class ConcretePaths(_Watch):
+class _ConcretePaths(_Watch):
     """Of hard concrete gates: how they were before they were decided."""
 
     noted = (*_Watch.noted, "undecided")
@@ -105,7 +105,7 @@ class ConcretePaths(_Watch):
         return {} if before is None else {"final_gates": before.to(torch.float16).cpu().numpy()}
 
 
-class Pictures(Probe):
+class _Pictures(Probe):
     """What an autoencoder makes of a few validation images, dense and pruned.
 
     Of a net that has a method `encode`; of a search, the images and the dense net's outputs, too.

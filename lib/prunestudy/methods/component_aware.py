@@ -33,11 +33,11 @@ grid point; the best such point counts.
 | here | code |
 |---|---|
 | alpha | one number per coefficient; `_spread` gives one per group |
-| p | `Budget.positions` |
+| p | `_Budget.positions` |
 | m | `soft_masks` |
 | S | 1 - `Channels.cost` / `Channels.dense` |
 | rho, epsilon | `target`, `tolerance` |
-| c | found in `Budget.meet` |
+| c | found in `_Budget.meet` |
 | n, mu | `normal`, `strength` |
 
 Also ours, and switchable: `coefficient` "multiplier" takes p_gj = log of the importance, so that

@@ -19,7 +19,7 @@ BINS = 36
 _KEPT = 0.95  # the share of energy at which ranks are reported, whatever the target
 
 
-class Filters(Probe):
+class _Filters(Probe):
     """Ranks at 5% error; angles and energy before and after the training; the factors' score.
 
     Measures: `rank.NAME`, `rank_total`, its log2, `speed_up.NAME` (a layer's MACs over those of its

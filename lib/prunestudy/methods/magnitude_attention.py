@@ -13,8 +13,8 @@ exploits; the sparsity grows gradually (paper: abstract). The formulas are our r
 | symbol | code |
 |---|---|
 | W | `MagnitudeAttention.weights`, dense, never overwritten by zeros |
-| M | `Attention.mask` |
-| A, n | `Attention.attention`, `Attention.scale` |
+| M | `_Attention.mask` |
+| A, n | `_Attention.attention`, `_Attention.scale` |
 | e_t | `ramp`, a share of all steps; exploitation begins there |
 
 With alpha = 0 and without exploitation this is DPF (weights.py), bit for bit. Only a net-wide n
@@ -43,7 +43,7 @@ from prunestudy.methods.base import At, Context, Phase
 from prunestudy.methods.masks import Mask, Masked, Scope, multiply
 
 
-class Attention(Mask):
+class _Attention(Mask):
     """Parametrisation `w -> mask * (|w| / scale)^alpha * w` of one layer's weight.
 
     It has `feedback` while exploring; without, the mask is frozen.
@@ -113,9 +113,9 @@ class MagnitudeAttention(Masked):
         # Summed in the order of a contiguous tensor, as in all earlier runs.
         self._set_scale([weight.contiguous() for weight in self.weights])
 
-    def mask_for(self, weight: Tensor) -> Attention:
+    def mask_for(self, weight: Tensor) -> _Attention:
         """The attention of one layer's `weight`."""
-        return Attention(weight, self.alpha, self.passes, differentiate=self.differentiate)
+        return _Attention(weight, self.alpha, self.passes, differentiate=self.differentiate)
 
     @property
     def frozen(self) -> bool:

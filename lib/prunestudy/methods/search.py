@@ -26,7 +26,7 @@ from prunestudy.methods.channels import Channels, become
 from prunestudy.shrink import ComponentGroup, Narrow, component_groups, remove_groups
 
 
-class Budget:
+class _Budget:
     """From one number per group to channels kept, at an exact share of the parameters removed.
 
     `positions[g]` (channels,) says where each channel of group g stands in the order of removal,
@@ -183,7 +183,7 @@ class Search(Method, ABC):
         """Begin a budget that removes channels in the order of `positions`."""
         sizes, share = [(each, each.group.channels) for each in self.groups], 1 - self.most
         least = [n if self.stays(g) else max(1, math.ceil(share * n - 1e-9)) for g, n in sizes]
-        self.budget = Budget(self.channels, positions, least)
+        self.budget = _Budget(self.channels, positions, least)
 
     def candidate(self, kept: Sequence[int]) -> nn.Module:
         """The net with `kept` channels, as it is judged; until the next one."""

@@ -16,8 +16,8 @@ At test time z = 1[g >= 0.5]; in the end only the products w z are left.
 | paper | code |
 |---|---|
 | w | `SparseGates.weights` |
-| g | `Gate.gate` |
-| z | drawn in `Gate.draw` |
+| g | `_Gate.gate` |
+| z | drawn in `_Gate.draw` |
 | lambda2 | `Steering.strength` |
 | lambda1 | `Steering.strength * bimodal_ratio(...)` |
 
@@ -41,7 +41,7 @@ from prunestudy.methods.masks import Mask, Masked, multiply
 from prunestudy.methods.steering import Steering
 
 
-class Gate(Mask):
+class _Gate(Mask):
     """Parametrisation `w -> w z` of one layer's weight, with one gate per weight.
 
     Training draws z, by `bernoulli` or not; eval uses z = 1[g >= 0.5]; once `hard`, z is the mask.
@@ -110,9 +110,9 @@ class SparseGates(Masked):
         super().attach(model, context)
         self._set_draw(self.draw.split("_then_")[0])
 
-    def mask_for(self, weight: Tensor) -> Gate:
+    def mask_for(self, weight: Tensor) -> _Gate:
         """The gates of one layer's `weight`."""
-        return Gate(weight, self.initial, self.generator)
+        return _Gate(weight, self.initial, self.generator)
 
     @property
     def hard(self) -> bool:

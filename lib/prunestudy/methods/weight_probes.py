@@ -17,7 +17,7 @@ _BINS, _HIGHEST = 80, 4.0
 _MOST = 50_000
 
 
-class Gates(Probe):
+class _Gates(Probe):
     """Histograms of the gates by epoch."""
 
     noted = ("histograms",)
@@ -36,7 +36,7 @@ class Gates(Probe):
         return {"gate_histograms": torch.stack(self.histograms).numpy()} if self.histograms else {}
 
 
-class Trail(Probe):
+class _Trail(Probe):
     """What a method's masks cut, when, and what came back; and where the training moved weights.
 
     `changes`: the step of each change of the masks, and how many weights of each layer it cut and
@@ -151,10 +151,10 @@ class Trail(Probe):
         }
 
 
-class Attentions(Trail):
+class _Attentions(_Trail):
     """The trail, and histograms of the attention by epoch, of all and of kept weights."""
 
-    noted = (*Trail.noted, "histograms")
+    noted = (*_Trail.noted, "histograms")
 
     def attach(self, method: Method, model: Any, context: Context) -> None:
         """Count the attention at the start."""

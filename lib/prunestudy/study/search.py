@@ -25,7 +25,7 @@ _COMMON = ("weight_decay", "schedule", "one_schedule")
 
 
 @dataclass(frozen=True)
-class Tried:
+class _Tried:
     """A setting and its score for each seed: None if that run is missing, -inf if it failed.
 
     `failed`: whether a run of it fails among the results.
@@ -44,12 +44,12 @@ class Tried:
 
 
 @dataclass(frozen=True)
-class Grid:
+class _Grid:
     """The settings `tried` for the entry `label`, and those that its results have `now`."""
 
     paper: str
     label: str
-    tried: list[Tried]
+    tried: list[_Tried]
     now: list[RunSettings]
 
     @property
@@ -58,7 +58,7 @@ class Grid:
         return not any(math.isnan(tried.mean) for tried in self.tried)
 
     @cached_property
-    def best(self) -> Tried:
+    def best(self) -> _Tried:
         """The setting that the rule chooses, of a complete grid."""
         return max(self.tried, key=lambda tried: (tried.mean, -tried.settings.recipe.lr))
 
@@ -108,7 +108,7 @@ def _text(value: Any) -> str:
     return f"{value:g}" if type(value) is float else str(value).lower()
 
 
-def grids(store: Store, planned: list[Planned]) -> list[Grid]:
+def grids(store: Store, planned: list[Planned]) -> list[_Grid]:
     """The grids of all searches among `planned`, with what the records say so far."""
     labels = {
         (paper, experiment.name, entry.method, entry.variant): entry.grid
@@ -132,11 +132,11 @@ def grids(store: Store, planned: list[Planned]) -> list[Grid]:
             # None of an ablation, which is compared with its own base alone.
             tried.setdefault((*place, label), {}).setdefault(item.variant, []).append(s)
     return [
-        Grid(
+        _Grid(
             paper=place[0],
             label=place[-1],
             tried=[
-                Tried(
+                _Tried(
                     settings=seeds[0],
                     scores=[_score(store, s) for s in seeds],
                     failed=(place[:-1], _setting(seeds[0])) in failed,
@@ -162,13 +162,13 @@ def _score(store: Store, settings: RunSettings) -> float | None:
     return record and record["metrics"]["metric"]
 
 
-def strongest(found: list[Grid], profile: str) -> dict[tuple[str, ...], tuple[str, str]]:
+def strongest(found: list[_Grid], profile: str) -> dict[tuple[str, ...], tuple[str, str]]:
     """The best control by the grids `found` of `profile`, and that of the card ("" for none).
 
     By paper, net, data set, kind of target and method, for each test against the strongest control
     of which all grids are complete. A control whose best setting fails is not eligible.
     """
-    places: dict[tuple[str, ...], list[Grid]] = {}
+    places: dict[tuple[str, ...], list[_Grid]] = {}
     for grid in found:
         first = grid.tried[0].settings
         rules = [rule for claim in card(grid.paper).claims for rule in claim.tests]
@@ -185,7 +185,7 @@ def strongest(found: list[Grid], profile: str) -> dict[tuple[str, ...], tuple[st
     return best
 
 
-def lines(grid: Grid) -> list[str]:
+def lines(grid: _Grid) -> list[str]:
     """The grid for people: its settings with a score per seed and their mean, the best marked."""
     first, best = grid.tried[0].settings, grid.best if grid.complete else None
     share = f", {removed(first.aim.value, first.aim.kind)} removed" if first.aim else ""
