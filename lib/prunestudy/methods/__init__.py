@@ -1,5 +1,7 @@
 """The methods, one file per paper, and the controls that they are compared with."""
 
+# ruff: noqa: F401  (the names of the room)
+
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
@@ -34,20 +36,6 @@ _METHODS = {
     "force": ("force:Force", "filter_probes:_Filters"),
     "plain_low_rank": ("low_rank:PlainLowRank", "filter_probes:_Filters"),
 }
-
-__all__ = [
-    "TARGETS",
-    "At",
-    "Context",
-    "Method",
-    "Phase",
-    "Probe",
-    "build",
-    "method_class",
-    "names",
-    "params_of",
-    "probe_of",
-]
 
 
 def names() -> tuple[str, ...]:

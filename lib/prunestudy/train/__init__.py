@@ -1,23 +1,10 @@
 """One training loop for every method: any net and any batches in, a plain smaller net out."""
 
+# ruff: noqa: F401  (the names of the room)
+
 from prunestudy.train.checkpoint import read_checkpoint, write_checkpoint
 from prunestudy.train.loop import Loop
 from prunestudy.train.process import Steps, deterministic, gang, keep_freed_memory
 from prunestudy.train.prune import prune, pruning, shrink_to
 from prunestudy.train.recipe import Recipe
 from prunestudy.train.result import Result
-
-__all__ = [
-    "Loop",
-    "Recipe",
-    "Result",
-    "Steps",
-    "deterministic",
-    "gang",
-    "keep_freed_memory",
-    "prune",
-    "pruning",
-    "read_checkpoint",
-    "shrink_to",
-    "write_checkpoint",
-]
