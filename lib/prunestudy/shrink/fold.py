@@ -33,10 +33,7 @@ def fold(model: nn.Module) -> nn.Module:
 
 
 def copied(model: nn.Module) -> nn.Module:
-    """A deep copy of `model`, without the history of tensors that a forward pass left on it.
-
-    Raises `InputError` for a net that holds what cannot be copied: a lock, an open file.
-    """
+    """A deep copy without the history of tensors; `InputError` for a net with a lock or a file."""
     try:
         with _Detached():
             return copy.deepcopy(model)
