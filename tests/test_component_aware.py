@@ -433,3 +433,13 @@ def test_a_loop_of_ones_own_needs_batches_and_a_net_with_channels():
 
 def test_pixels_become_bytes():
     assert as_bytes(torch.tensor([-1.0, 0.5, 2.0])).tolist() == [0, 128, 255]
+
+
+@pytest.mark.parametrize("hold", ["projection", "penalty"])
+def test_a_batch_whose_loss_is_not_finite_is_named(hold):
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    x, y = torch.randn(8, 6), torch.arange(8) % 3
+    data, method = [(x, y), (x * math.nan, y)], ComponentAware(0.4, hold=hold, taylor_batches=1)
+    with pytest.raises(InputError) as caught:
+        prune(net, method, data, ONCE, validation=[(x, y)])
+    assert one_line(caught) == "train = 'a batch': its loss is not finite"

@@ -1,6 +1,7 @@
 """The public face: README's lines, every method on nets of one's own."""
 
 import re
+import threading
 from pathlib import Path
 
 import pytest
@@ -255,6 +256,17 @@ class Short:
         return iter(loader())
 
 
+class Empty(Short):
+    """Has none of the batches that it says it has."""
+
+    def __iter__(self):
+        return iter(())
+
+
+DETACHED = lambda output, y: output.detach().sum()  # noqa: E731
+PAIR = torch.zeros(2, 1, 8, 8), torch.zeros(2).long()
+
+
 class Endless(IterableDataset):
     """A data set without a length."""
 
@@ -278,6 +290,9 @@ class Endless(IterableDataset):
         ({"train": Short()}, "train = 'Short': ends after 6 batches, its length is 9"),
         ({"train": [*loader(), (torch.zeros(0, 1, 8, 8), 0)]}, "train = [(0, 1, 8, 8)]: x is a"),
         ({"train": [*loader(), (torch.zeros(2, 2, 8, 8), 0)]}, "train = 'batch 6': cannot be used"),
+        ({"train": Empty()}, "train = 'no batch': batches (x, y)"),
+        ({"train": DataLoader(loader().dataset, batch_size=None)}, "train = 'a y that is one numb"),
+        ({"loss": DETACHED}, "loss = 'a number without gradient': one of the output"),
         ({"train": DataLoader(Endless(), 4)}, "train = 'DataLoader': batches (x, y) with a length"),
         ({"train": [({"y": torch.zeros(2, 1, 8, 8)}, 0)]}, "train = ['y']: not what forward takes"),
         ({"train": [(torch.zeros(2, 1, 8, 8), torch.zeros(2))]}, "y = (2,): the shape of the"),
@@ -285,7 +300,14 @@ class Endless(IterableDataset):
         ({"metric": lambda net, batches: "good"}, "metric = '<lambda>': fails on a batch: could"),
         ({"metric": lambda net, batches: {}}, "metric = '<lambda>': fails on a batch: gives no"),
         ({"metric": 3}, "metric = 3: a function of (model, batches)"),
+        ({"metric": lambda net, batches: 1 / 0}, "metric = '<lambda>': fails on a batch: division"),
+        ({"validation": [(*PAIR, 0)]}, "validation = 'a batch that is tuple': batches are pairs"),
+        ({"validation": [(PAIR[0][:, :, :2], PAIR[1])]}, "validation = 'list': fails on a batch: "),
+        ({"validation": [(PAIR[0], PAIR[1][:1])]}, "validation = 'list': fails on a batch: "),
+        ({"validation": Empty()}, "validation = 'no batch': batches (x, y)"),
         ({"metrics": 3}, "metrics = 'int': a Metrics"),
+        ({"probe": 5}, "probe = 'int': a Probe"),
+        ({"checkpoint_seconds": "a"}, "checkpoint_seconds = 'str': a number"),
         ({"seed": -1}, "seed = -1: a whole number of at least 0"),
         ({"seed": 1.5}, "seed = 1.5: a whole number of at least 0"),
         ({"device": "gpu"}, "device = 'gpu': "),
@@ -305,6 +327,156 @@ def test_wrong_arguments_are_refused_in_one_line(change, line):
         ps.prune(**options)
     assert str(caught.value).startswith(line)
     assert "\n" not in str(caught.value)
+    in_training = change.keys() & {"train", "loss"}
+    assert in_training or not getattr(options["method"], "attached", False)
+
+
+def test_a_metric_may_need_more_than_a_batch_and_the_trial_leaves_no_trace():
+    class Counts(MyNet):
+        seen = 0
+
+        def forward(self, x):
+            self.seen += 1
+            return super().forward(x)
+
+    def whole(net, batches):
+        classes = {int(y) for _, labels in batches for y in labels}
+        if len(classes) < 4:
+            raise ValueError("of four classes")
+        return net.seen
+
+    data = [(x, y) for x, y in zip(*loader().dataset.tensors, strict=True)]
+    data = [(x[None], y[None]) for x, y in sorted(data, key=lambda pair: int(pair[1]))]
+    made = []
+    for more in ({}, {"validation": data, "metric": whole}):
+        torch.manual_seed(0)
+        result = ps.prune(Counts(), ps.Method(), loader(), ps.Recipe(epochs=1, lr=0.1), **more)
+        made.append(result)
+    # Seen by the copy that trains: the example, once in each layout, one loss, six steps.
+    assert made[1].history[0]["validation_metric"] == 9
+    for a, b in zip(*(result.model.parameters() for result in made), strict=True):
+        assert torch.equal(a, b)
+
+
+class Named(nn.Module):
+    """Its mask can be given in several ways."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.o = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x, scale=None, mask=None):
+        return self.o(self.a(x).relu() * (1 if mask is None else mask))
+
+
+class Only(Named):
+    def forward(self, x, *, mask):
+        return super().forward(x, None, mask)
+
+
+class Starred(Named):
+    def forward(self, x, **more):
+        return super().forward(x, None, **more)
+
+
+@pytest.mark.parametrize("kind", [Named, Only, Starred])
+def test_what_a_trace_would_leave_out_of_a_dict_is_refused(kind):
+    x = {"x": torch.randn(4, 6), "mask": torch.ones(4, 8)}
+    with pytest.raises(ps.InputError) as caught:
+        ps.prune(kind(), ps.GDP(target=0.5), [(x, torch.zeros(4).long())])
+    assert str(caught.value) == (
+        "train = ['mask', 'x']: forward takes ['mask'] by keyword only, or behind an argument "
+        "that is not given: no trace follows"
+    )
+
+
+class Keeps(Named):
+    """Keeps what it computed, wherever one can."""
+
+    def forward(self, x):
+        hidden = self.a(x).relu()
+        self.one, self.seen, self.by = hidden, [hidden], {"h": (hidden, {1: hidden})}
+        return self.o(hidden)
+
+
+class Versioned(Named):
+    def get_extra_state(self):
+        return {"version": 2}
+
+    def set_extra_state(self, state):
+        pass
+
+
+@pytest.mark.parametrize("kind", [Keeps, Versioned])
+@pytest.mark.parametrize("name", sorted(METHODS.keys() - {"Force", "PlainLowRank"}))
+def test_nets_that_keep_results_or_more_state_are_taken(kind, name, tmp_path):
+    torch.manual_seed(0)
+    net, x = kind(), torch.randn(16, 6)
+    net(x)
+    method = getattr(ps, name)(**METHODS[name])
+    result = ps.prune(net, method, [(x, torch.arange(16) % 3)] * 2, ps.Recipe(epochs=1, lr=0.1))
+    assert result.status == "done"
+    assert method.title in result.report()
+    if kind is Keeps:
+        assert net.one.grad_fn
+        result.save(tmp_path / "net")
+        assert torch.equal(ps.load(tmp_path / "net", kind())(x), result.model(x))
+    if name == "GroupL2":
+        assert ps.shrink_to(net, 0.4, x)(x).shape == (16, 3)
+
+
+def test_a_net_that_cannot_be_copied_is_refused_in_one_line():
+    net = Named()
+    net.lock = threading.Lock()
+    method, data = ps.GDP(target=0.5), [(torch.randn(4, 6), torch.zeros(4).long())]
+    line = r"^model = 'Named': cannot be copied: cannot pickle '_thread.lock' object$"
+    with pytest.raises(ps.InputError, match=line):
+        ps.prune(net, method, data)
+    with pytest.raises(ps.InputError, match=line):
+        ps.fold(net)
+    assert not method.attached
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_gradients_are_on_wherever_prune_is_called(mode):
+    net, data, made = MyNet(), loader(count=16), []
+    for each in (torch.enable_grad, mode):
+        with each():
+            made.append(ps.prune(net, ps.GDP(target=0.4), data, ps.Recipe(epochs=1, lr=0.1)))
+            assert torch.is_grad_enabled() == (each is torch.enable_grad)
+    for a, b in zip(*(result.model.parameters() for result in made), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_method_that_was_refused_can_be_used():
+    method, data = ps.GDP(target=0.4), [(torch.randn(4, 6), torch.zeros(4).long())]
+    recipe = ps.Recipe(epochs=1, lr=0.1)
+    with pytest.raises(ps.InputError, match="has no channels that could go"):
+        ps.prune(nn.Linear(6, 3), method, data, recipe)
+    assert ps.prune(Named(), method, data, recipe).status == "done"
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_finishes_what_it_is_attached_to(name):
+    method, x = getattr(ps, name)(**METHODS[name]), torch.randn(2, 1, 8, 8)
+    with pytest.raises(ps.InputError) as caught:
+        method.finish(MyNet(), ps.Context(example=(x,)))
+    line = f"method = {method.name!r}: finishes what it is attached to: call attach first"
+    assert str(caught.value) == line
+
+
+@pytest.mark.parametrize("step", [0, 11])
+def test_a_step_lies_within_the_training(step):
+    with pytest.raises(ps.InputError, match=rf"^step = {step}: from 1 to total, 10$"):
+        ps.GDP(target=0.5).at(step, 10, torch.zeros(()))
+
+
+def test_the_report_of_a_net_of_zeros():
+    net, data = Named(), [(torch.randn(4, 6), torch.zeros(4).long())]
+    for parameter in net.parameters():
+        parameter.data.zero_()
+    result = ps.prune(net, ps.GroupL2(target=0.4), data, ps.Recipe(epochs=0, lr=0.1))
+    assert "nonzero parameters: 0 -> 0 (0.0% removed)" in result.report()
 
 
 @pytest.mark.parametrize(
@@ -342,8 +514,9 @@ def test_what_is_no_net_or_no_path_is_refused_in_one_line(tmp_path):
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
     path, recipe = tmp_path / "run", ps.Recipe(epochs=1, lr=0.1)
     options = {"train": loader(), "recipe": recipe, "checkpoint": path, "checkpoint_seconds": 0}
-    ps.prune(MyNet(), ps.Magnitude(target=0.5), **options)
-    assert ps.prune(MyNet(), ps.Magnitude(target=0.5), **options).status == "done"
+    net = MyNet()
+    ps.prune(net, ps.Magnitude(target=0.5), **options)
+    assert ps.prune(net, ps.Magnitude(target=0.5), **options).status == "done"
     with pytest.raises(ps.InputError, match="of another run; delete it"):
         ps.prune(MyNet(), ps.Magnitude(target=0.9), **options)
 

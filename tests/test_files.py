@@ -4,6 +4,7 @@ import copy
 import io
 import json
 import os
+from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -413,13 +414,62 @@ def test_modules_of_unknown_classes_must_be_the_same(tmp_path):
     assert refusal(lambda: shrink.save(net, path, like=Block())).startswith("net = 'Block': not as")
 
 
+class Conv(nn.Conv2d):
+    """A convolution with a name, and a note, of its own."""
+
+    note = "kept"
+
+
+class Linear(nn.Linear):
+    """Of the same name as its base."""
+
+
+def subclassed():
+    parts = [("a:b", Conv(3, 8, 1)), ("norm", nn.SyncBatchNorm(8)), ("act", nn.ReLU())]
+    parts += [("body", nn.Sequential(Conv(8, 6, 3, padding=1, bias=False), nn.ReLU()))]
+    parts += [("flat", nn.Flatten()), ("head", Linear(6 * 16, 2))]
+    return nn.Sequential(OrderedDict(parts))
+
+
+@pytest.mark.parametrize("like", [False, True])
+def test_subclasses_of_layers_and_names_with_colons_come_back(like, tmp_path):
+    x = torch.randn(2, 3, 4, 4)
+    keep = {"a:b": [0, 3, 4], "body.0": [1, 2, 5]}
+    small = shrink.remove(randomised(subclassed()), keep, x).eval()
+    small.head.weight.data[:, 1:] = 0  # as compressed rows, where it is no subclass
+    fresh = subclassed()
+    shrink.save(small, tmp_path / "net", like=fresh if like else None)
+    loaded = shrink.load(tmp_path / "net", fresh)
+    assert str(loaded) == str(small)
+    assert torch.equal(loaded(x), small(x))
+    sub, part = loaded.get_submodule("a:b"), loaded.body[0]
+    assert (type(sub), sub.note, sub.out_channels) == (Conv, "kept", small[0].out_channels)
+    assert (type(part), part.bias, type(loaded.head)) == (Conv, None, Linear)
+    assert all(p.requires_grad for p in loaded.parameters())
+    assert fresh.body[0].out_channels == 6
+    for other, says in (
+        (nn.Conv2d(8, 6, 3), "'body.0' is a Conv, here a Conv2d"),
+        (type("Conv", (nn.Linear,), {})(8, 6), "a Conv that is no Conv2d"),
+    ):
+        fresh.body[0] = other
+        assert says in refusal(lambda: shrink.load(tmp_path / "net", fresh))
+
+
+def test_lazy_nets_are_refused(tmp_path):
+    net = nn.Sequential(nn.LazyLinear(3), nn.LazyBatchNorm1d(affine=False))
+    shrink.save(nn.Sequential(nn.Linear(2, 3)), tmp_path / "net")
+    line = "net = 'Sequential': parameters without values: call it first"
+    assert refusal(lambda: shrink.load(tmp_path / "net", net)) == line
+    assert refusal(lambda: shrink.save(net, tmp_path / "net")) == line
+
+
 def test_what_cannot_be_stored_is_refused_and_nothing_is_written(tmp_path):
     path = tmp_path / "net"
     net = Mlp()
     assert refusal(lambda: shrink.save(net, tmp_path / "none/net")).startswith("path = ")
     assert refusal(lambda: shrink.save(Mlp, path)).endswith("a torch module")
     assert refusal(lambda: shrink.save(shrink.to_csr(net), path)).endswith("before to_csr")
-    for about in ({"format": "x"}, {"a": 1}, {3: "b"}):
+    for about in ({"format": "x"}, {"a": 1}, {3: "b"}, [1], "text"):
         assert refusal(lambda about=about: shrink.save(net, path, about=about)).startswith(
             "about ="
         )

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import BatchNormNet, one_line, randomise, toy_batches
 from torch import nn
+from torch.utils.data import DataLoader
 
 from prunestudy import methods
 from prunestudy.datasets import Batches, DatasetInfo, ImageSet
@@ -300,7 +301,7 @@ def test_an_interrupted_run_ends_like_an_undisturbed_one(make, steps, tmp_path):
         assert read_checkpoint(tmp_path / "c", f"{step}")["state"]["step"] == step
         torch.manual_seed(step)
         resumed = Fragile(10**9, **MOVED)
-        same(straight, fit(batches=resumed, net=make(99), **options))
+        same(straight, fit(batches=resumed, net=make(), **options))
         assert resumed.left == 10**9 - ((steps or 16) - step)
         (tmp_path / "c").unlink()
 
@@ -321,6 +322,55 @@ def test_a_finished_run_is_not_trained_again(tmp_path):
     again = fit(gated(), batches=Fragile(0), **options_in(tmp_path))
     same(first, again)
     assert again.seconds == first.seconds
+
+
+NOISE = torch.Generator().manual_seed(5)
+
+
+class Drawn(torch.utils.data.Dataset):
+    """Samples with noise of a generator of its own, other in each reading."""
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, i):
+        return torch.randn(64, generator=NOISE), i
+
+
+@pytest.mark.parametrize(
+    ("change", "other"),
+    [
+        ({}, ""),
+        ({"net": randomise(dropping(), 1)}, "model"),
+        ({"y": 1 - torch.arange(16) % 2}, "first batch on cpu"),
+        ({"count": 8}, "number of batches"),
+        ({"loss": lambda output, y: 3 * output.square().mean()}, "loss"),
+    ],
+)
+@pytest.mark.parametrize("form", ["list", "shuffled", "drawn"])
+def test_a_checkpoint_is_of_one_model_data_and_loss(change, other, form, tmp_path):
+    def go(net=None, y=None, count=4, **options):
+        y = torch.arange(16) % 2 if y is None else y
+        x = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
+        data = [(x, y)] * count
+        if form != "list":
+            pairs = list(zip(x, y, strict=True)) * (count // 4)
+            data = DataLoader(Drawn() if form == "drawn" else pairs, batch_size=4, shuffle=True)
+        recipe = Recipe(epochs=3, lr=0.01)
+        return prune(net or dropping(), Method(), data, recipe, **options)
+
+    options = options_in(tmp_path)
+    first = go(**options)
+    torch.manual_seed(1)
+    if form == "drawn":  # of the first batch nothing can be told, and of the loss
+        other = "model" if "net" in change else ""
+    if other:
+        with pytest.raises(InputError) as caught:
+            go(**change, **options)
+        line = f"checkpoint = 'c': of another {other}; delete it to start this run again"
+        assert one_line(caught) == line
+    else:
+        same(first, go(**change, **options))
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import wraps
 from inspect import get_annotations
 from itertools import chain, count, islice
 from typing import Any, ClassVar, get_origin, get_type_hints
@@ -151,6 +152,19 @@ def moved(batch: Any, device: torch.device) -> Any:
     return tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), batch)
 
 
+def _noted(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """`attach` or `finish` of a class, so that the one comes after the other."""
+
+    @wraps(hook)
+    def noted(self: "Method", model: nn.Module, context: Context) -> Any:
+        ready = self.attached or hook.__name__ == "attach"
+        require(ready, "method", self.name, "finishes what it is attached to: call attach first")
+        found, self.attached = hook(self, model, context), True
+        return found
+
+    return noted
+
+
 class Method(nn.Module):
     """A method is what it does at the hooks of a training; this base trains the dense net.
 
@@ -170,6 +184,7 @@ class Method(nn.Module):
     revision: ClassVar[int] = 1
     counts: ClassVar[tuple[str, ...]] = ()
     from_scratch: ClassVar[bool] = False
+    attached: ClassVar[bool] = False  # of a method: whether `attach` is done
     Settings: ClassVar[type[Values]] = Values
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -178,6 +193,8 @@ class Method(nn.Module):
         fields = [name for name in get_annotations(cls) if get_origin(hints[name]) is not ClassVar]
         own, base = {n: (hints[n], getattr(cls, n)) for n in fields}, cls.__bases__[0].Settings
         cls.Settings = create_model(f"{cls.__name__}Settings", __base__=base, **own)
+        for hook in {"attach", "finish"} & vars(cls).keys():
+            setattr(cls, hook, _noted(getattr(cls, hook)))
 
     def __init__(self, target: float | None = None, of: str | None = None, **settings: Any) -> None:
         super().__init__()
@@ -200,6 +217,7 @@ class Method(nn.Module):
     def check(self, model: nn.Module) -> None:
         """Raise `InputError` for a net that the method cannot take; `model` is only looked at."""
 
+    @_noted
     def attach(self, model: nn.Module, context: Context) -> None:
         """Put gates or masks on `model`, in place; it is on its device already."""
 
@@ -220,6 +238,7 @@ class Method(nn.Module):
     def update(self, at: At) -> None:
         """Decide on the host: new masks, closing, steering; and what the end of a phase needs."""
 
+    @_noted
     def finish(self, model: nn.Module, context: Context) -> nn.Module:
         """A frozen ordinary module that equals `model` in eval mode; on target without any step."""
         return folded(model, context.example)
@@ -238,8 +257,8 @@ class Method(nn.Module):
 
     def at(self, step: int, total: int, loss: Tensor, lr: float = 1.0) -> At:
         """Where step number `step` (from 1) of `total` lies, for a training loop of one's own."""
-        phases = self.phases()
-        ends = boundaries(phases, total)
+        require(0 < step <= total, "step", step, f"from 1 to total, {total}")
+        ends = boundaries(phases := self.phases(), total)
         index = next(i for i, end in enumerate(ends) if step <= end)
         begin = ends[index - 1] if index else 0
         here, steps = step - begin, ends[index] - begin

@@ -49,7 +49,6 @@ replaces, and one of the latent vector, which nothing does, are worth what they 
 Unknown: all of this, the paper's nets and its numbers.
 """
 
-import copy
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -63,9 +62,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
+from prunestudy.errors import require
 from prunestudy.methods.base import call
 from prunestudy.methods.search import Point, Search, placed
 from prunestudy.shrink import Group, axis_of
+from prunestudy.shrink.fold import copied
 from prunestudy.shrink.groups import CONSUMES
 
 
@@ -136,9 +137,9 @@ class ComponentAware(Search):
         alpha = torch.full((self.coefficients,), start).requires_grad_()
         optimizer = torch.optim.Adam([alpha], lr=self.lr)
         scale = self._width()
-        net, weights = self.small.dense, None
+        net, weights = copied(self.small.dense), None
         if self.recover:
-            net = copy.deepcopy(net).requires_grad_(True)
+            net.requires_grad_(True)
             weights = torch.optim.Adam(net.parameters(), lr=self.recover_lr)
         for step in range(self.steps):
             done = step / self.steps
@@ -176,7 +177,7 @@ class ComponentAware(Search):
         """With `recover`, the small net after its first steps of fine-tuning."""
         net = super().candidate(kept)
         if self.recover:
-            net = copy.deepcopy(net).requires_grad_(True)
+            net = copied(net).requires_grad_(True)
             optimizer = torch.optim.Adam(net.parameters(), lr=self.recover_lr)
             for x, y in self.context.batches(self.recover):
                 optimizer.zero_grad()
@@ -203,6 +204,7 @@ class ComponentAware(Search):
             if form is not None:
                 short = torch.relu(limit.share(form(output, x, y)))
                 loss = loss + self.strength * short.square()
+        require(bool(loss.isfinite()), "train", "a batch", "its loss is not finite")
         return loss, 1 - self.channels.cost(torch.cat(masks).cpu()) / self.channels.dense
 
     def soft_masks(self, numbers: Tensor, temperature: float) -> list[Tensor]:

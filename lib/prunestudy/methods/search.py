@@ -5,7 +5,6 @@ Parameters are counted, not channels: half of all channels are three quarters of
 and a channel of one group may cost twenty times one of another.
 """
 
-import copy
 import math
 from abc import ABC, abstractmethod
 from bisect import bisect_left
@@ -24,6 +23,7 @@ from prunestudy.methods.base import Context, Method, call, mean_loss
 from prunestudy.methods.channel_controls import GroupL2, importance, taylor
 from prunestudy.methods.channels import Channels, become
 from prunestudy.shrink import ComponentGroup, Narrow, component_groups, remove_groups
+from prunestudy.shrink.fold import copied
 
 
 class _Budget:
@@ -170,7 +170,7 @@ class Search(Method, ABC):
         if self.importance == "group_l2":
             score = importance(self.channels, dense, GroupL2.measure)
             return list(score.split([group.channels for group in self.channels.groups]))
-        net = copy.deepcopy(dense).requires_grad_(True)
+        net = copied(dense).requires_grad_(True)
         for _ in range(self.taylor_batches):
             x, y = next(self.batches)
             net.zero_grad()

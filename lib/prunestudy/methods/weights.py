@@ -1,6 +1,5 @@
 """Controls on single weights, which all rank over the net at once and keep exactly the target."""
 
-import copy
 from typing import Annotated, Any
 
 import torch
@@ -11,6 +10,7 @@ from prunestudy.errors import require
 from prunestudy.methods.base import At, Context, Phase, call, then_fine_tune
 from prunestudy.methods.masks import Mask, Masked, Scope, kept_count, layers_in
 from prunestudy.methods.steering import Steering
+from prunestudy.shrink.fold import copied
 
 
 class Magnitude(Masked):
@@ -134,7 +134,7 @@ class Snip(Masked):
         batch = next(context.batches(1), None)
         require(batch is not None, "context.train", "no batch", "batches (x, y)")
         # A copy: batch norm must not count this batch, and frozen weights are rated as well.
-        net, (x, y) = copy.deepcopy(model).train().requires_grad_(True), batch
+        net, (x, y) = copied(model).train().requires_grad_(True), batch
         weights = [layer.weight for layer in layers_in(net, self.scope).values()]
         loss = context.loss(call(net, x), x, y)
         gradients = torch.autograd.grad(loss, weights, materialize_grads=True)

@@ -2,10 +2,11 @@
 
 The log lists modules as [path, class, arguments]: the constructor's arguments for the layers of
 `_FIELDS`, the [name, class, arguments] of each part for a Sequential of these, and null for other
-modules, which a fresh net must have already; [path, "=", first] is another name of a tensor. Only
-layers of `_FIELDS` are ever made, and nothing is unpickled. Their weights, as matrices
-(out, everything else), are stored as compressed sparse rows (CSR) where this takes fewer bytes:
-values, column indices (int16 if they fit, else int32) and row pointers (int32).
+modules, which a fresh net must have already. A subclass of a layer has "of", the layer's class,
+among the arguments, and the fresh net's own is made as large; [path, "=", first] is another name
+of a tensor. Only layers of `_FIELDS` are ever made, and nothing is unpickled. Their weights, as
+matrices (out, everything else), are stored as compressed sparse rows (CSR) where this takes fewer
+bytes: values, column indices (int16 if they fit, else int32) and row pointers (int32).
 """
 
 import hashlib
@@ -18,6 +19,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from prunestudy.errors import InputError, path_of, require, written_whole
 from prunestudy.shrink.csr import CsrLinear, csr_arrays
@@ -35,7 +37,7 @@ _FIELDS: dict[type[nn.Module], str] = {
     **dict.fromkeys(CONVOLUTIONS, f"{_CONV} bias"),
     **dict.fromkeys(TRANSPOSED, f"{_CONV} output_padding bias"),
     nn.Linear: "in_features out_features bias",
-    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), _NORM),
+    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm), _NORM),
     **dict.fromkeys((nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d), _NORM),
     nn.LayerNorm: "normalized_shape eps elementwise_affine bias",
     nn.GroupNorm: "num_groups num_channels eps affine",
@@ -61,7 +63,8 @@ def save(
     to keep with the net. Raises `InputError` for a path that no file can be written to, and
     naming a module or tensor that cannot be stored.
     """
-    texts, plain, name = dict(about or {}), fold(_module(net)), type(net).__name__
+    plain, name = fold(_module(net)), type(net).__name__
+    texts = dict(about or {}) if isinstance(about or {}, Mapping) else {None: about}
     right = all(type(each) is str for pair in texts.items() for each in pair)
     allowed = f"texts by name; {', '.join(_OURS)} are taken"
     require(right and not texts.keys() & set(_OURS), "about", about, allowed)
@@ -113,6 +116,8 @@ def about(path: str | Path) -> dict[str, str]:
 
 def _module(net: Any) -> nn.Module:
     require(isinstance(net, nn.Module), "net", net, "a torch module")
+    lazy = any(map(is_lazy, (*net.parameters(), *net.buffers())))
+    require(not lazy, "net", type(net).__name__, "parameters without values: call it first")
     return net
 
 
@@ -132,7 +137,7 @@ def _log(plain: nn.Module, like: nn.Module | None) -> list[Entry]:
         if parts and type(other) is type(module) and parts == list(dict(other.named_children())):
             continue  # what differs is inside
         entry = _entry(path, module)
-        if entry[2] is not None:
+        if entry[2] is not None and "of" not in entry[2]:
             made = _made(*entry)
             allowed = f"has the tensors {_shapes(module)}, not those of {made}"
             require(_shapes(made) == _shapes(module), "module", path, allowed)
@@ -147,11 +152,15 @@ def _entry(path: str, module: nn.Module) -> Entry:
     kind = type(module)
     if path and kind is nn.Sequential and len(module):
         inner = [_entry(name, part) for name, part in module.named_children()]
-        rebuilt = all(each[2] is not None for each in inner) and len(inner) == len(module)
+        rebuilt = all(each[2] is not None and "of" not in each[2] for each in inner)
+        rebuilt = rebuilt and len(inner) == len(module)
         return [path, "Sequential", inner if rebuilt else None]
-    if kind not in _FIELDS:
+    of = next((cls for cls in kind.__mro__ if cls in _FIELDS), None)
+    if of is None:
         return [path, kind.__name__, None]
-    values = {field: getattr(module, field) for field in _FIELDS[kind].split()}
+    values = {field: getattr(module, field) for field in _FIELDS[of].split()}
+    if of is not kind:
+        values["of"] = of.__name__
     if "bias" in values:
         values["bias"] = module.bias is not None
     # As JSON gives it back.
@@ -182,19 +191,31 @@ def _replayed(net: nn.Module, log: list[Entry]) -> nn.Module:
             there = net.get_submodule(path)
         except AttributeError:
             raise ValueError(f"{path!r} is a {kind}, here absent") from None
-        if type(there).__name__ != kind and (arguments is None or not path):
+        if type(there).__name__ != kind and (arguments is None or not path or "of" in arguments):
             raise ValueError(f"{path or 'the whole'!r} is a {kind}, here a {type(there).__name__}")
         if arguments is not None and _entry(path, there) != [path, kind, arguments]:
-            new = _made(path, kind, arguments)
+            own = "of" in arguments
+            new = _resized(there, **arguments) if own else _made(path, kind, arguments)
             if not path:
                 return new
             replace(net, path, new)
     return net
 
 
+def _resized(layer: nn.Module, of: str, **arguments: Any) -> nn.Module:
+    """`layer`, of a subclass, made as large as one `of` the class below with `arguments`."""
+    made = _made("", of, arguments)
+    if not isinstance(layer, type(made)):
+        raise ValueError(f"a {type(layer).__name__} that is no {of}")
+    layer._parameters.update(made._parameters)
+    layer._buffers.update(made._buffers)
+    vars(layer).update({name: v for name, v in vars(made).items() if not name.startswith("_")})
+    return layer
+
+
 def _fill(net: nn.Module, tensors: dict[str, Tensor], ties: dict[str, str]) -> None:
     """Give `net` the tensors of the file, of the same names and shapes."""
-    dense = {name: tensor for name, tensor in tensors.items() if ":" not in name}
+    dense = {n: tensor for n, tensor in tensors.items() if n.rpartition(":")[2] not in _CSR}
     for name, like in net.state_dict().items():
         if f"{name}:values" in tensors:
             dense[name] = _dense(*(tensors[f"{name}:{part}"] for part in _CSR), like.shape)

@@ -3,13 +3,15 @@
 import copy
 from collections.abc import Iterator
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
+from torch.overrides import TorchFunctionMode
 
-from prunestudy.errors import require
+from prunestudy.errors import InputError, first_line, require
 
 
 def fold(model: nn.Module) -> nn.Module:
@@ -31,9 +33,22 @@ def fold(model: nn.Module) -> nn.Module:
 
 
 def copied(model: nn.Module) -> nn.Module:
-    """A deep copy of `model`, without the history of tensors that a forward pass left on it."""
-    values = [t for m in model.modules() for t in m.__dict__.values() if isinstance(t, Tensor)]
-    return copy.deepcopy(model, {id(t): t.detach().clone() for t in values})
+    """A deep copy without the history of tensors; `InputError` for a net with a lock or a file."""
+    try:
+        with _Detached():
+            return copy.deepcopy(model)
+    except Exception as error:  # whatever a net may hold
+        line = f"cannot be copied: {first_line(error)}"
+        raise InputError(f"model = {type(model).__name__!r}: {line}") from error
+
+
+class _Detached(TorchFunctionMode):
+    """Tensors that have a history are copied without it, wherever they are kept."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None):
+        if func is Tensor.__deepcopy__ and args[0].requires_grad:
+            return args[0].detach().clone()
+        return func(*args, **(kwargs or {}))
 
 
 def require_net(model: object) -> None:

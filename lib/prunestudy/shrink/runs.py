@@ -92,7 +92,8 @@ def outputs_of(
 
     With `strict` the net may not read values of tensors other than its own.
     """
-    known = {t.untyped_storage().data_ptr() for t in net.state_dict().values()} if strict else set()
+    own = tensors_of(net.state_dict()) if strict else []
+    known = {t.untyped_storage().data_ptr() for t in own}
     usual = torch.get_default_dtype()
     torch.set_default_dtype(dtype_of(net))
     try:
@@ -105,7 +106,7 @@ def outputs_of(
 
 def dtype_of(net: nn.Module) -> torch.dtype:
     """The precision of the first floating-point tensor of `net`."""
-    kinds = (t.dtype for t in net.state_dict().values() if t.is_floating_point())
+    kinds = (t.dtype for t in tensors_of(net.state_dict()) if t.is_floating_point())
     return next(kinds, torch.get_default_dtype())
 
 
@@ -138,7 +139,7 @@ def drawn(example: tuple[Tensor, ...], net: nn.Module) -> tuple[Tensor, ...]:
     Random numbers in 0-1, most of them small; integers and booleans are those of `example`.
     """
     generator = torch.Generator().manual_seed(0)
-    device = next((t.device for t in net.state_dict().values()), torch.device("cpu"))
+    device = next((t.device for t in tensors_of(net.state_dict())), torch.device("cpu"))
     made = []
     for x in example:
         new = torch.cat([x.detach(), x.detach()])[:2]

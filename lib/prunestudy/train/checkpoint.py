@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save
 from torch.serialization import default_restore_location
 
 from prunestudy.errors import InputError
+from prunestudy.shrink.runs import tensors_of
 
 _MAGIC = b"prunestudy checkpoint 1\n"
 
@@ -56,3 +58,9 @@ def read_checkpoint(
         way_out = "delete it to start this run again"
         raise InputError(f"checkpoint = {path.name!r} of {run}: {wrong}; {way_out}")
     return state
+
+
+def digest_of(tree: Any) -> str:
+    """The SHA-256 of all tensors of nested lists and dicts."""
+    plain = [torch.empty(t.shape, dtype=t.dtype).copy_(t.detach()) for t in tensors_of(tree)]
+    return hashlib.sha256(save({str(i): t for i, t in enumerate(plain)})).hexdigest()

@@ -24,7 +24,7 @@ class Loader:
         allowed = "batches (x, y) with a length, such as a DataLoader"
         require(hasattr(batches, "__iter__"), parameter, type(batches).__name__, allowed)
         try:
-            self.steps, self._batches = len(batches), batches
+            self.steps, self.given = len(batches), batches
         except TypeError:  # also a DataLoader over an iterable dataset
             raise InputError(f"{parameter} = {type(batches).__name__!r}: {allowed}") from None
         require(self.steps > 0, parameter, f"{type(batches).__name__} of length 0", allowed)
@@ -34,30 +34,32 @@ class Loader:
         """The batches of epoch number `epoch` (from 0), from batch `start` on."""
         first = epoch * self.steps
         seed_default(mix(self._seed, first), self._device)
-        batches = iter(self._batches)
+        batches = iter(self.given)
         for step in range(self.steps):
             # The permutation is drawn with the first batch, and augmentation with each.
             seed_default(mix(self._seed, first + step), self._device)
             batch = next(batches, None)
             if batch is None:
                 short = f"ends after {step} batches, its length is {self.steps}"
-                raise InputError(f"{self._parameter} = {type(self._batches).__name__!r}: {short}")
+                raise InputError(f"{self._parameter} = {type(self.given).__name__!r}: {short}")
             if step >= start:
                 yield self._checked(batch)
 
     def ordered(self, size: int | None = None) -> Iterator[Batch]:  # noqa: ARG002
         """All batches once; their size is the loader's own."""
         seed_default(mix(self._seed, 0), self._device)
-        yield from map(self._checked, self._batches)
+        yield from map(self._checked, self.given)
 
     def _checked(self, batch: Any) -> Batch:
         pair = isinstance(batch, list | tuple) and len(batch) == 2
         shown = f"a batch that is {type(batch).__name__}"
         require(pair, self._parameter, shown, "batches are pairs (x, y)")
-        tensors = tree_leaves(batch[0])
+        tensors, labels = map(tree_leaves, batch)
         shown = [tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__ for t in tensors]
         right = all(isinstance(t, Tensor) and t.dim() and len(t) for t in tensors)
         alike = right and len({len(t) for t in tensors}) == 1
         allowed = "x is a tensor (n, ...), or tensors of the same n of at least 1"
         require(alike, self._parameter, shown, allowed)
+        number = any(isinstance(t, Tensor) and not t.dim() for t in labels)
+        require(not number, self._parameter, "a y that is one number", "a y for each sample")
         return moved(tuple(batch), self._device)

@@ -26,8 +26,7 @@ from prunestudy.train.checkpoint import write_checkpoint
 from prunestudy.train.process import seed_default
 from prunestudy.train.recipe import Recipe
 
-# A checkpoint may take this share of the training's time.
-_MOST_SAVING = 0.02
+_MOST_SAVING = 0.02  # the share of the training's time that checkpoints may take
 
 
 @dataclass
@@ -73,8 +72,7 @@ class Loop:
         if recipe.one_schedule:
             self.phases = tuple(Phase(each.name, each.share) for each in self.phases)
         self.ends = boundaries(self.phases, self.total)
-        self.state = _State()
-        self.diverged = False
+        self.state, self.diverged, self.known = _State(), False, {}
         self.optimizers: list[torch.optim.Optimizer] = []
         # What a step reads of the host, and the sum of the losses: the same tensors throughout.
         self._share, self._lr, self._sum = (scalar(0.0, self.device) for _ in range(3))
@@ -179,6 +177,8 @@ class Loop:
         """Do what a step does on the device, which can be captured; the loss, 0-d."""
         try:
             loss = self._backward(*(self._made(batch) if self._made else batch))
+        except InputError:
+            raise
         except Exception as error:  # whatever a net or a loss may raise
             name = f"batch {(self.state.step - 1) % self.train.steps}"
             raise InputError(f"train = {name!r}: cannot be used: {first_line(error)}") from error
@@ -210,6 +210,7 @@ class Loop:
             part, labels = tree_map_only(Tensor, lambda t, b=begin: t[b : b + size], (x, y))
             with torch.autocast(self.device.type, torch.bfloat16, **on):
                 loss = self.context.loss(call(self.model, part), part, labels)
+            require(loss.requires_grad, "loss", "a number without gradient", "one of the output")
             (loss * share).backward()
             found.append(loss.detach().double() * share)
         return loss.detach() if share == 1 else torch.stack(found).sum()
@@ -270,6 +271,7 @@ class Loop:
         going = self.state.phase >= 0 and self.state.step < self.ends[self.state.phase]
         return {
             "state": vars(self.state),
+            "known": self.known,
             "sum": (self._sum, self._count),
             "model": self.model.state_dict(),
             "optimizers": [o.state_dict() for o in self.optimizers] if going else [],

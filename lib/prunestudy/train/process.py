@@ -119,7 +119,7 @@ def gang(trainings: Iterable[Steps[_T] | None], size: int = 1, steps: int = 1) -
                 return
             training, turn = going.popleft()
             try:
-                with turn:
+                with turn, torch.inference_mode(False):  # gradients, wherever it is called
                     # A training that gives False would next wait for the device.
                     for _ in range(steps):
                         if next(training) is False:

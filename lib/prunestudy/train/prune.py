@@ -17,10 +17,10 @@ from prunestudy.errors import InputError, first_line, require, writable_file
 from prunestudy.measure import Metrics
 from prunestudy.measure.forward import device_of, evaluating
 from prunestudy.measure.forward import run as run_on
-from prunestudy.methods.base import Context, Method, moved
+from prunestudy.methods.base import Batch, Context, Method, call, moved
 from prunestudy.methods.probes import Probe
 from prunestudy.shrink.fold import copied, require_net
-from prunestudy.train.checkpoint import read_checkpoint
+from prunestudy.train.checkpoint import digest_of, read_checkpoint
 from prunestudy.train.loaders import Loader
 from prunestudy.train.loop import Loop
 from prunestudy.train.process import Steps, gang, keep_freed_memory, set_arithmetic, use_own_stream
@@ -30,6 +30,7 @@ from prunestudy.train.score import Metric, Score, checked_loss, default_metric
 from prunestudy.values import inputs, plain
 
 _APART = 100  # times the mean |w| of the start: a training that works comes nowhere near
+_AGAIN = "has pruned a net already: make a new one"
 
 
 def pruning(
@@ -54,9 +55,9 @@ def pruning(
 ) -> Steps[Result]:
     """`prune` by steps, for `gang`: gives what `Loop.steps` does, and returns the `Result`."""
     recipe = recipe or Recipe(epochs=10, lr=0.05)
-    _require_kinds(model, method, recipe, precision)
+    given = {"method": method, "recipe": recipe, "metrics": metrics, "probe": probe}
+    _require_kinds(model, precision, **given, checkpoint_seconds=plain(checkpoint_seconds))
     require(metric is None or callable(metric), "metric", metric, "a function of (model, batches)")
-    require(isinstance(metrics, Metrics | None), "metrics", type(metrics).__name__, "a Metrics")
     seed, device = _seed(seed), _device(device_of(model) if device is None else device)
     train = train if hasattr(train, "epoch") else Loader(train, seed, device, "train")
     if validation is not None and not hasattr(validation, "ordered"):
@@ -68,7 +69,7 @@ def pruning(
     keep_freed_memory()
     set_arithmetic(precision == "tf32")
     use_own_stream(device)
-    x, y = tree_map_only(Tensor, lambda t: t[:2], next(iter(train.ordered(2))))
+    x, y = _two(train)[1]
     example = moved(inputs(_arguments(model, x) if example is None else example), device)
     net = _on_device(model, device, example)
     loss = checked_loss(loss, net, x, y)
@@ -81,13 +82,13 @@ def pruning(
     if validation is not None:
         context.score = lambda net: next(iter(score(net).values()))
         context.validation = lambda: validation.ordered(512)
+        score.try_first(net)
     method.check(net)
-    used = getattr(method, "used", False)
-    require(not used, "method", method.name, "has pruned a net already: make a new one")
-    method.used = True
+    require(not method.attached, "method", method.name, _AGAIN)
+    known = _known(model, net, loss, train) if path else {}
     loop = Loop(net, method, recipe, train, context, score, probe, seed=seed, precision=precision)
     if path:
-        _resume(loop, path, mark)
+        _resume(loop, path, mark, known)
     with tqdm(total=loop.total, initial=loop.state.step, disable=not show, desc=run) as bar:
         for row in loop.steps(path, checkpoint_seconds, mark):
             bar.update()
@@ -121,9 +122,10 @@ def prune(*args: Any, **settings: Any) -> Result:
 
     With a `checkpoint` path the state of `run` (by default a hash of the settings) is saved every
     `checkpoint_seconds` or less often (see `Loop.steps`), and an interrupted training goes on from
-    there. A loss that is not finite ends the training with status "diverged"; weights that grew a
-    hundredfold make it "came_apart". Raises `InputError`
-    for what cannot be used, before any training but for batches that come later.
+    there; the model's weights, the number of batches, the first batch (unless it is drawn anew) and
+    its loss must be the same. A loss that is not finite ends the training with status "diverged";
+    weights that grew a hundredfold make it "came_apart". Raises `InputError` for what cannot be
+    used, before any training but for batches that come later.
     """
     return next(gang([pruning(*args, **settings)]))
 
@@ -157,14 +159,38 @@ def shrink_to(
     return method.finish(net, context).requires_grad_(True).train(model.training)
 
 
-def _resume(loop: Loop, path: Path, run: str) -> None:
+def _resume(loop: Loop, path: Path, run: str, known: dict[str, Any]) -> None:
+    loop.known = known
     saved = read_checkpoint(path, run, loop.device)
+    there = saved.get("known", {}) if saved else {}
+    other = next((name for name in known if there.get(name, known[name]) != known[name]), None)
+    line = f"of another {other}; delete it to start this run again"
+    require(other is None, "checkpoint", path.name, line)
     try:
         if saved:
             loop.load(saved)
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         line = "of another net, method or recipe; delete it to start this run again"
         raise InputError(f"checkpoint = {path.name!r}: {line}") from error
+
+
+def _known(model: nn.Module, net: nn.Module, loss: Callable, train: Any) -> dict[str, Any]:
+    """What a checkpoint says of model, data and loss; of the first batch what is not drawn anew."""
+    found, where = [], device_of(net).type  # each device rounds in its own way
+    for _ in range(2):
+        whole, (x, y) = _two(train)
+        with evaluating(net), torch.no_grad():
+            value = f"{float(loss(call(net, x), x, y)):.1e}"
+        found.append({(f"first batch on {where}", digest_of(whole)), ("loss", value)})
+    same = dict(sorted(found[0] & found[1]))
+    return {"model": digest_of(model.state_dict()), "number of batches": train.steps, **same}
+
+
+def _two(train: Any) -> tuple[Batch, Batch]:
+    """The first batch, and its first two samples."""
+    first = next(iter(train.ordered(2)), None)
+    require(first is not None, "train", "no batch", "batches (x, y)")
+    return first, tree_map_only(Tensor, lambda t: t[:2], first)
 
 
 def _seed(seed: Any) -> int:
@@ -188,9 +214,12 @@ def _arguments(model: nn.Module, x: Any) -> Any:
     if not isinstance(x, dict):
         return tuple(x) if isinstance(x, list) else x
     try:
-        return inspect.signature(model.forward).bind(**x).args
+        bound = inspect.signature(model.forward).bind(**x)
     except TypeError as error:
         raise InputError(f"train = {sorted(x)}: not what forward takes: {error}") from None
+    line = f"{sorted(bound.kwargs)} by keyword only, or behind an argument that is not given"
+    require(not bound.kwargs, "train", sorted(x), f"forward takes {line}: no trace follows")
+    return bound.args
 
 
 def _on_device(model: nn.Module, device: torch.device, example: tuple[Tensor, ...]) -> nn.Module:
@@ -215,12 +244,15 @@ def _require_there(device: torch.device, **given: Any) -> None:
         require(there == device.type, name, f"batches on {there}", f"on {device.type}, as the net")
 
 
-def _require_kinds(model: Any, method: Any, recipe: Any, precision: Any) -> None:
+def _require_kinds(model: Any, precision: Any, **given: Any) -> None:
     require_net(model)
-    for name, value, kind, allowed in (
-        ("method", method, Method, "a method such as GDP(target=0.5)"),
-        ("recipe", recipe, Recipe, "a Recipe"),
+    for name, kind, allowed in (
+        ("method", Method, "a method such as GDP(target=0.5)"),
+        ("recipe", Recipe, "a Recipe"),
+        ("metrics", Metrics | None, "a Metrics"),
+        ("probe", Probe | None, "a Probe"),
+        ("checkpoint_seconds", float | int, "a number"),
     ):
-        require(isinstance(value, kind), name, type(value).__name__, allowed)
+        require(isinstance(given[name], kind), name, type(given[name]).__name__, allowed)
     allowed = ("fp32", "tf32", "bf16")
     require(precision in allowed, "precision", precision, f"allowed are {', '.join(allowed)}")

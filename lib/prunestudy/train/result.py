@@ -65,7 +65,8 @@ class Result:
             ("MACs", lambda net: measure.macs(net, moved(self.example, device_of(net)))),
         ):
             was, now = count(dense), count(small)
-            yield f"{name}: {was:,} -> {now:,} ({1 - now / was:.1%} removed)"
+            gone = 1 - now / was if was else 0.0
+            yield f"{name}: {was:,} -> {now:,} ({gone:.1%} removed)"
         before, now = self.score(dense.to(self.example[0].device)), self.score(small)
         for name, value in now.items():
             yield f"validation {name}: {before[name]:.4f} -> {value:.4f}"

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from prunestudy.errors import InputError, first_line, require
 from prunestudy.measure.forward import evaluating
 from prunestudy.methods.base import Batch, call, mean_loss
+from prunestudy.shrink.fold import copied
 
 Metric = Callable[[nn.Module, Any], float | Mapping[str, float]]
 
@@ -36,6 +38,19 @@ class Score:
                 mean = lambda: mean_loss(model, self.loss, read())  # noqa: E731
                 found["loss"] = _tried("loss", self.loss, mean)
         return found
+
+    def try_first(self, model: nn.Module) -> None:
+        """Raise `InputError` for validation or a metric that cannot be used; it changes nothing."""
+        with torch.random.fork_rng(devices=[]), evaluating(net := copied(model)):
+            batch = next(iter(self.batches.ordered(512)), None)
+            require(batch is not None, "validation", "no batch", "batches (x, y)")
+            given = getattr(self.batches, "given", self.batches)
+            try:
+                self(net, [batch])
+            except InputError:  # the batch may be wrong; and a metric may need more than one
+                own, mean = self.metric not in (None, top1), partial(mean_loss, net, self.loss)
+                _tried("validation", given, lambda: call(net, batch[0]) if own else mean([batch]))
+                self(net)
 
 
 def top1(model: nn.Module, batches: Any) -> dict[str, float]:
