@@ -20,6 +20,7 @@ from prunestudy.measure.forward import run as run_on
 from prunestudy.methods.base import Context, Method, moved
 from prunestudy.methods.probes import Probe
 from prunestudy.shrink.fold import copied, require_net
+from prunestudy.shrink.remove import trainable_as
 from prunestudy.train.checkpoint import read_checkpoint
 from prunestudy.train.loaders import Loader
 from prunestudy.train.loop import Loop
@@ -152,7 +153,7 @@ def shrink_to(
     context = Context(example, generator=generator)
     method.check(net)
     method.attach(net, context)
-    return method.finish(net, context).requires_grad_(True).train(model.training)
+    return trainable_as(model, method.finish(net, context))
 
 
 def _resume(loop: Loop, path: Path, run: str) -> None:
