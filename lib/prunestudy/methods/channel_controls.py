@@ -16,7 +16,7 @@ from torch_pruning.pruner.importance import (
     MagnitudeImportance,
 )
 
-from prunestudy.errors import require
+from prunestudy.errors import InputError, require
 from prunestudy.measure.forward import inputs_for
 from prunestudy.methods.base import At, Context, Phase, call, then_fine_tune
 from prunestudy.methods.channels import Channelled, Channels, become
@@ -255,7 +255,11 @@ def _ranking(channels: Channels, net: nn.Module, measure: Any) -> Tensor:
         for module in net.modules():
             if getattr(module, "groups", 1) > 1 and not is_depthwise(module):
                 _make_dense(module)
-        scores = [measure(each).cpu() for each in slices]
+        try:
+            scores = [measure(each).cpu() for each in slices]
+        except IndexError as error:  # it is wrong about the net's channels
+            name, why = type(net).__name__, "its channels cannot be ranked: take by='random'"
+            raise InputError(f"model = {name!r}: {why}") from error
     found = zip(scores, roots, strict=True)
     return torch.cat([score[torch.tensor(root.indices)].mean(1) for score, root in found])
 

@@ -70,8 +70,9 @@ def remove_groups(
     """
     plain = fold(model)
     small = Narrow(plain, groups)(kept)
-    batch = drawn(inputs(example), plain.double())
-    gap = Gated(plain, groups, batch).gap(fold(small).double(), kept)
+    example = inputs(example)
+    batch = drawn(example, plain.double())
+    gap = Gated(plain, groups, batch, example).gap(fold(small).double(), kept)
     require(not gap, "model", type(model).__name__, f"the smaller net differs: {gap}")
     return small
 
