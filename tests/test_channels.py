@@ -246,6 +246,39 @@ def test_importance_by_hand():
     assert sizes.isfinite().tolist() == [True] * 6 + [False] * 7
 
 
+def test_importance_of_grouped_convolutions_by_hand():
+    net = nn.Sequential(
+        nn.Conv2d(1, 8, 1), nn.ConvTranspose2d(8, 12, 3, groups=4), nn.Conv2d(12, 2, 1)
+    )
+    channels = Channels(net, torch.zeros(2, 1, 4, 4), "macs")
+    first, second, third = (layer.weight.detach() for layer in net)
+
+    def even(score):
+        return score / score.mean()
+
+    # a channel is at one place of each group; those of the first group are two, of the second three
+    squares = even(first.square().sum((1, 2, 3)) + second.square().sum((1, 2, 3)))
+    filters = second.square().unflatten(0, (4, 2)).sum((1, 3, 4)).flatten()
+    both = even(filters + third.square().sum((0, 2, 3)))
+    expected = torch.cat([squares.view(4, 2).mean(0), both.view(4, 3).mean(0)])
+    found = importance(channels, net, GroupL2.measure)
+    torch.testing.assert_close(found, expected)
+    sums = even(second.abs().sum((0, 2, 3)))
+    torch.testing.assert_close(importance(channels, net, L1Filter.measure)[2:], sums)
+
+
+@pytest.mark.parametrize("name", ["l1_filter", "group_l2", "taylor_channels"])
+def test_rankings_take_channel_multipliers_other_precisions_and_no_grad(name):
+    layers = nn.Conv2d(1, 8, 1), nn.Conv2d(8, 16, 3, groups=8), nn.Conv2d(16, 2, 1), nn.Flatten()
+    net, x = nn.Sequential(*layers, nn.Linear(8, 2)), torch.randn(2, 1, 4, 4)
+    method, context = methods.build(name, {}, 0.3), context_of(x)
+    context.example = (x.double(),)
+    with torch.set_grad_enabled(name == "taylor_channels"):
+        method.attach(net, context)
+    assert method.report()["target_met"]
+    assert net[1].out_channels == 8
+
+
 def test_taylor_by_hand():
     net = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 1, bias=False))
     net[0].weight.data = torch.tensor([[1.0, 2.0], [3.0, -1.0]])

@@ -557,5 +557,12 @@ def test_a_smaller_net_in_one_line():
         assert small.stem.out_channels < 8 or small.body.out_channels < 16
     sparse = ps.shrink_to(net, 0.5, x, of="sparsity", by="magnitude")
     assert int(sparse.head.weight.count_nonzero()) < 64
+    assert [p.requires_grad for p in small.parameters()] == [True] * 8
+    net.stem.requires_grad_(False)
+    net.norm.eval()
+    for of, by in (("macs", "group_l2"), ("sparsity", "magnitude")):
+        small = ps.shrink_to(net, 0.4, x, of=of, by=by)
+        assert [p.requires_grad for p in small.parameters()] == [False, False] + [True] * 6
+        assert [m.training for m in small.modules()] == [m.training for m in net.modules()]
     with pytest.raises(ps.InputError, match="by = 'gdp': allowed are"):
         ps.shrink_to(net, 0.5, x, by="gdp")

@@ -480,6 +480,23 @@ def test_hard_concrete_keeps_the_largest_gates_at_the_target():
     assert len(made.probe.losses()) == 16
 
 
+class Up(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.down, self.up = nn.Conv2d(1, 8, 3, 2, 1), nn.ConvTranspose2d(8, 6, 3, 2, 1)
+        self.out = nn.Conv2d(6, 2, 1)
+
+    def forward(self, x):
+        return self.out(input=self.up(self.down(x).relu(), output_size=x.shape[2:]))
+
+
+def test_gated_layers_may_be_called_by_keyword():
+    net = Up()
+    method, x = prepared(net), torch.randn(2, 1, 8, 8)
+    assert method.finish(net, context_of(x))(x).shape == (2, 2, 8, 8)
+    assert method.report()["target_met"]
+
+
 def test_gates_are_judged_at_the_last_closing():
     _, method = steered(1e6, {"eps_start": 0.01, "eps_end": 0.01}, target=0.3)
     set_gates(method, [0.01, 0.05, 1.0])

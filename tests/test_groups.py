@@ -1,6 +1,8 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
-from conftest import BatchNormNet, one_line, refused
+from conftest import BatchNormNet, one_line, refusal, refused
 from matplotlib import pyplot as plt
 from torch import nn
 from torch.nn.utils import parametrizations
@@ -255,3 +257,19 @@ def test_a_group_that_does_not_exist():
 @pytest.mark.parametrize("example", [8, (1, 8, 8), (), torch.zeros(0, 1, 8, 8)])
 def test_inputs_that_are_no_batch(example):
     refused(lambda: shrink.groups(BatchNormNet(), example), "example = ", "an input batch (n, ...)")
+
+
+def test_examples_and_outputs_without_dense_values():
+    x = torch.zeros(2, 1, 8, 8)
+    for odd, kind in (
+        (x.to("meta"), "strided tensor on meta"),
+        (x.to_sparse(), "sparse_coo tensor on cpu"),
+    ):
+        line = refusal(lambda odd=odd: shrink.groups(BatchNormNet(), odd))
+        assert line == f"example = 'torch.{kind}': dense tensors with values"
+    model = Net(
+        lambda n, x: SimpleNamespace(logits=n.b(n.a(x))), a=nn.Linear(8, 4), b=nn.Linear(4, 2)
+    )
+    line = "output: has no tensor that can be compared"
+    assert refusal(lambda: shrink.groups(model, x)) == line
+    assert refusal(lambda: shrink.folded(model, x)) == line

@@ -1,12 +1,13 @@
 """Nets that dependency graphs get wrong: the small net is the gated one, or the module is named."""
 
 import copy
+import random
 import re
 import warnings
 
 import pytest
 import torch
-from conftest import BatchNormNet, apart, one_line, refused
+from conftest import BatchNormNet, apart, one_line, refusal, refused
 from test_groups import Net
 from torch import nn
 from torch.nn import functional as F
@@ -59,6 +60,13 @@ class Only(nn.Module):
 
     def forward(self, *x):
         return self.function(*x)
+
+
+class InTraining(Only):
+    """Runs it in training mode alone."""
+
+    def forward(self, x):
+        return self.function(x) if self.training else x
 
 
 class Auxiliary(nn.Module):
@@ -261,6 +269,41 @@ EXACT = {
         "a",
     ),
     "a branch on the batch": (after_a(Only(lambda x: x.tanh() if len(x) > 1 else x)), IMAGE, "a"),
+    "noise of any shape in training": (
+        after_a(InTraining(lambda x: x + torch.randn_like(x))),
+        IMAGE,
+        "a",
+    ),
+    "noise behind what is cut": (
+        net(
+            lambda n, x: n.m(n.c(n.a(x))),
+            a=conv(1, 8, 3),
+            c=conv(8, 3),
+            m=InTraining(torch.rand_like),
+        ),
+        IMAGE,
+        "a",
+    ),
+    "draws of Python in training": (after_a(InTraining(lambda x: x * random.random())), IMAGE, "a"),
+    "layers called by keyword": (
+        net(
+            lambda n, x: n.c(input=n.u(n.norm(input=n.a(x)), output_size=[8, 8])),
+            a=conv(1, 6, 3),
+            norm=nn.BatchNorm2d(6),
+            u=nn.ConvTranspose2d(6, 5, 3),
+            c=conv(5, 3),
+        ),
+        IMAGE,
+        "a u",
+    ),
+    "two channels eight times": (
+        lambda: nn.Sequential(
+            *(conv(1 if i == 0 else 2, 2) if j else nn.ReLU() for i in range(8) for j in (1, 0)),
+            conv(2, 3),
+        ),
+        IMAGE,
+        "0 10 12 14 2 4 6 8",
+    ),
     "a head of training": (lambda: Auxiliary(Only(lambda x: x.mean())), IMAGE, None),
 }
 # Nets that are refused: the net, its inputs, the module to blame.
@@ -331,6 +374,31 @@ REFUSED = {
         IMAGE,
         "m",
     ),
+    "noise of a fixed shape in training": (
+        after_a(InTraining(lambda x: x * torch.rand(8, 1, 1))),
+        IMAGE,
+        "m",
+    ),
+    "a fixed shape and draws of Python in training": (
+        after_a(InTraining(lambda x: x * torch.full((8, 1, 1), random.random()))),
+        IMAGE,
+        "m",
+    ),
+    "normalised in training, with noise": (
+        net(
+            lambda n, x: n.c(n.m(n.a(x))) + torch.rand(3, 1, 1),
+            a=conv(1, 8, 3),
+            m=InTraining(lambda x: F.normalize(x, dim=1)),
+            c=conv(8, 3),
+        ),
+        IMAGE,
+        "m",
+    ),
+    "normalised where the user's values are": (
+        after_a(Only(lambda x: torch.where(x.abs().amax() > 50, F.normalize(x, dim=1), x))),
+        1000 * torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)),
+        "m",
+    ),
     "a weight used twice": (tied, ROW, "3"),
     "a transposed weight": (tied_by_memory, ROW, "2"),
     "a head of layers in training": (lambda: Auxiliary(conv(8, 2)), IMAGE, "head"),
@@ -356,7 +424,8 @@ def small_and_gated(model, example, seed):
             if m.role == "produces":
                 keep.setdefault(m.layer, set(range(m.size))).difference_update(gone)
             if m.role == "consumes":
-                layer.weight.data[:, [i for i in gone if i < layer.weight.shape[1]]] = 0
+                weight = layer.weight.data.movedim(shrink.axis_of(layer, "in"), 1)
+                weight[:, [i for i in gone if i < weight.shape[1]]] = 0
     return shrink.remove(model, keep, example), gated
 
 
@@ -392,6 +461,30 @@ def test_what_cannot_be_pruned_is_named(name):
     with pytest.raises(InputError) as caught:
         shrink.groups(model, example)
     assert re.match(f"module = '({module})': ", one_line(caught)), one_line(caught)
+
+
+@pytest.mark.parametrize(
+    ("middle", "example"),
+    [
+        (lambda n, x: n.a(x) * (x > 10).all(1, keepdim=True), ROW),
+        (lambda n, x: n.a((x - 5).relu()), ROW),
+        (lambda n, x: n.a(x / 255), ROW.to(torch.uint8)),
+        (lambda n, x, mask: n.a(x) * mask, (torch.rand(2, 16), torch.zeros(2, 1) > 0)),
+        (lambda n, x, mask: n.a(x) * mask, (torch.rand(2, 16), torch.zeros(2, 1).long())),
+    ],
+)
+def test_channels_without_an_effect_are_not_proven(middle, example):
+    a, c = nn.Linear(16, 8, bias=False), nn.Linear(8, 3)
+    model = Net(lambda n, *x: n.c(F.normalize(middle(n, *x), dim=1)), a=a, c=c)
+    why = "with inputs as the example no output depends on what it reads of 'a'"
+    line = f"module = 'c': cannot be pruned: {why}, which proves nothing"
+    assert refusal(lambda: shrink.remove(model, {"a": [0, 1, 5]}, example)) == line
+
+
+def test_what_the_users_values_prove():
+    model = Net(lambda n, x: n.c(n.a((x - 5).relu())), a=nn.Linear(16, 8), c=nn.Linear(8, 3))
+    x = 100 * torch.rand(9, 16, generator=torch.Generator().manual_seed(0))
+    assert shrink.remove(model, {"a": [1, 5]}, x).c.in_features == 2
 
 
 def hooked(how):
@@ -440,6 +533,11 @@ def test_removal_by_layer_keeps_what_can_be_trained():
     assert [p.requires_grad for p in small.parameters()] == [False, *[True] * 8]
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     small(torch.randn(4, 1, 8, 8)).sum().backward()
+    layers = nn.ModuleDict({"original": nn.Linear(16, 8), "out": nn.Linear(8, 3)})
+    model = Net(lambda n, x: n.m.out(n.m.original(x)), m=layers)
+    parametrizations.weight_norm(model.m.out).requires_grad_(False)
+    small = shrink.remove(model.requires_grad_(False), {"m.original": [1]}, ROW)
+    assert not any(p.requires_grad for p in small.parameters())
 
 
 @pytest.mark.parametrize(
@@ -467,6 +565,8 @@ def test_producers_of_one_group_keep_the_same_channels():
 
 def test_channels_of_a_layer_norm_cannot_go_exactly():
     model = nn.Sequential(nn.Linear(16, 8), nn.LayerNorm(8), nn.Linear(8, 3))
+    by_keyword = Net(lambda n, x: n.m[2](input=n.m[1](input=n.m[0](x))), m=model)
+    assert [g.name for g in shrink.groups(by_keyword, ROW)] == ["m.0"]
     assert [g.name for g in shrink.groups(model, ROW)] == ["0"]
     refused(lambda: shrink.remove(model, {"0": [1, 2]}, ROW), "module = '1'", "statistics")
 

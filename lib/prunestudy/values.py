@@ -59,6 +59,10 @@ def inputs(example: "Tensor | tuple[Tensor, ...]") -> "tuple[Tensor, ...]":
     import torch  # late: planning does without it
 
     found = tuple(example) if isinstance(example, list | tuple) else (example,)
+    tensors = [x for x in found if isinstance(x, torch.Tensor)]
+    odd = [x for x in tensors if x.layout != torch.strided or x.is_nested or x.is_meta]
+    kind = next((f"{x.layout} tensor on {x.device}" for x in odd), "")
+    require(not odd, "example", kind, "dense tensors with values")
     batched = [isinstance(x, torch.Tensor) and x.dim() > 0 and len(x) > 0 for x in found]
     right = bool(found) and all(batched) and len({len(x) for x in found}) == 1
     shown = [tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__ for x in found]

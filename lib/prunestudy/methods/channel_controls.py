@@ -16,12 +16,14 @@ from torch_pruning.pruner.importance import (
     MagnitudeImportance,
 )
 
-from prunestudy.errors import require
+from prunestudy.errors import InputError, require
+from prunestudy.measure.forward import inputs_for
 from prunestudy.methods.base import At, Context, Phase, call, then_fine_tune
 from prunestudy.methods.channels import Channelled, Channels, become
 from prunestudy.methods.masks import Masked, Scope
 from prunestudy.shrink import axis_of, fold
 from prunestudy.shrink.groups import FOLLOWS, PRODUCES
+from prunestudy.shrink.layers import is_depthwise
 
 _NORM = nn.modules.batchnorm._BatchNorm
 
@@ -239,16 +241,40 @@ def scale_sizes(channels: Channels, model: nn.Module) -> Tensor:
 
 
 def _ranking(channels: Channels, net: nn.Module, measure: Any) -> Tensor:
-    example = channels.example
-    graph = torch_pruning.DependencyGraph().build_dependency(net, example, verbose=False)
-    found = []
-    for group in channels.groups:
-        root = group.having(PRODUCES)[0]
+    example = inputs_for(net, channels.example)
+    with torch.enable_grad():
+        graph = torch_pruning.DependencyGraph().build_dependency(net, example, verbose=False)
+    roots, slices = [group.having(PRODUCES)[0] for group in channels.groups], []
+    for root in roots:
         layer = net.get_submodule(root.layer)
         cut = graph.get_pruner_of_module(layer).prune_out_channels
-        score = measure(graph.get_pruning_group(layer, cut, list(range(root.size)))).cpu()
-        found.append(score[torch.tensor(root.indices)].mean(1))
-    return torch.cat(found)
+        slices.append(graph.get_pruning_group(layer, cut, list(range(root.size))))
+    try:
+        scores = [measure(each).cpu() for each in slices]
+    except IndexError:  # it takes some convolutions of several groups for dense ones
+        for module in net.modules():
+            if getattr(module, "groups", 1) > 1 and not is_depthwise(module):
+                _make_dense(module)
+        try:
+            scores = [measure(each).cpu() for each in slices]
+        except IndexError as error:  # it is wrong about the net's channels
+            name, why = type(net).__name__, "its channels cannot be ranked: take by='random'"
+            raise InputError(f"model = {name!r}: {why}") from error
+    found = zip(scores, roots, strict=True)
+    return torch.cat([score[torch.tensor(root.indices)].mean(1) for score, root in found])
+
+
+def _make_dense(layer: nn.Module) -> None:
+    """Give a convolution of several groups the kernel (and gradient) of one, zero between them."""
+    weight, eye = layer.weight, torch.eye(layer.groups).to(layer.weight)
+
+    def dense(t: Tensor) -> Tensor:
+        blocks = t.detach().unflatten(0, (layer.groups, -1))
+        return torch.einsum("grc...,gh->grhc...", blocks, eye).flatten(2, 3).flatten(0, 1)
+
+    layer.weight = nn.Parameter(dense(weight))
+    layer.weight.grad = None if weight.grad is None else dense(weight.grad)
+    layer.groups = 1
 
 
 def _scales(model: nn.Module) -> list[nn.Parameter]:

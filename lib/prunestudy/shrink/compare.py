@@ -9,60 +9,83 @@ import torch
 from torch import Tensor, nn
 
 from prunestudy.shrink.groups import CONSUMES, Group
-from prunestudy.shrink.runs import first_line, outputs_of, watching
+from prunestudy.shrink.runs import first_line, given, outputs_of, watching
 
 _LIMIT = 1e-9  # in float64, of the largest output
+Batch = tuple[Tensor, ...]
 
 
 class Gated:
-    """A net in float64 that reads zeros in place of the channels that are not kept."""
+    """A net in float64 that reads zeros in place of the channels that are not kept.
 
-    def __init__(self, net: nn.Module, groups: Sequence[Group], batch: tuple[Tensor, ...]) -> None:
-        self.net, self.groups, self.two = net, groups, batch
-        self.one = tuple(x[:1] for x in batch)
+    `two` are random inputs, `example` is the user's.
+    """
+
+    def __init__(self, net: nn.Module, groups: Sequence[Group], two: Batch, example: Batch) -> None:
+        self.net, self.groups, self.two = net, groups, two
+        self.batches = [tuple(x[:1] for x in two), given(example, two)]
 
     def gap(self, small: nn.Module, kept: Sequence[Tensor], training: bool = True) -> str:
         """How `small` fails or differs with the channels `kept` of each group; empty if it doesn't.
 
-        In eval mode on one input; with `training` also on two, in training mode where it is
-        defined. `small` may change its batch-norm statistics.
+        In eval mode on one input and on the user's; with `training` also on two, in training mode
+        where it is defined. Nets that draw other random numbers there only have to run. `small` may
+        change its batch-norm statistics.
         """
-        gap = self._gap(small, kept, self.one, False)
-        if gap or not training:
-            return gap
+        gaps = [self._gap(small, kept, batch, False) for batch in self.batches]
+        if any(gaps) or not training:
+            return max(gaps)
         gap = self._gap(small, kept, self.two, True)
-        return self._gap(small, kept, self.two, False) if gap and not self.trains else gap
+        return self._gap(small, kept, self.two, False) if gap and self.moods is None else gap
 
-    def _gap(
-        self, small: nn.Module, kept: Sequence[Tensor], batch: tuple[Tensor, ...], train: bool
-    ) -> str:
+    def _gap(self, small: nn.Module, kept: Sequence[Tensor], batch: Batch, train: bool) -> str:
         try:
             expected = self.outputs(kept, batch, train)
             with watching(small, "fails"):
-                return apart(expected, outputs_of(small.train(train), batch))
+                found = outputs_of(small.train(train), batch, last=True)
+            gap = apart(expected[:-1], found[:-1])
+            free = gap and train and (expected[-1] != found[-1] or self.moods)
+            return apart(expected[:-1], found[:-1], values=False) if free else gap
         except Exception as error:  # whatever a user's net raises
             return first_line(error)
 
-    def outputs(
-        self, kept: Sequence[Tensor], batch: tuple[Tensor, ...], train: bool
-    ) -> list[Tensor]:
-        """What the gated net computes; its statistics stay as they are."""
+    def outputs(self, kept: Sequence[Tensor], batch: Batch, train: bool) -> list[Tensor]:
+        """What the gated net computes, and `last`; its statistics stay as they are."""
         with _gates(self.net, self.groups, kept), _training(self.net) if train else nullcontext():
-            return outputs_of(self.net, batch)
+            return outputs_of(self.net, batch, last=True)
+
+    def silent(self) -> set[tuple[int, str]]:
+        """Numbers of groups, each with a layer that reads it, on which no output depends.
+
+        Without groups that must stay. Empty for a net that has no backward pass.
+        """
+        may_go = [(i, g) for i, g in enumerate(self.groups) if g.channels > 1 or g.skippable]
+        kept = [torch.arange(group.channels) for group in self.groups]
+        with torch.enable_grad(), _gates(self.net, self.groups, kept) as gates:
+            for gate in gates.values():
+                gate.grad = torch.zeros_like(gate.requires_grad_())
+            try:
+                found = [t.flatten() for x in self.batches for t in outputs_of(self.net, x)]
+                known = torch.cat([t[t.isfinite()].cpu() for t in found])
+                (known * torch.linspace(1, 2, len(known))).sum().real.backward()
+            except Exception:  # whatever a user's net raises
+                return set()
+        pairs = [(i, m) for i, group in may_go for m in group.having(CONSUMES)]
+        return {(i, m.layer) for i, m in pairs if not gates[m.layer].grad[m.channel_of >= 0].any()}
 
     @cached_property
-    def trains(self) -> bool:
-        """Whether the net in training mode gives one answer for one batch."""
+    def moods(self) -> str | None:
+        """How two passes with one seed differ in training mode; None if the net fails there."""
         try:
             with _training(self.net):
-                return not apart(*(outputs_of(self.net, self.two, seed=seed) for seed in (0, 1)))
+                return apart(*(outputs_of(self.net, self.two) for _ in range(2)))
         except Exception:  # a batch norm of one value, or anything of a user's net
-            return False
+            return None
 
 
 @contextmanager
-def _gates(net: nn.Module, groups: Sequence[Group], kept: Sequence[Tensor]) -> Iterator[None]:
-    """Within, the layers of `net` read zeros of all channels but those kept.
+def _gates(net: nn.Module, groups: Sequence[Group], kept: Sequence[Tensor]) -> Iterator[dict]:
+    """Within, the layers of `net` read zeros of all channels but those kept; gives the gates.
 
     A layer norm takes its statistics over those kept: it is the one layer that a gate before it
     does not turn into the smaller one.
@@ -76,21 +99,24 @@ def _gates(net: nn.Module, groups: Sequence[Group], kept: Sequence[Tensor]) -> I
                 gates[m.layer] = gates.get(m.layer, 1.0) * m.spread(open_)
     layers = {name: net.get_submodule(name) for name in gates}
     for name, layer in layers.items():
-        call = _norm_gated if isinstance(layer, nn.LayerNorm) else _gated_call
-        layer.forward = partial(call, layer, layer.forward, gates[name])
+        layer.forward = partial(_gated_call, layer, layer.forward, gates[name])
     try:
-        yield
+        yield gates
     finally:
         for layer in layers.values():
             del layer.forward
 
 
-def _gated_call(layer: nn.Module, call: Callable, gate: Tensor, x: Tensor, *rest: Any) -> Any:
+def _gated_call(layer: nn.Module, call: Callable, gate: Tensor, *args: Any, **named: Any) -> Any:
+    x, *rest = args or (named.pop("input"),)
+    if isinstance(layer, nn.LayerNorm):
+        return _norm_gated(layer, gate, x)
     axis = -1 if isinstance(layer, nn.Linear) else x.dim() - len(layer.kernel_size) - 1
-    return call(x * gate.to(x).view(-1, *[1] * ((x.dim() - 1 - axis) % x.dim())), *rest)
+    x = x * gate.to(x).view(-1, *[1] * ((x.dim() - 1 - axis) % x.dim()))
+    return call(x, *rest, **named)
 
 
-def _norm_gated(layer: nn.LayerNorm, _: Callable, gate: Tensor, x: Tensor) -> Tensor:
+def _norm_gated(layer: nn.LayerNorm, gate: Tensor, x: Tensor) -> Tensor:
     """What `layer` makes of the open features alone, zero at the others."""
     out, open_ = torch.zeros_like(x), gate.to(x.device) > 0
     rest = (None if w is None else w[open_] for w in (layer.weight, layer.bias))
@@ -140,14 +166,14 @@ def inside(whole: object, part: object) -> bool:
     return bool((near <= _LIMIT * a.abs().max() + 1e-12).all())
 
 
-def apart(expected: list[Tensor], found: list[Tensor]) -> str:
-    """How `found` differs from `expected`; empty if it does not."""
+def apart(expected: list[Tensor], found: list[Tensor], values: bool = True) -> str:
+    """How `found` differs from `expected`, in shapes and `values`; empty if it does not."""
     shapes = [[tuple(t.shape) for t in tensors] for tensors in (expected, found)]
     if shapes[0] != shapes[1]:
         return f"its output has shapes {shapes[1]} in place of {shapes[0]}"
-    for right, given in zip(expected, found, strict=True):
+    for right, got in zip(expected, found, strict=True) if values else ():
         known = right.isfinite()
-        a, b = right.detach()[known].double(), given.detach()[known].double()
+        a, b = right.detach()[known].double(), got.detach()[known].double()
         if a.numel():
             gap, most = float((a - b).abs().max()), float(a.abs().max())
             single = right.is_floating_point() and right.dtype != torch.float64

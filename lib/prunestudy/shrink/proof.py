@@ -3,8 +3,9 @@
 Groups are what torch-pruning's graph suggests. Before anything is trained, random subsets of their
 channels are removed from a copy of the net in float64 with random weights and statistics. What is
 left is compared with the gated net: the same net where the layers that read those channels read
-zeros. In one comparison at least, two groups of one size lose different numbers of channels. After
-the real removal the same comparison is made with the real weights.
+zeros. In one comparison at least, two groups of one size lose different numbers of channels. It
+proves nothing of channels on which no output depends: until all had an effect, other weights are
+drawn. After the real removal the same comparison is made with the real weights.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,8 +18,10 @@ from prunestudy.errors import InputError
 from prunestudy.shrink.compare import Gated, inside, leaves
 from prunestudy.shrink.groups import CONSUMES, Group, read_groups, signal_remains
 from prunestudy.shrink.narrow import Narrow, require_whole
-from prunestudy.shrink.runs import called, outputs_of, watching
+from prunestudy.shrink.runs import called, fresh, outputs_of, watching
 from prunestudy.shrink.trace import Trace, trace
+
+_DRAWS = 8  # of random weights
 
 
 def groups(model: nn.Module, example: Tensor | tuple[Tensor, ...]) -> list[Group]:
@@ -45,7 +48,7 @@ class _Proof(Gated):
     """The comparisons for one traced net and its groups."""
 
     def __init__(self, traced: Trace, groups: list[Group]) -> None:
-        super().__init__(traced.net.eval(), groups, traced.example)
+        super().__init__(traced.net.eval(), groups, traced.example, traced.given)
         self.traced, self.narrow = traced, Narrow(self.net, groups)
         self.generator = torch.Generator().manual_seed(0)
 
@@ -54,6 +57,15 @@ class _Proof(Gated):
         self._require([int(self._draw(group.channels)) for group in self.groups])
         for counts in self._counts():
             self._require(counts, training=False)
+        silent = self.silent()
+        for seed in range(1, _DRAWS if silent else 0):
+            self.narrow = Narrow(fresh(self.net, seed), self.groups)
+            self._require([int(self._draw(g.channels)) for g in self.groups], training=False)
+            silent &= self.silent()
+        for i, layer in sorted(silent):
+            name, why = self.groups[i].name, "with inputs as the example no output depends on what"
+            line = f"cannot be pruned: {why} it reads of {name!r}, which proves nothing"
+            raise InputError(f"module = {layer!r}: {line}")
         may = self._emptied()
         return [replace(g, skippable=i in may) for i, g in enumerate(self.groups)]
 
@@ -98,14 +110,15 @@ class _Proof(Gated):
         """Raise `InputError` naming the first module that does not treat channels one by one."""
         fails = f"cannot be pruned: it does not work on fewer channels of {group.name!r}"
         small = self.narrow(kept)
-        for train in (False, True)[: 1 + self.trains]:
+        passes = [(self.two, False), (self.batches[1], False), (self.two, True)]
+        for batch, train in passes[: 2 + (self.moods is not None)]:
             before, after = {}, {}
             with leaves(self.net, before):
-                self.outputs(kept, self.two, train)
+                self.outputs(kept, batch, train)
             error = None
             try:
                 with leaves(small, after), watching(small, fails):
-                    outputs_of(small.train(train), self.two)
+                    outputs_of(small.train(train), batch)
             except InputError as raised:
                 error = raised
             wrong = [name for name in after if not inside(before[name], after[name])]

@@ -1,5 +1,6 @@
 """Channels removed by name, and what was removed or folded compared with what was there."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from operator import index
 from typing import Any
@@ -42,10 +43,16 @@ def remove(model: nn.Module, keep: Mapping[str, Sequence[int]], example: Inputs)
     names = ", ".join(group.name for group in emptied)
     possible = all(g.skippable for g in emptied) and signal_remains(traced, emptied)
     require(possible or not emptied, "keep", names, "without these no signal is left")
-    small, learns = remove_groups(model, found, kept, example), {}
+    return trainable_as(model, remove_groups(model, found, kept, example))
+
+
+def trainable_as(model: nn.Module, small: nn.Module) -> nn.Module:
+    """Give the parameters and modules of `small` the flags and modes of those of `model`."""
+    learns: dict[str, bool] = {}
     for name, parameter in model.named_parameters():
-        name = name.replace("parametrizations.", "").partition(".original")[0]  # noqa: PLW2901
+        made = re.sub(r"(parametrizations\.)?(\w+?)(\.original\d*|_orig|_g|_v)$", r"\2", name)
         learns[name] = parameter.requires_grad
+        learns.setdefault(made, parameter.requires_grad)
     modes = {name: module.training for name, module in model.named_modules()}
     for name, module in small.named_modules():
         module.training = modes.get(name, model.training)
@@ -63,8 +70,9 @@ def remove_groups(
     """
     plain = fold(model)
     small = Narrow(plain, groups)(kept)
-    batch = drawn(inputs(example), plain.double())
-    gap = Gated(plain, groups, batch).gap(fold(small).double(), kept)
+    example = inputs(example)
+    batch = drawn(example, plain.double())
+    gap = Gated(plain, groups, batch, example).gap(fold(small).double(), kept)
     require(not gap, "model", type(model).__name__, f"the smaller net differs: {gap}")
     return small
 

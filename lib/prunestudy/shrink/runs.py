@@ -86,11 +86,12 @@ class _Plain(TorchFunctionMode):
 
 
 def outputs_of(
-    net: nn.Module, batch: tuple[Tensor, ...], strict: bool = False, seed: int = 0
+    net: nn.Module, batch: tuple[Tensor, ...], strict: bool = False, last: bool = False
 ) -> list[Tensor]:
-    """All tensors that `net` returns for `batch`, without dropout, seeded.
+    """All tensors that `net` returns for `batch`, without dropout, seeded; `InputError` for none.
 
-    With `strict` the net may not read values of tensors other than its own.
+    With `strict` the net may not read values of tensors other than its own. With `last` the next
+    random number comes last: the same if as many were drawn.
     """
     own = tensors_of(net.state_dict()) if strict else []
     known = {t.untyped_storage().data_ptr() for t in own}
@@ -98,10 +99,14 @@ def outputs_of(
     torch.set_default_dtype(dtype_of(net))
     try:
         with torch.random.fork_rng(devices=[]), _Plain(strict, known):
-            torch.manual_seed(seed)
-            return tensors_of(net(*(x.clone() for x in batch)))
+            torch.manual_seed(0)
+            found = tensors_of(net(*(x.clone() for x in batch)))
+            end = [torch.rand((), device=batch[0].device)] * last
     finally:
         torch.set_default_dtype(usual)
+    if not found:
+        raise InputError("output: has no tensor that can be compared")
+    return found + end
 
 
 def dtype_of(net: nn.Module) -> torch.dtype:
@@ -110,12 +115,13 @@ def dtype_of(net: nn.Module) -> torch.dtype:
     return next(kinds, torch.get_default_dtype())
 
 
-def fresh(net: nn.Module) -> nn.Module:
+def fresh(net: nn.Module, seed: int = 0) -> nn.Module:
     """Give `net` random parameters and batch-norm statistics, in place; return it.
 
-    Each eps is at least 0.1, so that rounding errors stay small in training mode.
+    With an odd `seed` none is negative, so that no ReLU is silent. Each eps is at least 0.1, so
+    that rounding errors stay small in training mode.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     for module in net.modules():
         if isinstance(getattr(module, "eps", None), float):
             module.eps = max(module.eps, 0.1)
@@ -124,6 +130,7 @@ def fresh(net: nn.Module) -> nn.Module:
         if not tensor.is_floating_point():
             continue
         values = torch.randn(tensor.shape, generator=generator)
+        values = values.abs() if seed % 2 else values
         if last == "running_mean" or (own and "bias" in last):
             tensor.data.copy_(0.3 * values)
         elif last == "running_var" or (own and tensor.dim() < 2):
@@ -147,6 +154,19 @@ def drawn(example: tuple[Tensor, ...], net: nn.Module) -> tuple[Tensor, ...]:
             new = torch.rand(new.shape, generator=generator, dtype=torch.float64).pow(4)
             new = new.to(dtype_of(net))
         made.append(new.to(device))
+    return tuple(made)
+
+
+def given(example: tuple[Tensor, ...], batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The first two of `example` as they are, on the device and in the precision of `batch`.
+
+    One number all over (zeros) only stands for a shape: that of `batch` is taken.
+    """
+    made = []
+    for x, like in zip(example, batch, strict=True):
+        own = torch.cat([x.detach(), x.detach()])[:2].to(like)
+        blank = like.is_floating_point() and own[0].numel() > 1 and (own == own.flatten()[0]).all()
+        made.append(like if blank else own)
     return tuple(made)
 
 

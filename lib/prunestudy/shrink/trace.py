@@ -34,7 +34,7 @@ class Trace:
     `layers`: those that ran, by name, in order of execution, of `net`.
     `edges`: for each node of the graph, by number, those that it feeds; `inputs`, `outputs` and
     `node_of` (by the layer's name) are such numbers. `net`: the model folded, in float64, with
-    random parameters; `example`: random inputs for it, a batch of two.
+    random parameters; `example`: random inputs for it, a batch of two; `given`: the user's.
     """
 
     channels: list[list[Slot]]
@@ -45,6 +45,7 @@ class Trace:
     outputs: list[int]
     net: nn.Module
     example: tuple[Tensor, ...]
+    given: tuple[Tensor, ...]
 
 
 def trace(model: nn.Module, example: Tensor | tuple[Tensor, ...]) -> Trace:
@@ -53,11 +54,11 @@ def trace(model: nn.Module, example: Tensor | tuple[Tensor, ...]) -> Trace:
     Raises `InputError` naming the module if a pass fails there, for tied weights, for a net that
     reads values of its input, and for layers that run without a gradient or not at all.
     """
-    given = inputs(example)
+    example = inputs(example)
     require_untied(model)
     # In channels_last some operations go by other names.
     plain = fresh(fold(model).to(memory_format=torch.contiguous_format)).requires_grad_(True)
-    batch = drawn(given, plain)
+    batch = drawn(example, plain)
     with torch.enable_grad():
         probe = _Probe(plain, batch, last=_first_pass(plain, batch))
         graph, outputs, watch, opaque = _build(probe, batch)
@@ -80,6 +81,7 @@ def trace(model: nn.Module, example: Tensor | tuple[Tensor, ...]) -> Trace:
         outputs=[number[node] for node in outputs],
         net=plain.requires_grad_(False).double(),
         example=tuple(x.double() if x.is_floating_point() else x for x in batch),
+        given=example,
     )
 
 

@@ -20,6 +20,7 @@ from prunestudy.measure.forward import run as run_on
 from prunestudy.methods.base import Batch, Context, Method, call, moved
 from prunestudy.methods.probes import Probe
 from prunestudy.shrink.fold import copied, require_net
+from prunestudy.shrink.remove import trainable_as
 from prunestudy.train.checkpoint import digest_of, read_checkpoint
 from prunestudy.train.loaders import Loader
 from prunestudy.train.loop import Loop
@@ -156,7 +157,7 @@ def shrink_to(
     method.attach(net, context)
     removed, most = method.report(), "at most {removed:.4f} can go by this rule"
     require(removed.get("target_met", 1), "target", target, most.format(**{"removed": 0} | removed))
-    return method.finish(net, context).requires_grad_(True).train(model.training)
+    return trainable_as(model, method.finish(net, context))
 
 
 def _resume(loop: Loop, path: Path, run: str, known: dict[str, Any]) -> None:
