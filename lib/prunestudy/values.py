@@ -51,16 +51,17 @@ def checked(kind: type[Kind], values: Any, within: str = "") -> Kind:
         raise InputError(first_wrong(error, kind, within)) from None
 
 
-def inputs(example: "Tensor | tuple[Tensor, ...]") -> "tuple[Tensor, ...]":
+def inputs(example: "Tensor | tuple[Tensor, ...]", valued: bool = False) -> "tuple[Tensor, ...]":
     """Return the arguments of a net's forward for `example`: one input batch, or a tuple of them.
 
-    Raises `InputError` unless each is a tensor (n, ...) with the same n of at least 1.
+    Raises `InputError` unless each is a dense tensor (n, ...) with the same n of at least 1; with
+    `valued` not one on the meta device, where costs are counted.
     """
     import torch  # late: planning does without it
 
     found = tuple(example) if isinstance(example, list | tuple) else (example,)
     tensors = [x for x in found if isinstance(x, torch.Tensor)]
-    odd = [x for x in tensors if x.layout != torch.strided or x.is_nested or x.is_meta]
+    odd = [x for x in tensors if x.layout != torch.strided or x.is_nested or (valued and x.is_meta)]
     kind = next((f"{x.layout} tensor on {x.device}" for x in odd), "")
     require(not odd, "example", kind, "dense tensors with values")
     batched = [isinstance(x, torch.Tensor) and x.dim() > 0 and len(x) > 0 for x in found]

@@ -54,7 +54,7 @@ def trace(model: nn.Module, example: Tensor | tuple[Tensor, ...]) -> Trace:
     Raises `InputError` naming the module if a pass fails there, for tied weights, for a net that
     reads values of its input, and for layers that run without a gradient or not at all.
     """
-    example = inputs(example)
+    example = inputs(example, valued=True)
     require_untied(model)
     # In channels_last some operations go by other names.
     plain = fresh(fold(model).to(memory_format=torch.contiguous_format)).requires_grad_(True)

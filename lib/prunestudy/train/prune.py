@@ -150,7 +150,7 @@ def shrink_to(
     require(by in untrained, "by", by, f"allowed are {', '.join(untrained)}")
     require_net(model)
     method, net = methods.build(by, {}, target, of), copied(model)
-    example = moved(inputs(example), device_of(model))
+    example = moved(inputs(example, valued=True), device_of(model))
     generator = torch.Generator(example[0].device).manual_seed(_seed(seed))
     context = Context(example, generator=generator)
     method.check(net)
