@@ -344,7 +344,7 @@ class Drawn(torch.utils.data.Dataset):
         ({"net": randomise(dropping(), 1)}, "model"),
         ({"y": 1 - torch.arange(16) % 2}, "first batch on cpu"),
         ({"count": 8}, "number of batches"),
-        ({"loss": lambda output, y: 3 * output.square().mean()}, "loss"),
+        ({"loss": lambda output, y: 3 * output.square().mean()}, "loss on cpu"),
     ],
 )
 @pytest.mark.parametrize("form", ["list", "shuffled", "drawn"])

@@ -4,6 +4,7 @@ With g (N,) holding one number per channel (a gate, or 1 for kept and 0 for remo
 
     cost(g) = sum over layers of  n k^2 / groups * (sum of g over its inputs) * (... its outputs)
               + what is one number per channel (depth-wise kernels, batch norm, biases)
+              + what lies in none of these layers (embeddings, recurrent layers), which stays
 
 where n is the number of positions at which the kernel is applied for MACs, and 1 for parameters.
 The cost is bilinear in the gates of neighbouring layers (GDP, claim 6 of its card). At zeros and
@@ -77,7 +78,7 @@ class Channels:
         self._tables = {_CPU: self._count(kind, measure.layer_macs(model, self.example))}
         self.dense = float(self.cost(torch.ones(self.size)))
         # What is in no convolution, linear layer or norm: embeddings, recurrent layers, products.
-        whole = (measure.macs if kind == "macs" else _parameters)(model, self.example)
+        whole = measure.macs(model, self.example) if kind == "macs" else measure.parameters(model)
         if (rest := whole - round(self.dense)) > 0:
             table = self._tables[_CPU]
             self._tables[_CPU] = table._replace(constant=table.constant + rest)
@@ -245,10 +246,6 @@ def become(model: nn.Module, small: nn.Module) -> None:
     for name, p in small.named_parameters():
         p.requires_grad_(name not in fixed)
     model.__dict__ = small.train(model.training).__dict__
-
-
-def _parameters(model: nn.Module, _: Any) -> int:
-    return measure.parameters(model)
 
 
 def _useless(group: shrink.Group, silent: set[str]) -> bool:

@@ -182,8 +182,8 @@ def _known(model: nn.Module, net: nn.Module, loss: Callable, train: Any) -> dict
         whole, (x, y) = _two(train)
         with evaluating(net), torch.no_grad():
             value = f"{float(loss(call(net, x), x, y)):.1e}"
-        found.append({(f"first batch on {where}", digest_of(whole)), ("loss", value)})
-    same = dict(sorted(found[0] & found[1]))
+        found.append({("first batch", digest_of(whole)), ("loss", value)})
+    same = {f"{name} on {where}": value for name, value in sorted(found[0] & found[1])}
     return {"model": digest_of(model.state_dict()), "number of batches": train.steps, **same}
 
 
