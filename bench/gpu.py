@@ -1,4 +1,6 @@
-"""What one CUDA device gives: `python bench/gpu.py [FOLDER]` prints rows, and writes gpu_bench.md.
+"""What one CUDA device gives: `python bench/gpu.py [FOLDER [PART ...]]` prints rows.
+
+They go to gpu_bench.md in the folder, in place of older rows of those parts (all unless named).
 
 Images are random, of CIFAR-10's size (ResNet-50: of ImageNet's). "Usual" is a plain loop of torch
 in the default layout behind torchvision's DataLoader on all cores; "on the device" the same loop in
@@ -18,13 +20,13 @@ from torch import nn
 
 from common import BATCH, noise, usual_loader
 from prunestudy import datasets, methods, models, shrink
+from prunestudy.errors import require, require_one_of
 from prunestudy.methods import Context
 from prunestudy.methods.channels import Channels
 from prunestudy.train import Loop, Recipe, capture
 from prunestudy.train.process import Turn, use_own_stream
 
 CUDA = torch.device("cuda")
-NETS = {"resnet20": "cifar10", "resnet56": "cifar10", "vgg16_cifar": "cifar10"}
 METHODS = {
     "sparse_gates": ({}, 0.9),
     "force": ({}, 0.05),
@@ -37,30 +39,34 @@ METHODS = {
 SECONDS = 0.5
 
 
-def main(folder: Path | None) -> None:
-    """Measure all rows; each is printed as soon as it is there."""
-    lines = [f"# {torch.cuda.get_device_name()}, torch {torch.__version__}", ""]
-    page = folder / "gpu_bench.md" if folder else None
-    print(lines[0], flush=True)
-    for what, value in rows():
+def main(folder: Path | None, parts: list[str]) -> None:
+    """Measure all rows of `parts`; each is printed, and written, as soon as it is there."""
+    head = f"# {torch.cuda.get_device_name()}, torch {torch.__version__}"
+    page, found = folder and folder / "gpu_bench.md", {}
+    if page and page.is_file():
+        old, *lines = page.read_text(encoding="utf-8").splitlines()
+        require(old == head, "folder", str(folder), f"one of {head[2:]}: rows of one card only")
+        found = dict(line[2:].rsplit(": ", 1) for line in lines if line)
+    print(head, flush=True)
+    for what, value in rows(parts):
         print(f"{what}: {value}", flush=True)
-        lines.append(f"- {what}: {value}")
+        found[what] = value
         if page:
             page.parent.mkdir(parents=True, exist_ok=True)
-            page.write_text("\n".join([*lines, ""]), encoding="utf-8")
+            text = "\n".join(f"- {name}: {each}" for name, each in found.items())
+            page.write_text(f"{head}\n\n{text}\n", encoding="utf-8")
 
 
-def rows() -> Iterator[tuple[str, str]]:
+def rows(parts: list[str]) -> Iterator[tuple[str, str]]:
     """Name and value of everything that is measured."""
+    known = ("resnet20", "methods", "latency", "resnet50", "resnet56", "vgg16_cifar")
+    for part in parts:
+        require_one_of("part", part, known)
     peak = bf16_peak()
     yield "bf16 matrix product, TFLOP/s", f"{peak / 1e12:.0f}"
-    first, *others = NETS
-    yield from of_net(first, peak)
-    yield from of_methods()
-    yield from of_latency()
-    yield from of_resnet50()
-    for net in others:
-        yield from of_net(net, peak)
+    others = {"methods": of_methods, "latency": of_latency, "resnet50": of_resnet50}
+    for part in parts or known:
+        yield from others[part]() if part in others else of_net(part, peak)
 
 
 def bf16_peak(size: int = 8192) -> float:
@@ -237,4 +243,4 @@ if __name__ == "__main__":
     if not torch.cuda.is_available():
         sys.exit("bench/gpu.py: no CUDA device here")
     with torch.cuda.stream(torch.cuda.Stream()):
-        main(Path(sys.argv[1]) if sys.argv[1:] else None)
+        main(Path(sys.argv[1]) if sys.argv[1:] else None, sys.argv[2:])

@@ -216,17 +216,16 @@ def top_masks(scores: list[Tensor], sparsity: float) -> list[Tensor]:
     flat.nan_to_num_(nan=math.inf, posinf=math.inf, neginf=-math.inf)
     keep = kept_count(len(flat), sparsity)
     if flat.is_cuda:
-        # kthvalue has no deterministic form there, and a sort takes no longer.
-        least = flat.sort().values[-keep]
+        # kthvalue has no deterministic form there, and the host waits for nothing.
+        mask = flat.sort(descending=True, stable=True).indices.argsort() < keep
     else:
         # numpy selects with vector instructions: 15 times faster than kthvalue.
         place = len(flat) - keep
         flat = flat.float() if flat.dtype == torch.bfloat16 else flat  # which numpy does not know
         least = torch.from_numpy(np.partition(flat.numpy(), place))[place]
-    mask = flat >= least
-    spare = int(mask.count_nonzero()) - keep
-    if spare:
-        mask[(flat == least).nonzero().flatten()[-spare:]] = False
+        mask = flat >= least
+        if spare := int(mask.count_nonzero()) - keep:
+            mask[(flat == least).nonzero().flatten()[-spare:]] = False
     parts = mask.to(scores[0].dtype).split([score.numel() for score in scores])
     return [part.view_as(score) for part, score in zip(parts, scores, strict=True)]
 

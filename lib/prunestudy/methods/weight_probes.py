@@ -41,12 +41,16 @@ class _Trail(Probe):
 
     `changes`: the step of each change of the masks, and how many weights of each layer it cut and
     took back. `moved`: by phase the summed |change| of each weight, sampled every `period` steps.
+    `kept`: weights of each layer that the masks in force keep (layers,).
     `passes`: per layer and step, how many of the three passes of a training step (forward,
     gradients by input and by weights) went over kept weights only, times their number; `whole`: the
     steps in which the last of them was over all weights, as cut ones were updated, too.
     """
 
-    noted = ("step", "phase", "moved_at", "changes", "passes", "whole", "last", "moved", "masks")
+    noted = (
+        *("step", "phase", "moved_at", "changes", "kept", "passes", "whole"),
+        *("last", "moved", "masks"),
+    )
 
     def attach(self, method: Method, model: Any, context: Context) -> None:
         """Look at weights and masks; count the layers' MACs, for the cost of training."""
@@ -55,15 +59,16 @@ class _Trail(Probe):
         self.sizes = np.array([weight.numel() for weight in method.weights])
         self.last = [weight.detach().clone() for weight in method.weights]
         self.moved: dict[str, list[Tensor]] = {}
-        self.masks = [each.mask.clone() for each in method.masks]
+        self.masks = self._flat()
+        self.kept = torch.stack([each.mask.count_nonzero() for each in method.masks]).cpu()
         self.step, self.phase, self.moved_at = 0, "explore", 0
-        self.passes, self.whole = torch.zeros(len(self.masks), dtype=torch.int64), 0
+        self.passes, self.whole = torch.zeros(len(self.kept), dtype=torch.int64), 0
         self.changes: list[tuple[int, list[int], list[int]]] = []
 
     def update(self, at: At) -> None:
         """Note a change of the masks; add the movement every `period` steps."""
         done, exploring = at.total_step - self.step, at.phase == "explore"
-        self.passes = self.passes + (2 if exploring else 3) * done * self.kept()
+        self.passes = self.passes + (2 if exploring else 3) * done * self.kept
         self.whole += done * exploring
         self.step, self.phase = at.total_step, at.phase
         due = self.step - self.moved_at >= self.method.period
@@ -74,29 +79,30 @@ class _Trail(Probe):
         if self.method.masked_at == self.step:
             self._note()
 
-    def kept(self) -> Tensor:
-        """Number of weights of each layer that the masks in force keep (layers,)."""
-        return torch.stack([mask.count_nonzero() for mask in self.masks]).cpu()
-
     def finished(self, net: Any) -> None:  # noqa: ARG002
         """Note the masks that the method finished with, and the rest of the movement."""
-        if any((a != m.mask).any() for a, m in zip(self.masks, self.method.masks, strict=True)):
+        if not torch.equal(self.masks, self._flat()):
             self._note()
         self._move()
 
+    def _flat(self) -> Tensor:
+        return torch.cat([each.mask.flatten() for each in self.method.masks])
+
     def _note(self) -> None:
-        pairs = [(was, each.mask) for was, each in zip(self.masks, self.method.masks, strict=True)]
-        cut = [int((was > mask).sum()) for was, mask in pairs]
-        returned = [int((was < mask).sum()) for was, mask in pairs]
-        self.changes.append((self.step, cut, returned))
-        self.masks = [mask.clone() for _, mask in pairs]
+        change, self.masks = self.masks, self._flat()
+        parts = (self.masks - change).split(self.sizes.tolist())
+        # One look at the device for all layers.
+        counts = torch.stack([torch.stack([(p < 0).sum(), (p > 0).sum()]) for p in parts], 1).cpu()
+        self.kept = self.kept + counts[1] - counts[0]
+        self.changes.append((self.step, *counts.tolist()))
 
     @torch.no_grad()
     def _move(self) -> None:
         moved = self.moved.setdefault(self.phase, [torch.zeros_like(last) for last in self.last])
-        for total, last, weight in zip(moved, self.last, self.method.weights, strict=True):
-            total.add_(last.sub_(weight).abs_())
-            last.copy_(weight)
+        torch._foreach_sub_(self.last, self.method.weights)
+        torch._foreach_abs_(self.last)
+        torch._foreach_add_(moved, self.last)
+        torch._foreach_copy_(self.last, self.method.weights)
 
     def measures(self) -> dict[str, Any]:
         """What the trail comes to.
@@ -107,11 +113,11 @@ class _Trail(Probe):
         dense layers). `train_cost`: see `_train_cost`.
         """
         total = self.sizes.sum()
-        kept = self.kept().numpy()
+        kept, masks = self.kept.numpy(), self.masks.split(self.sizes.tolist())
         movement = {}  # by phase: all or kept, layers
         for phase, moved in self.moved.items():
-            pairs = zip(moved, self.masks, strict=True)
-            sums = [(_sum(each), _sum(each[mask == 1])) for each, mask in pairs]
+            pairs = zip(moved, masks, strict=True)
+            sums = [(_sum(each), _sum(each.flatten()[mask == 1])) for each, mask in pairs]
             movement[phase] = np.array(sums).T.copy()
         every, surviving = sum(movement.values())
         found = {

@@ -24,7 +24,7 @@ from prunestudy.study.runs import Runner, device_of
 from prunestudy.study.settings import RunSettings
 from prunestudy.train import Steps, gang
 
-_STEPS = 4  # of a run in each of its turns
+_STEPS = 1  # of a run in each of its turns
 
 
 def study(

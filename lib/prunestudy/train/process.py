@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+# By its bits: as a number it would be 0 where such numbers count as 0.
+_DENORMAL = torch.tensor(713624, dtype=torch.int32, device="cpu").view(torch.float32)
 # glibc's malloc.h
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 
@@ -72,7 +74,7 @@ class Turn:
 
 def _flushes() -> bool:
     """Whether denormal numbers count as 0 in this thread; torch does not say."""
-    return not (torch.tensor(1e-39, dtype=torch.float32, device="cpu") * 1).item()
+    return not (_DENORMAL * 1).item()
 
 
 def _read() -> tuple[Any, ...]:
