@@ -211,7 +211,7 @@ def test_a_stopped_training_goes_on_on_cuda(variant, tmp_path):
 def test_a_gang_on_cuda_ends_as_each_alone():
     with deterministic(1):
         alone = [begin(prune) for begin in three(device="cuda")]
-        found = list(gang([begin(pruning) for begin in three(device="cuda")], 4, 2))
+        found = list(gang([begin(pruning) for begin in three(device="cuda")], 4))
     order = lambda made: (made.method.name, len(made.history))  # noqa: E731
     for one, other in zip(sorted(alone, key=order), sorted(found, key=order), strict=True):
         near(one, other)

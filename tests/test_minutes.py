@@ -1,6 +1,7 @@
 """The study of one device: its order, its clock, and what it leaves."""
 
 import re
+import shutil
 import subprocess
 import sys
 
@@ -86,7 +87,7 @@ def test_a_study_in_turns_gives_the_records_of_one_run_after_another(planned, tm
     rows = path.read_text().splitlines()
     assert rows[0] == "# CIFAR-10 on one GPU"
     assert rows[2].startswith("cpu, torch ")
-    assert f"{len(planned)} of {len(planned)} runs are done; in this call 3 at a time" in rows[2]
+    assert f"{len(planned)} of {len(planned)} runs are done. Settings are" in rows[2]
     assert "| method | n | none removed | 90% of weights |" in rows[4]
     assert sum("| one-shot magnitude | 2 |" in row for row in rows) == 1
 
@@ -121,6 +122,21 @@ def test_a_run_that_cannot_be_made_is_named_and_its_children_wait(error, planned
     seeds = [item.settings.seed for item in planned]
     assert 0 < left <= seeds.count(0)
     assert re.search(r"^dense-lenet300-digits-\w+: .*fails$", capsys.readouterr().err, re.MULTILINE)
+
+
+def test_what_a_fresh_clone_has_the_record_of_but_not_the_net_is_trained_again(
+    planned, tmp_path, capsys
+):
+    store = Store("custom", tmp_path)
+    starts = [item for item in planned if item.settings.method == "dense"]
+    list(minutes.study(store, starts, "", 10.0, 2, "cpu"))
+    shutil.rmtree(store.runs)
+    fresh = Store("custom", tmp_path)
+    before = [fresh.require(item.settings.run)["metrics"] for item in starts]
+    lines = list(minutes.study(fresh, planned, "", 10.0, 2, "cpu"))
+    assert f"{len(planned)} of {len(planned)} runs are done" in lines
+    assert [fresh.require(item.settings.run)["metrics"] for item in starts] == before
+    assert ": " not in capsys.readouterr().err.replace("prunestudy: ", "")
 
 
 def test_missing_data_is_one_line_before_any_run(whole, tmp_path, monkeypatch):

@@ -85,6 +85,9 @@ def do_study(a: Namespace) -> None:
 def do_collect(a: Namespace) -> None:
     for line in collect(a.profile, a.folders, a.results, a.replace):
         print(line)
+    if a.profile == "gpu":
+        for line in minutes.page(Store("gpu", a.results or None, "cuda"), plan("gpu")):
+            print(line)
 
 
 def do_plan(a: Namespace) -> None:

@@ -9,8 +9,6 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-
 from prunestudy import datasets, methods
 from prunestudy.errors import first_line, require
 from prunestudy.methods.search import Search
@@ -24,8 +22,6 @@ from prunestudy.study.runs import Runner, device_of
 from prunestudy.study.settings import RunSettings
 from prunestudy.train import Steps, gang
 
-_STEPS = 1  # of a run in each of its turns
-
 
 def study(
     store: Store, planned: list[Planned], data: str, minutes: float, size: int, kind: str = "cuda"
@@ -37,20 +33,31 @@ def study(
     require(minutes > 0, "minutes", minutes, "above 0")
     require(1 <= size <= 64, "gang", size, "1 to 64 runs at a time")
     device_of(kind)
-    started = time.monotonic()
     runner, planned = Runner(store, data, kind), here(planned, data)
-    left = run(runner, planned, minutes, size)
+    run(runner, planned, minutes, size)
     yield from collect(store.folder.name, results=store.folder.parent)
-    total, path = len({item.settings.run for item in planned}), store.folder / "gpu.md"
-    done = f"{total - left} of {total} runs are done"
-    summary = tables.build(runner.store, planned)[1] if left < total else None
-    name = torch.cuda.get_device_name() if kind == "cuda" else kind
+    yield from page(runner.store, planned)
+
+
+def page(store: Store, planned: list[Planned]) -> Iterator[str]:
+    """Write gpu.md, what the records of `planned` in `store` come to; lines that say so.
+
+    Of the copies of CIFAR-10 those count that there are records of, if any.
+    """
+    settings, path = {i.settings.run: i.settings for i in planned}, store.folder / "gpu.md"
+    made = [record for each in settings.values() if (record := store.read(each))]
+    found = {record["settings"]["dataset"] for record in made}
+    planned = [item for item in planned if not made or item.settings.dataset in found]
+    total = len({item.settings.run for item in planned})
+    done = f"{len(made)} of {total} runs are done"
+    where = [(r["environment"]["device"], r["environment"]["torch"]) for r in made]
+    text = "".join(f"{device}, torch {version}. " for device, version in sorted(set(where)))
     text = (
-        f"# CIFAR-10 on one GPU\n\n{name}, torch {torch.__version__}. {done}; in this call"
-        f" {size} at a time were trained for {(time.monotonic() - started) / 60:.1f} minutes."
+        f"# CIFAR-10 on one GPU\n\n{text}{done}."
         " Settings are those of the searches on the CPU; none was made on a GPU.\n\n"
     )
-    write_text(path, text + ("" if summary is None else tables.markdown(tables.by_share(summary))))
+    table = tables.by_share(tables.build(store, planned)[1]) if made else None
+    write_text(path, text + ("" if table is None else tables.markdown(table)))
     yield done
     yield str(path)
 
@@ -94,7 +101,7 @@ def run(runner: Runner, planned: list[Planned], minutes: float, size: int) -> in
     finished = {each.run for each in order} - {each.run for each in todo}
     for name in sorted({each.dataset for each in todo}):
         runner.load(name)
-    for record in gang(_begun(runner, todo, finished, end), size, _STEPS):
+    for record in gang(_begun(runner, todo, finished, parents, end), size):
         if record:
             finished.add(record["run"])
             print(
@@ -104,14 +111,14 @@ def run(runner: Runner, planned: list[Planned], minutes: float, size: int) -> in
 
 
 def _begun(
-    runner: Runner, todo: list[RunSettings], finished: set[str], end: float
+    runner: Runner, todo: list[RunSettings], finished: set[str], parents: set[str], end: float
 ) -> Iterator[Steps[Any] | None]:
     """The trainings of `todo`, each once its parent is finished; None where all must wait."""
     while todo and time.monotonic() < end:
         ready = next((s for s in todo if not s.parent or s.parent.run in finished), None)
         if ready:
             todo.remove(ready)
-        yield ready and _until(end, ready.run, runner.training(ready))
+        yield ready and _until(end, ready.run, runner.training(ready, ready.run in parents))
 
 
 def _until(end: float, run: str, training: Steps[Any]) -> Steps[Any]:

@@ -91,14 +91,13 @@ class Loop:
 
     def steps(
         self, checkpoint: Path | None = None, every: float = 20.0, run: str = ""
-    ) -> Iterator[dict[str, Any] | bool | None]:
+    ) -> Iterator[dict[str, Any] | None]:
         """Make a step at each `next`, to the end or to a loss that is not finite.
 
-        Gives the epoch's row of the history after its last step and validation, else None, or False
-        where the next step begins with a look at what the device may still be doing. The state of
-        `run` is saved to a `checkpoint` path at ends of epochs and after each `every` seconds, less
-        often where that would take more than 2% of the time (0: after each step), and when the
-        iterator is closed. Time that passes between two calls counts for nothing.
+        Gives the epoch's row of the history after its last step and validation, else None. The
+        state of `run` is saved to a `checkpoint` path at ends of epochs and after each `every`
+        seconds, less often where that would take more than 2% of the time (0: after each step), and
+        when the iterator is closed. Time that passes between two calls counts for nothing.
         """
         while self.state.step < self.total:
             epoch, first = divmod(self.state.step, self.train.steps)
@@ -113,9 +112,9 @@ class Loop:
                 if self.diverged or ends:
                     break
                 self._clock(since, checkpoint, every, run)
-                yield from self._pause(False if self._due else None, checkpoint, run)
+                yield from self._pause(None, checkpoint, run)
                 since = time.perf_counter()
-                self._look()
+                self._look()  # in this turn: in its last one it would have waited for the device
                 if self.diverged:
                     return
             row = {} if self.diverged else self._end_epoch(epoch)
@@ -128,8 +127,8 @@ class Loop:
             self.state.history = [self._end_epoch(-1)]
 
     def _pause(
-        self, row: dict[str, Any] | bool | None, checkpoint: Path | None, run: str
-    ) -> Iterator[dict[str, Any] | bool | None]:
+        self, row: dict[str, Any] | None, checkpoint: Path | None, run: str
+    ) -> Iterator[dict[str, Any] | None]:
         try:
             yield row
         except GeneratorExit:

@@ -106,8 +106,8 @@ def _write(generator: Tensor, tf32: Any, algorithms: Any, thread: Any, cuda: Any
         torch.cuda.set_stream(cuda[1] if cuda else torch.cuda.default_stream())
 
 
-def gang(trainings: Iterable[Steps[_T] | None], size: int = 1, steps: int = 1) -> Iterator[_T]:
-    """Advance `size` of `trainings` in turns of so many `steps`; give what each returns at its end.
+def gang(trainings: Iterable[Steps[_T] | None], size: int = 1) -> Iterator[_T]:
+    """Advance `size` of `trainings` by a step each in turns; give what each returns at its end.
 
     Each is what `pruning` gives, and ends as it would alone. One begins where another has ended,
     and none yet where `trainings` gives None. Closed early, it closes those under way.
@@ -122,10 +122,7 @@ def gang(trainings: Iterable[Steps[_T] | None], size: int = 1, steps: int = 1) -
             training, turn = going.popleft()
             try:
                 with turn, torch.inference_mode(False):  # gradients, wherever it is called
-                    # A training that gives False would next wait for the device.
-                    for _ in range(steps):
-                        if next(training) is False:
-                            break
+                    next(training)
             except StopIteration as end:
                 yield end.value
             else:
