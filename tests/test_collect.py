@@ -213,6 +213,21 @@ def test_what_the_profile_does_not_plan_is_left_out_and_named(stores, settings):
     assert collect("custom", results=here.folder.parent) == []
 
 
+def test_of_a_searchs_runs_layers_and_groups_are_not_kept(tmp_path):
+    store = Store("custom", tmp_path)
+    for evaluate in ("test", "validation"):
+        settings = small_run().model_copy(update={"evaluate": evaluate})
+        put_record(store, settings, 0.75, layers={"a": 0.5}, report=[{"b": 1}])
+    assert collect("custom", results=tmp_path) == []
+    found = {r["settings"]["evaluate"]: r["metrics"] for r in read_lines(store.collected).values()}
+    assert found["test"]["layers"] == {"a": 0.5}
+    assert found["test"].keys() - found["validation"].keys() == {"layers", "report"}
+    assert found["validation"]["metric"] == 0.75
+    before = tracked(store)
+    assert collect("custom", results=tmp_path) == []  # it is no other result
+    assert tracked(store) == before
+
+
 @pytest.mark.parametrize("name", ["nowhere", "empty"])
 def test_a_folder_without_records_and_an_unknown_profile_are_refused(stores, tmp_path, name):
     (tmp_path / "empty").mkdir()

@@ -26,7 +26,8 @@ def collect(
     records.jsonl and arrays/, or one that has such a folder of the profile's name. A stored record
     stays, though it may gain a missing latency; with `replace` the newcomer takes its place (one of
     `folders` if there are any, else one trained here). Raises `InputError`, with nothing changed,
-    where the two were made with different settings or from different data.
+    where the two were made with different settings or from different data. Of a run that a search
+    made, what it left in each layer and group is not kept.
     """
     require_one_of("profile", profile, (*PROFILES, "custom"))
     store, drawn = Store(profile, results or None), drawn_arrays(profile)
@@ -51,7 +52,7 @@ def collect(
             else:
                 left.append(f"{name}: is stored already, with other numbers; that stays")
         packed, lost = _pack(records, [store, *sources], drawn)
-        text = "".join(line_of(record) + "\n" for _, record in sorted(records.items()))
+        text = "".join(line_of(_lean(record)) + "\n" for _, record in sorted(records.items()))
         for paper, arrays in packed.items():
             _write(store.folder / "arrays" / f"{paper}.safetensors", save(arrays))
         _write(store.collected, text.encode())
@@ -64,6 +65,14 @@ def _source(profile: str, path: Path) -> Store:
         if (folder / "records.jsonl").is_file() or (folder / "runs").is_dir():
             return Store(folder.name, folder.parent)
     raise InputError(f"folder = {str(path)!r}: has neither records.jsonl nor runs/")
+
+
+def _lean(record: dict[str, Any]) -> dict[str, Any]:
+    if record["settings"]["evaluate"] == "test":
+        return record
+    found = record["metrics"].items()
+    details = ("layers", "groups", "report")
+    return record | {"metrics": {name: each for name, each in found if name not in details}}
 
 
 def _write(path: Path, data: bytes) -> None:
