@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prunestudy.errors import first_line
 from prunestudy.shrink.groups import CONSUMES, Group
-from prunestudy.shrink.runs import first_line, given, outputs_of, watching
+from prunestudy.shrink.runs import given, outputs_of, watching
 
 _LIMIT = 1e-9  # in float64, of the largest output
 Batch = tuple[Tensor, ...]

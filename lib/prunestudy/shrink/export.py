@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunestudy.errors import InputError, require, writable_file, written_whole
+from prunestudy.errors import InputError, first_line, require, writable_file, written_whole
 from prunestudy.shrink.fold import fold, require_net
-from prunestudy.shrink.runs import first_line, tensors_of
+from prunestudy.shrink.runs import tensors_of
 from prunestudy.values import inputs
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from prunestudy.errors import InputError
+from prunestudy.errors import InputError, first_line
 from prunestudy.shrink.layers import is_one_node
 
 _READS = set(
@@ -216,8 +216,3 @@ def one_node_each(net: nn.Module, copies: Collection[nn.Module]) -> Iterator[set
 def called(name: str) -> str:
     """The name of a module as errors give it."""
     return name or "the net itself"
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an exception's text, or its class."""
-    return next(iter(str(error).splitlines()), type(error).__name__)

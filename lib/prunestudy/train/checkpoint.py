@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import os
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from safetensors.torch import save
 from torch.serialization import default_restore_location
 
-from prunestudy.errors import InputError
+from prunestudy.errors import InputError, written_whole
 from prunestudy.shrink.runs import tensors_of
 
 _MAGIC = b"prunestudy checkpoint 1\n"
@@ -25,9 +24,8 @@ def write_checkpoint(path: Path, run: str, state: dict[str, Any]) -> None:
     torch.save({"run": run, **state}, buffer)
     payload = buffer.getvalue()
     digest = hashlib.sha256(payload).hexdigest().encode()
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(_MAGIC + digest + b"\n" + payload)
-    temporary.replace(path)
+    with written_whole(path) as part:
+        part.write_bytes(_MAGIC + digest + b"\n" + payload)
 
 
 def read_checkpoint(
