@@ -77,7 +77,7 @@ class MagnitudeAttention(Masked):
     `scope`: which layers, see `layers_in`; `ramp`: e_t; `period`: steps between masks; `norm`: what
     n is; `exploitation`: whether the mask freezes at the end of `ramp`; `passes`: where A is used;
     `differentiate`: through A, too; `normalise`: divide gradients by `rate`, so that alphas are
-    compared at one effective rate; `bounded`: cut weights' gradients are scaled down,
+    compared at one effective rate; `bounded`: whether cut weights' gradients are scaled down,
     see `Masked.bound`.
     """
 
@@ -91,7 +91,7 @@ class MagnitudeAttention(Masked):
     passes: Literal["both", "forward", "backward"] = "both"
     differentiate: bool = False
     normalise: bool = False
-    bounded: bool = False
+    bounded: bool | None = None
 
     def __init__(self, target: float | None = None, of: str | None = None, **settings: Any) -> None:
         super().__init__(target, of, **settings)
@@ -124,8 +124,7 @@ class MagnitudeAttention(Masked):
 
     def after_backward(self, at: At) -> None:  # noqa: ARG002
         """Bound the feedback; match rates; remember weights as exploitation begins or resumes."""
-        if self.bounded:
-            self.bound()
+        self.bound(self.bounded)
         if self.normalise:
             rate = self.rate()
             for weight in self.weights:

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from prunestudy.errors import require
@@ -47,6 +48,7 @@ class Masked(Method):
     def attach(self, model: nn.Module, context: Context) -> None:  # noqa: ARG002
         """Put a mask of ones on every weight in the scope."""
         layers = layers_in(model, self.scope)
+        self.batch_norm = any(isinstance(module, _BatchNorm) for module in model.modules())
         self.names = [f"{name}.weight".lstrip(".") for name in layers]
         self.weights = [layer.weight for layer in layers.values()]
         self.masks = [self.mask_for(weight) for weight in self.weights]
@@ -76,14 +78,17 @@ class Masked(Method):
             self.cut(cubic_sparsity(self.target, at.total_step / end), at.total_step)
 
     @torch.no_grad()
-    def bound(self) -> None:
-        """Scale gradients of cut weights down to those of the kept weights of their layer.
+    def bound(self, bounded: bool | None) -> None:
+        """If `bounded`, scale gradients of cut weights down to those of their layer's kept ones.
 
+        None: in a net with batch norm.
         In each filter (first dimension) their root mean square becomes at most that of all kept
         weights of the layer. A filter that is wholly cut puts out a constant, which batch norm
         divides by sqrt(eps): its gradient is hundreds of times that of others. Unbounded, it grows
         past the threshold at once and pushes other filters out of the mask, which then do the same.
         """
+        if not (self.batch_norm if bounded is None else bounded):
+            return
         for weight, each in zip(self.weights, self.masks, strict=True):
             if (gradient := weight.grad) is not None:
                 kept, cut, inside = each.mask, 1 - each.mask, tuple(range(1, weight.dim()))

@@ -159,14 +159,14 @@ class Dpf(Masked):
     M is chosen anew every `period` steps, to the end of the training. The sparsity grows by the
     cubic schedule s (1 - (1 - e / e_t)^3) and stays at s. Ours: `ramp`, e_t as a share of all
     steps, and `scope`, as in the paper that this is the control of (magnitude attention);
-    `bounded`: cut weights' gradients are scaled down, see `Masked.bound`.
+    `bounded`: whether cut weights' gradients are scaled down, see `Masked.bound`.
     """
 
     name, title = "dpf", "dynamic pruning with feedback"
     scope: Scope = "auto"
     ramp: Annotated[float, Field(gt=0, le=1)] = 0.75
     period: Annotated[int, Field(ge=1)] = 16
-    bounded: bool = False
+    bounded: bool | None = None
 
     def phases(self) -> tuple[Phase, ...]:
         """One: the mask never freezes."""
@@ -178,8 +178,7 @@ class Dpf(Masked):
 
     def after_backward(self, at: At) -> None:  # noqa: ARG002
         """Bound the feedback to cut weights."""
-        if self.bounded:
-            self.bound()
+        self.bound(self.bounded)
 
     def update(self, at: At) -> None:
         """Choose the mask anew every `period` steps; reach the target at the end."""
