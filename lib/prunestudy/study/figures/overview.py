@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, MaxNLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
 from prunestudy.methods import TARGETS
 from prunestudy.papers import card
@@ -89,7 +89,8 @@ def pareto(rows: pd.DataFrame, dataset: str) -> Figure:
     for panel, cost in zip(axes, measured, strict=True):
         seen = part[part[cost].notna()]
         look.points(panel, seen, cost, "lost", "sd", ls="")
-        panel.set_xscale("log", subs=[])
+        panel.set_xscale("log")
+        panel.xaxis.set_minor_locator(NullLocator())
         wide = seen[cost].max() > 3 * seen[cost].min()
         panel.xaxis.set_major_locator(FixedLocator(_TICKS) if wide else MaxNLocator(6))
         panel.xaxis.set_major_formatter("{x:g}")
@@ -114,10 +115,12 @@ def _name_shares(panel: Axes, rows: pd.DataFrame, cost: str) -> None:
     """Write the share removed, and of what, beside each point: where there is room, if there is."""
     points = 72 / panel.figure.dpi
     places = points * panel.transData.transform(rows[[cost, "lost"]].to_numpy())
-    taken = [*places]
+    taken, (low, high) = [*places], points * panel.bbox.get_points()
     for row, place in zip(rows.itertuples(), places, strict=True):
         free = [min(np.abs((place + o - t) / _ROOM).max() for t in taken) for o in _OFFSETS]
-        offset = _OFFSETS[int(np.argmax(np.minimum(free, 1)))]
+        ends = [(place + o - _ROOM / 2, place + o + _ROOM / 2) for o in _OFFSETS]
+        inside = [(low < left).all() and (right < high).all() for left, right in ends]
+        offset = _OFFSETS[int(np.argmax(np.minimum(free, 1) * inside))]
         taken.append(place + offset)
         near = {"xytext": offset, "textcoords": "offset points", "ha": "center", "va": "center"}
         near |= {"fontsize": 7, "color": look.COLOURS[row.method]}
