@@ -1,6 +1,7 @@
 """What one CUDA device gives: `python bench/gpu.py [FOLDER [PART ...]]` prints rows.
 
-They go to gpu_bench.md in the folder, in place of older rows of those parts (all unless named).
+They go to gpu_bench.md in the folder, in place of this card's older rows of those parts (all unless
+named); rows of another card go.
 
 Images are random, of CIFAR-10's size (ResNet-50: of ImageNet's). "Usual" is a plain loop of torch
 in the default layout behind torchvision's DataLoader on all cores; "on the device" the same loop in
@@ -20,7 +21,7 @@ from torch import nn
 
 from common import BATCH, noise, usual_loader
 from prunestudy import datasets, methods, models, shrink
-from prunestudy.errors import require, require_one_of
+from prunestudy.errors import require_one_of
 from prunestudy.methods import Context
 from prunestudy.methods.channels import Channels
 from prunestudy.train import Loop, Recipe, capture
@@ -44,9 +45,9 @@ def main(folder: Path | None, parts: list[str]) -> None:
     head = f"# {torch.cuda.get_device_name()}, torch {torch.__version__}"
     page, found = folder and folder / "gpu_bench.md", {}
     if page and page.is_file():
-        old, *lines = page.read_text(encoding="utf-8").splitlines()
-        require(old == head, "folder", str(folder), f"one of {head[2:]}: rows of one card only")
-        found = dict(line[2:].rsplit(": ", 1) for line in lines if line)
+        lines = page.read_text(encoding="utf-8").splitlines()
+        if lines[:1] == [head]:  # rows of another card go
+            found = dict(line[2:].rsplit(": ", 1) for line in lines[1:] if line)
     print(head, flush=True)
     for what, value in rows(parts):
         print(f"{what}: {value}", flush=True)
