@@ -21,7 +21,7 @@ from torch import nn
 
 from common import BATCH, noise, usual_loader
 from prunestudy import datasets, methods, models, shrink
-from prunestudy.errors import require_one_of
+from prunestudy.errors import InputError, require_one_of
 from prunestudy.methods import Context
 from prunestudy.methods.channels import Channels
 from prunestudy.train import Loop, Recipe, capture
@@ -244,4 +244,7 @@ if __name__ == "__main__":
     if not torch.cuda.is_available():
         sys.exit("bench/gpu.py: no CUDA device here")
     with torch.cuda.stream(torch.cuda.Stream()):
-        main(Path(sys.argv[1]) if sys.argv[1:] else None, sys.argv[2:])
+        try:
+            main(Path(sys.argv[1]) if sys.argv[1:] else None, sys.argv[2:])
+        except InputError as error:
+            sys.exit(f"bench/gpu.py: {error}")

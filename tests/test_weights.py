@@ -24,7 +24,7 @@ from weight_tools import (
 from prunestudy import methods, models
 from prunestudy.errors import InputError
 from prunestudy.methods import Context
-from prunestudy.methods.masks import cubic_sparsity, kept_count, layers_in, top_masks
+from prunestudy.methods.masks import cubic_sparsity, highest, kept_count, layers_in, top_masks
 from prunestudy.methods.steering import Steering
 from prunestudy.train import Recipe, prune
 
@@ -70,6 +70,7 @@ def test_top_masks_are_those_of_a_stable_sort(levels):
         expected[values.argsort(descending=True, stable=True)[:keep]] = 1
         found = torch.cat([mask.flatten() for mask in top_masks(parts, 1 - keep / 999)])
         assert torch.equal(found, expected)
+        assert torch.equal(highest(values, keep).float(), expected)  # as on CUDA
 
 
 @pytest.mark.parametrize(

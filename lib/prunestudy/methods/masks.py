@@ -221,8 +221,7 @@ def top_masks(scores: list[Tensor], sparsity: float) -> list[Tensor]:
     flat.nan_to_num_(nan=math.inf, posinf=math.inf, neginf=-math.inf)
     keep = kept_count(len(flat), sparsity)
     if flat.is_cuda:
-        # kthvalue has no deterministic form there, and the host waits for nothing.
-        mask = flat.sort(descending=True, stable=True).indices.argsort() < keep
+        mask = highest(flat, keep)
     else:
         # numpy selects with vector instructions: 15 times faster than kthvalue.
         place = len(flat) - keep
@@ -233,6 +232,14 @@ def top_masks(scores: list[Tensor], sparsity: float) -> list[Tensor]:
             mask[(flat == least).nonzero().flatten()[-spare:]] = False
     parts = mask.to(scores[0].dtype).split([score.numel() for score in scores])
     return [part.view_as(score) for part, score in zip(parts, scores, strict=True)]
+
+
+def highest(flat: Tensor, keep: int) -> Tensor:
+    """Which of `flat` (n,) are its `keep` highest, of equal ones the first; the host never waits.
+
+    By sorting: kthvalue has no deterministic form on CUDA.
+    """
+    return flat.sort(descending=True, stable=True).indices.argsort() < keep
 
 
 def cubic_sparsity(target: float, share: float) -> float:

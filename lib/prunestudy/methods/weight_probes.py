@@ -47,10 +47,7 @@ class _Trail(Probe):
     steps in which the last of them was over all weights, as cut ones were updated, too.
     """
 
-    noted = (
-        *("step", "phase", "moved_at", "changes", "kept", "passes", "whole"),
-        *("last", "moved", "masks"),
-    )
+    noted = tuple("step phase moved_at changes kept passes whole last moved masks".split())
 
     def attach(self, method: Method, model: Any, context: Context) -> None:
         """Look at weights and masks; count the layers' MACs, for the cost of training."""
@@ -89,8 +86,8 @@ class _Trail(Probe):
         return torch.cat([each.mask.flatten() for each in self.method.masks])
 
     def _note(self) -> None:
-        change, self.masks = self.masks, self._flat()
-        parts = (self.masks - change).split(self.sizes.tolist())
+        before, self.masks = self.masks, self._flat()
+        parts = (self.masks - before).split(self.sizes.tolist())
         # One look at the device for all layers.
         counts = torch.stack([torch.stack([(p < 0).sum(), (p > 0).sum()]) for p in parts], 1).cpu()
         self.kept = self.kept + counts[1] - counts[0]

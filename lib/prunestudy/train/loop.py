@@ -114,7 +114,7 @@ class Loop:
                 self._clock(since, checkpoint, every, run)
                 yield from self._pause(None, checkpoint, run)
                 since = time.perf_counter()
-                self._look()  # in this turn: in its last one it would have waited for the device
+                self._look()  # not before the pause: the device may have been at work on the step
                 if self.diverged:
                     return
             row = {} if self.diverged else self._end_epoch(epoch)
