@@ -108,10 +108,12 @@ def rules_of(text: str, profile: str, model: str, dataset: str) -> str:
 
     Prose, descriptions and other nets' controls are left out. Empty for a text that is no card.
     """
+    usual = {name: field.default for name, field in Rule.model_fields.items()}
     try:
         values = written_out(tomllib.loads(text))
         tests = [
-            {"claim": claim["id"]} | {key: rule[key] for key in rule if key != "why"}
+            {"claim": claim["id"]}
+            | {key: v for key, v in rule.items() if key != "why" and v != usual.get(key)}
             for claim in values["claims"]
             for rule in claim["tests"]
             if rule.get("kind") in PRIMARY

@@ -9,8 +9,9 @@
 - An experiment whose `model` and `dataset` are lists is one for each pair, with names of both.
 - `[[...experiments.grids]]` adds `methods` at every combination of a grid's lists: `lr`, and
   parameters of the method by name; its other values hold for all entries.
-- A group of `[[strongest]]`, `[[published]]`, `[[ranks]]`, `[[unknown]]` or experiments is what
-  they share, with `rows` of `columns` for the rest; a row may lack the last columns.
+- A group of `[[claims]]`, `[[tests]]`, `[[strongest]]`, `[[published]]`, `[[ranks]]`, `[[unknown]]`
+  or experiments is what they share, with `rows` of `columns` for the rest; a row may lack the last
+  columns. `[[tests]]` name their `claim`.
 """
 
 from collections.abc import Iterator
@@ -36,13 +37,18 @@ def written_out(values: _Table) -> _Table:
     sets: _Sets = {}
     for name, methods in values.get("sets", {}).items():
         sets[name] = list(_entries(methods, sets))
-    whole = {key: value for key, value in values.items() if key != "sets"}
+    whole = {key: value for key, value in values.items() if key not in ("sets", "tests")}
     for part in {"strongest", "published", "ranks", "unknown"} & values.keys():
         whole[part] = _rows(values[part])
-    whole["claims"] = [
-        claim | {"tests": [_rule(rule, sets) for rule in claim.get("tests", [])]}
-        for claim in values.get("claims", [])
-    ]
+    tests, claims = _rows(values.get("tests", [])), _rows(values.get("claims", []))
+    for test in tests:
+        require_one_of("claim", test["claim"], [claim["id"] for claim in claims])
+    whole["claims"] = []
+    for claim in claims:
+        named = (test for test in tests if test["claim"] == claim["id"])
+        own = [{key: test[key] for key in test if key != "claim"} for test in named]
+        rules = [_rule(rule, sets) for rule in [*claim.get("tests", []), *own]]
+        whole["claims"].append(claim | {"tests": rules})
     whole["profiles"] = {name: _profile(p, sets) for name, p in values["profiles"].items()}
     return whole
 
