@@ -160,6 +160,29 @@ def test_a_claim_that_cannot_be_tested(card_file):
     assert (card.claims[0].tests, card.claims[0].not_testable) == ((), "why")
 
 
+ROWS = """[[tests]]
+    columns = ["claim", "kind", "method", "against", "metric"]
+    rows = [["better", "superiority", "magnitude", "random", "metric"]]
+
+    """
+
+
+def test_tests_may_stand_in_a_table_of_their_own(card_file):
+    card_file()
+    nested, text = papers.card("toy"), CARD[:TESTS] + ROWS + CARD[QUICK:]
+    card_file(text)
+    assert papers.card("toy") == nested
+    place = "quick", "lenet300", "digits"
+    assert rules_of(text, *place) == rules_of(CARD, *place)
+    more = ROWS.replace("superiority", "description").replace("random", "l1")
+    card_file(CARD[:QUICK] + more + CARD[QUICK:])
+    assert [rule.against for rule in papers.card("toy").claims[0].tests] == ["random", "l1"]
+    path = card_file(text.replace('["better"', '["bettr"'))
+    refused(lambda: papers.read_card(path), "claim = 'bettr': allowed are better")
+    path = card_file(text.replace('["claim", ', '["where", '))
+    refused(lambda: papers.read_card(path), "claim = '': allowed are better")
+
+
 def test_the_rules_of_a_text_are_what_decides():
     """Prose, recipes, descriptions and the layout are none of it; sets and controls are."""
     described = f'{AGAINST}\n    [[claims.tests]]\n    kind = "description"\n    method = "l1"'

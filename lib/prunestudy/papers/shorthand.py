@@ -42,7 +42,7 @@ def written_out(values: _Table) -> _Table:
         whole[part] = _rows(values[part])
     tests, claims = _rows(values.get("tests", [])), _rows(values.get("claims", []))
     for test in tests:
-        require_one_of("claim", test["claim"], [claim["id"] for claim in claims])
+        require_one_of("claim", test.get("claim", ""), [claim["id"] for claim in claims])
     whole["claims"] = []
     for claim in claims:
         named = (test for test in tests if test["claim"] == claim["id"])
