@@ -146,7 +146,7 @@ def test_other_quantities_are_said_in_the_same_way():
         (
             ("magnitude",),
             {"of": sentences.metric("bytes", "bytes"), "target": 0.9},
-            "The records of this profile do not hold the bytes of one-shot magnitude on 90% of "
+            "The records of this profile do not hold the bytes of one-shot magnitude at 90% of "
             "weights removed.",
         ),
         (

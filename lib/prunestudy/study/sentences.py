@@ -137,7 +137,8 @@ def says(
     way = _overall({each.way for each in seen})
     if not seen:
         place = _place(**where)
-        place = f" on {place}" if place else ""
+        on = "on" if {"model", "dataset"} & where.keys() else "at"
+        place = f" {on} {place}" if place else ""
         if "kind" in where and "target" not in where:
             place += f" at targets on {TARGETS[where['kind']]}"
         name = of.name if of else "score"
