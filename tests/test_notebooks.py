@@ -228,12 +228,3 @@ def test_each_notebook_has_a_kernel_of_its_own_and_a_failing_cell_is_named():
         pids.append(int(cell.outputs[0].text))
     assert len(set(pids)) == 2
     assert not any(psutil.pid_exists(pid) for pid in pids)
-
-
-def test_colab_badge_waits_for_the_repository(tmp_path, monkeypatch):
-    monkeypatch.setattr(notebooks.places, "checkout", lambda: tmp_path)
-    page = tmp_path / "pyproject.toml"
-    page.write_text('[tool.prunestudy]\nrepository = ""\n')
-    assert notebooks.colab_badge("a.ipynb") == ""
-    page.write_text('[tool.prunestudy]\nrepository = "owner/name"\n')
-    assert "owner/name/blob/main/notebooks/a.ipynb" in notebooks.colab_badge("a.ipynb")

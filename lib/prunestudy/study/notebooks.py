@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -93,13 +92,3 @@ def write(store: Store, profile: str, paper: str, notebook: Any) -> Path:
     notebook.metadata["prunestudy"] = stamp(store, profile, paper, cells)
     write_text(executed(store, paper), nbformat.writes(notebook))
     return executed(store, paper)
-
-
-def colab_badge(notebook: str) -> str:
-    """Markdown of a Colab badge, or "" while the repository's address is not filled in."""
-    path = (places.checkout() or Path()) / "pyproject.toml"
-    settings = tomllib.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    address = settings.get("tool", {}).get("prunestudy", {}).get("repository", "")
-    place = f"https://colab.research.google.com/github/{address}/blob/main/notebooks/{notebook}"
-    badge = "https://colab.research.google.com/assets/colab-badge.svg"
-    return f"[![Open in Colab]({badge})]({place})" if address else ""

@@ -79,13 +79,9 @@ class Session:
         for name, kind in _PARAMETERS.items():
             value = space.get(name)
             require(type(value) is kind, f"parameter {name}", value, f"of type {kind.__name__}")
-        from prunestudy.study import figures, notebooks  # late: they import this
+        from prunestudy.study import figures  # late: it imports this
 
         figures.style()
-        if badge := notebooks.colab_badge(f"{card(paper).notebook}.ipynb"):
-            from IPython.display import Markdown, display  # late: a study by minutes has none
-
-            display(Markdown(badge))
         return cls(paper, **{name: space[name] for name in _PARAMETERS})
 
     def run(self) -> None:
