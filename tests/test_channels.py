@@ -219,6 +219,46 @@ def test_groups_that_do_not_exist_and_nets_that_cannot_be_traced_are_refused():
     refused(lambda: Channels(net, x, "macs"), "has no channels that could go")
 
 
+class Upsampled(nn.Module):
+    """What `up` says becomes pixels, four channels to one: torch-pruning does not follow."""
+
+    def __init__(self):
+        super().__init__()
+        self.down, self.up = nn.Conv2d(1, 6, 2, stride=2), nn.Conv2d(6, 8, 1)
+        self.last, self.fc = nn.Conv2d(2, 5, 3), nn.Linear(5, 10)
+
+    def forward(self, x):
+        x = nn.functional.pixel_shuffle(self.up(self.down(x).relu()), 2)
+        return self.fc(self.last(x).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("name", [*STRUCTURED, "component_aware", "uniform"])
+def test_layers_may_be_left_whole_where_they_cannot_be_pruned(name):
+    torch.manual_seed(0)
+    net, made = Upsampled(), methods.method_class(name)
+
+    def fit(**leave):
+        method = made(0.3, "parameters", **leave)
+        return prune(net, method, toy_batches(), Recipe(epochs=1, lr=0.01))
+
+    if name == "network_slimming":
+        net.last = nn.Sequential(nn.Conv2d(2, 5, 3), nn.BatchNorm2d(5))
+    refused(fit, "cannot be pruned: ", "`leave` names layers that are to keep all")
+    refused(lambda: fit(leave="u* nope"), "leave = 'nope': patterns of down, ", "up")
+    small = fit(leave="up").model
+    assert (small.up.out_channels, small.up.in_channels) == (8, small.down.out_channels)
+    assert small.down.out_channels + small.fc.in_features < 6 + 5
+
+
+def test_what_stays_whole_needs_no_proof():
+    """Neither for single channels by name, nor in one line."""
+    net, x = Upsampled(), torch.randn(2, 1, 8, 8)
+    assert ps.remove(net, {"last": [0, 3]}, x).fc.in_features == 2
+    refused(lambda: ps.remove(net, {"up": [0, 1, 2, 3, 4]}, x), "cannot be pruned: ")
+    small = ps.shrink_to(net, 0.2, x, leave="up")
+    assert small.up.out_channels == 8 and small.last.out_channels < 5
+
+
 # --- rankings
 
 

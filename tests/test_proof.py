@@ -580,6 +580,20 @@ def test_a_branch_that_cannot_be_emptied_keeps_a_channel():
     assert [g.skippable for g in shrink.groups(made, IMAGE)] == [False, True]
 
 
+def test_an_encoder_layer_works_without_gradients_too():
+    """There torch reads the weights of its layers by itself: none can be gone."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 12, 0.1, batch_first=True, norm_first=True)
+    net = nn.Sequential(layer, nn.Linear(8, 3))
+    (group,) = (g for g in shrink.groups(net, TOKENS) if g.name == "0.linear1")
+    assert not group.skippable
+    refused(lambda: shrink.remove(net, {"0.linear1": []}, TOKENS), "no signal is left")
+    small, x = shrink.remove(net, {"0.linear1": [0, 5, 7]}, TOKENS).eval(), torch.randn(3, 5, 8)
+    with torch.no_grad():
+        faster = small(x)
+    assert small[0].linear2.in_features == 3 and torch.allclose(faster, small(x), atol=1e-6)
+
+
 class Moody(nn.Module):
     """A parametrisation whose value is another each time."""
 

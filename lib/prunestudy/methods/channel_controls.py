@@ -40,7 +40,7 @@ class _Removal(Channelled):
 
     def number(self, model: nn.Module, context: Context) -> None:
         """Number the channels; all are left."""
-        self.channels = Channels(model, context.example, self.of)
+        self.channels = Channels(model, context.example, self.of, leave=self.leave)
         self.left = torch.ones(self.channels.size, dtype=torch.bool)
 
     def open(self) -> Tensor:

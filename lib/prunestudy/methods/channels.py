@@ -14,6 +14,7 @@ ones it is exactly what the small net costs.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from functools import cached_property
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -23,12 +24,19 @@ import torch
 from torch import Tensor, nn
 
 from prunestudy import measure, shrink
-from prunestudy.errors import require
+from prunestudy.errors import InputError, require
 from prunestudy.methods.base import Method
-from prunestudy.shrink.groups import CONSUMES, PRODUCES, signal_remains, silent_layers
+from prunestudy.shrink.groups import (
+    CONSUMES,
+    PRODUCES,
+    Group,
+    read_groups,
+    signal_remains,
+    silent_layers,
+)
 from prunestudy.shrink.layers import LAYERS, channels_of, is_follower
 from prunestudy.shrink.narrow import require_whole
-from prunestudy.shrink.proof import groups_of
+from prunestudy.shrink.proof import proven
 from prunestudy.shrink.remove import remove_groups
 from prunestudy.shrink.trace import trace
 from prunestudy.values import inputs
@@ -40,10 +48,10 @@ class Channels:
     """Numbers the channels of all dependency groups of `model`, group after group.
 
     `example` is an input batch, or a tuple of them. `kind` is what `cost` counts: "macs" of one
-    input, or "parameters". With `only`, just the groups of these names may lose channels. Layer
-    norm takes its statistics over all its channels, so its groups are left out unless `norms`.
-    Raises `InputError` for a net that cannot be traced or has no channel to remove, and for a
-    group that does not exist.
+    input, or "parameters". With `only`, just the groups of these names may lose channels; groups
+    that the patterns `leave` name keep all. Layer norm takes its statistics over all its channels,
+    so its groups are left out unless `norms`. Raises `InputError` for a net that cannot be traced
+    or has no channel to remove, and for a group that does not exist.
     """
 
     def __init__(
@@ -53,12 +61,17 @@ class Channels:
         kind: str,
         only: Sequence[str] = (),
         norms: bool = False,
+        leave: str = "",
     ) -> None:
         shrink.require_ordinary(model)
         require_whole(model)
         self.example = inputs(example)
         self.traced = trace(model, self.example)
-        found = groups_of(self.traced)
+        found = _without(read_groups(self.traced), leave.split())
+        try:
+            found = proven(self.traced, found)
+        except InputError as error:
+            raise InputError(f"{error}; `leave` names layers that are to keep all") from None
         self.groups = [g for g in found if norms or all(m.kind != "LayerNorm" for m in g.members)]
         if only:
             self.groups = [shrink.find(self.groups, name) for name in only]
@@ -216,9 +229,13 @@ class _Tables(NamedTuple):
 
 
 class Channelled(Method, ABC):
-    """A method that removes some of its `channels`, and keeps those that are `open`."""
+    """A method that removes some of its `channels`, and keeps those that are `open`.
+
+    `leave`: layers whose channels all stay, patterns with `*` allowed, separated by spaces.
+    """
 
     counts = ("macs", "parameters")
+    leave: str = ""
 
     @abstractmethod
     def open(self) -> Tensor:
@@ -246,6 +263,17 @@ def become(model: nn.Module, small: nn.Module) -> None:
     for name, p in small.named_parameters():
         p.requires_grad_(name not in fixed)
     model.__dict__ = small.train(model.training).__dict__
+
+
+def _without(groups: list[Group], leave: Sequence[str]) -> list[Group]:
+    """`groups` but for those that one of the patterns `leave` names, or one of their producers."""
+    names = [{group.name, *(m.layer for m in group.having(PRODUCES))} for group in groups]
+    for pattern in leave:
+        known = any(fnmatchcase(name, pattern) for each in names for name in each)
+        allowed = f"patterns of {', '.join(sorted(set().union(*names)))}"
+        require(known, "leave", pattern, allowed)
+    named = [any(fnmatchcase(n, p) for n in each for p in leave) for each in names]
+    return [group for group, stays in zip(groups, named, strict=True) if not stays]
 
 
 def _useless(group: shrink.Group, silent: set[str]) -> bool:

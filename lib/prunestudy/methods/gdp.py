@@ -105,7 +105,8 @@ class GDP(Channelled):
 
     def attach(self, model: nn.Module, context: Context) -> None:
         """Find the dependency groups and scale every kernel that consumes gated channels."""
-        self.channels = Channels(model, context.example, self.of, self.groups.split())
+        only = self.groups.split()
+        self.channels = Channels(model, context.example, self.of, only, leave=self.leave)
         self.reach = self.channels.most_removable()
         size, like = self.channels.size, next(model.parameters())
         self.gates = _Gates(size, self.eps_start, like)

@@ -92,7 +92,7 @@ class HardConcrete(Channelled):
     def attach(self, model: nn.Module, context: Context) -> None:
         """Put gates on every kernel that consumes channels that may go; the first draw."""
         self.generator = context.generator
-        self.channels = Channels(model, context.example, self.of)
+        self.channels = Channels(model, context.example, self.of, leave=self.leave)
         like = next(model.parameters())
         self.gates = _Gates(self.channels.size, self.keep, like)
         scale_consumers(model, self.channels, self.gates)

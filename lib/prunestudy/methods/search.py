@@ -111,9 +111,9 @@ class Search(Method, ABC):
 
     `importance` of the channels within a group, its gradients over `taylor_batches`; `most`:
     largest share of a group's channels that may go; `samples` that judge a candidate; `constraints`
-    on metrics or the loss, such as "psnr >= 20"; `protect`: names of groups, layers, components, or
-    "coupling". With `refuse` a broken constraint is an error, else it is recorded. `tolerance` of
-    the share removed by soft masks.
+    on metrics or the loss: "psnr >= 20"; `protect`: names of groups, layers, components, or
+    "coupling"; `leave` as of `Channelled`; `refuse`: a broken constraint is an error, else it is
+    recorded; `tolerance` of the share removed by soft masks.
     """
 
     counts: ClassVar[tuple[str, ...]] = ("parameters",)
@@ -125,6 +125,7 @@ class Search(Method, ABC):
     samples: Annotated[int, Field(ge=1)] = 256
     constraints: list[str] = []
     protect: list[str] = []
+    leave: str = ""
     refuse: bool = True
 
     @abstractmethod
@@ -152,7 +153,7 @@ class Search(Method, ABC):
         # `passes` counts samples: a forward pass is 1, forward and backward 3.
         self.context, self.batches = context, context.stream()
         self.seen: dict[tuple[int, ...], Point] = {}
-        self.channels = Channels(model, context.example, "parameters", norms=True)
+        self.channels = Channels(model, context.example, "parameters", norms=True, leave=self.leave)
         found = self.channels.groups
         self.groups = component_groups(model, context.example, None, self.protect, found)
         self.small = Narrow(model, found)

@@ -30,10 +30,11 @@ class Gated:
         """How `small` fails or differs with the channels `kept` of each group; empty if it doesn't.
 
         In eval mode on one input and on the user's; with `training` also on two, in training mode
-        where it is defined. Nets that draw other random numbers there only have to run. `small` may
-        change its batch-norm statistics.
+        where it is defined. Nets that draw other random numbers there only have to run, as all do
+        without gradients. `small` may change its batch-norm statistics.
         """
         gaps = [self._gap(small, kept, batch, False) for batch in self.batches]
+        gaps.append(_fails(small, self.batches[0]))
         if any(gaps) or not training:
             return max(gaps)
         gap = self._gap(small, kept, self.two, True)
@@ -82,6 +83,15 @@ class Gated:
                 return apart(*(outputs_of(self.net, self.two) for _ in range(2)))
         except Exception:  # a batch norm of one value, or anything of a user's net
             return None
+
+
+def _fails(small: nn.Module, batch: Batch) -> str:
+    """Why `small` fails where nothing watches it; empty if it does not."""
+    try:
+        outputs_of(small, batch, bare=True)
+        return ""
+    except Exception as error:  # whatever a user's net raises
+        return first_line(error)
 
 
 @contextmanager

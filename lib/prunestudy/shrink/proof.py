@@ -32,15 +32,16 @@ def groups(model: nn.Module, example: Tensor | tuple[Tensor, ...]) -> list[Group
     module where the net cannot be traced, or does not pass the proof.
     """
     require_whole(model)
-    return groups_of(trace(model, example))
+    traced = trace(model, example)
+    return proven(traced, read_groups(traced))
 
 
-def groups_of(traced: Trace) -> list[Group]:
-    """Return the dependency groups of a traced net, proven; raise `InputError` as `groups`.
+def proven(traced: Trace, found: list[Group]) -> list[Group]:
+    """Return the groups `found` in a traced net, once proven; raise `InputError` as `groups`.
 
-    A group may only be emptied (is skippable) if the net without it passes the proof as well.
+    All others stay whole. A group may only be emptied (is skippable) if the net without it passes
+    the proof as well.
     """
-    found = read_groups(traced)
     return _Proof(traced, found).run() if found else []
 
 
@@ -53,7 +54,7 @@ class _Proof(Gated):
         self.generator = torch.Generator().manual_seed(0)
 
     def run(self) -> list[Group]:
-        """The groups, those only skippable that may be emptied; see `groups_of`."""
+        """The groups, those only skippable that may be emptied; see `proven`."""
         self._require([int(self._draw(group.channels)) for group in self.groups])
         for counts in self._counts():
             self._require(counts, training=False)

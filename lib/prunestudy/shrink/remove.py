@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from prunestudy.errors import require, require_one_of
 from prunestudy.shrink.compare import Gated, apart
 from prunestudy.shrink.fold import fold
-from prunestudy.shrink.groups import PRODUCES, Group, signal_remains
+from prunestudy.shrink.groups import PRODUCES, Group, read_groups, signal_remains
 from prunestudy.shrink.narrow import Narrow, require_whole
-from prunestudy.shrink.proof import groups_of
+from prunestudy.shrink.proof import proven
 from prunestudy.shrink.runs import drawn, outputs_of
 from prunestudy.shrink.trace import trace
 from prunestudy.values import inputs
@@ -28,17 +28,19 @@ def remove(model: nn.Module, keep: Mapping[str, Sequence[int]], example: Inputs)
     all other layers stay whole, but those that share or read these channels follow. `example` is
     an input batch, or a tuple of them. The copy computes what `model` does with the weights at zero
     that read the removed channels; it is trainable as `model` is. Raises `InputError` for a layer
-    or channel that does not exist or cannot go, and as `groups`.
+    or channel that does not exist or cannot go, and as `groups` for what loses channels.
     """
     require_whole(model)
     traced = trace(model, example)
-    found = groups_of(traced)
+    every = read_groups(traced)
     require(isinstance(keep, Mapping), "keep", keep, "channels by the name of their layer")
-    kept = _kept(found, {name: _numbers(name, channels) for name, channels in keep.items()})
-    for group, stay in zip(found, kept, strict=True):
+    stays = _kept(every, {name: _numbers(name, channels) for name, channels in keep.items()})
+    lose = [i for i, group in enumerate(every) if len(stays[i]) < group.channels]
+    found, kept = proven(traced, [every[i] for i in lose]), [stays[i] for i in lose]
+    for group in found:
         norm = next((m.layer for m in group.members if m.kind == "LayerNorm"), None)
         why = f"its statistics are of all channels, those of {group.name!r} cannot go"
-        require(norm is None or len(stay) == group.channels, "module", norm, why)
+        require(norm is None, "module", norm, why)
     emptied = [group for group, stay in zip(found, kept, strict=True) if not len(stay)]
     names = ", ".join(group.name for group in emptied)
     possible = all(g.skippable for g in emptied) and signal_remains(traced, emptied)

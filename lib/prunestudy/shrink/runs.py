@@ -86,19 +86,25 @@ class _Plain(TorchFunctionMode):
 
 
 def outputs_of(
-    net: nn.Module, batch: tuple[Tensor, ...], strict: bool = False, last: bool = False
+    net: nn.Module,
+    batch: tuple[Tensor, ...],
+    strict: bool = False,
+    last: bool = False,
+    bare: bool = False,
 ) -> list[Tensor]:
     """All tensors that `net` returns for `batch`, without dropout, seeded; `InputError` for none.
 
     With `strict` the net may not read values of tensors other than its own. With `last` the next
-    random number comes last: the same if as many were drawn.
+    random number comes last: the same if as many were drawn. With `bare` nothing watches, nor are
+    there gradients: some modules of torch then take a faster way of their own.
     """
     own = tensors_of(net.state_dict()) if strict else []
     known = {t.untyped_storage().data_ptr() for t in own}
     usual = torch.get_default_dtype()
     torch.set_default_dtype(dtype_of(net))
     try:
-        with torch.random.fork_rng(devices=[]), _Plain(strict, known):
+        mode = torch.no_grad() if bare else _Plain(strict, known)
+        with torch.random.fork_rng(devices=[]), mode:
             torch.manual_seed(0)
             found = tensors_of(net(*(x.clone() for x in batch)))
             end = [torch.rand((), device=batch[0].device)] * last

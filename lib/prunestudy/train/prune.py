@@ -138,18 +138,21 @@ def shrink_to(
     *,
     of: str = "macs",
     by: str = "group_l2",
+    leave: str = "",
     seed: int = 0,
 ) -> nn.Module:
     """A smaller copy of `model` without the share `target` of its MACs, parameters or weights.
 
     Nothing is trained. `of`: "macs" or "parameters" (channels go), or "sparsity" (weights are set
-    to zero); `by`: "group_l2", "l1_filter", "random", or "magnitude" for single weights; `example`:
-    an input batch. Raises `InputError` for what cannot be used.
+    to zero); `by`: "group_l2", "l1_filter", "random", or "magnitude" for single weights; `leave`:
+    layers whose channels all stay, as of every method that removes channels; `example`: an input
+    batch. Raises `InputError` for what cannot be used.
     """
     untrained = ("group_l2", "l1_filter", "magnitude", "random")
     require(by in untrained, "by", by, f"allowed are {', '.join(untrained)}")
     require_net(model)
-    method, net = methods.build(by, {}, target, of), copied(model)
+    method = methods.build(by, {"leave": leave} if leave else {}, target, of)
+    net = copied(model)
     example = moved(inputs(example, valued=True), device_of(model))
     generator = torch.Generator(example[0].device).manual_seed(_seed(seed))
     context = Context(example, generator=generator)
