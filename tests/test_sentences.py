@@ -153,7 +153,7 @@ def test_other_quantities_are_said_in_the_same_way():
             ("magnitude",),
             {"than": "published"},
             "Nothing is published in this profile's settings beside the score of one-shot "
-            "magnitude against what is published.",
+            "magnitude.",
         ),
     ],
 )

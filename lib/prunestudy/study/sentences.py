@@ -113,7 +113,7 @@ def says(
         require_one_of("where", name, ("model", "dataset", "target", "kind"))
     right = than in (None, "published") or isinstance(than, int | float)
     require(right, "than", than, 'a number or "published"')
-    runs, seen, wanting = index(planned), [], "This profile has no runs for"
+    runs, seen, wanting, none = index(planned), [], "This profile has no runs for", False
     for (label, model, dataset), targets in runs.items():
         opponents = runs.get((against, model, dataset), {})
         for target, ours in targets.items() if label == method else ():
@@ -123,7 +123,7 @@ def says(
             theirs = opponents.get(target) or opponents.get(None, {})
             both = [ours, theirs] if against else [ours]
             if at | where == at and held is None and than is not None:
-                wanting = "Nothing is published in this profile's settings beside"
+                wanting, none = "Nothing is published in this profile's settings beside", True
             elif at | where == at:
                 wanting = "The records of this profile do not hold" if all(both) else wanting
                 keys = sorted(set.intersection(*map(set, both)))
@@ -142,7 +142,7 @@ def says(
         if "kind" in where and "target" not in where:
             place += f" at targets on {TARGETS[where['kind']]}"
         name = of.name if of else "score"
-        text = f"{wanting} the {name} of {called(method)}{versus}{place}."
+        text = f"{wanting} the {name} of {called(method)}{'' if none else versus}{place}."
     elif len(seen) == 1:
         verb = f" is {_WAYS[way]} {'that of ' * bool(against)}{other}:" if way else f"{versus} is"
         where_, name, _, told, _ = seen[0]
