@@ -105,6 +105,8 @@ shrink/narrow.py test_channels.py test_the_finished_net and batch_norm-dtype0 an
     indices[gone[number]] => indices[gone[number].flip(0)]
 shrink/narrow.py test_channels.py test_the_finished_net and batch_norm-dtype0 and l1_filter
     (axis == "in" and name != "weight") => False
+shrink/slots.py test_groups.py test_the_channels_of_one_group_of_a_group_norm
+    channels - channels % => channels %
 shrink/narrow.py test_remove.py test_a_branch_without_inputs_leaves_its_bias
     new.bias = bias => pass
 shrink/narrow.py test_remove.py test_places_behind_a_layer_that_is_gone

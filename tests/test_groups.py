@@ -243,8 +243,20 @@ def test_channels_through_other_parameters_stay():
     net = Net(lambda n, x: n.c(n.b(n.a(x) * n.scale)), **layers)
     net.scale = nn.Parameter(torch.ones(4, 1, 1))
     assert only(net).name == "b"
-    net = Net(lambda n, x: n.c(n.b(n.norm(n.a(x)))), norm=nn.GroupNorm(2, 4), **layers)
-    assert only(net).name == "b"
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_the_channels_of_one_group_of_a_group_norm_go_together(affine):
+    layers = {"a": nn.Conv2d(1, 6, 3), "b": nn.Conv2d(6, 4, 3), "c": nn.Conv2d(4, 2, 1)}
+    layers |= {"norm": nn.GroupNorm(3, 6, affine=affine), "whole": nn.GroupNorm(1, 4)}
+    net, x = Net(lambda n, x: n.c(n.whole(n.b(n.norm(n.a(x))))), **layers), torch.zeros(2, 1, 8, 8)
+    found = shrink.groups(net, x)
+    assert [(g.name, g.channels) for g in found] == [("a", 3), ("b", 1)]
+    assert found[0].members[0].indices == ((0, 1), (2, 3), (4, 5))
+    small = shrink.remove(net, {"a": [0, 1, 4, 5]}, x)
+    assert (small.norm.num_groups, small.norm.num_channels) == (2, 4)
+    refused(lambda: shrink.remove(net, {"a": [0, 4, 5]}, x), "channels [0] go with others")
+    refused(lambda: shrink.remove(net, {"b": []}, x), "no signal is left")
 
 
 def test_a_group_that_does_not_exist():

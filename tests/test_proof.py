@@ -162,6 +162,18 @@ EXACT = {
         TOKENS,
         "a",
     ),
+    "group norms": (
+        net(
+            lambda n, x: n.out(F.silu(n.last(n.b(F.silu(n.norm(n.a(x)))))).mean((2, 3))),
+            a=conv(1, 6, 3, padding=1),
+            norm=nn.GroupNorm(3, 6),
+            b=conv(6, 8, 3, padding=1),
+            last=nn.GroupNorm(2, 8),
+            out=nn.Linear(8, 3),
+        ),
+        IMAGE,
+        "a b",
+    ),
     "flat tokens": (
         lambda: nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Flatten(), nn.Linear(30, 3)),
         TOKENS,

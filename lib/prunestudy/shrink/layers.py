@@ -6,8 +6,9 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 # One value (or none) for each channel, whatever the other channels are.
-# (A layer norm's statistics are of all of them, so that they change with those removed.)
-FOLLOWERS = (*NORMS, nn.LayerNorm, nn.PReLU)
+# (A layer norm's statistics are of all of them, so that they change with those removed; those of a
+# group norm are of one of its groups, which goes or stays.)
+FOLLOWERS = (*NORMS, nn.GroupNorm, nn.LayerNorm, nn.PReLU)
 LAYERS = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)
 
 
@@ -27,7 +28,8 @@ def channels_of(layer: nn.Module, side: str) -> int:
     """Number of channels (features) of `layer` at side "in" or "out"."""
     if isinstance(layer, nn.LayerNorm):
         return layer.normalized_shape[-1]
-    for name in (f"{side}_channels", f"{side}_features", "num_features", "num_parameters"):
+    numbers = ("num_features", "num_channels", "num_parameters")
+    for name in (f"{side}_channels", f"{side}_features", *numbers):
         if hasattr(layer, name):
             return getattr(layer, name)
     raise TypeError(type(layer).__name__)

@@ -95,6 +95,9 @@ def _resize(layer: nn.Module, axis: str, size: int) -> None:
     """Write the new number of channels where the layer keeps it."""
     if isinstance(layer, nn.LayerNorm):
         layer.normalized_shape = (size,)
+    elif isinstance(layer, nn.GroupNorm):
+        layer.num_groups = size * layer.num_groups // layer.num_channels
+        layer.num_channels = size
     elif isinstance(layer, nn.Linear):
         setattr(layer, f"{axis}_features", size)
     elif axis != FOLLOWS:

@@ -136,12 +136,18 @@ class Slots:
         return connected_components(graph, directed=False)[1].reshape(-1, self.most)
 
     def _tie_groups(self, node: Any) -> None:
-        """The groups of a grouped convolution must stay of one size: tie the same place of all."""
-        groups = getattr(node.module, "groups", 1)
-        if groups > 1 and not is_depthwise(node.module):
+        """Tie the channels that grouped layers need together.
+
+        The groups of a convolution must stay of one size: the same place of all. The statistics of
+        a group norm are of whole groups: all of one.
+        """
+        groups, norm = getattr(node.module, "groups", 1), isinstance(node.module, nn.GroupNorm)
+        if norm or (groups > 1 and not is_depthwise(node.module)):
             for side in ("in", "out"):
                 channels = np.arange(self._size(node, side))
                 first = channels % (len(channels) // groups)
+                if norm:
+                    first = channels - channels % (len(channels) // node.module.num_groups)
                 self._new(node, side, channels)
                 self._join((node, side), (node, side), first, channels)
 
