@@ -250,6 +250,16 @@ def test_layers_may_be_left_whole_where_they_cannot_be_pruned(name):
     assert small.down.out_channels + small.fc.in_features < 6 + 5
 
 
+def test_the_halves_of_a_gated_linear_unit_are_ranked_together():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.GLU(), nn.Linear(4, 3))
+    net[0].weight.data[[2, 6]] /= 100
+    for by in ("l1_filter", "group_l2"):
+        small = ps.shrink_to(net, 0.2, torch.randn(2, 6), of="parameters", by=by)
+        assert (small[0].weight == net[0].weight[[0, 1, 3, 4, 5, 7]]).all()
+        assert (small[2].weight == net[2].weight[:, [0, 1, 3]]).all()
+
+
 def test_what_stays_whole_needs_no_proof():
     """Neither for single channels by name, nor in one line."""
     net, x = Upsampled(), torch.randn(2, 1, 8, 8)

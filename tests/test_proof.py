@@ -174,6 +174,17 @@ EXACT = {
         IMAGE,
         "a b",
     ),
+    "gated linear units": (
+        net(
+            lambda n, x: n.out(F.glu(n.b(n.glu(n.a(x))), dim=1).mean((2, 3))),
+            a=conv(1, 12, 3),
+            glu=nn.GLU(1),
+            b=conv(6, 8, 3),
+            out=nn.Linear(4, 3),
+        ),
+        IMAGE,
+        "a b",
+    ),
     "flat tokens": (
         lambda: nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Flatten(), nn.Linear(30, 3)),
         TOKENS,

@@ -24,6 +24,7 @@ from prunestudy.methods.masks import Masked, Scope
 from prunestudy.shrink import axis_of, fold
 from prunestudy.shrink.groups import FOLLOWS, PRODUCES
 from prunestudy.shrink.layers import is_depthwise
+from prunestudy.shrink.runs import outputs_of
 
 _NORM = nn.modules.batchnorm._BatchNorm
 
@@ -243,7 +244,9 @@ def scale_sizes(channels: Channels, model: nn.Module) -> Tensor:
 def _ranking(channels: Channels, net: nn.Module, measure: Any) -> Tensor:
     example = inputs_for(net, channels.example)
     with torch.enable_grad():
-        graph = torch_pruning.DependencyGraph().build_dependency(net, example, verbose=False)
+        graph = torch_pruning.DependencyGraph().build_dependency(
+            net, example, forward_fn=outputs_of, verbose=False
+        )
     roots, slices = [group.having(PRODUCES)[0] for group in channels.groups], []
     for root in roots:
         layer = net.get_submodule(root.layer)

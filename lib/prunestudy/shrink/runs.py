@@ -68,7 +68,10 @@ def watching(net: nn.Module, failed: str) -> Iterator[Watch]:
 
 
 class _Plain(TorchFunctionMode):
-    """Dropout does nothing; with `strict`, only values of the `known` tensors may be read."""
+    """Dropout does nothing; with `strict`, only values of the `known` tensors may be read.
+
+    A gated linear unit is written out: autograd shows which of its halves meet.
+    """
 
     def __init__(self, strict: bool, known: set[int]) -> None:
         super().__init__()
@@ -78,11 +81,18 @@ class _Plain(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if "dropout" in name:
             return args[0]
+        if name == "glu":
+            return _written_out(*args, **(kwargs or {}))
         if self.strict and name in _READS:
             read = [t for t in args if isinstance(t, Tensor)]
             if any(t.untyped_storage().data_ptr() not in self.known for t in read):
                 raise RuntimeError("what it does depends on the values of its input")
         return func(*args, **(kwargs or {}))
+
+
+def _written_out(x: Tensor, dim: int = -1) -> Tensor:
+    a, b = x.chunk(2, dim)
+    return a * b.sigmoid()
 
 
 def outputs_of(
