@@ -455,6 +455,23 @@ def test_subclasses_of_layers_and_names_with_colons_come_back(like, tmp_path):
         assert says in refusal(lambda: shrink.load(tmp_path / "net", fresh))
 
 
+class Versioned(nn.Linear):
+    """As torchvision's MNASNet, it will not be filled from a state of an unknown version."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state, prefix, metadata, *rest):
+        if metadata.get("version") != 2:
+            raise ValueError("version should be 2")
+        super()._load_from_state_dict(state, prefix, metadata, *rest)
+
+
+def test_modules_learn_the_version_of_their_state(tmp_path):
+    net, like = (nn.Sequential(Versioned(3, 2)) for _ in range(2))
+    shrink.save(net, tmp_path / "net")
+    assert (shrink.load(tmp_path / "net", like)[0].weight == net[0].weight).all()
+
+
 def test_lazy_nets_are_refused(tmp_path):
     net = nn.Sequential(nn.LazyLinear(3), nn.LazyBatchNorm1d(affine=False))
     shrink.save(nn.Sequential(nn.Linear(2, 3)), tmp_path / "net")

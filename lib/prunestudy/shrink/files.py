@@ -216,11 +216,14 @@ def _resized(layer: nn.Module, of: str, **arguments: Any) -> nn.Module:
 def _fill(net: nn.Module, tensors: dict[str, Tensor], ties: dict[str, str]) -> None:
     """Give `net` the tensors of the file, of the same names and shapes."""
     dense = {n: tensor for n, tensor in tensors.items() if n.rpartition(":")[2] not in _CSR}
-    for name, like in net.state_dict().items():
+    own = net.state_dict()
+    for name, like in own.items():
         if f"{name}:values" in tensors:
             dense[name] = _dense(*(tensors[f"{name}:{part}"] for part in _CSR), like.shape)
     dense |= {name: dense[first] for name, first in ties.items()}
-    net.load_state_dict(dense, assign=True)
+    filled = type(own)(dense)
+    filled._metadata = own._metadata  # versions of modules, which some ask for
+    net.load_state_dict(filled, assign=True)
     for name, first in ties.items():
         (owner, slot), (other, origin) = (n.rpartition(".")[::2] for n in (name, first))
         setattr(net.get_submodule(owner), slot, getattr(net.get_submodule(other), origin))
