@@ -185,6 +185,17 @@ EXACT = {
         IMAGE,
         "a b",
     ),
+    "a layer whose weight the net's own code reads": (
+        net(
+            lambda n, x: n.out(F.linear(x, n.own.weight) + n.b(n.a(x).relu())).mean(1),
+            own=nn.Linear(8, 8),
+            a=nn.Linear(8, 12),
+            b=nn.Linear(12, 8),
+            out=nn.Linear(8, 3),
+        ),
+        TOKENS,
+        "a",
+    ),
     "flat tokens": (
         lambda: nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Flatten(), nn.Linear(30, 3)),
         TOKENS,
@@ -331,6 +342,16 @@ EXACT = {
 }
 # Nets that are refused: the net, its inputs, the module to blame.
 REFUSED = {
+    "channels that the net's own code reads": (
+        net(
+            lambda n, x: n.out(F.linear(n.a(x), n.own.weight).relu()),
+            a=nn.Linear(16, 12),
+            own=nn.Linear(12, 6),
+            out=nn.Linear(6, 3),
+        ),
+        ROW,
+        "own|out|the net itself",
+    ),
     "the second half": (after_a(lambda x: x.chunk(2, 1)[1], 4), IMAGE, "c"),
     "halves in two layers": (
         net(lambda n, x: n.c(n.a(x)[:, :4]) + n.d(n.a(x).chunk(2, 1)[1]), **HALF),
@@ -338,7 +359,6 @@ REFUSED = {
         "[cd]",
     ),
     "chunks of chunks": (after_a(lambda x: x.chunk(2, 1)[0].chunk(2, 1)[1], 2), IMAGE, "c"),
-    "the product of halves": (after_a(nn.GLU(1), 4), IMAGE, "[mc]"),
     "a slice": (after_a(lambda x: x[:, :6], 6), IMAGE, "c"),
     "a slice from the end": (after_a(lambda x: x[:, -3:], 3), IMAGE, "c"),
     "narrow": (after_a(lambda x: x.narrow(1, 2, 4), 4), IMAGE, "the net itself"),

@@ -62,9 +62,11 @@ def trace(model: nn.Module, example: Tensor | tuple[Tensor, ...]) -> Trace:
     with torch.enable_grad():
         probe = _Probe(plain, batch, last=_first_pass(plain, batch))
         graph, outputs, watch, opaque = _build(probe, batch)
-    _require_all(plain, graph, watch)
+    _require_all(plain, graph, watch, outputs)
     layers = {n: m for n, m in watch.order.items() if is_layer(m) and m in graph.module2node}
     number = {node: i for i, node in enumerate(graph.module2node.values())}
+    ends = {t.grad_fn for t in outputs}
+    last = [node for node in number if node.grad_fn in ends]
     images = [graph.module2node[m] for m in probe.images if m in graph.module2node]
     # A layer that reads integers, or their one-hot codes, begins a path as well.
     begin = (nn.Embedding, *LAYERS)
@@ -73,12 +75,12 @@ def trace(model: nn.Module, example: Tensor | tuple[Tensor, ...]) -> Trace:
     fixed = [n for n in number if n.grad_fn in opaque and n.module not in own]
     fixed += [n for n in number if isinstance(n.module, nn.Parameter)]
     return Trace(
-        channels=Slots(graph, images, outputs, fixed, layers).classes(),
+        channels=Slots(graph, images, last, fixed, layers).classes(),
         layers=layers,
         edges={number[node]: [number[after] for after in node.outputs] for node in number},
         node_of={name: number[graph.module2node[layer]] for name, layer in layers.items()},
         inputs=[number[node] for node in (*images, *sources)],
-        outputs=[number[node] for node in outputs],
+        outputs=[number[node] for node in last],
         net=plain.requires_grad_(False).double(),
         example=tuple(x.double() if x.is_floating_point() else x for x in batch),
         given=example,
@@ -121,7 +123,7 @@ class _Probe(nn.Module):
         return self.net(*(image(x) for image, x in zip(self.images, batch, strict=True)))
 
 
-def _build(probe: _Probe, batch: tuple[Tensor, ...]) -> tuple[Any, list, Watch, set]:
+def _build(probe: _Probe, batch: tuple[Tensor, ...]) -> tuple[Any, list[Tensor], Watch, set]:
     graph, found = Graph(), []
 
     def run(net: nn.Module, batch: tuple[Tensor, ...]) -> list[Tensor]:
@@ -135,17 +137,33 @@ def _build(probe: _Probe, batch: tuple[Tensor, ...]) -> tuple[Any, list, Watch, 
         watching(probe.net, "cannot be traced") as watch,
     ):
         graph.build_dependency(probe, batch, forward_fn=run, verbose=False)
-    ends = {t.grad_fn for t in found}
-    outputs = [node for node in graph.module2node.values() if node.grad_fn in ends]
-    return graph, outputs, watch, nodes
+    return graph, found, watch, nodes
 
 
-def _require_all(net: nn.Module, graph: Any, watch: Watch) -> None:
-    """Raise `InputError` for a layer that is not in the graph, unless it is part of another."""
+def _require_all(net: nn.Module, graph: Any, watch: Watch, outputs: list[Tensor]) -> None:
+    """Raise `InputError` for a layer that is not in the graph, unless it is part of another.
+
+    Nor of one whose weight the net's own code reads: what that makes of channels the proof shows.
+    """
     inner = {child for m in net.modules() if is_one_node(m) for child in list(m.modules())[1:]}
+    read = _parameters_of(outputs)
+    idle = {m for n, m in net.named_modules() if isinstance(m, LAYERS) and n not in watch.order}
+    inner |= {layer for layer in idle if id(layer.weight) in read}
     for name, module in net.named_modules():
         lost = isinstance(module, (*LAYERS, *FOLLOWERS)) and module not in graph.module2node
         ran = name in watch.order
         why = "no gradient passes through it" if ran else "the output does not depend on it"
         culprit = called((watch.cut or name) if ran else name)
         require(not lost or module in inner, "module", culprit, f"cannot be traced: {why}")
+
+
+def _parameters_of(outputs: list[Tensor]) -> set[int]:
+    """The `id` of each parameter that autograd finds behind `outputs`."""
+    waiting, seen, found = [t.grad_fn for t in outputs], set(), set()
+    while waiting:
+        step = waiting.pop()
+        if step is not None and step not in seen:
+            seen.add(step)
+            found.add(id(getattr(step, "variable", None)))
+            waiting += [before for before, _ in step.next_functions]
+    return found
