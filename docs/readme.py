@@ -54,6 +54,7 @@ def came_out(rows: pd.DataFrame) -> str:
         text = claims_table(rows).verdict[0]
         by_search = len(tested) and (tested.chosen_by == "search").all()
         found = f"{text}, against the strongest control" if by_search else text
+        found = _by(tested) + found
         judged_on = {*zip(tested.model, tested.dataset, strict=True)}
         pairs = zip(seen.model, seen.dataset, strict=True)
         others = seen[[pair not in judged_on for pair in pairs]]
@@ -66,10 +67,14 @@ def came_out(rows: pd.DataFrame) -> str:
     ways = ["ahead"] * int((hardest.low > 0).sum()) + ["behind"] * int((hardest.high < 0).sum())
     ways += ["not told apart"] * (len(hardest) - len(ways))
     counts = ", ".join(f"{way} on {ways.count(way)}" for way in dict.fromkeys(ways))
-    name = seen.metric.iloc[0]
-    by = "" if name == "metric" else f"by {_METRICS.get(name, name.replace('_', ' '))} "
     many = f"{len(hardest)} net{'s' * (len(hardest) > 1)}"
-    return f"{_SO_FAR}{by}{counts} of {many}, against {other}."
+    return f"{_SO_FAR}{_by(seen)}{counts} of {many}, against {other}."
+
+
+def _by(rows: pd.DataFrame) -> str:
+    """By which metric the rows of one claim are judged, other than the usual one."""
+    name = "metric" if rows.empty else rows.metric.iloc[0]
+    return "" if name == "metric" else f"by {_METRICS.get(name, name.replace('_', ' '))} "
 
 
 def net(model: str, dataset: str) -> str:
