@@ -78,7 +78,8 @@ REFUSED = [
     ),
     (
         {"method": "gdp", "target": 0.5, "params.lr": 1},
-        "params.lr = 1: allowed are eps_end, eps_share, eps_start, gate_lr, groups, pace, ramp",
+        "params.lr = 1: allowed are "
+        "eps_end, eps_share, eps_start, gate_lr, groups, leave, pace, ramp",
     ),
     (
         {"method": "force", "target": 0.5, "params.strengths": {"fc1": "a"}},
