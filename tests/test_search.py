@@ -250,7 +250,7 @@ def test_every_method_and_control_of_the_cards_has_the_same_chance(found):
 
 
 def test_every_opponent_of_map_was_searched(found):
-    """But for its readings, which are to have its setting; alpha 0 is another method, DPF."""
+    """But for its readings, which are to have its setting. Alpha 0, its opponent, was."""
     ours = "magnitude_attention"
     labels = {grid.label for grid in found if grid.paper == "magnitude_attention"}
     rules = [r for claim in papers.card("magnitude_attention").claims for r in claim.tests]

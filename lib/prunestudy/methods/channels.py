@@ -268,7 +268,7 @@ def become(model: nn.Module, small: nn.Module) -> None:
 def _without(groups: list[Group], leave: Sequence[str]) -> list[Group]:
     """`groups` but for those that one of the patterns `leave` names, or one of their producers."""
     names = [{group.name, *(m.layer for m in group.having(PRODUCES))} for group in groups]
-    for pattern in leave:
+    for pattern in leave if groups else ():  # a net without any is refused as such
         known = any(fnmatchcase(name, pattern) for each in names for name in each)
         allowed = f"patterns of {', '.join(sorted(set().union(*names)))}"
         require(known, "leave", pattern, allowed)

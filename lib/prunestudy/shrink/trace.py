@@ -143,7 +143,8 @@ def _build(probe: _Probe, batch: tuple[Tensor, ...]) -> tuple[Any, list[Tensor],
 def _require_all(net: nn.Module, graph: Any, watch: Watch, outputs: list[Tensor]) -> None:
     """Raise `InputError` for a layer that is not in the graph, unless it is part of another.
 
-    Nor of one whose weight the net's own code reads: what that makes of channels the proof shows.
+    A layer that is not called, but whose weight the net's own code reads, may be missing too: what
+    that code makes of the channels, the proof shows.
     """
     inner = {child for m in net.modules() if is_one_node(m) for child in list(m.modules())[1:]}
     read = _parameters_of(outputs)
