@@ -107,16 +107,6 @@ def paper_page(paper: Card, rows: pd.DataFrame) -> str:
         }
         for claim in paper.claims
     ]
-    published = [
-        {
-            "what": number.text,
-            "net": f"{number.model} on {number.dataset}".replace("_", " "),
-            "value": f"{tables.UNITS.get(number.metric, (100, '%'))[0] * number.value:g}",
-            "metric": number.metric,
-            "read in": f"{number.source} [{number.mark}]",
-        }
-        for number in paper.published
-    ]
     open_ = [{"open in the paper": gap.text, "read here as": gap.reading} for gap in paper.unknown]
     parts = [
         f"# {paper.short or paper.title}",
@@ -127,10 +117,14 @@ def paper_page(paper: Card, rows: pd.DataFrame) -> str:
         f"`lib/prunestudy/methods/{paper.id}.py`, and so is the card, "
         f"`lib/prunestudy/papers/{paper.id}.toml`.",
     ]
-    named = ("What it claims, and what came out", claims), ("Published numbers", published)
-    for title, table in (*named, ("What the paper leaves open", open_)):
-        if table:
-            parts += [f"## {title}", tables.markdown(pd.DataFrame(table))]
+    sections = {
+        "What it claims, and what came out": pd.DataFrame(claims),
+        "Published numbers": tables.published_table(paper),
+        "What the paper leaves open": pd.DataFrame(open_),
+    }
+    for title, table in sections.items():
+        if len(table):
+            parts += [f"## {title}", tables.markdown(table)]
     return "\n\n".join(parts) + "\n"
 
 

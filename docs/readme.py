@@ -18,7 +18,6 @@ from prunestudy.study.verdicts import claims_table, verdicts_table
 
 BEGIN = "<!-- results: made by `python docs/readme.py` -->\n"
 END = "<!-- end of results -->"
-_METRICS = {"-log2_rank_total": "rank (lower is better)"}
 _WAITS, _SO_FAR = "Not yet judged: eight fresh seeds are planned.", "So far "
 
 
@@ -45,16 +44,15 @@ def headline(paper: Card) -> tuple[str, ...]:
 def came_out(rows: pd.DataFrame) -> str:
     """What came out of one claim, from its rows of `verdicts_table`, in one phrase.
 
-    Its verdicts; of nets without any, on how many the intervals over seeds tell a difference. Of
-    several controls it is the one that is hardest to beat on that net.
+    Its verdicts, with the differences of scores; of nets without any, on how many the intervals
+    over seeds tell a difference. Of several controls it is the hardest to beat on that net.
     """
     seen = rows[rows.verdict.str.startswith("not tested") & (rows.n > 1)]
     tested = rows[rows.verdict.isin(OUTCOMES)]
     if len(tested) or seen.empty:
-        text = claims_table(rows).verdict[0]
+        text = claims_table(rows).verdict[0] + sizes(tested)
         by_search = len(tested) and (tested.chosen_by == "search").all()
         found = f"{text}, against the strongest control" if by_search else text
-        found = _by(tested) + found
         judged_on = {*zip(tested.model, tested.dataset, strict=True)}
         pairs = zip(seen.model, seen.dataset, strict=True)
         others = seen[[pair not in judged_on for pair in pairs]]
@@ -68,13 +66,16 @@ def came_out(rows: pd.DataFrame) -> str:
     ways += ["not told apart"] * (len(hardest) - len(ways))
     counts = ", ".join(f"{way} on {ways.count(way)}" for way in dict.fromkeys(ways))
     many = f"{len(hardest)} net{'s' * (len(hardest) > 1)}"
-    return f"{_SO_FAR}{_by(seen)}{counts} of {many}, against {other}."
+    return f"{_SO_FAR}{counts} of {many}, against {other}."
 
 
-def _by(rows: pd.DataFrame) -> str:
-    """By which metric the rows of one claim are judged, other than the usual one."""
-    name = "metric" if rows.empty else rows.metric.iloc[0]
-    return "" if name == "metric" else f"by {_METRICS.get(name, name.replace('_', ' '))} "
+def sizes(rows: pd.DataFrame) -> str:
+    """The mean differences of scores in `rows` for people; empty for other metrics."""
+    if rows.empty or not rows.scored.iloc[0]:
+        return ""
+    factor, unit = tables.UNITS[rows.scored.iloc[0]]
+    means = ", ".join(f"{factor * mean:+.2f}" for mean in rows["mean"])
+    return f" ({means}{unit.replace('%', ' points')})"
 
 
 def net(model: str, dataset: str) -> str:
@@ -96,14 +97,14 @@ def lines(found: dict[str, pd.DataFrame]) -> Iterator[dict[str, str]]:
         wanted = headline(paper)
         rows = found[paper.id][found[paper.id].claim.isin(wanted)]
         texts = [claim.text for claim in paper.claims if claim.id in wanted]
-        phrases = [came_out(rows[rows.claim == name]) for name in wanted]
-        if any(phrase.startswith(_SO_FAR) for phrase in phrases):
-            phrases.insert(0, _WAITS)
+        phrases = {name: came_out(rows[rows.claim == name]) for name in wanted}
+        waits = any(phrase.startswith(_SO_FAR) for phrase in phrases.values())
+        told = [f"*{n.replace('_', ' ')}*: " * (len(wanted) > 1) + p for n, p in phrases.items()]
         number = paper.notebook[:2]
         yield {
             "paper": f"{paper.short or paper.title} ({paper.year})",
             "claims": " ".join(texts).replace("... ...", "..."),
-            "came out": " ".join(phrases),
+            "came out": " ".join([_WAITS] * waits + told),
             "nets": nets(rows),
             "notebook": f"[{number}](notebooks/{paper.notebook}.ipynb), "
             f"[with results](results/cpu/notebooks/{paper.notebook}.ipynb)",
@@ -117,14 +118,17 @@ def in_all(found: dict[str, pd.DataFrame]) -> str:
     for (paper, _), claim in rows.groupby(["paper", "claim"], sort=False):
         verdicts, name = {*claim.verdict}, card(paper).short or card(paper).title
         if word := next((word for word in worst if word in verdicts), ""):
-            worst[word].append(f"{name}: *{claim.says.iloc[0].rstrip('.')}*")
+            of = claim[claim.verdict == word]
+            where = ", ".join(net(*pair) for pair in zip(of.model, of.dataset, strict=True))
+            worst[word].append(f"{name}: *{of.says.iloc[0].rstrip('.')}*, on {where}{sizes(of)}")
     several = rows.groupby(["paper", "claim"]).ngroups
     against = f" ({'; '.join(worst['contradicted'])})" if worst["contradicted"] else ""
     return (
-        f"Shown is what each paper is read for. Of all {several} claims of the papers "
-        f"{sum(map(len, worst.values()))} have verdicts: {len(worst['confirmed'])} confirmed on "
-        f"every net that they were tested on, {len(worst['contradicted'])} contradicted on at "
-        f"least one{against}, {len(worst['undecided'])} undecided on at least one."
+        f"Each row has the claim that its paper is best known for. Of the papers' {several} "
+        f"claims, {sum(map(len, worst.values()))} have a verdict. Confirmed on every net that they "
+        f"were tested on: {len(worst['confirmed'])}. Contradicted on at least one: "
+        f"{len(worst['contradicted'])}{against}. Undecided on at least one, contradicted on none: "
+        f"{len(worst['undecided'])}."
     )
 
 

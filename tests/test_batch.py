@@ -107,7 +107,7 @@ def test_ctrl_c_ends_all_and_says_how_to_go_on(start, tmp_path, command, number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert err.splitlines()[-1] == (
-        "prunestudy: stopped; what is finished is kept, and the same command goes on from there"
+        "prunestudy: stopped; finished work is kept: run the same command again to continue"
     )
     assert "Traceback" not in err
     assert not [child for child in children if child.is_running()]

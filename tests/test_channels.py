@@ -243,7 +243,7 @@ def test_layers_may_be_left_whole_where_they_cannot_be_pruned(name):
 
     if name == "network_slimming":
         net.last = nn.Sequential(nn.Conv2d(2, 5, 3), nn.BatchNorm2d(5))
-    refused(fit, "cannot be pruned: ", "`leave` names layers that are to keep all")
+    refused(fit, "cannot be pruned: ", "`leave` can exclude layers from pruning")
     refused(lambda: fit(leave="u* nope"), "leave = 'nope': patterns of down, ", "up")
     small = fit(leave="up").model
     assert (small.up.out_channels, small.up.in_channels) == (8, small.down.out_channels)

@@ -78,7 +78,7 @@ def names_of(*labels):
         (["list", "--paper", "toy", "--paper", "nope"], "paper = 'nope': allowed are toy"),
         (["run"], "the following arguments are required: RUN"),
         (["run", "nope"], "run = 'nope': no such run; `prunestudy list` names them"),
-        (["run", "dense"], "run = 'dense': 2 runs begin so, dense-lenet300-digits-"),
+        (["run", "dense"], "run = 'dense': 2 runs match, dense-lenet300-digits-"),
         (["run", "magnitude", "nope"], "run = 'nope': no such run"),
         (["run", "magnitude", "--device", "tpu"], "device = 'tpu': allowed are auto, cpu, cuda"),
         (["run", "magnitude", "--device", "cuda"], "device = 'cuda': no CUDA device here"),
@@ -108,7 +108,7 @@ def test_bad_commands(refused, words, message, monkeypatch):
 @pytest.mark.parametrize(
     ("plugin", "message"),
     [
-        (True, "executor = 'slurm': where Slurm is: sbatch is found"),
+        (True, "executor = 'slurm': only where Slurm is installed (sbatch)"),
         (None, "executor = 'slurm': local, or one whose package snakemake-executor-plugin-NAME"),
     ],
 )
@@ -271,7 +271,7 @@ def test_collect_says_what_it_left_out(call, results, tmp_path):
     put_record(other, settings, 0.1)
     code, out, err = call("collect", str(other.folder))
     assert (code, err) == (0, "")
-    why = "is stored already, with other numbers; that stays"
+    why = "is stored already with other numbers; that record is kept"
     assert out.splitlines()[0] == f"{settings.run}: {why}"
 
 
@@ -366,14 +366,13 @@ def test_of_several_runs_the_last_that_train_was_called_for_is_taken(call, refus
     custom = ("--profile", "custom")
     code, out, err = call("show", "dense", *custom)
     assert (code, json.loads(out.partition("\n}\n")[0] + "}")["run"]) == (0, second)
-    assert err == f"2 runs begin so; this is the last trained: {second}\n"
+    assert err == f"2 runs match; taking the last trained: {second}\n"
     assert own(call) == first  # it is there, and taken from now on
     assert first in call("show", "dense", *custom)[2]
     own(call, "method=magnitude", "target=0.5")
     names = ", ".join(sorted((first, second)))
     assert refused("show", "dense", *custom) == (
-        f"run = 'dense': 2 runs begin so, {names}; write more of the name; `prunestudy list` names"
-        " them"
+        f"run = 'dense': 2 runs match, {names}; give more of the name; `prunestudy list` names them"
     )
 
 

@@ -124,7 +124,7 @@ def test_a_stored_record_stays_and_the_newcomer_is_named(stores, settings):
     run_collect(here)
     before = tracked(here)
     put_record(there, ours, 0.6, arrays=arrays_of(ours, 1.0))
-    named = [f"{ours.run}: is stored already, with other numbers; that stays"]
+    named = [f"{ours.run}: is stored already with other numbers; that record is kept"]
     assert run_collect(here, there.folder) == named
     assert tracked(here) == before
     assert run_collect(here, there.folder, replace=True) == []

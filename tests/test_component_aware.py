@@ -295,7 +295,7 @@ def test_a_broken_limit_is_refused_with_the_closest_point(digits, name):
         digits.prune(name, 0.8, constraints=constraints)
     said = one_line(caught)
     assert said.startswith(f"target = 0.8: refused, {constraints[0]} is broken by ")
-    closest = float(said.split("the closest that holds removes ")[1].split()[0])
+    closest = float(said.split("within the limits at most ")[1].split()[0])
     assert 0 < closest < 0.8
     # It is recorded instead of refused where that is asked for.
     report = digits.prune(name, 0.8, constraints=constraints, refuse=False).method.report()
@@ -309,7 +309,7 @@ def test_a_broken_limit_is_refused_with_the_closest_point(digits, name):
 @pytest.mark.parametrize(
     ("params", "line"),
     [
-        ({"constraints": ["psnr >= 90"]}, r"the closest that holds removes 0\.0000 of the param"),
+        ({"constraints": ["psnr >= 90"]}, r"within the limits at most 0\.0000 of the param"),
         ({"constraints": ["speed >= 3"]}, "constraint = 'speed >= 3': metrics are accuracy, psnr"),
         ({"protect": ["encoder.fc9"]}, "protect = 'encoder.fc9': protectable are"),
         ({"protect": ["encoder", "decoder"], "target": 0.9}, r"target = 0\.9: at most 0\.\d+ of"),

@@ -292,7 +292,7 @@ class Endless(IterableDataset):
         ({"train": [*loader(), (torch.zeros(2, 2, 8, 8), 0)]}, "train = 'batch 6': cannot be used"),
         ({"train": Empty()}, "train = 'no batch': batches (x, y)"),
         ({"train": DataLoader(loader().dataset, batch_size=None)}, "train = 'a y that is one numb"),
-        ({"loss": DETACHED}, "loss = 'a number without gradient': one of the output"),
+        ({"loss": DETACHED}, "loss = 'a number without gradient': must have a gr"),
         ({"train": DataLoader(Endless(), 4)}, "train = 'DataLoader': batches (x, y) with a length"),
         ({"train": [({"y": torch.zeros(2, 1, 8, 8)}, 0)]}, "train = ['y']: not what forward takes"),
         ({"train": [(torch.zeros(2, 1, 8, 8), torch.zeros(2))]}, "y = (2,): the shape of the"),
@@ -386,7 +386,7 @@ def test_what_a_trace_would_leave_out_of_a_dict_is_refused(kind):
         ps.prune(kind(), ps.GDP(target=0.5), [(x, torch.zeros(4).long())])
     assert str(caught.value) == (
         "train = ['mask', 'x']: forward takes ['mask'] by keyword only, or behind an argument "
-        "that is not given: no trace follows"
+        "that is not given: cannot be traced"
     )
 
 
@@ -461,7 +461,7 @@ def test_a_method_finishes_what_it_is_attached_to(name):
     method, x = getattr(ps, name)(**METHODS[name]), torch.randn(2, 1, 8, 8)
     with pytest.raises(ps.InputError) as caught:
         method.finish(MyNet(), ps.Context(example=(x,)))
-    line = f"method = {method.name!r}: finishes what it is attached to: call attach first"
+    line = f"method = {method.name!r}: is not attached to a model: call attach first"
     assert str(caught.value) == line
 
 

@@ -102,7 +102,7 @@ def test_variants_have_their_intervals_and_the_number_of_diverged_seeds():
     figure = figures.variants(pd.DataFrame([row, worse]), "sparse_gates")
     axes = figure.axes[0]
     labels = [text.get_text() for text in axes.get_yticklabels()]
-    assert labels == ["lr 1 (1 diverged)", "our reading"]
+    assert labels == ["lr 1, n = 3 (1 diverged)", "our reading, n = 3"]
     (container,) = axes.containers
     assert container[0].get_xdata().tolist() == pytest.approx([-2.5, -2])
     (bars,) = container[2]

@@ -686,5 +686,5 @@ def test_bad_settings_are_refused_in_one_line(name, key, value):
 
 
 def test_rounds_need_a_target_of_energy():
-    with pytest.raises(InputError, match=r"^rounds = 2: 0 without fine_tune and a target of en"):
+    with pytest.raises(InputError, match=r"^rounds = 2: 0 unless fine_tune > 0 and of = en"):
         ps.PlainLowRank(target=0.5, of="rank", rounds=2, fine_tune=0.5)

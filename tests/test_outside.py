@@ -62,7 +62,7 @@ REFUSED = [
     ),
     (
         {"method": "scratch"},
-        "parent = None: scratch needs the run whose shape it takes; see a card",
+        "parent = None: scratch needs a parent run, whose architecture it trains; see a card",
     ),
     (
         {"pretrained": True},

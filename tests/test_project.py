@@ -177,7 +177,7 @@ def test_readme_has_a_row_for_each_paper_made_from_the_committed_records(readme)
     assert [row["notebook"][1:3] for row in rows] == ["01", "02", "03", "04", "05"]
     ways = {"confirmed": "contradicted", "contradicted": "confirmed"}
     turned = {
-        paper: t.assign(low=-t.high, high=-t.low, verdict=t.verdict.replace(ways))
+        paper: t.assign(mean=-t["mean"], low=-t.high, high=-t.low, verdict=t.verdict.replace(ways))
         for paper, t in found.items()
     }
     for row, other in zip(rows, readme.lines(turned), strict=True):
@@ -190,9 +190,9 @@ def test_readme_has_a_row_for_each_paper_made_from_the_committed_records(readme)
 
 def test_a_row_of_readme_says_on_how_many_nets(readme):
     """Of two controls the harder one counts on each net; a verdict takes the place of both."""
-    names = "paper claim says mark why metric model dataset control n mean low high verdict".split()
+    names = "paper claim says mark why scored model dataset control n mean low high verdict".split()
     few = "not tested: fewer than eight seeds"
-    base = ("gdp", "ahead", "It is ahead.", "P", "", "metric")
+    base = ("gdp", "ahead", "It is ahead.", "P", "", "top1")
     rows = pd.DataFrame(
         [
             (*base, "lenet5", "mnist", "random", 5, 0.2, 0.1, 0.3, few),
@@ -209,15 +209,21 @@ def test_a_row_of_readme_says_on_how_many_nets(readme):
     )
     assert readme.came_out(rows) == f"{said}controls."
     assert readme.nets(rows).startswith("3: LeNet-5 on MNIST, LeNet-5 on Fashion-MNIST, ResNet-20")
-    one = rows[rows.model == "resnet20"].assign(metric="-log2_rank_total")
-    said = "So far by rank (lower is better) ahead on 1 of 1 net, against group L2, one shot."
-    assert readme.came_out(one) == said
+    one = rows[rows.model == "resnet20"]
+    assert readme.came_out(one) == "So far ahead on 1 of 1 net, against group L2, one shot."
     rows = rows.assign(chosen_by="claim")
     rows.loc[4, "verdict"] = "confirmed"
-    assert readme.came_out(rows[rows.model == "resnet20"]) == "Confirmed on 1 of 1 net."
+    assert (
+        readme.came_out(rows[rows.model == "resnet20"])
+        == "Confirmed on 1 of 1 net (+20.00 points)."
+    )
+    assert (
+        readme.came_out(rows[rows.model == "resnet20"].assign(scored=""))
+        == "Confirmed on 1 of 1 net."
+    )
     assert readme.nets(rows[rows.model == "resnet20"]) == "1: ResNet-20 on CIFAR-10"
     rows.loc[4, "chosen_by"] = "search"
-    said = "Confirmed on 1 of 1 net, against the strongest control."
+    said = "Confirmed on 1 of 1 net (+20.00 points), against the strongest control."
     more = "So far behind on 1, not told apart on 1 of 2 nets, against the strongest of 2 controls."
     assert readme.came_out(rows) == f"{said} {more}"
     assert readme.came_out(rows.tail(1)) == "Described, not tested."

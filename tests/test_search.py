@@ -167,7 +167,7 @@ def test_the_command_fails_where_the_card_differs(card_file, tmp_path, capsys, e
     assert cli.main(words) == 0
     assert cli.main([*words, "--check"]) == (0 if equal else 1)
     told = capsys.readouterr().out.splitlines()
-    assert told[-1] == f"1 grids, 1 complete; {0 if equal else 1} of a card differ"
+    assert told[-1] == f"1 grids, 1 complete; in {0 if equal else 1} the card differs"
     assert told[-4:-1] == [
         "  * lr 0.05                      0.9000   0.9000   0.9000",
         "    lr 0.1                       0.8000   0.8000   0.8000",

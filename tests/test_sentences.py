@@ -91,7 +91,7 @@ def test_a_direction_of_some_settings_says_of_how_many():
     store = _Store({"dense": (0.9, 0.9, 0.9), "magnitude": (0.78, 0.88, 0.83)})
     made = _says(store, "magnitude", "dense", then={"below": "So no."})
     assert made.direction == "below"
-    assert made.endswith(" So no. That is so in 1 of 2 settings; the others leave it open.")
+    assert made.endswith(" In 1 of 2 settings no; the others leave it open.")
     assert _says(_Store(LOSES), "magnitude", "dense", then={"below": "So."}).endswith(" So.")
 
 

@@ -211,6 +211,27 @@ def test_a_planned_test_that_cannot_be_made_counts_in_the_family(judge):
     }
 
 
+def test_a_claim_whose_test_has_too_few_seeds_counts_in_the_family(judge):
+    claim = """
+    [[claims]]
+    id = "more"
+    text = "t"
+    mark = "P"
+    place = "p"
+    tests = [{ kind = "superiority", method = "magnitude", against = "l1" }]
+
+    """
+    text = NEW.replace("    [profiles.quick]", f"{claim}\n    [profiles.quick]")
+    text = text.replace(
+        '{ method = "random" }]', '{ method = "random" }, { method = "l1", seeds = 3 }]'
+    )
+    table = judge(0.85 + NOISE, text=text).set_index("claim")
+    assert table.n["more"] == 3
+    assert table.verdict["more"] == "not tested: fewer than eight seeds"
+    (name,) = set(table.index) - {"more"}
+    assert table.p_adjusted[name] == pytest.approx(2 * table.p[name])
+
+
 def test_a_seed_that_is_not_run_yet_leaves_a_description(judge, store):
     judge(0.85 + NOISE)
     lost = next(p.settings for p in plan("quick") if p.settings.method == "magnitude")

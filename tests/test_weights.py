@@ -96,7 +96,7 @@ def test_the_scope_is_the_convolutions_unless_linear_layers_hold_most():
 
 def test_weights_that_are_shared_or_made_of_others_are_refused():
     net = nn.Sequential(nn.Linear(2, 2), parametrizations.weight_norm(nn.Linear(2, 2)))
-    refused(lambda: layers_in(net, "all"), "module = '1': its weight is made of others")
+    refused(lambda: layers_in(net, "all"), "module = '1': its weight is computed from others")
     net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     net[1].weight = net[0].weight
     refused(lambda: layers_in(net, "all"), "module = '1': shares a parameter with '0'")

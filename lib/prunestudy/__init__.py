@@ -9,7 +9,7 @@
     result.save("small.safetensors")
     net = ps.load("small.safetensors", MyNet())
 
-The rooms, each knowing only those before it: `models`, `datasets`, `shrink`, `measure`,
+The subpackages, each importing only those before it: `models`, `datasets`, `shrink`, `measure`,
 `methods`, `train`, `papers`, `study`.
 """
 
@@ -23,7 +23,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 __version__ = version("prunestudy")
 
-# The public face; torch is imported with the first name that is asked for.
+# The public names; torch is imported when the first of them is accessed.
 _PLACES = {
     "errors": "InputError",
     "shrink": "Group export fold groups load remove save",

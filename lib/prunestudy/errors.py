@@ -29,7 +29,7 @@ def require(ok: bool, parameter: str, value: Any, allowed: str) -> None:
 
 
 def quoted(value: Any) -> str:
-    """`value` as it was typed, of a very long one the beginning."""
+    """The `repr` of `value`, cut off if it is very long."""
     try:
         text = repr(value)
     except ValueError:  # Python refuses to write integers of thousands of digits

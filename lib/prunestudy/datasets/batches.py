@@ -55,7 +55,7 @@ class Batches:
 
     @property
     def steps(self) -> int:
-        """Batches in an epoch, all of them full: the images that are left over sit it out."""
+        """Number of full batches in an epoch; leftover images are not used in that epoch."""
         return len(self) // self.batch_size
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
@@ -70,11 +70,11 @@ class Batches:
         return self._made(*self._drawn(epoch, start))
 
     def places(self, epoch: int, start: int = 0) -> Iterator[Tensor]:
-        """What `gather` makes the batches of `epoch` from, each (B, 3) int64 on the device."""
+        """The arguments of `gather` for the batches of `epoch`, each (B, 3) int64 on the device."""
         return self._places(*self._drawn(epoch, start))
 
     def gather(self, places: Tensor) -> tuple[Tensor, Tensor]:
-        """The batch of images at `places`: first pixels, reading directions, and the images."""
+        """The batch for `places` (B, 3): first pixel, direction (1, -1), number of each image."""
         first, direction, image = places.unbind(1)
         steps = direction.view(-1, 1, 1) * self._columns
         index = (first.view(-1, 1, 1) + self._rows) + steps

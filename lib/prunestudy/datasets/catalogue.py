@@ -107,7 +107,7 @@ def folder_path(name: str, root: str | Path | None) -> Path:
 
 
 def fingerprint(name: str, root: str | Path | None = None) -> str:
-    """The fingerprint that `load` finds today, "" where it is not known.
+    """The known fingerprint of a built-in set ("" if there is none), or a folder's current one.
 
     Nothing is read for one of `names()`, a folder is loaded. Raises `InputError` as `load` does.
     """

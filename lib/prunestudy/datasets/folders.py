@@ -1,4 +1,4 @@
-"""Images on disk: which there are in image folders, ImageNet and Pascal VOC, and decoding them.
+"""Images on disk: listing and decoding those of image folders, ImageNet and Pascal VOC.
 
 Nothing is skipped silently: stray files, empty classes and unreadable images are refused by name.
 Each part of a set, training and test, is a dict from the name of an image's file, relative to the

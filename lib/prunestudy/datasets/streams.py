@@ -84,7 +84,7 @@ class Stream(Batches):
 class _Decoded(torch.utils.data.Dataset):
     """Pixels (H, W, C) uint8 and a label or a mask (H, W), seeded by (seed, epoch, index).
 
-    An error is handed on as a value: raised in a worker, it would grow a traceback.
+    Errors are returned as values: DataLoader would add the worker's traceback to a raised one.
     """
 
     def __init__(self, images: ImageSet, info: DatasetInfo, transforms: Callable, seed: int):
@@ -113,7 +113,7 @@ class _Decoded(torch.utils.data.Dataset):
 
 
 def _stacked(items: list) -> list[np.ndarray] | InputError:
-    """Numpy's arrays: tensors would need shared memory, of which containers have little."""
+    """Stack into numpy arrays; tensors would use shared memory, which is scarce in containers."""
     errors = [item for item in items if isinstance(item, InputError)]
     return errors[0] if errors else [np.stack(part) for part in zip(*items, strict=True)]
 

@@ -1,6 +1,6 @@
 """What a net is worth and what it costs: quality, parameters, MACs, memory, latency."""
 
-# ruff: noqa: F401  (the names of the room)
+# ruff: noqa: F401  (public names of the package)
 
 from prunestudy.measure.cost import (
     kept_sample,

@@ -103,7 +103,7 @@ def macs(model: nn.Module, example: Example) -> int:
 
 
 def layer_macs(model: nn.Module, example: Example) -> dict[str, int]:
-    """MACs of one input in each convolution and linear module, called or not, by weight's name."""
+    """MACs of one input by weight name, for each convolution and linear layer; 0 if not called."""
     plain = _plain(model)
     counts = _count(plain, example)
     return {name: counts.get(name, 0) for name in _layers(plain)}
@@ -162,7 +162,7 @@ def _formula(op: Any, ptflops: Callable | None, args: tuple, outputs: tuple) -> 
     return found.pop()
 
 
-# Names of operations that multiply matrices, but upsampling and cells after their products.
+# Operations that multiply matrices; not upsampling, nor the pointwise kernels of RNN cells.
 _PRODUCT = re.compile(
     r"^(?!.*(upsample|thnn_fused)).*"
     r"((mm|mv|dot)(_|\.|$)|dot_product|conv(?!ert)|linear|rnn|lstm|gru|attention|transformer)"

@@ -1,6 +1,6 @@
 """The methods, one file per paper, and the controls that they are compared with."""
 
-# ruff: noqa: F401  (the names of the room)
+# ruff: noqa: F401  (public names of the package)
 
 from collections.abc import Callable
 from importlib import import_module
@@ -13,7 +13,7 @@ from prunestudy.methods.base import TARGETS, At, Context, Method, Phase
 from prunestudy.methods.probes import Probe
 from prunestudy.values import Values, checked
 
-# Where each method is, and what is observed of it.
+# Each method: the file and class of the method, and those of its probe if it has one.
 _METHODS = {
     "dense": ("base:Method", ""),
     "sparse_gates": ("sparse_gates:SparseGates", "weight_probes:_Gates"),

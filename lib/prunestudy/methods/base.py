@@ -1,4 +1,4 @@
-"""What every method is: settings, seven hooks of the training loop, and its phases."""
+"""The base class of all methods: settings, hooks of the training loop, and phases."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -153,12 +153,12 @@ def moved(batch: Any, device: torch.device) -> Any:
 
 
 def _noted(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """`attach` or `finish` of a class, so that the one comes after the other."""
+    """Wrap `attach` or `finish` of a class: `finish` without `attach` raises `InputError`."""
 
     @wraps(hook)
     def noted(self: "Method", model: nn.Module, context: Context) -> Any:
         ready = self.attached or hook.__name__ == "attach"
-        require(ready, "method", self.name, "finishes what it is attached to: call attach first")
+        require(ready, "method", self.name, "is not attached to a model: call attach first")
         found, self.attached = hook(self, model, context), True
         return found
 
@@ -166,7 +166,7 @@ def _noted(hook: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Method(nn.Module):
-    """A method is what it does at the hooks of a training; this base trains the dense net.
+    """Base class of methods, which act through training hooks; itself, it trains the dense net.
 
     Settings are the annotated fields of the class: `GDP(target=0.5, of="macs", gate_lr=0.1)`.
     `target` is the share removed of what `of` counts, one of the class's `counts` (the first by
@@ -240,7 +240,7 @@ class Method(nn.Module):
 
     @_noted
     def finish(self, model: nn.Module, context: Context) -> nn.Module:
-        """A frozen ordinary module that equals `model` in eval mode; on target without any step."""
+        """A frozen plain module equal to `model` in eval mode; on target even without any step."""
         return folded(model, context.example)
 
     def log(self) -> dict[str, float]:
@@ -252,7 +252,7 @@ class Method(nn.Module):
         return 1.0
 
     def report(self) -> dict[str, Any]:
-        """What the finished method says of itself, for the record."""
+        """Results of the finished method by name, for the run's record."""
         return {}
 
     def at(self, step: int, total: int, loss: Tensor, lr: float = 1.0) -> At:
@@ -267,7 +267,7 @@ class Method(nn.Module):
 
 
 def boundaries(phases: tuple[Phase, ...], total: int) -> list[int]:
-    """The last step of each phase, of `total` steps; the end is the end, whatever the rounding."""
+    """The last step of each phase, of `total` steps; the last is `total`, whatever the rounding."""
     ends, share = [], 0.0
     for phase in phases[:-1]:
         share += phase.share

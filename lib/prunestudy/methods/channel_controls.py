@@ -261,7 +261,7 @@ def _ranking(channels: Channels, net: nn.Module, measure: Any) -> Tensor:
         try:
             scores = [measure(each).cpu() for each in slices]
         except IndexError as error:  # it is wrong about the net's channels
-            name, why = type(net).__name__, "its channels cannot be ranked: take by='random'"
+            name, why = type(net).__name__, "its channels cannot be ranked; use the method random"
             raise InputError(f"model = {name!r}: {why}") from error
     found = zip(scores, roots, strict=True)
     return torch.cat([score[torch.tensor(root.indices)].mean(1) for score, root in found])

@@ -71,7 +71,7 @@ class Channels:
         try:
             found = proven(self.traced, found)
         except InputError as error:
-            raise InputError(f"{error}; `leave` names layers that are to keep all") from None
+            raise InputError(f"{error}; `leave` can exclude layers from pruning") from None
         self.groups = [g for g in found if norms or all(m.kind != "LayerNorm" for m in g.members)]
         if only:
             self.groups = [shrink.find(self.groups, name) for name in only]
@@ -98,7 +98,7 @@ class Channels:
             self.dense = float(whole)
 
     def numbers(self, layer: str, axis: str) -> Tensor:
-        """The channel at each place of a layer's axis ("in", "out"); `size` where it stays."""
+        """Channel number at each index of a layer's axis ("in", "out"); `size` if not removable."""
         stays = torch.full((channels_of(self.traced.layers[layer], axis),), self.size)
         return self._numbers.get((layer, axis), stays)
 

@@ -6,7 +6,7 @@ formulas below are our reading [O].
 
 A trained net has components (encoder, decoder, ...). Its dependency groups lie inside one or
 couple several (the latent vector). Group g gets a soft coefficient alpha_g: how strongly it is
-pruned. Of its n_g channels, in order of importance, those go that stand below it:
+pruned. Its n_g channels are ranked by importance, and those ranked below it are removed:
 
     channel j of g goes      <=>   p_gj < alpha_g + c,        p_gj = (rank of j - 1/2) / n_g
 
@@ -14,9 +14,9 @@ pruned. Of its n_g channels, in order of importance, those go that stand below i
 
 S is the share of real parameters removed, c the common offset that meets rho. Two solvers:
 
-*Grid search.* A product grid of `levels` values of each alpha_g; c shifts each point to rho (of a
-coarse grid hardly a point is within epsilon by itself). Points that differ by a common shift are
-one, and are judged once. Its cost is counted as it runs.
+*Grid search.* A product grid of `levels` values of each alpha_g; c shifts each point to rho (on a
+coarse grid hardly any point is within epsilon otherwise). Points that differ by a common shift
+are equivalent, and evaluated once. The cost of the search is recorded.
 
 *Gradient descent.* Weights frozen, soft masks on what the channels feed, the temperature T
 falling; a shortfall is that of a limit, in units of the limit:
@@ -44,8 +44,8 @@ Also ours, and switchable: `coefficient` "multiplier" takes p_gj = log of the im
 exp(-alpha_g) multiplies a group's importance in one global ranking; `per` "component" gives the
 internal groups of a component one coefficient in common; the importance within a group is a
 first-order Taylor term of the application's loss, or the group's L2 norm; with `recover` a net is
-judged by what training makes of it. To frozen weights a channel of a hidden layer, which training
-replaces, and one of the latent vector, which nothing does, are worth what they lose at once.
+judged after some training. With frozen weights only the immediate loss counts, although training
+can make up for a channel of a hidden layer, but not for one of the latent vector.
 Unknown: all of this, the paper's nets and its numbers.
 """
 
@@ -77,7 +77,7 @@ class ComponentAware(Search):
     gradient descent: `steps` batches, Adam's `lr` falling to zero, `hot` and `cold` temperature at
     its ends (in units of p), how it is to `hold` the target, penalties' `strength` mu, `check`:
     steps between hardened points. `recover`: steps of training (Adam at `recover_lr`) before a net
-    is judged, and then the weights learn along in the descent.
+    is judged; above 0, the weights are also trained during the descent.
     """
 
     name: ClassVar[str] = "component_aware"
@@ -222,7 +222,7 @@ class ComponentAware(Search):
         return [alpha[i] for i in self.index]
 
     def _width(self) -> float:
-        """1 for ranks, which are spread evenly over 0-1; of other positions the same width."""
+        """Range of the positions: 1 for ranks; else twice the interquartile range, as for ranks."""
         if self.coefficient == "share":
             return 1.0
         positions = torch.cat(self.budget.positions)

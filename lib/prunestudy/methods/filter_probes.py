@@ -68,7 +68,7 @@ class _Filters(Probe):
         return self.found
 
     def others(self) -> dict[str, nn.Module]:
-        """The whole net, where no fine-tuning followed: ranks are those at its accuracy."""
+        """The net before factorisation, if not fine-tuned: its ranks go with its accuracy."""
         return {"whole": self._whole} if self._whole is not None else {}
 
     def arrays(self) -> dict[str, np.ndarray]:

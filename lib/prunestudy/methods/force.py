@@ -109,7 +109,7 @@ class Force(LowRank):
 
     `kind` of force; `strength`: lambda; `adaptive`: lambda times |gradient| / |force| instead,
     layer by layer; `agree`: only components that the gradient agrees with; `stop`: share of the
-    training after which the force rests; `layers` on which it acts, named as in `factorise`
+    training after which the force is off; `layers` on which it acts, named as in `factorise`
     ("": all convolutions larger than 1x1); `strengths`: factors of lambda by layer or pattern.
     """
 

@@ -100,7 +100,7 @@ class GDP(Channelled):
         require(falls, "eps_end", self.eps_end, f"at most eps_start, {self.eps_start}")
 
     def phases(self) -> tuple[Phase, ...]:
-        """One: gates fall while the weights train, and the weights train on."""
+        """One phase: gates and weights train together, then the weights alone."""
         return (Phase("gates"),)
 
     def attach(self, model: nn.Module, context: Context) -> None:
@@ -115,7 +115,7 @@ class GDP(Channelled):
         self.steering = Steering(1 - self.target, self.ramp).to(like.device)
         share = self.channels.shares(like.new_ones(size))
         rate = share.max() / share if self.pace == "equal" else torch.ones_like(share)
-        # Without any step channels are closed by their place in the group.
+        # If no step is made, channels are closed by their index in the group.
         place = torch.cat([torch.arange(g.channels) / g.channels for g in self.channels.groups])
         self.polarity = Polarity(self.gates())
         self.register_buffer("rate", rate.to(like))
@@ -201,7 +201,7 @@ class GDP(Channelled):
         return float(self.channels.cost(self.gates().detach().cpu()))
 
     def _close(self, late: bool) -> float:
-        """Close the gates that reached 0, and if `late` what is missing; the share removed."""
+        """Close gates that reached 0 and, if `late`, more up to target; return removed share."""
         order = self.steps_left.cpu().argsort(stable=True)
         reached = order[self.reached.cpu()[order]]
         kept = self.channels.close(reached, self.open(), self.target)

@@ -2,12 +2,12 @@
 
 The net is trained; then each convolution becomes a few basis filters and a 1x1 mixture of them
 (`prunestudy.shrink.factors`), batch norm's statistics may be estimated anew, and the factorised net
-may be fine-tuned. Batch norm amplifies what tells aligned filters apart: little of the energy may
-be much of the function.
+may be fine-tuned. Batch norm amplifies small differences between aligned filters, so directions
+with little energy may matter much.
 
 The target is the share removed: of each layer's squared energy (0.05: "at most 5% reconstruction
-error"), of each layer's full rank (equal ranks for every method), or of the net's MACs. All layers
-then lose the same share of energy, or each as much as the net bears in a trial on validation images
+error"), of each layer's full rank (equal ranks for every method), or of the net's MACs. For MACs,
+all layers lose the same share of energy, or ranks are chosen by the loss on validation images
 (ours). Ours: a layer whose factors would cost as many MACs as the layer stays whole.
 
 Dynamic rank pruning, the paper's other way to factorise: all layers start at full rank, and the PCA
@@ -53,7 +53,7 @@ class LowRank(Method):
     """Settings and steps of the factorisation; shares are of the steps.
 
     `factorise`: names of the layers, patterns with `*` allowed, separated by spaces; "": all
-    convolutions larger than 1x1. `variant`: "pca", or "svd", which asks the energy of the norm.
+    convolutions larger than 1x1. `variant`: energy is the squared norm ("pca") or norm ("svd").
     `by`: how a target of MACs is shared over the layers, by "energy" or by "loss", measured on
     `samples` of validation (training if there is none). `recalibrate`: training batches that give
     batch norm's statistics anew whenever factors change, 0 to keep the old ones. `fine_tune`: share
@@ -74,9 +74,9 @@ class LowRank(Method):
     def __init__(self, *target: Any, **settings: Any) -> None:
         super().__init__(*target, **settings)
         fits = not self.rounds or (self.fine_tune > 0 and self.of == "energy")
-        require(fits, "rounds", self.rounds, "0 without fine_tune and a target of energy")
+        require(fits, "rounds", self.rounds, "0 unless fine_tune > 0 and of = energy")
         fits = self.by == "energy" or self.of == "macs"
-        require(fits, "by", self.by, "energy without a target of macs")
+        require(fits, "by", self.by, "must be energy unless of = macs")
         self.ranks: dict[str, int] | None = None  # of the model's factors; None: it is whole
         self.narrowed = False  # whether a round was made
         self.passes = 0  # samples that the choice of ranks and batch norm's statistics took

@@ -96,7 +96,7 @@ class MagnitudeAttention(Masked):
     def __init__(self, target: float | None = None, of: str | None = None, **settings: Any) -> None:
         super().__init__(target, of, **settings)
         right = self.ramp < 1 or not self.exploitation
-        require(right, "ramp", self.ramp, "below 1, where exploitation begins then")
+        require(right, "ramp", self.ramp, "below 1, since exploitation begins there")
         self.frozen_weights: list[Tensor] = []
 
     def phases(self) -> tuple[Phase, ...]:
@@ -109,7 +109,7 @@ class MagnitudeAttention(Masked):
         """Put the attention on every weight in the scope."""
         super().attach(model, context)
         for name, weight in zip(self.names, self.weights, strict=True):
-            require(weight.requires_grad, name, "frozen", "attention changes all that it prunes")
+            require(weight.requires_grad, name, "frozen", "must be trainable with attention")
         # Summed in the order of a contiguous tensor, as in all earlier runs.
         self._set_scale([weight.contiguous() for weight in self.weights])
 

@@ -173,8 +173,8 @@ def multiply(
 ) -> Tensor:
     """Return weight * z, in the memory layout of `weight`.
 
-    The gradient by `weight` is multiplied by `backward` (None: by 1) instead; with a `gate`, of
-    which z is a draw, that by the gate is the gradient by z.
+    The gradient w.r.t. `weight` uses `backward` (None: 1) in place of z. A `gate`, from which z was
+    drawn, gets the gradient w.r.t. z (straight-through).
     """
     return _Multiply.apply(weight, z, backward, gate)
 
@@ -195,7 +195,7 @@ def layers_in(model: nn.Module, scope: Scope) -> dict[str, nn.Module]:
         inside, every = (sum(m.weight.numel() for m in d.values()) for d in (convolutions, layers))
         scope = "convolutions" if 2 * inside >= every else "all"
     found = layers if scope == "all" else convolutions
-    require(bool(found), "scope", scope, f"{kind} has no convolution: all, auto")
+    require(bool(found), "scope", scope, f"{kind} has no convolution; allowed are all, auto")
     return found
 
 
@@ -235,7 +235,7 @@ def top_masks(scores: list[Tensor], sparsity: float) -> list[Tensor]:
 
 
 def highest(flat: Tensor, keep: int) -> Tensor:
-    """Which of `flat` (n,) are its `keep` highest, of equal ones the first; the host never waits.
+    """Boolean mask of the `keep` largest of `flat` (n,), ties to the first; no device sync.
 
     By sorting: kthvalue has no deterministic form on CUDA.
     """

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from prunestudy.methods.base import At
 
-_WINDOWS, _LATE = 50, 10  # of the run, in which largest moves are kept; of them, late ones
+_WINDOWS, _LATE = 50, 10  # windows of the run, with their largest moves; how many are late
 _NAMES = ("undecided", "undecided_half", "largest_closing_gate", "largest_late_step")
 
 

@@ -41,10 +41,10 @@ class _Scaled(nn.Module):
 
 
 class _Once:
-    """Calls gates once for all layers of a training step on CUDA, which costs by the kernel.
+    """Calls the gates once per training step on CUDA, where every kernel launch has a cost.
 
-    The first layer that runs calls them for all, up to the backward pass; alone each layer calls
-    its own. The CPU adds up their gradients layer by layer, as in all earlier runs.
+    The first layer that runs calls them, and the others reuse the result until the backward pass.
+    Elsewhere each layer calls them itself, so that gradients are summed as in all earlier runs.
     """
 
     def __init__(self) -> None:

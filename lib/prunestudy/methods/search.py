@@ -130,7 +130,7 @@ class Search(Method, ABC):
 
     @abstractmethod
     def solve(self) -> tuple[list[float], Point]:
-        """Set an `order`; return one number per group, and the point there."""
+        """Call `order`; return one number per group, and the `Point` that they lead to."""
 
     def stays(self, group: ComponentGroup) -> bool:
         """Whether no channel of `group` may go."""
@@ -201,7 +201,7 @@ class Search(Method, ABC):
         return self.seen[key]
 
     def rank(self, point: Point) -> tuple[float, float]:
-        """What the best point has most of: no limit broken, then the objective; NaN is worst."""
+        """Sort key, larger is better: minus the shortfall, then the objective (NaN: -inf)."""
         lost = _lost(self.goal, 0.0, point.values[self.goal])
         return -point.shortfall, -math.inf if math.isnan(lost) else -lost
 
@@ -219,7 +219,7 @@ class Search(Method, ABC):
         lines = [limit.broken(value) for limit, value in pairs if limit.shortfall(value)]
         raise InputError(
             f"target = {self.target:g}: refused, {', '.join(lines)}; "
-            f"the closest that holds removes {closest:.4f} of the parameters"
+            f"within the limits at most {closest:.4f} of the parameters can be removed"
         )
 
     def log(self) -> dict[str, float]:
@@ -227,7 +227,7 @@ class Search(Method, ABC):
         return {"kept": 1 - self.point.removed}
 
     def report(self) -> dict[str, Any]:
-        """Shares removed, what is left of each group and costs alone, what the search saw."""
+        """Shares removed; per group what is kept and what it alone loses; the search cost."""
         point, full, rows = self.point, self.budget.full, []
         nets = self.small.dense, self.small(self.budget.indices(point.kept), own=False)
         dense, left = (measure.macs(net, self.context.example) for net in nets)

@@ -164,7 +164,7 @@ class SparseGates(Masked):
             self.cut(self.target, at.total_step)
 
     def scores(self) -> list[Tensor]:
-        """The gates, and |w| for the ties at 0 and 1, which float64 holds below g's last digit."""
+        """The gates plus a tiny multiple of |w|, in float64, to break ties at 0 and 1."""
         largest = max(w.detach().abs().max().item() for w in self.weights) or 1.0
         pairs = zip(self.masks, self.weights, strict=True)
         return [g.gate.double() + 1e-9 * w.abs().double() / largest for g, w in pairs]

@@ -38,7 +38,7 @@ class Steering(nn.Module):
         return self.share ** min(1.0, at.step / max(1.0, self.ramp * at.steps))
 
     def update(self, kept: Callable[[], float], at: At) -> None:
-        """Answer the share `kept()` found after this step, if it is time to. On the host."""
+        """Adjust the strength to the share `kept()` after this step, if it is due. On the host."""
         if at.step - self.acted.item() < self.period:
             return
         error = max(-1.0, min(1.0, math.log(max(kept(), 1e-6) / self.wanted(at))))

@@ -102,7 +102,7 @@ class _Trail(Probe):
         torch._foreach_copy_(self.last, self.method.weights)
 
     def measures(self) -> dict[str, Any]:
-        """What the trail comes to.
+        """Summary statistics of the trail, by name.
 
         `returns`: how often a weight came back, on average. `surviving`: share of all movement
         that fell on weights kept in the end, in all and by part of the training. `layer_focus`:

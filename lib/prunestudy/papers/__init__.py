@@ -1,6 +1,6 @@
 """One card per paper, a TOML file in this folder: citation, claims, published numbers, experiments.
 
-`shorthand` is how a card writes once what holds in several places.
+`shorthand` describes the abbreviations that a card may use.
 """
 
 import json
@@ -26,7 +26,7 @@ PROFILES: tuple[str, ...] = get_args(ProfileName)
 
 
 class RunRecipe(Recipe):
-    """A recipe whose host looks at the training after each step: the records were made so."""
+    """A recipe with `period` 1 by default, with which the records were made."""
 
     period: Annotated[int, Field(ge=0, le=1_000_000)] = 1
 

@@ -31,7 +31,7 @@ class Rule(Strict):
     shows it; a "description" has an interval and no verdict. Labels are those of entries. A metric
     with "-" before its name is better the lower it is. `against` is empty where the metric itself
     is compared with `at_least`, and "strongest" for the one of the `controls` that the card's
-    searches chose; a reading of the method is none. The rule holds wherever both sides have runs:
+    searches chose (never a reading of the method). The rule holds wherever both sides have runs:
     `where` restricts it, for the reason `why`, `target_kind` to such targets, `within` to pairs
     where ours removed at most that share less than the other.
     """

@@ -1,4 +1,4 @@
-"""How a card writes once what holds in several places.
+"""Abbreviations in cards, for values that hold in several places.
 
 - `[profiles.NAME]` has defaults for its experiments; recipes are merged key by key. `start` is
   merged over `recipe`, unless it has 0 epochs and trains nothing.
@@ -6,7 +6,8 @@
   and in a rule ("NAME, fine-tuned": all at that stage). `{ set = "NAME", seeds = 3 }` changes all
   of them; `params` are merged. Any other string is a method with its defaults.
 - `[...experiments.readings.METHOD]` adds an entry for each reading: its name and its `params`.
-- An experiment whose `model` and `dataset` are lists is one for each pair, with names of both.
+- An experiment whose `model` or `dataset` is a list is one for each pair of them. Without a `name`
+  it has the names of both: "lenet5_mnist".
 - `[[...experiments.grids]]` adds `methods` at every combination of a grid's lists: `lr`, and
   parameters of the method by name; its other values hold for all entries.
 - A group of `[[claims]]`, `[[tests]]`, `[[strongest]]`, `[[published]]`, `[[ranks]]`, `[[unknown]]`
@@ -85,19 +86,16 @@ def _labels(name: str, sets: _Sets) -> list[str]:
 def _profile(profile: _Table, sets: _Sets) -> _Table:
     shared = {key: profile[key] for key in _DEFAULTS if key in profile}
     own = {key: value for key, value in profile.items() if key not in shared}
-    each = [net for experiment in _rows(profile["experiments"]) for net in _nets(experiment)]
-    whole = [_experiment(net, shared, sets) for net in each]
+    merged = [_experiment(each, shared, sets) for each in _rows(profile["experiments"])]
+    whole = [net for experiment in merged for net in _nets(experiment)]
     return own | {"experiments": whole}
 
 
 def _nets(experiment: _Table) -> Iterator[_Table]:
-    names = ("model", "dataset")
-    lists = [experiment.get(name) for name in names]
-    if not all(isinstance(values, list) for values in lists):
-        yield experiment
-        return
-    for pair in product(*lists):
-        yield experiment | {"name": "_".join(pair)} | dict(zip(names, pair, strict=True))
+    """One experiment for each net and data set."""
+    pair = experiment.get("model"), experiment.get("dataset")
+    for model, dataset in product(*(v if isinstance(v, list) else [v] for v in pair)):
+        yield {"name": f"{model}_{dataset}"} | experiment | {"model": model, "dataset": dataset}
 
 
 def _experiment(own: _Table, shared: _Table, sets: _Sets) -> _Table:

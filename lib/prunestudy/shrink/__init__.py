@@ -1,6 +1,6 @@
-"""From a trained net to a smaller one: what goes together, removal, factors, files, export."""
+"""Making a trained net smaller: dependency groups, removal, low-rank factors, files, export."""
 
-# ruff: noqa: F401  (the names of the room)
+# ruff: noqa: F401  (public names of the package)
 
 from prunestudy.shrink.components import ComponentGroup, component_groups
 from prunestudy.shrink.csr import CsrLinear, to_csr

@@ -30,8 +30,8 @@ class Gated:
         """How `small` fails or differs with the channels `kept` of each group; empty if it doesn't.
 
         In eval mode on one input and on the user's; with `training` also on two, in training mode
-        where it is defined. Nets that draw other random numbers there only have to run, as all do
-        without gradients. `small` may change its batch-norm statistics.
+        where it is defined. If their random draws differ there, only shapes are compared.
+        `small` must also run without gradients. Its batch-norm statistics may change.
         """
         gaps = [self._gap(small, kept, batch, False) for batch in self.batches]
         gaps.append(_fails(small, self.batches[0]))
@@ -57,7 +57,7 @@ class Gated:
             return outputs_of(self.net, batch, last=True)
 
     def silent(self) -> set[tuple[int, str]]:
-        """Numbers of groups, each with a layer that reads it, on which no output depends.
+        """Pairs (group number, layer that reads the group) on which no output depends.
 
         Without groups that must stay. Empty for a net that has no backward pass.
         """
@@ -86,7 +86,7 @@ class Gated:
 
 
 def _fails(small: nn.Module, batch: Batch) -> str:
-    """Why `small` fails where nothing watches it; empty if it does not."""
+    """Why `small` fails without hooks and gradients; empty if it does not."""
     try:
         outputs_of(small, batch, bare=True)
         return ""
@@ -98,8 +98,8 @@ def _fails(small: nn.Module, batch: Batch) -> str:
 def _gates(net: nn.Module, groups: Sequence[Group], kept: Sequence[Tensor]) -> Iterator[dict]:
     """Within, the layers of `net` read zeros of all channels but those kept; gives the gates.
 
-    A layer norm takes its statistics over those kept: it is the one layer that a gate before it
-    does not turn into the smaller one.
+    A layer norm takes its statistics over those kept: for it alone, zeroing inputs is not the same
+    as removing them.
     """
     gates: dict[str, Tensor] = {}
     for group, stay in zip(groups, kept, strict=True):

@@ -2,7 +2,7 @@
 
 A group whose layers all lie in one component is *internal* to it. One that spans several is a
 *coupling* group: its channels are the interface (a latent vector), and removing one changes what
-every component on it says or hears.
+every component on it outputs or reads.
 """
 
 from collections.abc import Collection, Mapping, Sequence

@@ -74,7 +74,7 @@ def csr_arrays(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @functools.cache
 def _spend_warnings() -> None:
-    """Have torch give its warnings about CSR tensors, one a process, to nobody."""
+    """Trigger torch's once-per-process warnings about CSR tensors, and suppress them."""
     with warnings.catch_warnings():
         for text in ("CSR tensor support is in beta", "invariant checks are implicitly disabled"):
             warnings.filterwarnings("ignore", f"Sparse {text}", UserWarning)

@@ -48,7 +48,7 @@ def export(net: nn.Module, path: str | Path, example: Tensor | tuple[Tensor, ...
 
 def _onnx(plain: nn.Module, given: tuple[Tensor, ...]) -> Any:
     batch = torch.export.Dim("batch")
-    said = io.StringIO()  # the exporter talks, in warnings and on both streams
+    said = io.StringIO()  # the exporter prints to both streams, and warns
     with warnings.catch_warnings(action="ignore"), redirect_stdout(said), redirect_stderr(said):
         program = torch.onnx.export(
             plain,

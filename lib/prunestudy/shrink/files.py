@@ -190,7 +190,7 @@ def _replayed(net: nn.Module, log: list[Entry]) -> nn.Module:
         try:
             there = net.get_submodule(path)
         except AttributeError:
-            raise ValueError(f"{path!r} is a {kind}, here absent") from None
+            raise ValueError(f"{path!r} is a {kind} in the file, absent from this net") from None
         if type(there).__name__ != kind and (arguments is None or not path or "of" in arguments):
             raise ValueError(f"{path or 'the whole'!r} is a {kind}, here a {type(there).__name__}")
         if arguments is not None and _entry(path, there) != [path, kind, arguments]:

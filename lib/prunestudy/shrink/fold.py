@@ -33,7 +33,7 @@ def fold(model: nn.Module) -> nn.Module:
 
 
 def copied(model: nn.Module) -> nn.Module:
-    """A deep copy without the history of tensors; `InputError` for a net with a lock or a file."""
+    """A deep copy without autograd history; `InputError` for a net that cannot be copied."""
     try:
         with _Detached():
             return copy.deepcopy(model)
@@ -68,7 +68,7 @@ def require_ordinary(model: nn.Module) -> None:
     """
     require_untied(model)
     for name, module in model.named_modules():
-        made = "its weight is made of others: take fold(net).requires_grad_()"
+        made = "its weight is computed from others: use fold(net).requires_grad_()"
         require(not _is_rewritten(module), "module", name, made)
 
 

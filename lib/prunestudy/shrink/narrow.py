@@ -41,7 +41,7 @@ class Narrow:
                 of[1].append((number, torch.tensor(m.indices)))
 
     def __call__(self, kept: Sequence[Tensor], own: bool = True) -> nn.Module:
-        """The smaller net; without `own` the one of the last call, fitted anew, no group empty."""
+        """The smaller net; without `own` the last one is reused, and no group may be emptied."""
         if own or self._shared is None:
             self._shared = self._copy()
         small, gone = self._shared, [torch.ones(n, dtype=torch.bool) for n in self._full]

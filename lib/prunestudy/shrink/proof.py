@@ -1,11 +1,11 @@
-"""The proof: no smaller net is handed out that was not compared with the gated one.
+"""The proof: every smaller net is compared with the gated one before it is returned.
 
 Groups are what torch-pruning's graph suggests. Before anything is trained, random subsets of their
 channels are removed from a copy of the net in float64 with random weights and statistics. What is
 left is compared with the gated net: the same net where the layers that read those channels read
-zeros. In one comparison at least, two groups of one size lose different numbers of channels. It
-proves nothing of channels on which no output depends: until all had an effect, other weights are
-drawn. After the real removal the same comparison is made with the real weights.
+zeros. In at least one comparison, two groups of equal size lose different numbers of channels. It
+proves nothing about channels on which no output depends: new weights are drawn, up to 7 times,
+until all had an effect. After the real removal the same comparison is made with the real weights.
 """
 
 from collections.abc import Iterator, Sequence
@@ -64,8 +64,8 @@ class _Proof(Gated):
             self._require([int(self._draw(g.channels)) for g in self.groups], training=False)
             silent &= self.silent()
         for i, layer in sorted(silent):
-            name, why = self.groups[i].name, "with inputs as the example no output depends on what"
-            line = f"cannot be pruned: {why} it reads of {name!r}, which proves nothing"
+            name, why = self.groups[i].name, "on inputs like the example no output depends on the"
+            line = f"cannot be pruned: {why} channels of {name!r} that it reads: nothing to compare"
             raise InputError(f"module = {layer!r}: {line}")
         may = self._emptied()
         return [replace(g, skippable=i in may) for i, g in enumerate(self.groups)]

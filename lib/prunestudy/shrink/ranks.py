@@ -154,7 +154,7 @@ def _rises(
 
 
 def _slopes(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """What a MAC less costs in loss, on the convex curve below `points` (MACs, loss).
+    """The rise of the loss per MAC saved, on the lower convex hull of `points` (MACs, loss).
 
     From most MACs to fewest: the MACs at which a piece of the curve ends, and its slope.
     """

@@ -105,8 +105,8 @@ def outputs_of(
     """All tensors that `net` returns for `batch`, without dropout, seeded; `InputError` for none.
 
     With `strict` the net may not read values of tensors other than its own. With `last` the next
-    random number comes last: the same if as many were drawn. With `bare` nothing watches, nor are
-    there gradients: some modules of torch then take a faster way of their own.
+    random number comes last: the same if as many were drawn. With `bare` there are no
+    hooks and no gradients: some torch modules then take their fast path.
     """
     own = tensors_of(net.state_dict()) if strict else []
     known = {t.untyped_storage().data_ptr() for t in own}
@@ -176,7 +176,7 @@ def drawn(example: tuple[Tensor, ...], net: nn.Module) -> tuple[Tensor, ...]:
 def given(example: tuple[Tensor, ...], batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """The first two of `example` as they are, on the device and in the precision of `batch`.
 
-    One number all over (zeros) only stands for a shape: that of `batch` is taken.
+    A constant tensor (zeros) is taken as a placeholder: that of `batch` is used instead.
     """
     made = []
     for x, like in zip(example, batch, strict=True):

@@ -138,8 +138,8 @@ class Slots:
     def _tie_groups(self, node: Any) -> None:
         """Tie the channels that grouped layers need together.
 
-        The groups of a convolution must stay of one size: the same place of all. The statistics of
-        a group norm are of whole groups: all of one.
+        Convolution groups must keep one size: ties the same place in all groups. The statistics of
+        a group norm are per group: ties all channels of a group.
         """
         groups, norm = getattr(node.module, "groups", 1), isinstance(node.module, nn.GroupNorm)
         if norm or (groups > 1 and not is_depthwise(node.module)):

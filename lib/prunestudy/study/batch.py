@@ -105,7 +105,7 @@ def _require_executor(name: str) -> None:
     allowed = "local, or one whose package snakemake-executor-plugin-NAME is installed"
     require(bool(name == "local" or there), "executor", name, allowed)
     there = name != "slurm" or shutil.which("sbatch") is not None
-    require(there, "executor", name, "where Slurm is: sbatch is found")
+    require(there, "executor", name, "only where Slurm is installed (sbatch)")
 
 
 def _locally(stage: Path, batch: dict[str, Any], count: int) -> bool:

@@ -13,7 +13,7 @@ import prunestudy
 from prunestudy.errors import InputError, require
 
 _SURROGATES = re.compile("[\ud800-\udfff]")  # how Python writes bytes that are not UTF-8
-_STOPPED = "stopped; what is finished is kept, and the same command goes on from there"
+_STOPPED = "stopped; finished work is kept: run the same command again to continue"
 
 
 def main(words: list[str] | None = None) -> int:
@@ -92,7 +92,7 @@ _COMMANDS = {
     "list": ("list the runs, or the names that settings take", "--profile --paper what name"),
     "status": ("say what is done and what is missing", "--profile --paper"),
     "search": ("say which settings are the best of a search", "--profile --paper --check"),
-    "latency": ("time the finished nets, alone on the machine", "--profile --paper"),
+    "latency": ("time the finished nets (keep the machine otherwise idle)", "--profile --paper"),
     "run": ("train runs by name", "--profile --paper --data --device --weights runs"),
     "collect": ("merge finished runs into one file", "--profile --replace folders"),
     "show": ("print a run's record and history", "--profile first"),
@@ -110,12 +110,12 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     "--device": {"default": "auto", "help": "auto, cpu or cuda"},
     "--jobs": {"type": int, "default": 2, "help": "jobs side by side (default: 2)"},
     "--executor": {"default": "local", "help": "a Snakemake executor (default: local)"},
-    "--minutes": {"type": float, "default": math.inf, "help": "profile gpu: stop after so many"},
+    "--minutes": {"type": float, "default": math.inf, "help": "profile gpu: time limit in minutes"},
     "--gang": {"type": int, "default": 8, "help": "profile gpu: runs at a time (default: 8)"},
-    "--weights": {"action": "store_true", "help": "also where only the net is missing"},
-    "--searches": {"action": "store_true", "help": "also the runs that settings are chosen by"},
-    "--check": {"action": "store_true", "help": "fail where a card has other settings"},
-    "--replace": {"action": "store_true", "help": "the newcomer takes a run's place"},
+    "--weights": {"action": "store_true", "help": "also retrain runs whose net file is missing"},
+    "--searches": {"action": "store_true", "help": "also train the hyperparameter-search runs"},
+    "--check": {"action": "store_true", "help": "exit with 1 if a card differs from the best"},
+    "--replace": {"action": "store_true", "help": "replace stored records by the new ones"},
     "--set": {
         "action": "append",
         "default": [],
@@ -124,12 +124,12 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
         " the data root), model, method, target, seed, validation, epochs, lr, batch_size, ... or"
         " a parameter of the method as params.NAME; `prunestudy list` models, datasets, methods",
     },
-    "what": {"nargs": "?", "choices": (*LISTS, "method"), "help": "names of what"},
-    "name": {"nargs": "?", "metavar": "NAME", "help": "of a method, for its parameters"},
+    "what": {"nargs": "?", "choices": (*LISTS, "method"), "help": "which names to list"},
+    "name": {"nargs": "?", "metavar": "NAME", "help": "the method whose parameters to list"},
     "runs": {"nargs": "+", **_RUN},
     "first": _RUN,
     "second": _RUN,
-    "folders": {"nargs": "*", "metavar": "FOLDER", "help": "brought back from elsewhere"},
+    "folders": {"nargs": "*", "metavar": "FOLDER", "help": "results copied from another machine"},
     "file": {"metavar": "FILE", "help": "the ONNX file"},
 }
 

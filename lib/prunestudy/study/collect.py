@@ -50,7 +50,7 @@ def collect(
             elif replace and (source is not store or not sources):
                 records[name] = record
             else:
-                left.append(f"{name}: is stored already, with other numbers; that stays")
+                left.append(f"{name}: is stored already with other numbers; that record is kept")
         packed, lost = _pack(records, [store, *sources], drawn)
         text = "".join(line_of(_lean(record)) + "\n" for _, record in sorted(records.items()))
         for paper, arrays in packed.items():

@@ -51,10 +51,10 @@ def _choose(begins: str, names: Iterable[str], store: Store) -> str:
     path = store.folder / "latest"
     latest = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     if latest in found:
-        print(f"{len(found)} runs begin so; this is the last trained: {latest}", file=sys.stderr)
+        print(f"{len(found)} runs match; taking the last trained: {latest}", file=sys.stderr)
         return latest
     some = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
-    why = f"{len(found)} runs begin so, {some}; write more of the name" if found else "no such run"
+    why = f"{len(found)} runs match, {some}; give more of the name" if found else "no such run"
     raise InputError(f"run = {begins!r}: {why}; `prunestudy list` names them")
 
 
@@ -157,7 +157,7 @@ def do_search(a: Namespace) -> int:
     complete = [grid for grid in found if grid.complete]
     differ = [grid for grid in complete if grid.differences]
     print(*(line for grid in found for line in search.lines(grid)), sep="\n")
-    print(f"{len(found)} grids, {len(complete)} complete; {len(differ)} of a card differ")
+    print(f"{len(found)} grids, {len(complete)} complete; in {len(differ)} the card differs")
     controls = search.strongest(found, a.profile)
     for (paper, *where, method), (best, now) in controls.items():
         print(f"{paper}: {method} against {best}, {', '.join(where)}; card: {now or '-'}")

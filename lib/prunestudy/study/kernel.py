@@ -53,7 +53,7 @@ class _Kernel:
 
 
 def _serve(connection_file: str, parent: int) -> None:
-    """Be a kernel, as new as one of its own: what this process did before leaves no trace."""
+    """Run as a fresh kernel: reset what the parent process did before the fork."""
     with open(os.devnull, "r+b") as nothing:  # noqa: PTH123
         for number in (0, 1, 2):
             os.dup2(nothing.fileno(), number)

@@ -26,7 +26,7 @@ from prunestudy.train import Steps, gang
 def study(
     store: Store, planned: list[Planned], data: str, minutes: float, size: int, kind: str = "cuda"
 ) -> Iterator[str]:
-    """Train what is missing on a device of `kind`, collect it, write gpu.md; lines of it.
+    """Train what is missing on a device of `kind`, collect it, write gpu.md; yield a log.
 
     Raises `InputError` for settings and data that cannot be used, and where there is no device.
     """
@@ -40,9 +40,9 @@ def study(
 
 
 def page(store: Store, planned: list[Planned]) -> Iterator[str]:
-    """Write gpu.md, what the records of `planned` in `store` come to; lines that say so.
+    """Write gpu.md, a summary of the records of `planned` in `store`; yield a log.
 
-    Of the copies of CIFAR-10 those count that there are records of, if any.
+    Only copies of CIFAR-10 that have records count, if any has.
     """
     settings, path = {i.settings.run: i.settings for i in planned}, store.folder / "gpu.md"
     made = [record for each in settings.values() if (record := store.read(each))]

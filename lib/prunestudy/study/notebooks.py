@@ -78,7 +78,7 @@ def execute(store: Store, profile: str, paper: str, data: str) -> Path:
         run_cells(notebook)
     except InputError as error:
         raise InputError(f"notebook {source.stem}: {error}") from None
-    given.source = lines[0]  # what names folders of this machine goes, and what names the time
+    given.source = lines[0]  # drop local paths, and (below) times
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
     return write(store, profile, paper, notebook)

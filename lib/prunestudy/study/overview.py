@@ -96,7 +96,7 @@ def readable(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def which_when(rows: pd.DataFrame, at_least: float) -> pd.DataFrame:
-    """The setting to take to save each of `COSTS`, if the mean may lose down to `at_least`.
+    """The smallest setting by each of `COSTS` whose mean loses no more than `at_least` allows.
 
     For people; `rows` are of one net and data set. Of the settings about as small as the smallest
     it is the most accurate.

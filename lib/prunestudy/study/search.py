@@ -1,10 +1,10 @@
 """Which settings a method gets: the best of its grid, by one rule for every method and control.
 
-A card's searches have a grid for each method and control, all of as many settings, which are scored
-on validation images. The best has the best mean score over the seeds. A setting of which a run
-fails (its status is not "done") is the worst, and so is a control's that fails in the results: it
-is searched again, without that setting. Equals go to the lower learning rate, then to the one that
-comes first.
+A card's searches have a grid of equal size for each method and control, scored on validation
+images. The best setting has the best mean score over the seeds. A setting with a failed run
+(status not "done") ranks last, and so does a control's setting of which a run fails among the
+results: the next best is then chosen. Ties go to the lower learning rate, then to the
+setting that comes first.
 """
 
 import math

@@ -100,14 +100,14 @@ def says(
     then: Mapping[str, str] | None = None,
     **where: Any,
 ) -> Sentence:
-    """Say what `of` (the score) of `method` is: minus `against`'s, beside `than`, or by itself.
+    """A sentence on `of` (default: score) of `method`: minus `against`, beside `than`, or alone.
 
     Methods are labels of the card ("sparse_gates, from scratch"). `where` picks settings by
     `model`, `dataset`, `target` and `kind`; several make one sentence that counts directions.
     `than` is a number in the unit of `of`, or "published": the paper's for each setting. Above and
     below: the 95% interval over seeds leaves out zero (or `than`); level: it does not. One seed
-    has no direction. `then` adds a sentence by direction, also "mixed" for above here, below there;
-    above or below are said to hold in so many settings where the others leave it open.
+    has no direction. `then` maps directions ("mixed": above in some settings, below in others) to a
+    sentence to add, with the number of settings it holds in if the others have no direction.
     """
     for name in where:
         require_one_of("where", name, ("model", "dataset", "target", "kind"))
@@ -150,10 +150,12 @@ def says(
     else:
         name = seen[0].name
         text = f"{name[0].upper()}{name[1:]}, {called(method)}{versus}, {_range(seen)}."
-    text, same = f"{text} {(then or {}).get(way, '')}".strip(), [each.way for each in seen]
-    if way in (then or {}) and way in ("above", "below") and (k := same.count(way)) < len(seen):
-        text += f" That is so in {k} of {len(seen)} settings; the others leave it open."
-    sentence = Sentence(text)
+    added, same = (then or {}).get(way, ""), [each.way for each in seen]
+    if added and way in ("above", "below") and (k := same.count(way)) < len(seen):
+        added = added.removeprefix("So ").rstrip(".")
+        where_ = f"In {k} of {len(seen)} settings"
+        added = f"{where_} {added[0].lower()}{added[1:]}; the others leave it open."
+    sentence = Sentence(f"{text} {added}".strip())
     sentence.direction = way
     return sentence
 

@@ -165,7 +165,7 @@ def measure_latency(store: Store, planned: list[Planned], rounds: int = 30) -> i
     """Time the nets of the first seed against the dense net, interleaved; return how many.
 
     Weight-sparse linear layers compute from compressed rows. One thread. The dense net is a fresh
-    one: what its weights are takes no time. Nets that are not on disk are left out.
+    one, since time does not depend on weights. Nets that are not on disk are left out.
     """
     # A run that several experiments share is timed once.
     waiting = {item.settings.run: item.settings for item in planned if is_untimed(store, item)}

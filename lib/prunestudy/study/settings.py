@@ -88,7 +88,7 @@ def resolve(
     require_one_of("model", model, models.names())
     kind, known = methods.method_class(method), datasets.info(dataset, root or None)
     parent = rest.get("parent")
-    allowed = f"{method} needs the run whose shape it takes; see a card"
+    allowed = f"{method} needs a parent run, whose architecture it trains; see a card"
     require(bool(parent) or not kind.from_scratch, "parent", None, allowed)
     own = methods.params_of(method, params or {}).model_dump(mode="json")
     facts = {"dataset": dataset, "dataset_version": known.version, "revision": kind.revision}
@@ -142,7 +142,7 @@ def target_of(method: str, value: Any, kind: str | None = None) -> Target | None
 
 @functools.lru_cache(maxsize=64)
 def dense_net(model: str, known: datasets.DatasetInfo) -> torch.nn.Module:
-    """The dense net for images as in `known`; without numbers, to be looked at only."""
+    """The dense net for images as in `known`; on the meta device, for inspection only."""
     with torch.device("meta"):
         return models.build(model, (known.channels, known.height, known.width), known.num_classes)
 

@@ -8,7 +8,7 @@ import pandas as pd
 
 from prunestudy import datasets, models
 from prunestudy.methods import method_class
-from prunestudy.papers import card
+from prunestudy.papers import Card, card
 from prunestudy.study.lines import write_text
 from prunestudy.study.plan import Planned
 from prunestudy.study.records import Store
@@ -217,6 +217,30 @@ def _verdict_for_people(row: dict[str, Any]) -> dict[str, Any]:
         "p of the opposite": opposite.replace("nan", ""),
         **{name: row[name] for name in ("verdict", "failures")},
     }
+
+
+def published_table(paper: Card) -> pd.DataFrame:
+    """One row per published number of `paper`, for people; without columns that are empty."""
+    metrics = dict.fromkeys(f"{of}{n.metric}" for n in paper.published for of in ("dense ", ""))
+    rows = []
+    for number in paper.published:
+        factor, unit = UNITS.get(number.metric, (100, "%"))
+        row = {"net": _net_title(number.model), "data": datasets_title(number.dataset)}
+        row |= {"published": number.text, number.metric: f"{factor * number.value:.2f}{unit}"}
+        if number.dense is not None:
+            row[f"dense {number.metric}"] = f"{factor * number.dense:.2f}{unit}"
+        row["kept"] = "" if number.kept is None else f"{100 * number.kept:g}%"
+        row["non-zeros"] = "" if number.nonzeros is None else f"{number.nonzeros:,}"
+        row["speed-up"] = "" if number.speed_up is None else f"{number.speed_up:.2f}x"
+        rows.append(row | {"read in": f"{number.source} [{number.mark}]"})
+    columns = ["net", "data", "published", *metrics, "kept", "non-zeros", "speed-up", "read in"]
+    table = pd.DataFrame(rows, columns=columns).fillna("")
+    return table.loc[:, (table != "").any()]
+
+
+def _net_title(model: str) -> str:
+    """Title of net `model` for people; a net that is not the library's keeps its words."""
+    return models.title(model) if model in models.names() else model.replace("_", " ")
 
 
 def datasets_title(name: str) -> str:

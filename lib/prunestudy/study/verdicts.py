@@ -2,7 +2,8 @@
 
 A test's unit is a seed: the paired difference of its runs, averaged over the claim's targets. Two
 one-sided paired t-tests ask whether it lies above the bound (0, or minus the margin) or below; each
-is adjusted by Holm's method over the paper's tests in the profile.
+is adjusted by Holm's method over the paper's tests in the profile. A claim that has a test in the
+card, and runs, but is tested on no net counts as one more, so that leaving it out helps no other.
 """
 
 import math
@@ -35,7 +36,7 @@ COLUMNS = (
     "p p_adjusted p_opposite p_opposite_adjusted verdict runs"
 ).split()
 _NUMBERS = [*COLUMNS[10:17], "images_low", "images_high"]
-_FOR_PEOPLE = [*"says mark why metric failures".split(), *_NUMBERS[-2:]]
+_FOR_PEOPLE = [*"says mark why metric scored failures".split(), *_NUMBERS[-2:]]
 _BLANK = dict.fromkeys([*COLUMNS, *_FOR_PEOPLE], "") | dict.fromkeys(_NUMBERS, math.nan) | {"n": 0}
 
 
@@ -126,9 +127,11 @@ def row_of(store: Store, comparison: Comparison, images: bool = False) -> dict[s
             f"{called(who)} fails on {_seeds(at)}" for who, at in lost.items() if at
         ),
     }
+    if names and rule.metric == "metric":
+        row["scored"] = found[next(iter(d))][0][0]["metrics"]["metric_name"]
     if images and control and rule.metric == "metric" and n > 1:
         row |= _with_images([found[seed] for seed in d])
-    row |= {"planned": comparison.planned, "there": bool(found)}
+    row |= {"primary": rule.primary, "planned": comparison.planned, "there": bool(found)}
     if not (rule.primary and found):
         return row if found else row | {"verdict": NO_RUNS}
     margin = 0.0 if rule.kind == "superiority" else _margin(dataset, found)
@@ -165,6 +168,7 @@ def _test(rows: list[dict[str, Any]], paper: Card, profile: str) -> None:
     """
     there, checkout = {row["dataset"] for row in rows if row.get("there")}, places.checkout()
     family = [row for row in rows if row.get("planned") and row["dataset"] in there]
+    primary = {row["claim"] for row in rows if row.get("primary") and row["there"]}
     tests = [row for row in family if "commits" in row]
     nets = dict.fromkeys((row["model"], row["dataset"]) for row in tests if checkout)
     since = {net: rules_commit(checkout, path_of(paper.id), profile, *net) for net in nets}
@@ -173,9 +177,10 @@ def _test(rows: list[dict[str, Any]], paper: Card, profile: str) -> None:
         old = checkout and all(is_before(checkout, after, commit) for commit in row["commits"])
         if not old:
             row.update(p=math.nan, p_opposite=math.nan, verdict=YOUNGER)
+    left_out = [math.nan] * len(primary - {row["claim"] for row in family})
     for name in ("p", "p_opposite"):
-        adjusted = holm(np.array([row.get(name, math.nan) for row in family]))
-        for row, p in zip(family, adjusted, strict=True):
+        values = [*(row.get(name, math.nan) for row in family), *left_out]
+        for row, p in zip(family, holm(np.array(values)), strict=False):
             row[f"{name}_adjusted"] = float(p)
     for row in tests:
         outcome = str(decided(row["p_adjusted"], row["p_opposite_adjusted"]))

@@ -1,6 +1,6 @@
 """One training loop for every method: any net and any batches in, a plain smaller net out."""
 
-# ruff: noqa: F401  (the names of the room)
+# ruff: noqa: F401  (public names of the package)
 
 from prunestudy.train.checkpoint import read_checkpoint, write_checkpoint
 from prunestudy.train.loop import Loop

@@ -1,8 +1,8 @@
 """A step of training as one CUDA graph: a single launch in place of some 500 kernels.
 
-The first steps of a phase are made plainly. They warm up what torch makes lazily, momentum
-included, and being steps of the training they leave nothing to be put back. The last of them is
-watched: where something in it could not be captured all steps stay plain, and one line says what.
+The first steps of a phase run eagerly. They initialise what torch creates lazily, momentum
+included; as they are real training steps, no state has to be restored. The last of them is
+checked: if something in it cannot be captured, all steps stay eager, and one line says why.
 """
 
 import gc
@@ -30,7 +30,7 @@ _MASKED = ("index", "index_put", "index_put_", "_index_put_impl_")
 class CudaGraph:
     """What `function` queues on the current stream, which is not the default one.
 
-    It is captured without being done; `replay` does it, with the same tensors, `result` included.
+    It is captured without being run; `replay` runs it on the same tensors, `result` included.
     """
 
     def __init__(self, function: Callable[[], Tensor], generator: torch.Generator) -> None:
@@ -58,8 +58,8 @@ def graphs_on(device: torch.device) -> Callable[..., Any] | None:
 class Captured:
     """Calls `step(batch)`, which gives the loss: plainly, then by replaying a graph of it.
 
-    Only batches of the shape that comes most have one. `method` and `model` say by their state
-    which tensors and flags a step depends on.
+    Only the first batch shape that is seen more than `WARM` times has one. The states of `method`
+    and `model` say which tensors and flags a step depends on.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, checked before they are believed, never a pickle."""
+"""Checkpoints: written whole or not at all, verified before use, loaded with weights_only."""
 
 import hashlib
 import io

@@ -1,4 +1,4 @@
-"""Anybody's batches, as the loop reads them: on the device, and the same again after a resume."""
+"""Wraps a user's batches for the loop: moved to the device, and reproducible after a resume."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -209,7 +209,7 @@ class Loop:
             part, labels = tree_map_only(Tensor, lambda t, b=begin: t[b : b + size], (x, y))
             with torch.autocast(self.device.type, torch.bfloat16, **on):
                 loss = self.context.loss(call(self.model, part), part, labels)
-            require(loss.requires_grad, "loss", "a number without gradient", "one of the output")
+            require(loss.requires_grad, "loss", "a number without gradient", "must have a gradient")
             (loss * share).backward()
             found.append(loss.detach().double() * share)
         return loss.detach() if share == 1 else torch.stack(found).sum()

@@ -1,4 +1,4 @@
-"""What a training asks of its process: the same bits whenever it is repeated, turns, memory."""
+"""Process-wide state of a training: determinism, several trainings in turns, memory."""
 
 import ctypes
 from collections import deque
@@ -54,9 +54,9 @@ def use_own_stream(device: torch.device) -> None:
 
 
 class Turn:
-    """Inside `with`, what torch has once per process is a training's own, and outside as it was.
+    """Context manager that gives a training its own copy of torch's process-wide state.
 
-    That is the generators without a name, TF32, deterministic algorithms, denormal numbers, the
+    That is the default generators, TF32, deterministic algorithms, denormal numbers, the
     number of threads and CUDA's current stream; they begin as the process has them.
     """
 
@@ -109,8 +109,8 @@ def _write(generator: Tensor, tf32: Any, algorithms: Any, thread: Any, cuda: Any
 def gang(trainings: Iterable[Steps[_T] | None], size: int = 1) -> Iterator[_T]:
     """Advance `size` of `trainings` by a step each in turns; give what each returns at its end.
 
-    Each is what `pruning` gives, and ends as it would alone. One begins where another has ended,
-    and none yet where `trainings` gives None. Closed early, it closes those under way.
+    Each is what `pruning` gives, and ends as it would alone. A new one starts when another
+    ends; None means that none can start yet. Closed early, it closes those under way.
     """
     waiting, going = iter(trainings), deque()
     try:

@@ -222,7 +222,7 @@ def _arguments(model: nn.Module, x: Any) -> Any:
     except TypeError as error:
         raise InputError(f"train = {sorted(x)}: not what forward takes: {error}") from None
     line = f"{sorted(bound.kwargs)} by keyword only, or behind an argument that is not given"
-    require(not bound.kwargs, "train", sorted(x), f"forward takes {line}: no trace follows")
+    require(not bound.kwargs, "train", sorted(x), f"forward takes {line}: cannot be traced")
     return bound.args
 
 

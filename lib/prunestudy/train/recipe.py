@@ -22,8 +22,8 @@ class Recipe(Values):
     `warmup_steps` rise from `warmup_from` (share of `lr`) to `lr`; `milestones` (of a step
     schedule) are shares of the phase, `shift` is in pixels. A batch goes through the net in
     `pieces`, one after the other, where memory is short; the step is the whole batch's, but batch
-    norm sees each piece by itself. `period`: steps between two looks at the host (masks, closing,
-    steering, losses); 0 for min(16, steps / 200). With `one_schedule` it runs over all phases, and
+    norm sees each piece by itself. `period`: steps between host-side updates (masks, closing,
+    steering, losses); 0: steps / 200, in 1 to 16. With `one_schedule` it runs over all phases, and
     a method's own rates, schedules and restarts count for nothing.
     """
 

@@ -81,7 +81,7 @@ def _numbers(found: Any) -> dict[str, float]:
 
 
 def _tried(parameter: str, given: Any, function: Callable[[], Any]) -> Any:
-    """What `function` gives; what `given`, a user's, may raise becomes `InputError`."""
+    """Return `function()`; an exception of `given`, a user's object, becomes `InputError`."""
     try:
         return function()
     except InputError:

@@ -31,7 +31,7 @@ _LOOK = {
     "magnitude_attention": ("#cc78bc", "o"),
     "component_aware": ("#56b4e9", "o"),
     "gradual_magnitude": ("#de8f05", "s"),
-    "group_l2": ("#de8f05", "^"),
+    "group_l2": ("#882255", "^"),
     "plain_low_rank": ("#de8f05", "P"),
     "uniform": ("#5e3c99", "d"),
     "magnitude": ("#ca9161", "D"),
@@ -202,6 +202,9 @@ def metric_against_target(
         sd=factor * rows.metric_sd.fillna(0),
         label=rows.method.map(title_of) + " (n = " + seeds + ")",
     )
+    # Side by side, so that bars at one share do not hide each other.
+    order = rows.method.map({name: k for k, name in enumerate(rows.method.unique())})
+    rows = rows.assign(kept=rows.kept * 1.02 ** (order - order.mean()))
     figure, (axes,) = canvas(size=(6.8, 4.4))
     points(axes, rows, "kept", "value", "sd")
     frame(axes, rows, "value", factor * dense_of(rows))
@@ -236,7 +239,7 @@ def variants(summary: pd.DataFrame, method: str) -> Figure:
     factor, unit = tables.UNITS[first.metric_name]
     middle, low, high = (factor * rows[f"difference{end}"] for end in ("", "_low", "_high"))
     figure, (axes,) = canvas(size=(7, 0.45 * len(rows) + 1.4))
-    labels = rows.variant.replace("", "our reading") + lost
+    labels = rows.variant.replace("", "our reading") + ", n = " + rows.n.map(str) + lost
     look = {"fmt": "o", "color": COLOURS[method], "capsize": 3}
     axes.errorbar(middle, labels, xerr=[middle - low, high - middle], **look)
     axes.axvline(0, color="black", ls="--", lw=1)

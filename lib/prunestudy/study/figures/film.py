@@ -35,7 +35,7 @@ _SIGNS = {
 def slide(
     figure: Figure, draw: Callable[[Any], None], values: Sequence[Any], name: str
 ) -> HTML | None:
-    """A slider over `values` of `name`: live where a person is, in executed copies a film."""
+    """A slider over `values` of `name`; an animation in notebooks executed non-interactively."""
     # A person's notebook can be asked for input; papermill and nbconvert say that theirs cannot.
     if not getattr(getattr(get_ipython(), "kernel", None), "_allow_stdin", False):
         return film(figure, draw, values)

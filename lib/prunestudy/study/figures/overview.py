@@ -100,9 +100,10 @@ def pareto(rows: pd.DataFrame, dataset: str) -> Figure:
         look.frame(panel, part, "lost", 0)
         panel.set_ylim(1.1 * (part.lost - part.sd).min(), max(0, *(part.lost + part.sd)) + 0.03)
         best = frontier(seen, cost)
-        panel.plot(cost, "lost", data=best, color="0.35", lw=1, zorder=1, label="front")
+        name = "front: no cheaper one is better"
+        panel.plot(cost, "lost", data=best, color="0.35", lw=1, zorder=1, label=name)
         panel.set_xlabel(f"{COSTS[cost]}, % of dense")
-    axes[0].set_ylabel("minus dense, points (mean and sd)")
+    axes[0].set_ylabel("accuracy minus dense, points (mean and sd)")
     figure.suptitle(f"{look.place_of(part)}: what is lost against what is left")
     look.legend(figure, "outside lower center", columns=5)
     figure.draw_without_rendering()  # says where the points lie
@@ -124,6 +125,7 @@ def _name_shares(panel: Axes, rows: pd.DataFrame, cost: str) -> None:
         taken.append(place + offset)
         near = {"xytext": offset, "textcoords": "offset points", "ha": "center", "va": "center"}
         near |= {"fontsize": 7, "color": look.COLOURS[row.method]}
+        near |= {"arrowprops": {"arrowstyle": "-", "lw": 0.4, "color": near["color"]}}
         count = TARGETS[row.target_kind][0].lower()
         panel.annotate(f"{row.target:.0%} {count}", (getattr(row, cost), row.lost), **near)
 
@@ -162,7 +164,7 @@ def verdicts(rows: pd.DataFrame) -> Figure:
     axes.set(xlim=(-0.5, 30), ylim=(y, -1))
     axes.axis("off")
     for name in filter(counts.get, counts):
-        label = f"{name}: {counts[name]}"
+        label = f"{name}: {counts[name]} {'net' if name in OUTCOMES else 'claim'}s"
         axes.scatter([], [], s=80, c=_VERDICTS[name], marker="s", label=label)
     figure.suptitle(
         f"{len(claims)} claims; a square per net with a verdict, one where there is none"
@@ -174,16 +176,17 @@ def verdicts(rows: pd.DataFrame) -> Figure:
 def classes(drops: pd.DataFrame) -> Figure:
     """Which classes pay for the pruning: `overview.class_drops`, a panel for each data set."""
     datasets = drops.dataset.unique()
+    most = 100 * float(drops["drop"].abs().max()) or 1.0
     figure, axes = look.canvas(len(datasets), (6.2 * len(datasets), 2.9))
     for panel, name in zip(axes, datasets, strict=True):
         part = drops[drops.dataset == name]
         grid = 100 * part.pivot_table("drop", "method", "class", sort=False)
         grid.index = grid.index.map(look.title_of)
-        most = float(grid.abs().max().max()) or 1.0
         panel.imshow(grid, cmap="RdBu", vmin=-most, vmax=most, aspect="auto")
         for (y, x), value in np.ndenumerate(grid.to_numpy()):
             white = "white" if abs(value) > 0.6 * most else "black"
-            panel.text(x, y, f"{value:+.1f}", ha="center", va="center", fontsize=7, color=white)
+            text = f"{value:+.1f}" if abs(value) >= 0.05 else "0.0"
+            panel.text(x, y, text, ha="center", va="center", fontsize=7, color=white)
         panel.set_xticks(range(grid.shape[1]), grid.columns)
         panel.set_yticks(range(len(grid)), grid.index)
         panel.set(title=f"{tables.datasets_title(name)}: accuracy minus dense, points, by class")

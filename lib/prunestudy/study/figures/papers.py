@@ -62,7 +62,7 @@ def sparse_layers(layers: pd.DataFrame) -> Figure:
         panel.set(title=f"linear layers, batch {batch}", xlabel="share of zero weights")
         panel.set_yscale("log", base=2)
         panel.yaxis.set_major_formatter("{x:g}")
-    axes[0].set_ylabel("dense time / sparse time")
+    axes[0].set_ylabel("times faster than dense (1: as fast)")
     axes[0].legend()
     return figure
 
@@ -103,7 +103,7 @@ def rank_per_layer(ranks: pd.DataFrame, paper: Card, model: str, dataset: str) -
         mark = "kP" if table.method == "plain_low_rank" else "ko"
         label = f"published: {look.title_of(table.method)} [{table.mark}]"
         axes.plot(table.layers, shares, mark, ms=6, label=label)
-    axes.set(xlabel="", ylabel="rank at 5% error, % of full")
+    axes.set(xlabel="", ylabel="rank that holds 95% of the energy, % of full")
     axes.set_title(f"{look.place_of(rows)} (n = {rows.seed.nunique()})")
     axes.tick_params(axis="x", rotation=90 if rows.layer.nunique() > 6 else 0)
     look.legend(figure)
@@ -146,7 +146,7 @@ def speed_up(runs: pd.DataFrame) -> Figure:
     axes.axvline(1, color="black", ls="--", lw=1)
     axes.margins(x=0.12)
     axes.invert_yaxis()
-    axes.set(ylabel="", xlabel="times faster than the dense net")
+    axes.set(ylabel="", xlabel="speed-up over the dense net (1: as fast)")
     look.legend(figure)
     return figure
 
