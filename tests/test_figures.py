@@ -204,7 +204,7 @@ def test_the_legend_says_what_is_cut_off_and_how_many_seeds_a_line_has(random, c
     figure = figures.metric_against_target(pd.DataFrame(lines), card(name), "lenet5", "mnist")
     assert figure.axes[0].get_ylim() == pytest.approx((79, 90.5))
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert ("(values below the frame are cut off)" in labels) == cut
+    assert ("(below the frame: random, down to 10)" in labels) == cut
     ends = {label.rpartition(" (")[2] for label in labels}
     assert {"n = 1 to 3)", "n = 2)"} <= ends
 

@@ -167,8 +167,10 @@ def frame(axes: Axes, rows: pd.DataFrame, y: str, dense: float) -> None:
     margin = max(0.1 * (max(values) - min(values)), 0.05)
     axes.set_ylim(min(values) - margin, max(values) + min(margin, 0.5))
     axes.axhline(dense, color=COLOURS["dense"], ls="--", lw=1, label="dense")
-    if rows[y].min() < min(values) - margin:
-        axes.plot([], [], " ", label="(values below the frame are cut off)")
+    least = rows.loc[rows[y].idxmin()]
+    if least[y] < min(values) - margin:
+        label = f"(below the frame: {title_of(least.method)}, down to {least[y]:.3g})"
+        axes.plot([], [], " ", label=label)
 
 
 def dense_of(rows: pd.DataFrame) -> float:
