@@ -5,7 +5,8 @@
 - `[sets]` names lists of methods. A name stands for its methods in an experiment, in a later set
   and in a rule ("NAME, fine-tuned": all at that stage). `{ set = "NAME", seeds = 3 }` changes all
   of them; `params` are merged. Any other string is a method with its defaults.
-- `[...experiments.readings.METHOD]` adds an entry for each reading: its name and its `params`.
+- `[...experiments.readings.METHOD]` adds an entry for each reading: its name and its `params`. Such
+  an experiment is an ablation, and one with `grids` a search, unless its `purpose` says otherwise.
 - An experiment whose `model` or `dataset` is a list is one for each pair of them. Without a `name`
   it has the names of both: "lenet5_mnist".
 - `[[...experiments.grids]]` adds `methods` at every combination of a grid's lists: `lr`, and
@@ -107,6 +108,7 @@ def _experiment(own: _Table, shared: _Table, sets: _Sets) -> _Table:
         whole["methods"] += [{"method": method} | each for each in each_of]
     for grid in grids:
         whole["methods"] += _grid(grid, sets)
+    whole.setdefault("purpose", "search" if grids else "ablation" if readings else "results")
     whole["recipe"] = recipe = shared.get("recipe", {}) | own.get("recipe", {})
     if "start" in whole:
         start = shared.get("start", {}) | own.get("start", {})
