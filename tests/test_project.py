@@ -292,15 +292,33 @@ def test_committed_records_are_whole_and_have_the_arrays_that_are_drawn(profile)
         assert not names or store.arrays(run).keys() == names
 
 
+def tracked(folder="."):
+    """Files that git tracks below `folder` of the checkout."""
+    call = ["git", "-C", str(ROOT), "ls-files", "-z", folder]
+    names = subprocess.run(call, capture_output=True, text=True, check=False).stdout.split("\0")
+    return [ROOT / name for name in names if name]
+
+
+def test_files_cards_and_results_stay_within_their_budgets():
+    files = tracked()
+    assert len(files) <= 450
+    assert sum(path.stat().st_size for path in files) <= 25_000_000
+    for folder in (ROOT / "results").iterdir():
+        assert len(tracked(folder)) <= 35, folder.name
+    cards = [path.read_text("utf-8").splitlines() for path in (ROOT / "lib").rglob("*.toml")]
+    assert sum(map(len, cards)) <= 1900
+    assert max(len(line) for card in cards for line in card) <= 100
+    code = {
+        path: len(path.read_text("utf-8").splitlines()) for path in (ROOT / "lib").rglob("*.py")
+    }
+    assert max(code.values()) <= 300
+
+
 def test_tracked_results_hold_no_path_or_name_of_a_machine():
-    files = subprocess.run(
-        ["git", "-C", str(ROOT), "ls-files", "results"], capture_output=True, text=True, check=False
-    ).stdout.split()
-    for name in files:
-        path = ROOT / name
+    for path in tracked("results"):
         if path.suffix in (".json", ".csv", ".md", ".ipynb", ".svg"):
             text = path.read_text(encoding="utf-8")
-            assert not re.search(r"(/home/|/root/|/Users/|/tmp/|[A-Z]:\\\\Users)", text), name
+            assert not re.search(r"(/home/|/root/|/Users/|/tmp/|[A-Z]:\\\\Users)", text), path
 
 
 @pytest.mark.slow

@@ -135,9 +135,11 @@ class Session:
 
     def figure(self, name: str, drawn: "Figure") -> "Figure":
         """Save `drawn` under the paper's name and return it."""
+        from prunestudy.study import figures  # late: it imports this
+
         path = self.store.folder / "figures" / f"{self.paper}_{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        drawn.savefig(path, metadata={"Software": None})  # the same figure gives the same file
+        path.write_bytes(figures.as_png(drawn))
         return drawn
 
     def find(self, method: str, target: float | None, **where: Any) -> RunSettings:

@@ -75,10 +75,21 @@ def shown(figure: Figure) -> tuple[bytes, dict[str, object]] | None:
     if drawn is None:
         return None
     png, size = drawn
-    # Executed notebooks are tracked: a palette of 256 colours halves the bytes.
+    return _with_palette(png), {**size, "alt": alt_text(figure)}
+
+
+def as_png(figure: Figure) -> bytes:
+    """`figure` as a PNG file: the same figure gives the same bytes."""
+    out = io.BytesIO()
+    figure.savefig(out, format="png", metadata={"Software": None})
+    return _with_palette(out.getvalue())
+
+
+def _with_palette(png: bytes) -> bytes:
+    """`png` in 256 colours: half of the bytes, of files that are tracked."""
     picture, out = Image.open(io.BytesIO(png)).convert("RGB"), io.BytesIO()
     picture.quantize(256, dither=Image.Dither.NONE).save(out, "png", optimize=True)
-    return out.getvalue(), {**size, "alt": alt_text(figure)}
+    return out.getvalue()
 
 
 def alt_text(figure: Figure) -> str:
