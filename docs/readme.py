@@ -57,7 +57,7 @@ def came_out(rows: pd.DataFrame) -> str:
         pairs = zip(seen.model, seen.dataset, strict=True)
         others = seen[[pair not in judged_on for pair in pairs]]
         more = f" {came_out(others)}" if len(tested) and len(others) else ""
-        return f"{found[0].upper()}{found[1:]}.{more}"
+        return f"{found[0].upper()}{found[1:]}.{_failed(rows)}{more}"
     names = [method_class(name.partition(",")[0]).title for name in seen.control.unique() if name]
     other = names[0].replace("dense", "the dense net") if names else "the limit"
     other = f"the strongest of {len(names)} controls" if len(names) > 1 else other
@@ -67,6 +67,16 @@ def came_out(rows: pd.DataFrame) -> str:
     counts = ", ".join(f"{way} on {ways.count(way)}" for way in dict.fromkeys(ways))
     many = f"{len(hardest)} net{'s' * (len(hardest) > 1)}"
     return f"{_SO_FAR}{counts} of {many}, against {other}."
+
+
+def _failed(rows: pd.DataFrame) -> str:
+    """What the claim's rows say of controls that fail on some seeds: how the others compare."""
+    told = ""
+    for row in rows[rows.failures.str.contains(" fails ") & (rows.n > 0)].itertuples():
+        place = net(row.model, row.dataset)
+        told += f" On {place}, {row.failures}; on the others the difference is"
+        told += f"{sizes(rows.loc[[row.Index]]).replace('(', '').replace(')', '')}."
+    return told
 
 
 def sizes(rows: pd.DataFrame) -> str:

@@ -203,7 +203,7 @@ def test_a_row_of_readme_says_on_how_many_nets(readme):
             (*base, "resnet8", "cifar10", "group_l2", 5, 0.2, 0.1, 0.3, ""),
         ],
         columns=names,
-    )
+    ).assign(failures="")
     said = (
         "So far ahead on 1, behind on 1, not told apart on 1 of 3 nets, against the strongest of 2 "
     )
@@ -227,6 +227,9 @@ def test_a_row_of_readme_says_on_how_many_nets(readme):
     more = "So far behind on 1, not told apart on 1 of 2 nets, against the strongest of 2 controls."
     assert readme.came_out(rows) == f"{said} {more}"
     assert readme.came_out(rows.tail(1)) == "Described, not tested."
+    one = rows[rows.model == "resnet20"].assign(failures="random fails on seed 11")
+    more = "On ResNet-20 on CIFAR-10, random fails on seed 11; on the others the difference is"
+    assert readme.came_out(one) == f"{said} {more} +20.00 points."
     assert readme.nets(rows.tail(1)) == "none"
 
 

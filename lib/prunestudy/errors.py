@@ -4,6 +4,7 @@ import contextlib
 import os
 import stat
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,18 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
+@contextmanager
+def refused(parameter: str, value: str) -> Iterator[None]:
+    """Turn what torch or a user's code raises inside into `InputError` on `value`."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        line = f"{parameter} = {value!r}: cannot be used: {first_line(error)}"
+        raise InputError(line) from error
+
+
 def require_one_of(parameter: str, value: Any, choices: Iterable[str]) -> None:
     """Raise `InputError` unless `value` is one of `choices`; of many, it names the first."""
     names = sorted(choices)
@@ -52,6 +65,10 @@ def require_one_of(parameter: str, value: Any, choices: Iterable[str]) -> None:
 def path_of(path: Any, parameter: str = "path") -> Path:
     """Return `path` as a `Path`; raise `InputError` for what cannot be the name of a file."""
     named = isinstance(path, str | Path) and "\0" not in str(path)
+    try:
+        os.fsencode(path if named else "")
+    except UnicodeEncodeError:
+        named = False
     require(named, parameter, path, "the path of a file, as text or a Path")
     return Path(path)
 

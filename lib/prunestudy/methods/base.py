@@ -102,21 +102,23 @@ class Context:
         return self.example[0].device
 
     def batches(self, count: int) -> Iterator[Batch]:
-        """The first `count` training batches; fewer if there are no more."""
-        return islice(self.train(0), count)
+        """The first `count` training batches; fewer if there are no more, `InputError` if none."""
+        return _some(islice(self.train(0), count))
 
     def samples(self, number: int) -> list[Batch]:
-        """The first `number` samples of validation, or of training if there is none, in batches.
-
-        Raises `InputError` if there are neither.
-        """
-        found = _first(self.validation(), number) or _first(self.train(0), number)
-        require(bool(found), "context.train", "no batch", "batches (x, y)")
-        return found
+        """The first `number` samples of validation, or else of training, in batches."""
+        return _first(self.validation(), number) or _first(_some(self.train(0)), number)
 
     def stream(self) -> Iterator[Batch]:
-        """Training batches without end, epoch after epoch."""
-        return chain.from_iterable(map(self.train, count()))
+        """Training batches without end, epoch after epoch; `InputError` if there is none."""
+        return chain.from_iterable(_some(self.train(epoch)) for epoch in count())
+
+
+def _some(batches: Iterable[Batch]) -> Iterator[Batch]:
+    batch = None
+    for batch in batches:
+        yield batch
+    require(batch is not None, "context.train", "no batch", "batches (x, y)")
 
 
 def _first(batches: Iterable[Batch], number: int) -> list[Batch]:
@@ -145,11 +147,6 @@ def mean_loss(model: nn.Module, loss: Callable, batches: Iterable[Batch]) -> flo
             total += loss(call(model, x), x, y).item() * size
             samples += size
     return total / samples
-
-
-def moved(batch: Any, device: torch.device) -> Any:
-    """`batch` with all its tensors on `device`."""
-    return tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), batch)
 
 
 def _noted(hook: Callable[..., Any]) -> Callable[..., Any]:

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
-from prunestudy.errors import require
+from prunestudy.errors import refused
 from prunestudy.measure.forward import evaluating
 from prunestudy.methods.base import Context, call
 
@@ -25,15 +25,15 @@ def recalibrate(model: nn.Module, context: Context, batches: int) -> int:
     if not (batches and norms):
         return 0
     data, seen = context.batches(batches), 0
-    first = next(data, None)
-    require(first is not None, "context.train", "no batch", "batches (x, y)")
+    first = next(data)  # refused before anything is changed
     with evaluating(model), torch.no_grad():
         for norm in norms:
             norm.train().reset_running_stats()
             norm.momentum = None  # the mean of all batches
         try:
-            for x, _ in chain([first], data):
-                call(model, x)
+            for number, (x, _) in enumerate(chain([first], data)):
+                with refused("context.train", f"batch {number}"):
+                    call(model, x)
                 seen += len(tree_leaves(x)[0])
         finally:
             for norm, momentum in norms.items():

@@ -22,6 +22,7 @@ from prunestudy.methods.base import At, Context, Phase, call, then_fine_tune
 from prunestudy.methods.channels import Channelled, Channels, become
 from prunestudy.methods.masks import Masked, Scope
 from prunestudy.shrink import axis_of, fold
+from prunestudy.shrink.fold import with_gradients
 from prunestudy.shrink.groups import FOLLOWS, PRODUCES
 from prunestudy.shrink.layers import is_depthwise
 from prunestudy.shrink.runs import outputs_of
@@ -89,10 +90,10 @@ class TaylorChannels(_Removal):
     def scores(self, model: nn.Module, context: Context) -> Tensor:
         """Importance by the gradient of the summed loss of the first batches."""
         require(context.loss is not None, "context.loss", None, "Taylor needs the task's loss")
-        net, batches = fold(model).requires_grad_(True), list(context.batches(self.batches))
-        require(bool(batches), "context.train", "no batch", "batches (x, y)")
+        net, batches = with_gradients(fold(model)), list(context.batches(self.batches))
         for x, y in batches:
             context.loss(call(net, x), x, y).backward()
+        _fill_gradients(net)
         return _ranking(self.channels, net, self.measure)
 
 
@@ -200,7 +201,14 @@ class Random(_Removal):
 
 def importance(channels: Channels, model: nn.Module, measure: Any) -> Tensor:
     """torch-pruning's `measure` of every channel (N,), on the CPU; of weights, not gradients."""
-    return _ranking(channels, fold(model).requires_grad_(True), measure)
+    return _ranking(channels, with_gradients(fold(model)), measure)
+
+
+def _fill_gradients(net: nn.Module) -> None:
+    """Give a gradient of zero to parameters of which the loss reads nothing."""
+    for parameter in net.parameters():
+        if parameter.requires_grad and parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
 
 
 def taylor(channels: Channels, net: nn.Module) -> list[Tensor]:
@@ -210,6 +218,7 @@ def taylor(channels: Channels, net: nn.Module) -> list[Tensor]:
     the mean over the group's channels. Biases do not count.
     """
     found = []
+    _fill_gradients(net)
     for group in channels.groups:
         sums = []
         for m in group.members:

@@ -66,7 +66,7 @@ from prunestudy.errors import require
 from prunestudy.methods.base import call
 from prunestudy.methods.search import Point, Search, placed
 from prunestudy.shrink import Group, axis_of
-from prunestudy.shrink.fold import copied
+from prunestudy.shrink.fold import copied, real_parameters, with_gradients
 from prunestudy.shrink.groups import CONSUMES
 
 
@@ -139,7 +139,7 @@ class ComponentAware(Search):
         scale = self._width()
         net, weights = copied(self.small.dense), None
         if self.recover:
-            net.requires_grad_(True)
+            with_gradients(net)
             weights = torch.optim.Adam(net.parameters(), lr=self.recover_lr)
         for step in range(self.steps):
             done = step / self.steps
@@ -148,7 +148,7 @@ class ComponentAware(Search):
             loss, removed = self.soft_loss(net, alpha[self.index], temperature)
             if weights:
                 weights.zero_grad()
-                loss.backward(retain_graph=True, inputs=list(net.parameters()))
+                loss.backward(retain_graph=True, inputs=real_parameters(net))
             self.step(alpha, optimizer, loss, removed - self.target)
             if weights:
                 weights.step()
@@ -177,7 +177,7 @@ class ComponentAware(Search):
         """With `recover`, the small net after its first steps of fine-tuning."""
         net = super().candidate(kept)
         if self.recover:
-            net = copied(net).requires_grad_(True)
+            net = with_gradients(copied(net))
             optimizer = torch.optim.Adam(net.parameters(), lr=self.recover_lr)
             for x, y in self.context.batches(self.recover):
                 optimizer.zero_grad()
@@ -198,7 +198,7 @@ class ComponentAware(Search):
         if self.goal in smooth:
             loss = -smooth[self.goal](output, x, y)
         else:
-            loss = self.context.loss(output, x, y) / self.dense_loss
+            loss = self.context.loss(output, x, y) / max(abs(self.dense_loss), 1e-12)
         for limit in self.limits:
             form = ({"loss": self.context.loss} | smooth).get(limit.metric)
             if form is not None:
@@ -209,7 +209,7 @@ class ComponentAware(Search):
 
     def soft_masks(self, numbers: Tensor, temperature: float) -> list[Tensor]:
         """m_gj = sigmoid((p_gj - alpha_g) / T), one (channels,) per group; ones where protected."""
-        like = next(self.small.dense.parameters())
+        like = real_parameters(self.small.dense)[0]
         masks = []
         for each, position, number in zip(self.groups, self.budget.positions, numbers, strict=True):
             p = position.to(like)
@@ -262,7 +262,9 @@ def _masked_norms(norms: list[tuple[nn.LayerNorm, Tensor]]) -> Iterator[None]:
         x, total = given[0], mask.sum()
         mean = (x * mask).sum(-1, keepdim=True) / total
         variance = ((x - mean).square() * mask).sum(-1, keepdim=True) / total
-        return (x - mean) * (variance + layer.eps).rsqrt() * layer.weight + layer.bias
+        y = (x - mean) * (variance + layer.eps).rsqrt()
+        y = y if layer.weight is None else y * layer.weight
+        return y if layer.bias is None else y + layer.bias
 
     handles = [layer.register_forward_hook(partial(masked, mask)) for layer, mask in norms]
     try:

@@ -56,6 +56,7 @@ from prunestudy.methods.polarity import Polarity
 from prunestudy.methods.scaled import scale_consumers
 from prunestudy.methods.steering import Steering
 from prunestudy.shrink import folded
+from prunestudy.shrink.fold import real_parameters
 
 
 def gate(t: Tensor, eps: Tensor | float) -> Tensor:
@@ -108,7 +109,7 @@ class GDP(Channelled):
         only = self.groups.split()
         self.channels = Channels(model, context.example, self.of, only, leave=self.leave)
         self.reach = self.channels.most_removable()
-        size, like = self.channels.size, next(model.parameters())
+        size, like = self.channels.size, real_parameters(model)[0]
         self.gates = _Gates(size, self.eps_start, like)
         scale_consumers(model, self.channels, self.gates)
         self.first_cost = self._soft_cost()

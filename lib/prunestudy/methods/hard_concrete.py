@@ -28,6 +28,7 @@ from prunestudy.methods.channels import Channelled, Channels
 from prunestudy.methods.scaled import scale_consumers
 from prunestudy.methods.steering import Steering
 from prunestudy.shrink import folded
+from prunestudy.shrink.fold import real_parameters
 
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
 
@@ -93,7 +94,7 @@ class HardConcrete(Channelled):
         """Put gates on every kernel that consumes channels that may go; the first draw."""
         self.generator = context.generator
         self.channels = Channels(model, context.example, self.of, leave=self.leave)
-        like = next(model.parameters())
+        like = real_parameters(model)[0]
         self.gates = _Gates(self.channels.size, self.keep, like)
         scale_consumers(model, self.channels, self.gates)
         self.first_cost = self._expected_cost()
@@ -110,7 +111,7 @@ class HardConcrete(Channelled):
 
     def after_backward(self, at: At) -> None:
         """Add the gradient of lambda times the expected cost, over the dense cost."""
-        if at.phase == "gates":
+        if at.phase == "gates" and self.gates.log_alpha.grad is not None:
             gradient, pull = self.gates.log_alpha.grad, self._pull()
             self.steering.start(0.1 * (gradient.abs().mean() / pull.mean()).double())
             gradient.addcmul_(pull, self.steering.strength.to(pull))

@@ -102,12 +102,16 @@ class LowRank(Method):
         layers = self.layers_of(model)
         require_called(model, layers, context.example)
         if self.by == "loss":
+            require(
+                context.loss is not None, "context.loss", None, "by='loss' needs the task's loss"
+            )
             context.samples(1)
         if self.of == "macs":
             least = least_share(measure.layer_macs(model, context.example), layers)
             allowed = f"at most {1 - least:.4f}, the share of MACs that rank 1 everywhere removes"
             require(1 - self.target >= least, "target", self.target, allowed)
         self._held, self.ranks, self.narrowed, self.passes = [model, context], None, False, 0
+        self._full = {name: full_rank(layer) for name, layer in layers.items()}
 
     def update(self, at: At) -> None:
         """Factorise at the end of the training; narrow the factors at the end of each round."""
@@ -136,6 +140,11 @@ class LowRank(Method):
             return plain
         self.passes += recalibrate(plain, context, self.recalibrate)
         return plain.requires_grad_(False)
+
+    def log(self) -> dict[str, float]:
+        """Share left of the full rank of the layers."""
+        full, ranks = self._full, self.ranks or {}
+        return {"kept": sum(ranks.get(name, n) for name, n in full.items()) / sum(full.values())}
 
     def layers_of(self, model: nn.Module) -> Mapping[str, Layer]:
         """The layers of `model` that become factors, by name."""

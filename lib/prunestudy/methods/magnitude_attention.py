@@ -40,7 +40,7 @@ from torch import Tensor, nn
 
 from prunestudy.errors import require
 from prunestudy.methods.base import At, Context, Phase
-from prunestudy.methods.masks import Mask, Masked, Scope, multiply
+from prunestudy.methods.masks import Mask, Masked, Scope, layers_in, multiply
 
 
 class _Attention(Mask):
@@ -107,9 +107,10 @@ class MagnitudeAttention(Masked):
 
     def attach(self, model: nn.Module, context: Context) -> None:
         """Put the attention on every weight in the scope."""
+        for name, layer in layers_in(model, self.scope).items():
+            line = "must be trainable with attention"
+            require(layer.weight.requires_grad, f"{name}.weight", "frozen", line)
         super().attach(model, context)
-        for name, weight in zip(self.names, self.weights, strict=True):
-            require(weight.requires_grad, name, "frozen", "must be trainable with attention")
         # Summed in the order of a contiguous tensor, as in all earlier runs.
         self._set_scale([weight.contiguous() for weight in self.weights])
 

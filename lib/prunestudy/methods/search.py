@@ -23,7 +23,7 @@ from prunestudy.methods.base import Context, Method, call, mean_loss
 from prunestudy.methods.channel_controls import GroupL2, importance, taylor
 from prunestudy.methods.channels import Channels, become
 from prunestudy.shrink import ComponentGroup, Narrow, component_groups, remove_groups
-from prunestudy.shrink.fold import copied
+from prunestudy.shrink.fold import copied, with_gradients
 
 
 class _Budget:
@@ -149,8 +149,8 @@ class Search(Method, ABC):
         become(model, small)
 
     def begin(self, model: nn.Module, context: Context) -> None:
-        """Read the groups and the limits, and judge the dense net."""
-        # `passes` counts samples: a forward pass is 1, forward and backward 3.
+        """Read groups and limits, judge the dense net; `passes`: 1 a forward, 3 with backward."""
+        require(context.loss is not None, "context.loss", None, "the search needs the task's loss")
         self.context, self.batches = context, context.stream()
         self.seen: dict[tuple[int, ...], Point] = {}
         self.channels = Channels(model, context.example, "parameters", norms=True, leave=self.leave)
@@ -171,7 +171,7 @@ class Search(Method, ABC):
         if self.importance == "group_l2":
             score = importance(self.channels, dense, GroupL2.measure)
             return list(score.split([group.channels for group in self.channels.groups]))
-        net = copied(dense).requires_grad_(True)
+        net = with_gradients(copied(dense))
         for _ in range(self.taylor_batches):
             x, y = next(self.batches)
             net.zero_grad()

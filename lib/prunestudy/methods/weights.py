@@ -6,11 +6,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from prunestudy.errors import require
+from prunestudy.errors import refused, require
 from prunestudy.methods.base import At, Context, Phase, call, then_fine_tune
 from prunestudy.methods.masks import Mask, Masked, Scope, kept_count, layers_in
 from prunestudy.methods.steering import Steering
-from prunestudy.shrink.fold import copied
+from prunestudy.shrink.fold import copied, with_gradients
 
 
 class Magnitude(Masked):
@@ -131,12 +131,12 @@ class Snip(Masked):
     def attach(self, model: nn.Module, context: Context) -> None:
         """Put masks on the weights; measure the sensitivity and cut at once."""
         require(context.loss is not None, "context.loss", None, "SNIP needs the task's loss")
-        batch = next(context.batches(1), None)
-        require(batch is not None, "context.train", "no batch", "batches (x, y)")
+        ((x, y),) = context.batches(1)
         # A copy: batch norm must not count this batch, and frozen weights are rated as well.
-        net, (x, y) = copied(model).train().requires_grad_(True), batch
+        net = with_gradients(copied(model).train())
         weights = [layer.weight for layer in layers_in(net, self.scope).values()]
-        loss = context.loss(call(net, x), x, y)
+        with refused("context.train", "batch 0"):
+            loss = context.loss(call(net, x), x, y)
         gradients = torch.autograd.grad(loss, weights, materialize_grads=True)
         pairs = zip(weights, gradients, strict=True)
         self.sensitivity = [(w.detach() * s).abs() for w, s in pairs]

@@ -245,7 +245,7 @@ def _packed(plain: nn.Module) -> tuple[dict[str, Tensor], list[Entry]]:
         packed[name] = dense
         if tensor.dim() > 1 and name.endswith("weight") and name.rpartition(".")[0] in layers:
             rows, columns, values = csr_arrays(dense.flatten(1))
-            if dense[0].numel() - 1 <= torch.iinfo(torch.int16).max:
+            if dense.shape[1:].numel() - 1 <= torch.iinfo(torch.int16).max:
                 columns = columns.to(torch.int16)
             if rows.nbytes + columns.nbytes + values.nbytes < dense.nbytes:
                 del packed[name]

@@ -32,6 +32,18 @@ def fold(model: nn.Module) -> nn.Module:
     return plain.requires_grad_(False)
 
 
+def with_gradients(net: nn.Module) -> nn.Module:
+    """`net`, whose parameters all require gradients, but for those of whole numbers."""
+    for parameter in real_parameters(net):
+        parameter.requires_grad_(True)
+    return net
+
+
+def real_parameters(net: nn.Module) -> list[nn.Parameter]:
+    """The parameters of `net` that are no whole numbers."""
+    return [p for p in net.parameters() if p.is_floating_point() or p.is_complex()]
+
+
 def copied(model: nn.Module) -> nn.Module:
     """A deep copy without autograd history; `InputError` for a net that cannot be copied."""
     try:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from prunestudy.errors import require
-from prunestudy.shrink.fold import fold, require_untied
+from prunestudy.shrink.fold import fold, require_untied, with_gradients
 from prunestudy.shrink.layers import FOLLOWERS, LAYERS, channels_of, is_layer, is_one_node
 from prunestudy.shrink.runs import (
     Watch,
@@ -57,7 +57,8 @@ def trace(model: nn.Module, example: Tensor | tuple[Tensor, ...]) -> Trace:
     example = inputs(example, valued=True)
     require_untied(model)
     # In channels_last some operations go by other names.
-    plain = fresh(fold(model).to(memory_format=torch.contiguous_format)).requires_grad_(True)
+    plain = fresh(fold(model).to(memory_format=torch.contiguous_format))
+    with_gradients(plain)
     batch = drawn(example, plain)
     with torch.enable_grad():
         probe = _Probe(plain, batch, last=_first_pass(plain, batch))

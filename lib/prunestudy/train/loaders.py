@@ -5,12 +5,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from prunestudy.datasets.batches import mix
 from prunestudy.errors import InputError, require
-from prunestudy.methods.base import Batch, moved
+from prunestudy.methods.base import Batch
 from prunestudy.train.process import seed_default
+
+
+def moved(batch: Any, device: torch.device) -> Any:
+    """`batch` with all its tensors on `device`."""
+    return tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), batch)
 
 
 class Loader:

@@ -21,6 +21,7 @@ from prunestudy.datasets.batches import mix
 from prunestudy.errors import InputError, first_line, require
 from prunestudy.methods.base import At, Context, Method, Phase, boundaries, call, scalar
 from prunestudy.methods.probes import Probe
+from prunestudy.shrink.fold import with_gradients
 from prunestudy.train.capture import Captured, graphs_on
 from prunestudy.train.checkpoint import write_checkpoint
 from prunestudy.train.process import seed_default
@@ -145,7 +146,7 @@ class Loop:
         self.probe.finish()
         net = self.method.finish(self.model, self.context)
         self.probe.finished(net)
-        return net.requires_grad_(True)
+        return with_gradients(net)
 
     def _step(self, batch: Any) -> None:
         state, phase = self.state, next(i for i, e in enumerate(self.ends) if self.state.step < e)

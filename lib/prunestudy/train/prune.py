@@ -17,17 +17,17 @@ from prunestudy.errors import InputError, first_line, require, writable_file
 from prunestudy.measure import Metrics
 from prunestudy.measure.forward import device_of, evaluating
 from prunestudy.measure.forward import run as run_on
-from prunestudy.methods.base import Batch, Context, Method, call, moved
+from prunestudy.methods.base import Batch, Context, Method, call
 from prunestudy.methods.probes import Probe
 from prunestudy.shrink.fold import copied, require_net
 from prunestudy.shrink.remove import trainable_as
 from prunestudy.train.checkpoint import digest_of, read_checkpoint
-from prunestudy.train.loaders import Loader
+from prunestudy.train.loaders import Loader, moved
 from prunestudy.train.loop import Loop
 from prunestudy.train.process import Steps, gang, keep_freed_memory, set_arithmetic, use_own_stream
 from prunestudy.train.recipe import Recipe
 from prunestudy.train.result import Result
-from prunestudy.train.score import Metric, Score, checked_loss, default_metric
+from prunestudy.train.score import Metric, Score, checked_loss, checked_metrics, default_metric
 from prunestudy.values import inputs, plain
 
 _APART = 100  # times the mean |w| of the start: a training that works comes nowhere near
@@ -79,14 +79,14 @@ def pruning(
     context.train = train.epoch
     metric = metric or (metrics.values if metrics else default_metric(net, x, y))
     score = Score(loss, metric, validation)
-    context.metrics = metrics or Metrics(score)
+    context.metrics = checked_metrics(metrics) if metrics else Metrics(score)
     if validation is not None:
         context.score = lambda net: next(iter(score(net).values()))
         context.validation = lambda: validation.ordered(512)
         score.try_first(net)
     method.check(net)
     require(not method.attached, "method", method.name, _AGAIN)
-    known = _known(model, net, loss, train) if path else {}
+    known = _known(model, net, loss, train, settings) if path else {}
     loop = Loop(net, method, recipe, train, context, score, probe, seed=seed, precision=precision)
     if path:
         _resume(loop, path, mark, known)
@@ -178,8 +178,13 @@ def _resume(loop: Loop, path: Path, run: str, known: dict[str, Any]) -> None:
         raise InputError(f"checkpoint = {path.name!r}: {line}") from error
 
 
-def _known(model: nn.Module, net: nn.Module, loss: Callable, train: Any) -> dict[str, Any]:
-    """What a checkpoint says of model, data and loss; of the first batch what is not drawn anew."""
+def _known(
+    model: nn.Module, net: nn.Module, loss: Callable, train: Any, settings: tuple[Any, ...]
+) -> dict[str, Any]:
+    """What a checkpoint says of `settings`, model, data and loss.
+
+    Of the first batch what is not drawn anew.
+    """
     found, where = [], device_of(net).type  # each device rounds in its own way
     for _ in range(2):
         whole, (x, y) = _two(train)
@@ -187,7 +192,9 @@ def _known(model: nn.Module, net: nn.Module, loss: Callable, train: Any) -> dict
             value = f"{float(loss(call(net, x), x, y)):.1e}"
         found.append({("first batch", digest_of(whole)), ("loss", value)})
     same = {f"{name} on {where}": value for name, value in sorted(found[0] & found[1])}
-    return {"model": digest_of(model.state_dict()), "number of batches": train.steps, **same}
+    told = {"method, recipe or seed": hashlib.sha256(repr(settings).encode()).hexdigest()}
+    told |= {"model": digest_of(model.state_dict()), "number of batches": train.steps}
+    return told | same
 
 
 def _two(train: Any) -> tuple[Batch, Batch]:

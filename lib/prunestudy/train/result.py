@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from prunestudy import measure, shrink
 from prunestudy.measure.forward import device_of
-from prunestudy.methods.base import TARGETS, Method, moved
+from prunestudy.methods.base import TARGETS, Method
 from prunestudy.methods.probes import Probe
+from prunestudy.train.loaders import moved
 
 
 @dataclass
@@ -55,7 +56,7 @@ class Result:
             share = f"{found['removed']:.4f} of {TARGETS[self.method.of]}"
             yield f"target not met: {share} removed, no more can be"
         after, weights = dict(small.named_modules()), measure.prunable_weights(dense)
-        width = max(len(name) for name, _ in weights)
+        width = max((len(name) for name, _ in weights), default=0)
         for name, weight in weights:
             layer = after.get(name.removesuffix("weight").removesuffix("."))
             yield f"  {name:{width}}  {_sizes(weight)} -> {_left(layer)}"

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prunestudy.errors import InputError, first_line, require
+from prunestudy.measure import Metrics
 from prunestudy.measure.forward import evaluating
 from prunestudy.methods.base import Batch, call, mean_loss
 from prunestudy.shrink.fold import copied
@@ -31,7 +32,8 @@ class Score:
             return {}
         read = (lambda: self.batches.ordered(512)) if batches is None else lambda: batches
         found = {}
-        with evaluating(model), torch.inference_mode():
+        # Not inference_mode: a net may keep tensors that it made here, and train with them.
+        with evaluating(model), torch.no_grad():
             if self.metric:
                 found = _tried("metric", self.metric, lambda: _numbers(self.metric(model, read())))
             if "loss" not in found:
@@ -70,6 +72,26 @@ def default_metric(net: nn.Module, x: Any, y: Any) -> Metric | None:
         output = call(net, x)
     scores = isinstance(output, Tensor) and output.dim() > 1
     return top1 if scores and output.argmax(1).shape == y.shape else None
+
+
+def checked_metrics(metrics: Metrics) -> Metrics:
+    """`metrics` whose failures on a batch are one line."""
+
+    def values(model: nn.Module, batches: Any) -> dict[str, float]:
+        given = metrics.values
+        return _tried("metrics", given, lambda: _numbers(given(model, batches)))
+
+    def checked(name: str, form: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def smooth(output: Any, x: Any, y: Any) -> Tensor:
+            value = _tried("metrics", form, lambda: form(output, x, y))
+            require(
+                isinstance(value, Tensor), "metrics", name, "smooth: a function that gives a tensor"
+            )
+            return value
+
+        return smooth
+
+    return Metrics(values, {name: checked(name, form) for name, form in metrics.smooth.items()})
 
 
 def _numbers(found: Any) -> dict[str, float]:
