@@ -219,7 +219,7 @@ def test_a_weight_made_by_a_hook_is_refused_and_folding_the_net_helps(hook):
     hook(net.body)
     recipe = ps.Recipe(epochs=0, lr=0.1)
     for kind in (ps.GDP, ps.SparseGates, ps.GroupL2):
-        with pytest.raises(ps.InputError, match=r"^module = 'body': its weight is made"):
+        with pytest.raises(ps.InputError, match=r"^module = 'body': its weight is computed"):
             ps.prune(net, kind(target=0.4), loader(), recipe)
         result = ps.prune(ps.fold(net).requires_grad_(), kind(target=0.4), loader(), recipe)
         assert measure.nonzeros(result.model) < measure.nonzeros(net)

@@ -103,7 +103,7 @@ class Context:
 
     def batches(self, count: int) -> Iterator[Batch]:
         """The first `count` training batches; fewer if there are no more, `InputError` if none."""
-        return _some(islice(self.train(0), count))
+        return _some(islice(self.train(0), count)) if count else iter(())
 
     def samples(self, number: int) -> list[Batch]:
         """The first `number` samples of validation, or else of training, in batches."""
