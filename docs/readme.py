@@ -130,7 +130,7 @@ def in_all(found: dict[str, pd.DataFrame]) -> str:
         if word := next((word for word in worst if word in verdicts), ""):
             of = claim[claim.verdict == word]
             where = ", ".join(net(*pair) for pair in zip(of.model, of.dataset, strict=True))
-            worst[word].append(f"{name}: *{of.says.iloc[0].rstrip('.')}*, on {where}{sizes(of)}")
+            worst[word].append(f"{name}: *{of.says.iloc[0].strip('. ')}*, on {where}{sizes(of)}")
     several = rows.groupby(["paper", "claim"]).ngroups
     against = f" ({'; '.join(worst['contradicted'])})" if worst["contradicted"] else ""
     return (

@@ -322,7 +322,8 @@ def test_the_picture_is_one_of_claims(three_cards):
     assert texts[3:] == [("Other", 0, 3), ("It is algebra.", 1, 4), ("It is few.", 1, 5)]
     told = [text.get_text() for text in axes.figure.legends[0].get_texts()]
     words = ["confirmed", "undecided", "contradicted", "by construction", "not tested"]
-    assert told == [f"{word}: 1" for word in words]
+    kinds = ["net"] * 3 + ["claim"] * 2
+    assert told == [f"{word}: 1 {kind}" for word, kind in zip(words, kinds, strict=True)]
     dark = [to_hex(c.get_facecolors()[0]) for c in axes.collections[:4]]
     assert dark == ["#029e73", "#d55e00", "#7fb3d5", "#ececec"]
 

@@ -177,7 +177,7 @@ def test_readme_has_a_row_for_each_paper_made_from_the_committed_records(readme)
     assert [row["notebook"][1:3] for row in rows] == ["01", "02", "03", "04", "05"]
     ways = {"confirmed": "contradicted", "contradicted": "confirmed"}
     turned = {
-        paper: t.assign(mean=-t["mean"], low=-t.high, high=-t.low, verdict=t.verdict.replace(ways))
+        paper: t.assign(low=-t.high, high=-t.low, verdict=t.verdict.replace(ways))
         for paper, t in found.items()
     }
     for row, other in zip(rows, readme.lines(turned), strict=True):

@@ -557,7 +557,7 @@ def test_weights_made_of_others_are_folded_or_refused(how):
     assert torch.equal(plain(x), model(x))
     small, gated = small_and_gated(model, x, 0)
     assert apart(small(x), gated(x)) < 1e-9
-    refused(lambda: shrink.require_ordinary(model), "module = '0'", "take fold(net)")
+    refused(lambda: shrink.require_ordinary(model), "module = '0'", "use fold(net)")
     shrink.require_ordinary(plain)
     assert torch.equal(shrink.folded(model, x)(x), model(x))
     for number, name in ((tied(), "3"), (tied_by_memory(), "2")):

@@ -250,7 +250,7 @@ def test_every_method_and_control_of_the_cards_has_the_same_chance(found):
 
 
 def test_every_opponent_of_map_was_searched(found):
-    """But for its readings, which are to have its setting. Alpha 0, its opponent, was."""
+    """But for its readings, which have its setting, and a control's that failed."""
     ours = "magnitude_attention"
     labels = {grid.label for grid in found if grid.paper == "magnitude_attention"}
     rules = [r for claim in papers.card("magnitude_attention").claims for r in claim.tests]
@@ -258,12 +258,14 @@ def test_every_opponent_of_map_was_searched(found):
     readings = {
         f"{ours}, {r}" for r in ("forward pass only", "backward pass only", "no exploitation")
     }
+    readings |= {"gradual_magnitude, lr 0.1"}
     assert labels == ({rule.method for rule in rules} | opponents) - readings
 
 
 def without_seed(settings):
-    """The name of the run, whatever its seed and its parent's."""
-    return settings.model_copy(update={"seed": 0, "parent": None}).run
+    """The names of the run and of its parents, whatever their seed."""
+    parents = without_seed(settings.parent) if settings.parent else ()
+    return settings.model_copy(update={"seed": 0, "parent": None}).run, *parents
 
 
 def test_the_best_of_the_committed_searches_are_those_of_the_lines(found):

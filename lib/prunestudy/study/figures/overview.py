@@ -164,7 +164,8 @@ def verdicts(rows: pd.DataFrame) -> Figure:
     axes.set(xlim=(-0.5, 30), ylim=(y, -1))
     axes.axis("off")
     for name in filter(counts.get, counts):
-        label = f"{name}: {counts[name]} {'net' if name in OUTCOMES else 'claim'}s"
+        kind = "net" if name in OUTCOMES else "claim"
+        label = f"{name}: {counts[name]} {kind}{'s' * (counts[name] > 1)}"
         axes.scatter([], [], s=80, c=_VERDICTS[name], marker="s", label=label)
     figure.suptitle(
         f"{len(claims)} claims; a square per net with a verdict, one where there is none"
