@@ -23,6 +23,16 @@ from prunestudy.study.statistics import (
 )
 
 NEW = CARD.replace("seeds = 1", "seeds = 8\n    first_seed = 10")
+# A claim "CLAIM", tested against the control of that name.
+ONE_MORE = """
+    [[claims]]
+    id = "CLAIM"
+    text = "t"
+    mark = "P"
+    place = "p"
+    tests = [{ kind = "superiority", method = "magnitude", against = "CLAIM" }]
+
+    """
 NOISE = np.array([0.03, -0.01, 0.02, -0.02, 0.01, -0.03, 0.0, 0.04]) / 10
 
 
@@ -186,16 +196,7 @@ def test_with_fewer_seeds_or_used_ones_there_is_no_verdict(judge, store, seeds, 
 
 def test_a_planned_test_that_cannot_be_made_counts_in_the_family(judge):
     """Three tests; then one has a control that fails, and of another data set nothing is here."""
-    claim = """
-    [[claims]]
-    id = "CLAIM"
-    text = "t"
-    mark = "P"
-    place = "p"
-    tests = [{ kind = "superiority", method = "magnitude", against = "CLAIM" }]
-
-    """
-    more = "".join(claim.replace("CLAIM", name) for name in ("dense", "l1"))
+    more = "".join(ONE_MORE.replace("CLAIM", name) for name in ("dense", "l1"))
     text = NEW.replace("    [profiles.quick]", f"{more}\n    [profiles.quick]")
     text = text.replace('{ method = "random" }]', '{ method = "random" }, { method = "l1" }]')
     again = text[text.index("    [[profiles.quick.experiments]]") :].replace('"digits"', '"mnist"')
@@ -212,23 +213,16 @@ def test_a_planned_test_that_cannot_be_made_counts_in_the_family(judge):
 
 
 def test_a_claim_whose_test_has_too_few_seeds_counts_in_the_family(judge):
-    claim = """
-    [[claims]]
-    id = "more"
-    text = "t"
-    mark = "P"
-    place = "p"
-    tests = [{ kind = "superiority", method = "magnitude", against = "l1" }]
-
-    """
-    text = NEW.replace("    [profiles.quick]", f"{claim}\n    [profiles.quick]")
+    text = NEW.replace(
+        "    [profiles.quick]", f"{ONE_MORE.replace('CLAIM', 'l1')}\n    [profiles.quick]"
+    )
     text = text.replace(
         '{ method = "random" }]', '{ method = "random" }, { method = "l1", seeds = 3 }]'
     )
     table = judge(0.85 + NOISE, text=text).set_index("claim")
-    assert table.n["more"] == 3
-    assert table.verdict["more"] == "not tested: fewer than eight seeds"
-    (name,) = set(table.index) - {"more"}
+    assert table.n["l1"] == 3
+    assert table.verdict["l1"] == "not tested: fewer than eight seeds"
+    (name,) = set(table.index) - {"l1"}
     assert table.p_adjusted[name] == pytest.approx(2 * table.p[name])
 
 

@@ -4,7 +4,6 @@ import contextlib
 import os
 import stat
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,7 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
-@contextmanager
+@contextlib.contextmanager
 def refused(parameter: str, value: str) -> Iterator[None]:
     """Turn what torch or a user's code raises inside into `InputError` on `value`."""
     try:

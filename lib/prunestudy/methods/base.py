@@ -106,7 +106,7 @@ class Context:
         return _some(islice(self.train(0), count)) if count else iter(())
 
     def samples(self, number: int) -> list[Batch]:
-        """The first `number` samples of validation, or else of training, in batches."""
+        """The first `number` samples of validation, or else of training; `InputError` if none."""
         return _first(self.validation(), number) or _first(_some(self.train(0)), number)
 
     def stream(self) -> Iterator[Batch]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from prunestudy.datasets.batches import mix
-from prunestudy.errors import InputError, first_line, require
+from prunestudy.errors import refused, require
 from prunestudy.methods.base import At, Context, Method, Phase, boundaries, call, scalar
 from prunestudy.methods.probes import Probe
 from prunestudy.shrink.fold import with_gradients
@@ -175,13 +175,8 @@ class Loop:
 
     def _work(self, batch: Any) -> Tensor:
         """Do what a step does on the device, which can be captured; the loss, 0-d."""
-        try:
+        with refused("train", f"batch {(self.state.step - 1) % self.train.steps}"):
             loss = self._backward(*(self._made(batch) if self._made else batch))
-        except InputError:
-            raise
-        except Exception as error:  # whatever a net or a loss may raise
-            name = f"batch {(self.state.step - 1) % self.train.steps}"
-            raise InputError(f"train = {name!r}: cannot be used: {first_line(error)}") from error
         at = self._at(loss)
         self._sum.add_(loss)
         self.method.after_backward(at)

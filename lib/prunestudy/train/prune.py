@@ -123,10 +123,10 @@ def prune(*args: Any, **settings: Any) -> Result:
 
     With a `checkpoint` path the state of `run` (by default a hash of the settings) is saved every
     `checkpoint_seconds` or less often (see `Loop.steps`), and an interrupted training goes on from
-    there; the model's weights, the number of batches, the first batch (unless it is drawn anew) and
-    its loss must be the same. A loss that is not finite ends the training with status "diverged";
-    weights that grew a hundredfold make it "came_apart". Raises `InputError` for what cannot be
-    used, before any training but for batches that come later.
+    there; method, recipe and seed, the model's weights, the number of batches, the first batch
+    (unless it is drawn anew) and its loss must be the same. A loss that is not finite ends the
+    training with status "diverged"; weights that grew a hundredfold make it "came_apart". Raises
+    `InputError` for what cannot be used, before any training but for batches that come later.
     """
     return next(gang([pruning(*args, **settings)]))
 
