@@ -229,14 +229,29 @@ def test_the_first_lambda_brings_the_fastest_gate_to_zero_over_the_ramp():
 
 def test_steering_looks_at_soft_gates_first_and_at_closed_ones_then():
     seen = []
-    for step in (5, 50):
-        _, method = steered(None, {"ramp": 0.3, "eps_share": 1.0})
+    for step, steer in ((5, "closed"), (50, "gates"), (50, "closed")):
+        _, method = steered(None, {"ramp": 0.3, "eps_share": 1.0, "steer": steer})
         method.steering.start(torch.tensor(1e-9))
         method.steering.update = lambda kept, at: seen.append(kept())
         set_gates(method, [0.1, 1.0, 1.0])
         push(method, [0.0] * 3, step)
     soft = gate(torch.tensor([0.1, 1.0, 1.0]), 0.1).sum() / gate(torch.ones(3), 0.1).sum()
-    assert seen == [pytest.approx(soft.item()), 1.0]
+    assert seen == [*[pytest.approx(soft.item())] * 2, 1.0]
+
+
+def test_gates_may_follow_the_running_mean_of_their_gradients():
+    _, method = steered(1e-9, {"average": 0.75})
+    push(method, [-4.0, 0.0, 0.0], 1, update=False)
+    first, slope = method.gates.t[0].item(), 2 * 0.1 / 1.1**2
+    assert first == pytest.approx(1 + 0.05 * 4 * slope / 4, abs=1e-9)
+    push(method, [0.0] * 3, 2, update=False)
+    # three quarters of that mean are left, and no momentum has gathered
+    assert method.gates.t[0].item() - first == pytest.approx(0.05 * slope * 0.75, abs=1e-9)
+    assert torch.equal(method.state_dict()["mean_gradient"], method.mean_gradient)
+    # what is left of it opens no closed gate
+    set_gates(method, [0.0, 1.0, 1.0])
+    push(method, [0.0] * 3, 3, update=False)
+    assert (method.mean_gradient[0] != 0, method.gates.t[0].item()) == (True, 0.0)
 
 
 # --- meeting the target
@@ -376,7 +391,17 @@ def test_losses_in_windows():
     ("name", "values"),
     [
         ("gdp", {"eps_start": 0.0, "eps_end": math.nan, "gate_lr": 0.0, "ramp": 1.5}),
-        ("gdp", {"eps_share": 0.0, "pace": "fast", "eps": 0.1, "groups": 1}),
+        (
+            "gdp",
+            {
+                "average": 1.0,
+                "steer": "fast",
+                "eps_share": 0.0,
+                "pace": "fast",
+                "eps": 0.1,
+                "groups": 1,
+            },
+        ),
         ("hard_concrete", {"keep": 1.0, "harden": 0.0, "gate_phase_lr": 0.0, "gate_lr": -1.0}),
         ("network_slimming", {"strength": 0.0, "cut": 1.0}),
         ("taylor_channels", {"batches": 0}),

@@ -32,6 +32,8 @@ Ours ([O], ablated where the card says so):
   the target is met, lambda is 0 and t is frozen: before a batch norm the sum of g dL/dg over a
   layer is 0, no gate has a resting point, and all would fall ([D]). The step that meets the target
   closes the smallest gates first, and no more than needed.
+- After the ramp the closed channels alone count for the steering (`steer` "closed"), or still the
+  gates ("gates"). With `average` above 0, t follows a running mean of its gradients.
 - Each gate's learning rate is divided by its share c of the dense net (`pace` "equal"), so that
   benefit per cost decides. With one rate for all ("by_share") the expensive channels are gone
   before a cheap one has moved.
@@ -82,8 +84,9 @@ class GDP(Channelled):
     """Gates that polarise to exactly 0 or close to 1, to a target in one run.
 
     `gate_lr`: the learning rate of t; `eps_start`, `eps_end`: eps falls geometrically between them
-    over `eps_share` of the steps; `ramp`, `pace`: see above; `groups`: names of the dependency
-    groups to gate, separated by spaces, all if empty.
+    over `eps_share` of the steps; `average`: share of the running mean of the gradients that a step
+    keeps; `ramp`, `steer`, `pace`: see above; `groups`: names of the dependency groups to gate,
+    separated by spaces, all if empty.
     """
 
     name, title = "gdp", "GDP (ours)"
@@ -91,7 +94,9 @@ class GDP(Channelled):
     eps_start: Annotated[float, Field(gt=0)] = 0.1
     eps_end: Annotated[float, Field(gt=0)] = 1e-4
     eps_share: Annotated[float, Field(gt=0, le=1)] = 0.5
+    average: Annotated[float, Field(ge=0, lt=1)] = 0.0
     ramp: Annotated[float, Field(gt=0, le=1)] = 0.3
+    steer: Literal["closed", "gates"] = "closed"
     pace: Literal["equal", "by_share"] = "equal"
     groups: str = ""
 
@@ -121,6 +126,7 @@ class GDP(Channelled):
         self.polarity = Polarity(self.gates())
         self.register_buffer("rate", rate.to(like))
         self.register_buffer("steps_left", place.to(like))
+        self.register_buffer("mean_gradient", torch.zeros_like(self.gates.t))
         self.register_buffer("reached", torch.zeros_like(share, dtype=torch.bool))
         self.register_buffer("frozen", torch.zeros((), dtype=torch.bool, device=like.device))
         for name, value in {"met_at": math.nan, "closed_late": 0.0, "lifted": 0.0}.items():
@@ -132,9 +138,11 @@ class GDP(Channelled):
         return torch.optim.SGD([self.gates.t], lr=self.gate_lr)
 
     def after_backward(self, at: At) -> None:  # noqa: ARG002
-        """Give each gate its own learning rate; frozen gates and those to be closed have none."""
-        if self.gates.t.grad is not None:
-            self.gates.t.grad.mul_(self.rate).masked_fill_(self.frozen | self.reached, 0)
+        """Give each gate its own learning rate; those frozen, closed or to be closed have none."""
+        if (gradient := self.gates.t.grad) is not None:
+            self.mean_gradient.lerp_(gradient, 1 - self.average)
+            still = self.frozen | self.reached | (self.gates.t == 0)
+            gradient.copy_(self.mean_gradient).mul_(self.rate).masked_fill_(still, 0)
 
     @torch.no_grad()
     def after_step(self, at: At) -> None:
@@ -164,7 +172,7 @@ class GDP(Channelled):
             if late or removed >= min(self.target, self.reach) - 1e-12:
                 self._freeze()
                 self.met_at.fill_(at.step / at.steps)
-            elif at.step <= self.ramp * at.steps:  # soft gates answer lambda at once
+            elif self.steer == "gates" or at.step <= self.ramp * at.steps:  # these answer at once
                 self.steering.update(lambda: self._soft_cost() / self.first_cost, at)
             else:  # in the end only closed ones count
                 self.steering.update(lambda: 1 - removed, at)
