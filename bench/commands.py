@@ -41,7 +41,7 @@ def _records(store: Store, count: int) -> list[Planned]:
     record, lines, planned = Runner(store, device="cpu").ensure(item.settings), [], []
     for seed in range(count):
         settings = item.settings.model_copy(update={"seed": seed})
-        same = {"run": settings.run, "settings": settings.model_dump(mode="json")}
+        same = {"run": settings.run, "settings": settings.kept()}
         lines.append(line_of(record | same))
         planned.append(replace(item, settings=settings))
     write_text(store.collected, "\n".join([*lines, ""]))

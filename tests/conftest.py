@@ -213,7 +213,7 @@ def put_record(
         "run": settings.run,
         "parent": settings.parent.run if settings.parent else None,
         "status": "diverged" if metric is None else "done",
-        "settings": settings.model_dump(mode="json"),
+        "settings": settings.kept(),
         "data": {"name": known.name, "version": known.version, "fingerprint": known.fingerprint},
         "metrics": {"dense_parameters": size, "dense_macs": 50_200},
         "validation": {"top1": metric, "loss": 0.1},

@@ -60,10 +60,10 @@ class _GatePaths(_Watch):
         self.steps, self.paths, self.costs = [], [], []
 
     def after_step(self, at: At) -> None:
-        """Keep the gates of at most 200 steps; those closing at this step are still open."""
+        """Keep the gates of at most 100 steps; those closing at this step are still open."""
         super().after_step(at)
         channels, step = self.method.channels, at.total_step - 1
-        every = -(-at.total_steps // max(2, min(200, _BYTES // (2 * channels.size))))
+        every = -(-at.total_steps // max(2, min(100, _BYTES // (2 * channels.size))))
         if step % every == 0 or at.total_step == at.total_steps:
             g = self.method.gates()
             self.steps.append(step)

@@ -12,6 +12,7 @@ from prunestudy.papers import PROFILES
 from prunestudy.study.lines import changed, line_of, read_lines
 from prunestudy.study.plan import plan
 from prunestudy.study.records import Store
+from prunestudy.study.settings import RunSettings
 
 
 def collect(
@@ -68,6 +69,9 @@ def _source(profile: str, path: Path) -> Store:
 
 
 def _lean(record: dict[str, Any]) -> dict[str, Any]:
+    if parent := record["settings"]["parent"]:
+        kept = record["settings"] | {"parent": RunSettings.model_validate(parent).own()}
+        record = record | {"settings": kept}
     if record["settings"]["evaluate"] == "test":
         return record
     found = record["metrics"].items()

@@ -109,7 +109,7 @@ class Store:
         if record is not None:
             if not fingerprint and ":" not in settings.dataset:
                 fingerprint = datasets.info(settings.dataset).fingerprint
-            self.require_same(record, settings.model_dump(mode="json"), fingerprint)
+            self.require_same(record, settings.kept(), fingerprint)
         return record
 
     def require(self, run: str) -> dict[str, Any]:

@@ -257,7 +257,7 @@ class _Job:
             "run": settings.run,
             "parent": settings.parent.run if settings.parent else None,
             "status": made.status,
-            "settings": settings.model_dump(mode="json"),
+            "settings": settings.kept(),
             "data": {
                 "name": data.info.name,
                 "title": data.info.title,

@@ -59,6 +59,15 @@ class RunSettings(Values):
         name = re.sub(r"[^A-Za-z0-9_.-]", "_", f"{self.method}-{self.model}-{self.dataset}")
         return f"{name[:200]}-{digest}"  # it is a folder, whose name may have 255 bytes
 
+    def kept(self) -> dict[str, Any]:
+        """What a record keeps: all settings, of the parents only those that are no defaults."""
+        parent = {"parent": self.parent.own() if self.parent else None}
+        return self.model_dump(mode="json", exclude={"parent"}) | parent
+
+    def own(self) -> dict[str, Any]:
+        """Those settings that are no defaults."""
+        return self.model_dump(mode="json", exclude_defaults=True)
+
     @property
     def aim(self) -> Target | None:
         """The run's target, or the one that its parent had before it."""
