@@ -303,7 +303,7 @@ def test_the_picture_is_one_of_claims(three_cards):
             "confirmed",
             "undecided",
             "",
-            "not tested: no search has chosen the strongest control yet",
+            "not tested: the card names no strongest control yet",
         ],
         ("toy", "same"): ["contradicted"],
         ("other", "algebra"): ["", "by construction"],

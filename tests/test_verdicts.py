@@ -308,7 +308,7 @@ def test_without_a_chosen_control_all_are_described(judge):
     text = text.replace('{ method = "random" }', '{ method = "random" }, { method = "l1" }')
     table = judge(0.85 + NOISE, text=text)
     assert table.control.tolist() == ["random", "l1"]
-    assert set(table.verdict) == {"not tested: no search has chosen the strongest control yet"}
+    assert set(table.verdict) == {"not tested: the card names no strongest control yet"}
     row = '{ profile = "quick", model = "lenet300", dataset = "digits", target_kind = "sparsity",'
     named = f'    strongest = [{row} control = "l1" }}]\n    published'
     table = judge(0.85 + NOISE, text=text.replace("    published", named))

@@ -151,7 +151,7 @@ def row_of(store: Store, comparison: Comparison, images: bool = False) -> dict[s
 def _why_not(comparison: Comparison, margin: float | None, n: int, ours: int, theirs: int) -> str:
     """Why there is no test, with `n` seeds that count and others on which a side fails."""
     if comparison.chosen_by == "all":
-        return "no search has chosen the strongest control yet"
+        return "the card names no strongest control yet"
     if comparison.planned and ours >= MANY:
         return ""
     if comparison.planned and theirs:

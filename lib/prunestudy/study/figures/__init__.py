@@ -32,6 +32,7 @@ _LOOK = {
     "component_aware": ("#56b4e9", "o"),
     "gradual_magnitude": ("#de8f05", "s"),
     "group_l2": ("#882255", "^"),
+    "taylor_channels": ("#117733", ">"),
     "plain_low_rank": ("#de8f05", "P"),
     "uniform": ("#5e3c99", "d"),
     "magnitude": ("#ca9161", "D"),
