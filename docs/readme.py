@@ -18,7 +18,7 @@ from prunestudy.study.verdicts import claims_table, verdicts_table
 
 BEGIN = "<!-- results: made by `python docs/readme.py` -->\n"
 END = "<!-- end of results -->"
-_WAITS, _SO_FAR = "Not yet judged: eight fresh seeds are planned.", "So far "
+_WAITS, _SO_FAR = "Not yet judged.", "So far "
 
 
 def judged(store: Store, profile: str) -> dict[str, pd.DataFrame]:
