@@ -28,7 +28,8 @@ def collect(
     stays, though it may gain a missing latency; with `replace` the newcomer takes its place (one of
     `folders` if there are any, else one trained here). Raises `InputError`, with nothing changed,
     where the two were made with different settings or from different data. Of a run that a search
-    made, what it left in each layer and group is not kept.
+    made, what it left in each layer and group is not kept, and of a parent's settings only what is
+    no default.
     """
     require_one_of("profile", profile, (*PROFILES, "custom"))
     store, drawn = Store(profile, results or None), drawn_arrays(profile)
