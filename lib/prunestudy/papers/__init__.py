@@ -181,6 +181,16 @@ class Card(Strict):
         """Whether the card is that of a publication."""
         return bool(self.arxiv)
 
+    def published_at(
+        self, method: str, model: str, dataset: str, target: float | None, kind: str
+    ) -> _Published | None:
+        """The published number of `method` at this setting."""
+        place = (method, model, dataset, target, kind)
+        for n in self.published if target is not None else ():
+            if (n.method, n.model, n.dataset, n.target, n.target_kind) == place:
+                return n
+        return None
+
 
 def path_of(name: str) -> Path:
     """The file of the card `name`."""

@@ -179,8 +179,8 @@ def strongest(found: list[_Grid], profile: str) -> dict[tuple[str, ...], tuple[s
     for (paper, *where, method), grids in places.items():
         able = [g for g in grids if g.complete and math.isfinite(g.best.mean)]
         if able and all(g.complete for g in grids):
-            named = chosen(card(paper), profile).get(tuple(where), ())
-            now = " and ".join(sorted({*named} & {g.label for g in grids}))
+            named = chosen(card(paper), profile)
+            now = " and ".join(sorted({g.label for g in grids if (*where, g.label) in named}))
             best[paper, *where, method] = max(able, key=lambda g: g.best.mean).label, now
     return best
 

@@ -27,6 +27,7 @@ KEYS = (
     "paper method variant model dataset epochs precision threads target_kind target metric_name "
     "device"
 ).split()
+_PLACE = "method model dataset target target_kind".split()
 DIFFERENCE = "difference_n difference difference_sd difference_low difference_high".split()
 SUMMARY_COLUMNS = [
     *KEYS[:-1],
@@ -35,7 +36,7 @@ SUMMARY_COLUMNS = [
     *"sparsity nonzeros published mark source reading stage after device".split(),
 ]
 # By metric: the factor to its unit for people, and the unit.
-UNITS = {"top1": (100, "%"), "miou": (100, "%"), "psnr": (1, " dB")}
+UNITS = dict.fromkeys(("top1", "top5", "miou"), (100, "%")) | {"psnr": (1, " dB")}
 
 
 def runs_table(store: Store, planned: list[Planned]) -> pd.DataFrame:
@@ -91,17 +92,11 @@ def summary_table(runs: pd.DataFrame) -> pd.DataFrame:
     rows["diverged"] = runs.groupby(keys, dropna=False).size().reindex(rows.index) - rows["n"]
     intervals = [interval([*values.dropna()]) for _, values in groups["difference"]]
     rows = rows.join(pd.DataFrame(intervals, rows.index, DIFFERENCE)).reset_index()
-    beside = [_published(row) for row in rows.to_dict("records")]
+    beside = []
+    for paper, variant, *place in rows[["paper", "variant", *_PLACE]].itertuples(index=False):
+        number = None if variant else card(paper).published_at(*place)
+        beside.append((number.value, number.mark, number.source) if number else (math.nan, "", ""))
     return rows.join(pd.DataFrame(beside, columns=["published", "mark", "source"]))[SUMMARY_COLUMNS]
-
-
-def _published(row: dict[str, Any]) -> tuple[float, str, str]:
-    """The published number that belongs beside a setting, its mark and its source."""
-    keys = ("method", "model", "dataset", "target", "target_kind")
-    for number in card(row["paper"]).published if not row["variant"] else ():
-        if number.target is not None and all(getattr(number, key) == row[key] for key in keys):
-            return number.value, number.mark, number.source
-    return math.nan, "", ""
 
 
 def build(store: Store, planned: list[Planned]) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -147,27 +142,26 @@ def by_share(summary: pd.DataFrame) -> pd.DataFrame:
     In brackets the difference to dense, in points or dB, with a star where its interval is on one
     side of zero.
     """
-    table = readable(summary)
+    table, summary = readable(summary), summary.reset_index(drop=True)
+    if table.empty:
+        return table
     about = [name for name in table if name in ("paper", "device", "net", "data", "method")]
-    lines, shares = {}, {}
-    for row, text in zip(summary.to_dict("records"), table.to_dict("records"), strict=True):
-        place = tuple(text[name] for name in about)
-        line = lines.setdefault(place, dict(zip(about, place, strict=True)) | {"n": []})
-        line["n"] += [] if text["n"] in line["n"] else [text["n"]]
-        share, changed = text["removed"] or "none removed", text["minus dense"].split(" ")[0]
-        shares[share] = row["target_kind"], row["target"]
-        star = "*" if row["difference_low"] > 0 or row["difference_high"] < 0 else ""
-        shown = f" ({changed}{star})" if changed and row["target_kind"] else ""
-        line[share] = text["result"] + shown
-        line |= {"published": f"{text['published']}, {share}"} if text["published"] else {}
+    share = table["removed"].replace("", "none removed")
+    changed = table["minus dense"].str.partition(" ")[0]
+    apart = (summary["difference_low"] > 0) | (summary["difference_high"] < 0)
+    changed = " (" + changed + apart.map({True: "*)", False: ")"})
+    changed = changed.where((changed.str.len() > 3) & (summary["target_kind"] != ""), "")
+    order = share[summary.sort_values(["target_kind", "target"]).index].unique()
+    table = table.assign(share=share, result=table["result"] + changed)
+    lines = table.groupby(about, sort=False)
+    wide = lines["n"].agg(lambda n: "; ".join(map(str, n.unique()))).to_frame()
+    wide = wide.join(table.pivot_table("result", about, "share", "last")[order])
+    beside = table[table["published"] != ""].groupby(about)[["published", "share"]].last()
+    if len(beside):
+        wide["published"] = beside["published"] + ", " + beside["share"]
     # Methods on one net and data set stand together.
-    rows = sorted(
-        lines.values(), key=lambda line: [line[name] for name in about if name != "method"]
-    )
-    published = ["published"] if any("published" in line for line in rows) else []
-    columns = [*about, "n", *sorted(shares, key=shares.get), *published]
-    found = pd.DataFrame(rows, columns=columns).fillna("")
-    return found.assign(n=["; ".join(map(str, each)) for each in found["n"]])
+    place = [name for name in about if name != "method"]
+    return wide.fillna("").sort_values(place, kind="stable").reset_index().rename_axis(columns=None)
 
 
 def _for_people(row: dict[str, Any]) -> dict[str, Any]:
@@ -224,9 +218,10 @@ def published_table(paper: Card) -> pd.DataFrame:
     metrics = dict.fromkeys(f"{of}{n.metric}" for n in paper.published for of in ("dense ", ""))
     rows = []
     for number in paper.published:
-        factor, unit = UNITS.get(number.metric, (100, "%"))
-        row = {"net": _net_title(number.model), "data": datasets_title(number.dataset)}
-        row |= {"published": number.text, number.metric: f"{factor * number.value:.2f}{unit}"}
+        (factor, unit), net = UNITS[number.metric], number.model
+        net = models.title(net) if net in models.names() else net.replace("_", " ")
+        row = {"net": net, "data": datasets_title(number.dataset), "published": number.text}
+        row[number.metric] = f"{factor * number.value:.2f}{unit}"
         if number.dense is not None:
             row[f"dense {number.metric}"] = f"{factor * number.dense:.2f}{unit}"
         row["kept"] = "" if number.kept is None else f"{100 * number.kept:g}%"
@@ -236,11 +231,6 @@ def published_table(paper: Card) -> pd.DataFrame:
     columns = ["net", "data", "published", *metrics, "kept", "non-zeros", "speed-up", "read in"]
     table = pd.DataFrame(rows, columns=columns).fillna("")
     return table.loc[:, (table != "").any()]
-
-
-def _net_title(model: str) -> str:
-    """Title of net `model` for people; a net that is not the library's keeps its words."""
-    return models.title(model) if model in models.names() else model.replace("_", " ")
 
 
 def datasets_title(name: str) -> str:

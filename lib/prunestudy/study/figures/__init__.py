@@ -50,9 +50,7 @@ _NAMES = {"%": "accuracy", " dB": "PSNR"}
 
 
 def style() -> None:
-    """Set the study's look: tables are shown whole, and figures in a notebook get their size and
-    alternative text.
-    """
+    """Set the study's look: whole tables, and figures with their size and alternative text."""
     from IPython import get_ipython
 
     shell = get_ipython()
@@ -72,24 +70,21 @@ def shown(figure: Figure) -> tuple[bytes, dict[str, object]] | None:
     """`figure` for a notebook: a PNG at twice the pixels, and its size and `alt_text`."""
     from IPython.core.pylabtools import retina_figure
 
-    drawn = retina_figure(figure)
-    if drawn is None:
-        return None
-    png, size = drawn
-    return _with_palette(png), {**size, "alt": alt_text(figure)}
+    png, size = retina_figure(figure) or (None, {})  # of an empty figure there is nothing
+    return png and (with_palette(png), {**size, "alt": alt_text(figure)})
 
 
 def as_png(figure: Figure) -> bytes:
     """`figure` as a PNG file: the same figure gives the same bytes."""
     out = io.BytesIO()
     figure.savefig(out, format="png", metadata={"Software": None})
-    return _with_palette(out.getvalue())
+    return with_palette(out.getvalue())
 
 
-def _with_palette(png: bytes) -> bytes:
-    """`png` in 256 colours: half of the bytes, of files that are tracked."""
+def with_palette(png: bytes, colours: int = 256) -> bytes:
+    """`png` in so many colours: half of the bytes, of files that are tracked."""
     picture, out = Image.open(io.BytesIO(png)).convert("RGB"), io.BytesIO()
-    picture.quantize(256, dither=Image.Dither.NONE).save(out, "png", optimize=True)
+    picture.quantize(colours, dither=Image.Dither.NONE).save(out, "png", optimize=True)
     return out.getvalue()
 
 
@@ -128,18 +123,14 @@ def select(table: pd.DataFrame, figure: str, **where: Any) -> pd.DataFrame:
 
     Runs of two devices are not drawn as one line. Raises `InputError` if there is no row.
     """
-    for name, value in where.items():
-        table = table[table[name] == value]
+    table = table[(table[[*where]] == pd.Series(where)).all(axis=1)]
     if table.empty:
         raise InputError(f"figure = {figure}: no finished run")
     return table[table["device"] == table["device"].mode()[0]]
 
 
 def points(axes: Axes, rows: pd.DataFrame, x: str, y: str, sd: str, **options: Any) -> None:
-    """Points of columns `x` and `y` with error bars `sd`, one line per `label`.
-
-    Each in the colour and marker of its `method`, in the order of the palette.
-    """
+    """Points with error bars, a line per `label` in the look of its `method`; palette's order."""
     rows = rows.sort_values("method", key=lambda names: names.map([*COLOURS].index), kind="stable")
     for label, line in rows.groupby("label", sort=False):
         colour, marker = _LOOK[line.method.iloc[0]]
@@ -156,9 +147,9 @@ def histograms(
     ylabel: str,
     **options: Any,
 ) -> Figure:
-    """Counts between `edges` as shares of a panel's first ones: title -> label -> counts, colour.
+    """Counts between `edges` as shares of a panel's first, which are filled; others are lines.
 
-    The first are filled, the others are lines over them.
+    `panels`: title -> label -> counts, colour.
     """
     figure, axes = canvas(len(panels), (3.3 * len(panels) + 0.6, 3.2), sharey=True)
     for panel, (title, counted) in zip(axes, panels.items(), strict=True):
