@@ -142,18 +142,19 @@ def points(axes: Axes, rows: pd.DataFrame, x: str, y: str, sd: str, **options: A
 
 def histograms(
     panels: Mapping[str, Mapping[str, tuple[np.ndarray, str]]],
-    edges: np.ndarray,
+    top: float,
     xlabel: str,
     ylabel: str,
     **options: Any,
 ) -> Figure:
-    """Counts between `edges` as shares of a panel's first, which are filled; others are lines.
+    """Counts in equal bins from 0 to `top`, as shares of a panel's first, which is filled.
 
     `panels`: title -> label -> counts, colour.
     """
     figure, axes = canvas(len(panels), (3.3 * len(panels) + 0.6, 3.2), sharey=True)
     for panel, (title, counted) in zip(axes, panels.items(), strict=True):
         first = next(iter(counted))
+        edges = np.linspace(0, top, len(counted[first][0]) + 1)
         for label, (counts, colour) in counted.items():
             look = {"color": colour, "label": label, "fill": label == first, "lw": 1.8}
             panel.stairs(counts / counted[first][0].sum(), edges, **look)
@@ -197,8 +198,7 @@ def metric_against_target(
     """
     where = {"model": model, "dataset": dataset, "variant": "", "target_kind": kind}
     rows = select(summary, f"{model} on {dataset}", **where)
-    metric = rows.metric_name.iloc[0]
-    factor, unit = tables.UNITS[metric]
+    factor, unit = tables.UNITS[metric := rows.metric_name.iloc[0]]
     least, most = (rows.groupby("method").n.transform(end).map(str) for end in ("min", "max"))
     seeds = least.where(least == most, least + " to " + most)
     rows = rows.assign(
@@ -218,9 +218,8 @@ def metric_against_target(
         if place == (model, dataset, kind, metric) and number.kept:
             name = number.method
             name = title_of(name) if name in _LOOK else name.replace("_", " ")
-            label = f"{name}, published [{number.mark}]"
-            spot = (100 * number.kept, factor * number.value)
-            axes.plot(*spot, "*", ms=14, color="black", label=label, zorder=5)
+            star = {"ms": 14, "color": "black", "label": f"{name}, published [{number.mark}]"}
+            axes.plot(100 * number.kept, factor * number.value, "*", zorder=5, **star)
     ticks = sorted({round(100 * (1 - target), 3) for target in rows.target})
     axes.set_xscale("log")
     axes.set_xticks(ticks, [f"{tick:g}%" for tick in ticks])

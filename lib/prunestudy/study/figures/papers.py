@@ -33,8 +33,7 @@ def gate_histograms(store: Store, run: str) -> Figure:
     chosen = sorted({training[0], training[len(training) // 2], training[-1]})
     colour = look.COLOURS["sparse_gates"]
     panels = {f"after epoch {i + 1}": {"gates": (counts[i], colour)} for i in chosen}
-    edges = np.linspace(0, 1, counts.shape[1] + 1)
-    return look.histograms(panels, edges, "gate g", "share of the weights", yscale="log")
+    return look.histograms(panels, 1, "gate g", "share of the weights", yscale="log")
 
 
 def kept_against_start(store: Store, runs: dict[str, str]) -> Figure:
@@ -119,8 +118,8 @@ def angles(store: Store, runs: dict[str, str], layers: list[str]) -> Figure:
         for layer, panel in panels.items():
             panel["at the start"] = arrays[f"angles_before.{layer}"], "0.8"
             panel[look.title_of(method)] = arrays[f"angles_after.{layer}"], colour
-    edges, across = np.linspace(0, 180, 37), "angle between two filters, degrees"
-    return look.histograms(panels, edges, across, "share of the pairs", xticks=(0, 45, 90, 135))
+    across = "angle between two filters, degrees"
+    return look.histograms(panels, 180, across, "share of the pairs", xticks=(0, 45, 90, 135))
 
 
 def speed_up(runs: pd.DataFrame) -> Figure:
@@ -200,15 +199,15 @@ def gate_paths(store: Store, run: str) -> Figure:
 
 def gates_on_the_ramp(store: Store, run: str, ramp: float) -> Figure:
     """GDP's gates at 25, 50 and 75% of the first `ramp` (0-1) of the steps, and at the end."""
-    arrays, edges = store.arrays(run), np.linspace(0, 1, 41)
-    steps, panels = arrays["gate_steps"], {}
+    arrays, panels = store.arrays(run), {}
+    steps = arrays["gate_steps"]
     for share in (0.25, 0.5, 0.75, None):
         step = steps[-1] if share is None else share * ramp * (steps[-1] + 1)
         gates = arrays["gate_paths"][np.searchsorted(steps, step, side="right") - 1]
-        counts, _ = np.histogram(gates.astype(float), edges)
+        counts, _ = np.histogram(gates.astype(float), 40, (0, 1))
         title = "at the end" if share is None else f"at {share:.0%} of the ramp"
         panels[title] = {"gates": (counts, look.COLOURS["gdp"])}
-    return look.histograms(panels, edges, "gate", "share of the channels", yscale="log")
+    return look.histograms(panels, 1, "gate", "share of the channels", yscale="log")
 
 
 def final_gates(store: Store, runs: dict[str, str]) -> Figure:
@@ -216,14 +215,14 @@ def final_gates(store: Store, runs: dict[str, str]) -> Figure:
 
     GDP's at the end; those of hard concrete (at test time) before they are thresholded.
     """
-    edges, panels = np.linspace(0, 1, 41), {}
+    panels = {}
     for method, run in runs.items():
         gates = store.arrays(run)["final_gates"].astype(float)
         between = ((gates > 0) & (gates <= 0.5)).mean()
-        counts, _ = np.histogram(gates, edges)
+        counts, _ = np.histogram(gates, 40, (0, 1))
         title = f"{look.title_of(method)}: {between:.0%} in (0, 0.5]"
         panels[title] = {"gates": (counts, look.COLOURS[method])}
-    return look.histograms(panels, edges, "gate", "share of the channels", yscale="log")
+    return look.histograms(panels, 1, "gate", "share of the channels", yscale="log")
 
 
 def flow(store: Store, runs: dict[str, str]) -> Figure:
@@ -253,8 +252,8 @@ def attention_histograms(store: Store, run: str) -> Figure:
         ours = (of_kept, look.COLOURS["magnitude_attention"])
         title = f"after epoch {epoch}" if epoch else "at the start"
         panels[title] = {"all weights": (of_all, "0.8"), "kept weights": ours}
-    edges, across = np.linspace(0, 4, counts.shape[-1] + 1), "attention A (4: and above)"
-    return look.histograms(panels, edges, across, "share of the weights", yscale="log")
+    across = "attention A (4: and above)"
+    return look.histograms(panels, 4, across, "share of the weights", yscale="log")
 
 
 def psnr_against_removed(summary: pd.DataFrame, model: str, dataset: str) -> Figure:
@@ -264,13 +263,13 @@ def psnr_against_removed(summary: pd.DataFrame, model: str, dataset: str) -> Fig
     parted = rows.reading.str.endswith("by component") & (rows.method == "uniform")
     plain = rows.reading.str.replace("(, )?by component$", "", regex=True)
     keys = rows.method + "," + plain.where(parted, rows.reading)
-    labels = keys.map({key: label for key, (label, _) in _READINGS.items()})
+    labels, stands_for = (keys.map(_READINGS).str[i] for i in (0, 1))
     rows = rows.assign(
         removed=100 * rows.target,
         sd=rows.metric_sd.fillna(0),
         ls=np.where(parted, "--", "-"),
         label=labels + np.where(parted, ", by component", ""),
-        method=keys.map({key: method for key, (_, method) in _READINGS.items()}),
+        method=stands_for,
     )
     stages = [*rows[rows.label.notna() & rows.stage.isin(["", "fine-tuned"])].groupby("stage")]
     figure, axes = look.canvas(len(stages), (3 + 4 * len(stages), 4), sharey=True)
