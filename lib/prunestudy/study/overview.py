@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from prunestudy.errors import InputError
-from prunestudy.methods import method_class
 from prunestudy.methods.channels import Channelled
 from prunestudy.methods.search import Search
 from prunestudy.papers import cards
@@ -19,7 +18,7 @@ from prunestudy.study.lines import right_of
 from prunestudy.study.plan import plan
 from prunestudy.study.select import comparisons, index
 from prunestudy.study.session import Session
-from prunestudy.study.verdicts import claims_table, observed, removed, verdicts_table
+from prunestudy.study.verdicts import claims_table, observed, verdicts_table
 from prunestudy.train.result import Result
 
 OURS = tuple(card.id for card in cards() if card.is_paper)  # each paper's method has its name
@@ -48,42 +47,30 @@ def settings_table(runs: pd.DataFrame) -> pd.DataFrame:
     done = runs[runs["status"] == "done"]
     if done.empty:
         raise InputError("overview: no run is done yet")
-    done = done.assign(**_shares(done))
+    plain = done[(done["method"] == "dense") & (done["variant"] == "")]
+    dense = plain.groupby(_SAME)[["peak_memory_mb", "bytes"]].mean()
+    dense = dense.reindex(pd.MultiIndex.from_frame(done[_SAME])).set_axis(done.index)
+    done = done.assign(
+        weights=done["nonzeros"] / done["dense_parameters"],
+        macs=done["macs"] / done["dense_macs"],
+        nonzero_macs=done["nonzero_macs"] / done["dense_macs"],
+        time_b1=done["latency_b1_ms"] / done["dense_latency_b1_ms"],
+        time_b128=done["latency_b128_ms"] / done["dense_latency_b128_ms"],
+        memory=done["peak_memory_mb"] / dense["peak_memory_mb"],
+        bytes=done["bytes"] / dense["bytes"],
+    )
     costs = done.groupby(tables.KEYS, dropna=False)[[*COSTS]].mean()
     rows = tables.summary_table(runs).merge(costs.reset_index(), on=tables.KEYS)
     order = list(dict.fromkeys(["dense", *OURS, *rows["method"]]))
+    shown = tables.readable(rows)
+    gone = (", " + shown["removed"] + " removed").where(shown["removed"] != "", "")
     rows = rows.assign(
         combined=rows["stage"] == "combined",
         order=rows["method"].map(order.index),
-        label=[_label(row) for row in rows.itertuples()],
+        label=shown["method"] + gone,
     )
     by = ["dataset", "combined", "order", "target_kind", "target"]
     return rows.sort_values(by, ignore_index=True, kind="stable")
-
-
-def _label(row: Any) -> str:
-    """A setting for people: its method, which reading or after what, what was removed."""
-    aim = f"{removed(row.target, row.target_kind)} removed" if row.target_kind else ""
-    return ", ".join(filter(None, (method_class(row.method).title, row.variant, aim)))
-
-
-def _shares(done: pd.DataFrame) -> dict[str, pd.Series]:
-    """`COSTS` of each run that is done."""
-    dense = done[(done["method"] == "dense") & (done["variant"] == "")]
-
-    def of_dense(name: str) -> pd.Series:
-        mean = dense.groupby(_SAME)[name].mean()
-        return done[name] / mean.reindex(pd.MultiIndex.from_frame(done[_SAME])).array
-
-    return {
-        "weights": done["nonzeros"] / done["dense_parameters"],
-        "macs": done["macs"] / done["dense_macs"],
-        "nonzero_macs": done["nonzero_macs"] / done["dense_macs"],
-        "time_b1": done["latency_b1_ms"] / done["dense_latency_b1_ms"],
-        "time_b128": done["latency_b128_ms"] / done["dense_latency_b128_ms"],
-        "memory": of_dense("peak_memory_mb"),
-        "bytes": of_dense("bytes"),
-    }
 
 
 def readable(rows: pd.DataFrame) -> pd.DataFrame:

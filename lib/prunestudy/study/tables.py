@@ -131,9 +131,28 @@ def readable(summary: pd.DataFrame) -> pd.DataFrame:
 
     A column tells rows of several papers, and of several devices, apart.
     """
-    table = pd.DataFrame(map(_for_people, summary.to_dict("records")))
+    rows = []
+    for row in summary.to_dict("records"):
+        (factor, unit), paper, n = UNITS[row["metric_name"]], card(row["paper"]), row["n"]
+        sd = "" if math.isnan(row["metric_sd"]) else f" ± {factor * row['metric_sd']:.2f}"
+        published = f"{factor * row['published']:.2f}{unit} [{row['mark']}]"
+        difference = (factor * row[f"difference{end}"] for end in ("", "_low", "_high"))
+        method = method_class(row["method"]).title
+        shown = {
+            "paper": paper.short or paper.title,
+            "device": row["device"],
+            "net": models.title(row["model"]),
+            "data": datasets_title(row["dataset"]),
+            "method": f"{method}, {row['variant']}" if row["variant"] else method,
+            "removed": row["target_kind"] and removed(row["target"], row["target_kind"]),
+            "n": f"{n}, {row['diverged']} diverged" if row["diverged"] else n,
+            "result": f"{factor * row['metric']:.2f}{sd}{unit}",
+            "minus dense": bracket(*difference),
+            "published": "" if math.isnan(row["published"]) else published,
+        }
+        rows.append(shown)
     one = [name for name in ("paper", "device") if summary[name].nunique() < 2]
-    return table.drop(columns=one, errors="ignore")
+    return pd.DataFrame(rows).drop(columns=one, errors="ignore")
 
 
 def by_share(summary: pd.DataFrame) -> pd.DataFrame:
@@ -164,53 +183,35 @@ def by_share(summary: pd.DataFrame) -> pd.DataFrame:
     return wide.fillna("").sort_values(place, kind="stable").reset_index().rename_axis(columns=None)
 
 
-def _for_people(row: dict[str, Any]) -> dict[str, Any]:
-    (factor, unit), paper, n = UNITS[row["metric_name"]], card(row["paper"]), row["n"]
-    sd = "" if math.isnan(row["metric_sd"]) else f" ± {factor * row['metric_sd']:.2f}"
-    difference = [factor * row[f"difference{bound}"] for bound in ("", "_low", "_high")]
-    published = f"{factor * row['published']:.2f}{unit} [{row['mark']}]"
-    return {
-        "paper": paper.short or paper.title,
-        "device": row["device"],
-        "net": models.title(row["model"]),
-        "data": datasets_title(row["dataset"]),
-        "method": ", ".join(filter(None, (method_class(row["method"]).title, row["variant"]))),
-        "removed": row["target_kind"] and removed(row["target"], row["target_kind"]),
-        "n": f"{n}, {row['diverged']} diverged" if row["diverged"] else n,
-        "result": f"{factor * row['metric']:.2f}{sd}{unit}",
-        "minus dense": bracket(*difference),
-        "published": "" if math.isnan(row["published"]) else published,
-    }
-
-
 def readable_verdicts(table: pd.DataFrame) -> pd.DataFrame:
     """Rows of `verdicts_table` for people: what was compared where, and what came out.
 
     Without columns in which nothing stands, as p where nothing is tested.
     """
-    found = pd.DataFrame(map(_verdict_for_people, table.to_dict("records")))
+    rows = []
+    for row in table.to_dict("records"):
+        spans = [(row["mean"], row[f"{of}low"], row[f"{of}high"]) for of in ("", "images_")]
+        digits = 0 if abs(row["mean"]) > 1000 else 4
+        seeds, images = (bracket(*span, digits=digits) for span in spans)
+        p, opposite = (f"{row[name]:.2g}" for name in ("p_adjusted", "p_opposite_adjusted"))
+        metric = "" if row["metric"] in ("", "metric") else f" ({row['metric'].replace('_', ' ')})"
+        where = {models.title: row["model"], datasets_title: row["dataset"]}
+        pair = " - ".join(called(x) for x in (row["method"], row["control"]) if x)
+        shown = {
+            "claim": row["claim"],
+            "test": row["kind"].replace("_", " "),
+            "compared": pair + metric,
+            "where": " on ".join(of(name) for of, name in where.items() if name),
+            **{name: row[name] for name in ("targets", "n")},
+            "mean, over seeds": seeds,
+            "over seeds and images": "" if math.isnan(row["images_low"]) else images,
+            "p": p.replace("nan", ""),
+            "p of the opposite": opposite.replace("nan", ""),
+            **{name: row[name] for name in ("verdict", "failures")},
+        }
+        rows.append(shown)
+    found = pd.DataFrame(rows)
     return found.loc[:, (found != "").any()]
-
-
-def _verdict_for_people(row: dict[str, Any]) -> dict[str, Any]:
-    spans = [(row["mean"], row[f"{of}low"], row[f"{of}high"]) for of in ("", "images_")]
-    digits = 0 if abs(row["mean"]) > 1000 else 4
-    seeds, images = (bracket(*span, digits=digits) for span in spans)
-    p, opposite = (f"{row[name]:.2g}" for name in ("p_adjusted", "p_opposite_adjusted"))
-    metric = "" if row["metric"] in ("", "metric") else f" ({row['metric'].replace('_', ' ')})"
-    where = {models.title: row["model"], datasets_title: row["dataset"]}
-    return {
-        "claim": row["claim"],
-        "test": row["kind"].replace("_", " "),
-        "compared": " - ".join(called(x) for x in (row["method"], row["control"]) if x) + metric,
-        "where": " on ".join(of(name) for of, name in where.items() if name),
-        **{name: row[name] for name in ("targets", "n")},
-        "mean, over seeds": seeds,
-        "over seeds and images": "" if math.isnan(row["images_low"]) else images,
-        "p": p.replace("nan", ""),
-        "p of the opposite": opposite.replace("nan", ""),
-        **{name: row[name] for name in ("verdict", "failures")},
-    }
 
 
 def published_table(paper: Card) -> pd.DataFrame:
