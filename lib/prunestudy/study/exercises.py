@@ -23,8 +23,7 @@ def exercise(
 ) -> None:
     """Check `answer` on `cases` of (arguments, expected); `AssertionError` if it is wrong.
 
-    With `draw`, then also on arguments that it draws at random, against the notebooks' solution of
-    the same name.
+    With `draw`, then also on random arguments, against the notebooks' solution of that name.
     """
     name, random = answer.__name__, torch.Generator().manual_seed(0)
     drawn = (draw(random) for _ in range(_RANDOM_CASES)) if draw else ()

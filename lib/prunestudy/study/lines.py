@@ -66,10 +66,7 @@ def parse(line: str, path: Path, number: int = 1) -> dict[str, Any]:
 
 
 def refusal(run: str, why: str, path: Path) -> InputError:
-    """The error for a bad record: what is wrong with it, where it is, the way out.
-
-    `path` is a file of many records, or a run's record.json, whose whole folder must then go.
-    """
+    """The error for a bad record in `path`: a file of many, or the record.json of a run."""
     where, what = (path.parent, "folder") if path.name == "record.json" else (path, "line")
     return InputError(
         f"record = {run}: {why} in {where}; delete that {what} to train the run again"
@@ -77,10 +74,7 @@ def refusal(run: str, why: str, path: Path) -> InputError:
 
 
 def read_lines(path: Path) -> dict[str, dict[str, Any]]:
-    """Records of the file at `path` by what they are filed under; none if there is no file.
-
-    Raises `InputError` for a line that was edited, cut off or repeated.
-    """
+    """Records of the file at `path`, if there, by place; `InputError` for one not as written."""
     try:
         state = path.stat()
     except FileNotFoundError:
@@ -92,7 +86,6 @@ def read_lines(path: Path) -> dict[str, dict[str, Any]]:
 def _read_lines(path: Path, _state: tuple[int, ...]) -> dict[str, dict[str, Any]]:
     records: dict[str, dict[str, Any]] = {}
     text = path.read_bytes().decode("utf-8", errors="replace")
-    collects = gc.isenabled()
     gc.disable()  # it would look at all that is read so far again and again, half of the time
     try:
         for number, line in enumerate(text.removesuffix("\n").split("\n") if text else (), 1):
@@ -100,8 +93,7 @@ def _read_lines(path: Path, _state: tuple[int, ...]) -> dict[str, dict[str, Any]
             if records.setdefault(place(record), record) is not record:
                 raise refusal(record["run"], "is there twice", path)
     finally:
-        if collects:
-            gc.enable()
+        gc.enable()
     return records
 
 
@@ -130,10 +122,7 @@ def _agree(old: Any, new: Any) -> bool:
 
 
 def read_arrays(path: Path, begin: str = "") -> dict[str, np.ndarray]:
-    """Arrays of the file at `path` whose names begin with `begin`, by the rest of their names.
-
-    Empty if the file is missing or damaged.
-    """
+    """Arrays at `path` by the rest of names with `begin`; {} of a missing or damaged file."""
     try:
         with safe_open(path, framework="numpy") as file:
             names = [name for name in file.keys() if name.startswith(begin)]  # noqa: SIM118

@@ -37,11 +37,10 @@ _SAME = ["model", "dataset", "epochs", "device"]  # settings are compared where 
 
 
 def settings_table(runs: pd.DataFrame) -> pd.DataFrame:
-    """One row per setting that is done: its summary, difference to dense, and `COSTS`.
+    """One row per setting that is done: its summary, `label` for people, and `COSTS`.
 
-    `label` names it for people; `combined` marks two methods, one after the other. Costs are
-    shares of the dense net of the same model, data, total epochs and device: means over seeds,
-    times of the first seed. Raises `InputError` if no run is done.
+    Costs are shares of the dense net of the same model, data, total epochs and device: means over
+    seeds, times of the first seed. Raises `InputError` if no run is done.
     """
     runs = runs[~runs["stage"].isin(["start", "half"])]
     done = runs[runs["status"] == "done"]
@@ -83,10 +82,9 @@ def readable(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def which_when(rows: pd.DataFrame, at_least: float) -> pd.DataFrame:
-    """The smallest setting by each of `COSTS` whose mean loses no more than `at_least` allows.
+    """The smallest setting by each of `COSTS` that loses no more than `at_least`, for people.
 
-    For people; `rows` are of one net and data set. Of the settings about as small as the smallest
-    it is the most accurate.
+    `rows` are of one net and data set. Of those about as small it is the most accurate.
     """
     able = rows[(rows["method"] != "dense") & (rows["difference"] >= at_least)]
     costs = [cost for cost in COSTS if able[cost].notna().any()]
@@ -100,10 +98,9 @@ def which_when(rows: pd.DataFrame, at_least: float) -> pd.DataFrame:
 
 
 def class_drops(study: Session) -> pd.DataFrame:
-    """What each class pays: accuracy minus that of the dense net, per data set, method and class.
+    """Accuracy minus that of the dense net by data set, method and class; a mean over the rest.
 
-    Of the papers' methods, a mean over nets, targets and seeds; no rows where the records do not
-    say which test images were right. Raises `InputError` if the images are missing.
+    No rows where records do not say which images were right. `InputError` without the images.
     """
     runs, found = index(study.planned), []
     for method in OURS:
@@ -141,8 +138,7 @@ def claims(judged: pd.DataFrame) -> pd.DataFrame:
 def layer_left(result: Result, name: str) -> np.ndarray:
     """What a pruned net has of its layer `name`, each weight in its place; NaN is gone.
 
-    (out, in) for a linear layer; two factors of rank r stand beside an empty square of the layer's
-    size, (r + out, r + in).
+    (out, in); two factors of rank r stand beside an empty square, (r + out, r + in).
     """
     layer, dense = result.model.get_submodule(name), result.dense.get_submodule(name).weight
     if isinstance(layer, nn.Sequential):

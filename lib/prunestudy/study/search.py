@@ -135,10 +135,9 @@ def _score(store: Store, settings: RunSettings) -> float:
 
 
 def strongest(found: list[_Grid], profile: str) -> dict[tuple[str, ...], tuple[str, str]]:
-    """The best control by the grids `found` of `profile`, and that of the card ("" for none).
+    """The best control, and that of the card ("" for none), by paper, net, data, target and method.
 
-    By paper, net, data set, kind of target and method, for each test against the strongest control
-    of which all grids are complete. A control whose best setting fails is not eligible.
+    Where all grids are complete. A control whose best setting fails is not eligible.
     """
     places: dict[tuple[str, ...], list[_Grid]] = {}
     for grid in (grid for grid in found if grid.tried[0].settings.aim):

@@ -22,10 +22,7 @@ _WAYS = {"above": "above", "below": "below", "level": "not told apart from"}
 
 
 class Quantity(NamedTuple):
-    """What a sentence is about: its name, its value in a record (None: not there), its unit.
-
-    The value is `factor` times what `of` finds.
-    """
+    """What a sentence is about: `factor` times what `of` finds in a record (None: not there)."""
 
     name: str
     of: Callable[[Record], float | None]

@@ -76,11 +76,7 @@ def _row(item: Planned, record: dict[str, Any]) -> dict[str, Any]:
 
 
 def summary_table(runs: pd.DataFrame) -> pd.DataFrame:
-    """One row per setting: mean, sd and n over seeds, and the paired difference to dense.
-
-    `diverged` counts the seeds that n lacks, also those that came apart; a setting of which none
-    is done has no row.
-    """
+    """One row per setting of which a run is done: over seeds, and paired with dense."""
     keys = [key for key in KEYS if key != "metric_name"]  # a diverged run has no metric's name
     done = runs[runs["status"] == "done"]
     done = done.assign(difference=done["metric"] - done["dense_metric"])
@@ -127,10 +123,7 @@ def text_of(table: pd.DataFrame) -> str:
 
 
 def readable(summary: pd.DataFrame) -> pd.DataFrame:
-    """Return the summary for people: percent and points (dB for psnr), interval in brackets.
-
-    A column tells rows of several papers, and of several devices, apart.
-    """
+    """The summary for people, in percent and points, or dB; with the paper, if of several."""
     rows = []
     for row in summary.to_dict("records"):
         (factor, unit), paper, n = UNITS[row["metric_name"]], card(row["paper"]), row["n"]
@@ -156,10 +149,9 @@ def readable(summary: pd.DataFrame) -> pd.DataFrame:
 
 
 def by_share(summary: pd.DataFrame) -> pd.DataFrame:
-    """The same in one row for each method on a net, with a column for each share removed.
+    """A row for each method on a net, a column for each share removed.
 
-    In brackets the difference to dense, in points or dB, with a star where its interval is on one
-    side of zero.
+    In brackets the difference to dense, in points or dB; a star: its interval leaves out zero.
     """
     table, summary = readable(summary), summary.reset_index(drop=True)
     if table.empty:
@@ -184,10 +176,7 @@ def by_share(summary: pd.DataFrame) -> pd.DataFrame:
 
 
 def readable_verdicts(table: pd.DataFrame) -> pd.DataFrame:
-    """Rows of `verdicts_table` for people: what was compared where, and what came out.
-
-    Without columns in which nothing stands, as p where nothing is tested.
-    """
+    """Rows of `verdicts_table` for people, without columns in which nothing stands."""
     rows = []
     for row in table.to_dict("records"):
         spans = [(row["mean"], row[f"{of}low"], row[f"{of}high"]) for of in ("", "images_")]

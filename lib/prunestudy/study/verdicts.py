@@ -162,10 +162,7 @@ def _why_not(comparison: Comparison, margin: float | None, n: int, ours: int, th
 
 
 def _test(rows: list[dict[str, Any]], paper: Card, profile: str) -> None:
-    """Adjust the p-values over the planned tests, and give the verdicts; in place.
-
-    Planned tests on data sets without any run do not count: of two copies there may be one.
-    """
+    """Adjust the p-values, and give the verdicts, in place; of data sets that have any run."""
     there, checkout = {row["dataset"] for row in rows if row.get("there")}, places.checkout()
     family = [row for row in rows if row.get("planned") and row["dataset"] in there]
     primary = {row["claim"] for row in rows if row.get("primary") and row["there"]}
@@ -211,10 +208,7 @@ def _on_top(rows: pd.DataFrame) -> str:
 
 
 def _difference(rule: Rule, kind: str, pairs: list[list[Record]]) -> float:
-    """Mean over the pairs of ours minus theirs, or of ours alone.
-
-    NaN where one lacks the metric, and where ours is larger than the rule allows.
-    """
+    """Mean of ours minus theirs (or ours); NaN: one lacks it, or ours is larger than allowed."""
     found, name = [], rule.metric.removeprefix("-")
     for pair in pairs:
         values = [record["metrics"].get(name) for record in pair]

@@ -119,10 +119,7 @@ def place_of(rows: pd.DataFrame) -> str:
 
 
 def select(table: pd.DataFrame, figure: str, **where: Any) -> pd.DataFrame:
-    """The rows whose columns are as in `where`, of the device that has most of them.
-
-    Runs of two devices are not drawn as one line. Raises `InputError` if there is no row.
-    """
+    """Rows with the values `where`, of the device that has most; `InputError` if there is none."""
     table = table[(table[[*where]] == pd.Series(where)).all(axis=1)]
     if table.empty:
         raise InputError(f"figure = {figure}: no finished run")
@@ -147,10 +144,7 @@ def histograms(
     ylabel: str,
     **options: Any,
 ) -> Figure:
-    """Counts in equal bins from 0 to `top`, as shares of a panel's first, which is filled.
-
-    `panels`: title -> label -> counts, colour.
-    """
+    """Equal bins from 0 to `top`: title -> label -> counts, colour; the first one is filled."""
     figure, axes = canvas(len(panels), (3.3 * len(panels) + 0.6, 3.2), sharey=True)
     for panel, (title, counted) in zip(axes, panels.items(), strict=True):
         first = next(iter(counted))
@@ -192,10 +186,7 @@ def legend(figure: Figure, where: str = "outside right upper", columns: int = 1)
 def metric_against_target(
     summary: pd.DataFrame, paper: Card, model: str, dataset: str, kind: str = "sparsity"
 ) -> Figure:
-    """Mean metric and sd over seeds against the share kept of what `kind` counts.
-
-    Beside them the dense net of the same epochs, and published numbers for this setting.
-    """
+    """Mean metric and sd against the share kept, beside the dense net and published numbers."""
     where = {"model": model, "dataset": dataset, "variant": "", "target_kind": kind}
     rows = select(summary, f"{model} on {dataset}", **where)
     factor, unit = tables.UNITS[metric := rows.metric_name.iloc[0]]
@@ -231,10 +222,7 @@ def metric_against_target(
 
 
 def variants(summary: pd.DataFrame, method: str) -> Figure:
-    """Difference to dense of each variant of `method` beside the default, with 95% intervals.
-
-    At the net, data set and target of the first variant.
-    """
+    """Difference to dense of `method`'s variants, with 95% intervals, where the first one is."""
     ours = summary[summary.method == method]
     first = select(ours[ours.variant != ""], f"variants of {method}").iloc[0]
     keys = ["model", "dataset", "target_kind", "target", "device"]

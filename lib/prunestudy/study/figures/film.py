@@ -1,7 +1,6 @@
 """Animations of a training: a player with a slider, in JupyterLab and in pages without a network.
 
-matplotlib's own player takes its icons from the network and a random name; here they are signs and
-a digest of the frames, so that the same training gives the same page.
+Unlike matplotlib's it takes no icons from there, and the same frames give the same page.
 """
 
 import base64
@@ -52,10 +51,7 @@ def slide(
 
 
 def film(figure: Figure, draw: Callable[[Any], None], frames: Sequence[Any]) -> HTML:
-    """A player of `figure` as `draw` leaves it for each of `frames`, which all have one size.
-
-    `draw(frame)` clears and fills the figure's axes. The last title is the alternative text.
-    """
+    """A player of what `draw(frame)` fills into the cleared axes; its `alt` is the last title."""
     figure.set_layout_engine("constrained")
     draw(frames[-1])
     figure.canvas.draw()

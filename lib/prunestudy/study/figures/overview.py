@@ -50,8 +50,7 @@ def five_ways(
 ) -> Figure:
     """What each method leaves of one trained layer, at a share `left` of the net; grey is gone.
 
-    `layers`: the dense one, then `overview.layer_left` of each method, by name. A `figure` of an
-    earlier call is drawn anew.
+    `layers`: the dense one, then `overview.layer_left` by method. An earlier `figure` is redrawn.
     """
     figure = figure or look.canvas(len(layers), (13.4, 3.2))[0]
     colours = ListedColormap(plt.get_cmap("GnBu")(np.linspace(0.35, 1, 64)), bad="#ececec")
@@ -73,10 +72,9 @@ def five_ways(
 
 
 def pareto(rows: pd.DataFrame, dataset: str) -> Figure:
-    """Metric minus dense (mean and sd over seeds) against time for one image and bytes on disk.
+    """Metric minus dense (mean and sd) of `overview.settings_table` against time and bytes.
 
-    `rows` of `overview.settings_table`; of these the papers' methods and two controls, with the
-    share removed at each point. The line joins the settings that no smaller one beats.
+    Of the papers' methods and two controls. The line joins what no smaller one beats.
     """
     single = rows[rows.method.isin([*OURS, *_CONTROLS]) & rows.difference.notna()]
     part = look.select(single, f"costs on {dataset}", dataset=dataset, combined=False)
@@ -138,10 +136,7 @@ def frontier(rows: pd.DataFrame, cost: str) -> pd.DataFrame:
 
 
 def verdicts(rows: pd.DataFrame) -> Figure:
-    """What came out of each claim of each paper: a square for each net that it was tested on.
-
-    `rows` of `overview.verdicts`; a claim that was not tested has one square, which says why.
-    """
+    """`overview.verdicts`: a square for each net that a claim was tested on, or one why not."""
     known = rows.assign(verdict=rows.verdict.where(rows.verdict.isin([*_VERDICTS]), "not tested"))
     claims, papers = known.groupby(["paper", "claim"], sort=False), known.paper.unique()
     texts = {key: textwrap.fill(claim.says.iloc[0], 125) for key, claim in claims}

@@ -67,11 +67,7 @@ def sparse_layers(layers: pd.DataFrame) -> Figure:
 
 
 def ranks_table(store: Store, planned: Sequence[Planned]) -> pd.DataFrame:
-    """One row per run and layer of nets that are factorised at a share of the energy.
-
-    `rank` is that of the trained net at 5% error, `full` the full one, `speed_up` the layer's by
-    MACs at that rank.
-    """
+    """Layers of nets factorised at 5% error: `rank`, the `full` one, `speed_up` by MACs."""
     rows = []
     for item in planned:
         s, record = item.settings, store.read(item.settings)
@@ -123,10 +119,7 @@ def angles(store: Store, runs: dict[str, str], layers: list[str]) -> Figure:
 
 
 def speed_up(runs: pd.DataFrame) -> Figure:
-    """Speed-up of nets factorised at 5% error, by MACs and measured: mean over seeds.
-
-    `runs` as in runs.csv. Measured bars are there once the timing step has run.
-    """
+    """Speed-up of nets factorised at 5% error, by MACs and (once timed) measured: means."""
     ours = runs[runs.method.isin(_LOW_RANK)]
     rows = look.select(ours, "speed-up", target_kind="energy", variant="", status="done")
     net = rows.model.map(models.title) + " on " + rows.dataset.map(tables.datasets_title)
@@ -211,10 +204,7 @@ def gates_on_the_ramp(store: Store, run: str, ramp: float) -> Figure:
 
 
 def final_gates(store: Store, runs: dict[str, str]) -> Figure:
-    """Gates of channels before removal, one panel per method (name -> run).
-
-    GDP's at the end; those of hard concrete (at test time) before they are thresholded.
-    """
+    """Gates of channels before they are cut, one panel per method (name -> run)."""
     panels = {}
     for method, run in runs.items():
         gates = store.arrays(run)["final_gates"].astype(float)
