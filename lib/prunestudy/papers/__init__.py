@@ -175,12 +175,9 @@ class Card(Strict):
         """Whether the card is that of a publication."""
         return bool(self.arxiv)
 
-    def published_at(
-        self, method: str, model: str, dataset: str, target: float | None, kind: str
-    ) -> _Published | None:
-        """The published number of `method` at this setting."""
-        place = (method, model, dataset, target, kind)
-        for n in self.published if target is not None else ():
+    def published_at(self, *place: str | float | None) -> _Published | None:
+        """The published number of a method, model, data set, target and kind of target."""
+        for n in (n for n in self.published if n.target is not None):
             if (n.method, n.model, n.dataset, n.target, n.target_kind) == place:
                 return n
         return None

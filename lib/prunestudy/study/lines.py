@@ -21,18 +21,19 @@ from safetensors import SafetensorError, safe_open
 
 from prunestudy.errors import InputError, written_whole
 
+Record = dict[str, Any]
 FORMAT = 2
 CUDA = "-cuda"
 _START = re.compile(r'\{"run":"([A-Za-z0-9_.-]+)","checksum":"([0-9a-f]{64})",')
 _REPRODUCED = ("status", "data", "metrics", "validation", "history", "files")
 
 
-def place(record: dict[str, Any]) -> str:
+def place(record: Record) -> str:
     """The name that `record` is filed under: its run's, with `-cuda` if it was trained there."""
     return record["run"] + ("" if record["environment"]["device"] == "cpu" else CUDA)
 
 
-def line_of(record: dict[str, Any]) -> str:
+def line_of(record: Record) -> str:
     """The line of `record`: its name, the checksum of the rest, then its keys in order."""
     rest = {key: record[key] for key in record if key not in ("run", "checksum")}
     text = json.dumps(_finite(rest), sort_keys=True, separators=(",", ":"), allow_nan=False)
@@ -52,7 +53,7 @@ def _checksum(run: str, rest: str) -> str:
     return hashlib.sha256(f"{run} {rest}".encode()).hexdigest()
 
 
-def parse(line: str, path: Path, number: int = 1) -> dict[str, Any]:
+def parse(line: str, path: Path, number: int = 1) -> Record:
     """Return the record in `line` of `path`; `InputError` if it is not as it was written."""
     start = _START.match(line)
     if not start:
@@ -73,7 +74,7 @@ def refusal(run: str, why: str, path: Path) -> InputError:
     )
 
 
-def read_lines(path: Path) -> dict[str, dict[str, Any]]:
+def read_lines(path: Path) -> dict[str, Record]:
     """Records of the file at `path`, if there, by place; `InputError` for one not as written."""
     try:
         state = path.stat()
@@ -83,8 +84,8 @@ def read_lines(path: Path) -> dict[str, dict[str, Any]]:
 
 
 @lru_cache(maxsize=16)
-def _read_lines(path: Path, _state: tuple[int, ...]) -> dict[str, dict[str, Any]]:
-    records: dict[str, dict[str, Any]] = {}
+def _read_lines(path: Path, _state: tuple[int, ...]) -> dict[str, Record]:
+    records: dict[str, Record] = {}
     text = path.read_bytes().decode("utf-8", errors="replace")
     gc.disable()  # it would look at all that is read so far again and again, half of the time
     try:
@@ -102,7 +103,7 @@ def bits_of(right: np.ndarray) -> str:
     return base64.b64encode(zlib.compress(np.packbits(right).tobytes(), 9)).decode()
 
 
-def right_of(record: dict[str, Any]) -> np.ndarray | None:
+def right_of(record: Record) -> np.ndarray | None:
     """Whether the net of `record` was right, for each test image; None if it is not noted."""
     if not record.get("right"):
         return None
@@ -110,7 +111,7 @@ def right_of(record: dict[str, Any]) -> np.ndarray | None:
     return np.unpackbits(packed, count=record["metrics"]["images"]).astype(bool)
 
 
-def changed(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+def changed(old: Record, new: Record) -> list[str]:
     """What a second training of a run did not reproduce, of what both records have."""
     return [key for key in _REPRODUCED if not _agree(old[key], new[key])]
 

@@ -1,10 +1,11 @@
 """Which runs a comparison means: a card's rules, written out over the planned runs of a profile."""
 
 from collections.abc import Iterable, Iterator, Sequence, Set
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from prunestudy.papers import Card
 from prunestudy.papers.claims import Rule
+from prunestudy.study.lines import Record
 from prunestudy.study.plan import Planned
 from prunestudy.study.records import Store
 from prunestudy.study.settings import Target
@@ -12,7 +13,6 @@ from prunestudy.study.settings import Target
 # By label, net and data set, then by target, then by seed and total epochs, which pairs share.
 Index = dict[tuple[str, str, str], dict[Target | None, dict[tuple[int, int], Planned]]]
 Pair = tuple[Planned, ...]  # ours and theirs, or ours alone
-Record = dict[str, Any]
 # No search and no run before the rules has used them: verdicts are made on these alone.
 SEEDS = range(10, 18)
 

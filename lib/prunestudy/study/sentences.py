@@ -10,9 +10,10 @@ from prunestudy import models
 from prunestudy.errors import require, require_one_of
 from prunestudy.methods import TARGETS
 from prunestudy.papers import Card
+from prunestudy.study.lines import Record
 from prunestudy.study.plan import Planned
 from prunestudy.study.records import Store
-from prunestudy.study.select import Record, index, side_by_side
+from prunestudy.study.select import index, side_by_side
 from prunestudy.study.statistics import interval
 from prunestudy.study.tables import UNITS, datasets_title
 from prunestudy.study.verdicts import called, removed

@@ -15,19 +15,11 @@ import pandas as pd
 from prunestudy import datasets, methods, places
 from prunestudy.papers import Card, path_of
 from prunestudy.papers.claims import Rule
-from prunestudy.study.lines import right_of
+from prunestudy.study.lines import Record, right_of
 from prunestudy.study.plan import Planned
 from prunestudy.study.provenance import is_before, rules_commit
 from prunestudy.study.records import Store
-from prunestudy.study.select import (
-    SEEDS,
-    Comparison,
-    Record,
-    chosen,
-    comparisons,
-    index,
-    side_by_side,
-)
+from prunestudy.study.select import SEEDS, Comparison, chosen, comparisons, index, side_by_side
 from prunestudy.study.statistics import OUTCOMES, decided, drawn, holm, interval, one_sided
 
 Pairs = dict[int, list[list[Record]]]  # by seed, a pair of records for each target

@@ -28,10 +28,9 @@ _READINGS = {
 
 def gate_histograms(store: Store, run: str) -> Figure:
     """Gate variables at the first, a middle and the last epoch in which they train."""
-    counts, rows = store.arrays(run)["gate_histograms"], store.history(run)
-    training = [i for i, row in enumerate(rows) if row["phase"] == "gates"] or [0]
+    counts, colour = store.arrays(run)["gate_histograms"], look.COLOURS["sparse_gates"]
+    training = [i for i, row in enumerate(store.history(run)) if row["phase"] == "gates"] or [0]
     chosen = sorted({training[0], training[len(training) // 2], training[-1]})
-    colour = look.COLOURS["sparse_gates"]
     panels = {f"after epoch {i + 1}": {"gates": (counts[i], colour)} for i in chosen}
     return look.histograms(panels, 1, "gate g", "share of the weights", yscale="log")
 
@@ -77,8 +76,8 @@ def ranks_table(store: Store, planned: Sequence[Planned]) -> pd.DataFrame:
             place = s.model, s.dataset, s.method, item.variant, s.seed
             for layer in (name[5:] for name in metrics if name.startswith("rank.")):
                 full, rank = len(energy[f"energy_before.{layer}"]), metrics[f"rank.{layer}"]
-                faster, device = metrics[f"speed_up.{layer}"], record["environment"]["device"]
-                rows.append((*place, layer, rank, full, faster, device))
+                found = layer, rank, full, metrics[f"speed_up.{layer}"]
+                rows.append((*place, *found, record["environment"]["device"]))
     columns = "model dataset method variant seed layer rank full speed_up device".split()
     return pd.DataFrame(rows, columns=columns).drop_duplicates(ignore_index=True)
 
@@ -128,9 +127,8 @@ def speed_up(runs: pd.DataFrame) -> Figure:
         "measured, batch 1": rows.dense_latency_b1_ms / rows.latency_b1_ms,
         "measured, batch 128": rows.dense_latency_b128_ms / rows.latency_b128_ms,
     }
-    means = (
-        pd.DataFrame(kinds).groupby(net + ": " + rows.method.map(look.title_of), sort=False).mean()
-    )
+    bars = net + ": " + rows.method.map(look.title_of)
+    means = pd.DataFrame(kinds).groupby(bars, sort=False).mean()
     figure, (axes,) = look.canvas(size=(7.5, 1.6 + 0.6 * len(means)))
     means.plot.barh(color=["0.25", "0.5", "0.75"], width=0.8, ax=axes, legend=False)
     for bars in axes.containers:
@@ -148,10 +146,11 @@ def strengths(store: Store, planned: Sequence[Planned]) -> Figure:
     figure, (ranks, errors) = look.canvas(2, (9, 3.4))
     of_search = [item.settings for item in planned if item.experiment == "search"]
     for kind, colour in (("l2", look.COLOURS["force"]), ("l1", "0.4")):
-        found = [s for s in of_search if s.params.get("kind") == kind]
-        found = sorted(found, key=lambda s: s.params["strength"])
-        table = pd.DataFrame([store.require(s.run)["metrics"] for s in found])
-        table.index = [s.params["strength"] for s in found]
+        found = {s.params["strength"]: s.run for s in of_search if s.params.get("kind") == kind}
+        metrics = {
+            strength: store.require(found[strength])["metrics"] for strength in sorted(found)
+        }
+        table = pd.DataFrame(metrics.values(), metrics)
         style, name = {"color": colour, "marker": "o"}, kind.upper()
         ranks.plot(table.rank_total, label=name, **style)
         errors.plot(100 * (1 - table.metric), label=f"{name}, factorised", **style)
@@ -172,11 +171,10 @@ def gate_paths(store: Store, run: str) -> Figure:
     shown = sorted(np.argsort(-sizes, kind="stable")[:4])
     figure, axes = look.canvas(len(shown) + 1, (2.7 * len(shown) + 2.7, 3.1), sharey=True)
     for panel, group in zip(axes, shown, strict=False):
-        columns = np.flatnonzero(group_of == group)
-        columns = columns[:: -(-len(columns) // 60)]
-        kept = paths[-1, columns] > 0
-        panel.plot(steps, paths[:, columns[~kept]], color="0.6", lw=0.7, alpha=0.7)
-        panel.plot(steps, paths[:, columns[kept]], color=look.COLOURS["gdp"], lw=0.7, alpha=0.7)
+        gates = paths[:, group_of == group]
+        gates = gates[:, :: -(-gates.shape[1] // 60)]
+        for kept, colour in ((False, "0.6"), (True, look.COLOURS["gdp"])):
+            panel.plot(steps, gates[:, (gates[-1] > 0) == kept], color=colour, lw=0.7, alpha=0.7)
         panel.set_title(f"{names[group]}: {metrics['channels'][names[group]]} of {sizes[group]}")
     soft, hard = arrays["cost_path"]
     axes[-1].plot(steps, hard, color="black", label="open channels")
@@ -282,8 +280,7 @@ def reconstructions(store: Store, runs: Mapping[str, str]) -> Figure:
     picture = np.vstack([np.hstack(images[:, 0]) for images in rows.values()])
     figure, (axes,) = look.canvas(size=(1.8 + 0.7 * len(first["shown"]), 0.7 * len(rows)))
     axes.imshow(picture, cmap="gray", vmin=0, vmax=255)
-    middles = (np.arange(len(rows)) + 0.5) * len(picture) / len(rows)
-    axes.set_yticks(middles, rows)
+    axes.set_yticks((np.arange(len(rows)) + 0.5) * len(picture) / len(rows), rows)
     axes.set(xticks=[], title="images, and what is left of them")
     axes.grid(visible=False)
     return figure
