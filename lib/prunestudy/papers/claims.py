@@ -65,12 +65,6 @@ class Rule(Strict):
             raise ValueError("non_inferiority is of the metric, against something")
         return self
 
-    def covers(self, model: str, dataset: str, target: float | None, kind: str) -> bool:
-        """Whether the rule applies to this net, data set and target of `kind`."""
-        at = {"models": model, "datasets": dataset, "targets": target}
-        inside = all(at[name] in allowed for name, allowed in self.where.items())
-        return inside and self.target_kind in (None, kind)
-
 
 class Claim(Strict):
     """A claim of the paper, read at `place`: `tests`, or the reason why it is `not_testable`."""

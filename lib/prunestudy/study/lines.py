@@ -9,7 +9,6 @@ import base64
 import gc
 import hashlib
 import json
-import math
 import re
 import zlib
 from functools import lru_cache
@@ -35,18 +34,10 @@ def place(record: Record) -> str:
 
 def line_of(record: Record) -> str:
     """The line of `record`: its name, the checksum of the rest, then its keys in order."""
-    rest = {key: record[key] for key in record if key not in ("run", "checksum")}
-    text = json.dumps(_finite(rest), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    rest = json.dumps({key: record[key] for key in record if key not in ("run", "checksum")})
+    rest = json.loads(rest, parse_constant=lambda _: None)  # for numbers that are not finite
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
     return f'{{"run":"{record["run"]}","checksum":"{_checksum(record["run"], text)}",{text[1:]}'
-
-
-def _finite(values: Any) -> Any:
-    """The same values with None for every number that JSON cannot express."""
-    if isinstance(values, dict):
-        return {key: _finite(value) for key, value in values.items()}
-    if isinstance(values, list | tuple):
-        return [_finite(value) for value in values]
-    return None if isinstance(values, float) and not math.isfinite(values) else values
 
 
 def _checksum(run: str, rest: str) -> str:

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from prunestudy.errors import InputError
-from prunestudy.methods.channels import Channelled
 from prunestudy.methods.search import Search
 from prunestudy.papers import cards
 from prunestudy.papers.claims import Rule
@@ -120,11 +119,8 @@ def class_drops(study: Session) -> pd.DataFrame:
 
 def verdicts(study: Session) -> pd.DataFrame:
     """Every row of every paper's `verdicts_table` in the profile of `study`."""
-    found = []
-    for paper in (card for card in cards() if card.is_paper):
-        sized = (study.profile, (paper.id,), study.seeds, study.epochs)
-        planned = plan(*sized) if study.profile in paper.profiles else []
-        found.append(verdicts_table(study.store, planned, paper, images=True))
+    planned, papers = plan(study.profile, (), study.seeds, study.epochs), cards()
+    found = [verdicts_table(study.store, planned, p, images=True) for p in papers if p.is_paper]
     return pd.concat(found, ignore_index=True)
 
 
@@ -148,21 +144,16 @@ def layer_left(result: Result, name: str) -> np.ndarray:
         shown[:rank, rank:], shown[rank:, :rank] = basis, mixture
         return shown
     weight, shown = layer.weight.detach().numpy(), np.full(dense.shape, math.nan)
-    kept = [np.arange(size) for size in dense.shape]
-    if channels := getattr(result.method, "channels", None):
-        open_ = torch.ones(channels.size + 1, dtype=torch.bool)  # the last: what always stays
-        open_[:-1] = _open(result.method)
+    method, kept = result.method, [np.arange(size) for size in dense.shape]
+    if channels := getattr(method, "channels", None):
+        open_ = torch.zeros(channels.size + 1, dtype=torch.bool)
+        open_[-1] = True  # what always stays
+        if isinstance(method, Search):
+            found = method.budget.indices(method.point.kept)
+            for part, left in zip(channels.slices, found, strict=True):
+                open_[part.start + left] = True
+        else:
+            open_[:-1] = method.open()
         kept = [open_[channels.numbers(name, axis)].nonzero().flatten() for axis in ("out", "in")]
     shown[np.ix_(*kept)] = np.where(weight == 0, math.nan, weight)
     return shown
-
-
-def _open(method: Channelled | Search) -> torch.Tensor:
-    """Which channels of the net a method left open (N,)."""
-    if isinstance(method, Channelled):
-        return method.open()
-    open_ = torch.zeros(method.channels.size, dtype=torch.bool)
-    kept = method.budget.indices(method.point.kept)
-    for part, channels in zip(method.channels.slices, kept, strict=True):
-        open_[part.start + channels] = True
-    return open_

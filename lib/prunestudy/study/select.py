@@ -92,7 +92,9 @@ def _units(
     found: dict[int, dict[int, dict[float, Pair]]] = {}
     for target, ours in runs[rule.method, model, dataset].items():
         share, own = (target.value, target.kind) if target else (0.0, "")
-        if own == kind and rule.covers(model, dataset, share, kind):
+        at = {"models": model, "datasets": dataset, "targets": share}
+        covered = all(at[name] in allowed for name, allowed in rule.where.items())
+        if own == kind and covered and rule.target_kind in (None, kind):
             others = theirs.get(target) or theirs.get(None, {})
             for (seed, epochs), item in ours.items():
                 if not control or (seed, epochs) in others:

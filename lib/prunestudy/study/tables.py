@@ -2,7 +2,6 @@
 
 import html
 import math
-from typing import Any
 
 import pandas as pd
 
@@ -41,8 +40,22 @@ UNITS = dict.fromkeys(("top1", "top5", "miou"), (100, "%")) | {"psnr": (1, " dB"
 
 def runs_table(store: Store, planned: list[Planned]) -> pd.DataFrame:
     """One row per paper, run and device of the planned runs that are done, without the search."""
-    shown = [item for item in planned if item.purpose != "search"]
-    rows = [_row(item, record) for item in shown for record in store.read_all(item.settings)]
+    rows = []
+    own = ("method", "model", "dataset", "seed", "epochs", "precision", "threads")
+    words = ("paper", "variant", "reading", "stage", "after")
+    for item in (item for item in planned if item.purpose != "search"):
+        settings, aim = item.settings, item.settings.aim
+        for record in store.read_all(settings):
+            row = {name: value for name, value in record["metrics"].items() if name in RUN_COLUMNS}
+            row |= {name: getattr(settings, name) for name in own}
+            row |= {name: getattr(item, name) for name in words}
+            row |= (record["latency"] or {}).get("ms", {})
+            row["run"] = record["run"]  # settings.run would hash them once more
+            row["parent"], row["status"] = record["parent"] or "", record["status"]
+            row["target_kind"], row["target"] = (aim.kind, aim.value) if aim else ("", math.nan)
+            row["train_seconds"] = record["cost"]["train_seconds"]
+            row["device"] = record["environment"]["device"]
+            rows.append(row)
     table = pd.DataFrame(rows, columns=RUN_COLUMNS)
     # A run that two experiments share under two labels is one row, under the plainer label.
     one = ["paper", "run", "device"]
@@ -55,24 +68,6 @@ def runs_table(store: Store, planned: list[Planned]) -> pd.DataFrame:
     if metric.empty:
         return table
     return table.assign(dense_metric=metric.reindex(pd.MultiIndex.from_frame(table[keys])).array)
-
-
-def _row(item: Planned, record: dict[str, Any]) -> dict[str, Any]:
-    settings, aim, metrics = item.settings, item.settings.aim, record["metrics"]
-    own = ("method", "model", "dataset", "seed", "epochs", "precision", "threads")
-    return {
-        **{name: metrics[name] for name in RUN_COLUMNS if name in metrics},
-        **{name: getattr(settings, name) for name in own},
-        **{name: getattr(item, name) for name in ("paper", "variant", "reading", "stage", "after")},
-        **(record["latency"] or {}).get("ms", {}),
-        "run": record["run"],  # settings.run would hash them once more
-        "parent": record["parent"] or "",
-        "target_kind": aim.kind if aim else "",
-        "target": aim.value if aim else math.nan,
-        "train_seconds": record["cost"]["train_seconds"],
-        "status": record["status"],
-        "device": record["environment"]["device"],
-    }
 
 
 def summary_table(runs: pd.DataFrame) -> pd.DataFrame:

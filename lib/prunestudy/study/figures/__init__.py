@@ -159,23 +159,6 @@ def histograms(
     return figure
 
 
-def frame(axes: Axes, rows: pd.DataFrame, y: str, dense: float) -> None:
-    """Limit the y axis so that random pruning, where it fails, does not flatten the others."""
-    values = [*rows[y][rows.method != "random"], dense]
-    margin = max(0.1 * (max(values) - min(values)), 0.05)
-    axes.set_ylim(min(values) - margin, max(values) + min(margin, 0.5))
-    axes.axhline(dense, color=COLOURS["dense"], ls="--", lw=1, label="dense")
-    least = rows.loc[rows[y].idxmin()]
-    if least[y] < min(values) - margin:
-        label = f"(below the frame: {title_of(least.method)}, down to {least[y]:.3g})"
-        axes.plot([], [], " ", label=label)
-
-
-def dense_of(rows: pd.DataFrame) -> float:
-    """The dense net's mean metric, over the seeds of the setting that has most of them."""
-    return rows.dense_metric[rows.n.idxmax()]
-
-
 def legend(figure: Figure, where: str = "outside right upper", columns: int = 1) -> None:
     """One legend beside all panels; what several of them show is named once."""
     named = [axes.get_legend_handles_labels() for axes in figure.axes]
@@ -203,7 +186,15 @@ def metric_against_target(
     rows = rows.assign(kept=rows.kept * 1.02 ** (order - order.mean()))
     figure, (axes,) = canvas(size=(6.8, 4.4))
     points(axes, rows, "kept", "value", "sd")
-    frame(axes, rows, "value", factor * dense_of(rows))
+    dense = factor * rows.dense_metric[rows.n.idxmax()]  # of the setting of most seeds
+    axes.axhline(dense, color=COLOURS["dense"], ls="--", lw=1, label="dense")
+    # Random pruning, where it fails, would flatten the others.
+    values, least = [*rows.value[rows.method != "random"], dense], rows.loc[rows.value.idxmin()]
+    margin = max(0.1 * (max(values) - min(values)), 0.05)
+    axes.set_ylim(min(values) - margin, max(values) + min(margin, 0.5))
+    if least.value < min(values) - margin:
+        label = f"(below the frame: {title_of(least.method)}, down to {least.value:.3g})"
+        axes.plot([], [], " ", label=label)
     for number in paper.published:
         place = (number.model, number.dataset, number.target_kind, number.metric)
         if place == (model, dataset, kind, metric) and number.kept:

@@ -79,9 +79,12 @@ def pareto(rows: pd.DataFrame, dataset: str) -> Figure:
     single = rows[rows.method.isin([*OURS, *_CONTROLS]) & rows.difference.notna()]
     part = look.select(single, f"costs on {dataset}", dataset=dataset, combined=False)
     factor, _ = tables.UNITS[part.metric_name.iloc[0]]
-    shares = {cost: 100 * part[cost] for cost in _AXES}
-    scores = {"lost": factor * part.difference, "sd": factor * part.difference_sd.fillna(0)}
-    part = part.assign(**shares, **scores, label=part.method.map(look.title_of))
+    part = part.assign(
+        **{cost: 100 * part[cost] for cost in _AXES},
+        lost=factor * part.difference,
+        sd=factor * part.difference_sd.fillna(0),
+        label=part.method.map(look.title_of),
+    )
     measured = [cost for cost in _AXES if part[cost].notna().any()]
     figure, axes = look.canvas(len(measured), (5.2 * len(measured), 4.8), sharey=True)
     for panel, cost in zip(axes, measured, strict=True):
@@ -95,11 +98,10 @@ def pareto(rows: pd.DataFrame, dataset: str) -> Figure:
         panel.margins(x=0.1)
         panel.set_yscale("symlog", linthresh=np.clip(3 * part.lost.abs().median(), 0.1, 1))
         panel.set_yticks(_LOST, map("{:g}".format, _LOST))
-        look.frame(panel, part, "lost", 0)
+        panel.axhline(0, color=look.COLOURS["dense"], ls="--", lw=1, label="dense")
         panel.set_ylim(1.1 * (part.lost - part.sd).min(), max(0, *(part.lost + part.sd)) + 0.03)
-        best = frontier(seen, cost)
-        name = "front: no cheaper one is better"
-        panel.plot(cost, "lost", data=best, color="0.35", lw=1, zorder=1, label=name)
+        front = {"color": "0.35", "lw": 1, "zorder": 1, "label": "front: no cheaper one is better"}
+        panel.plot(cost, "lost", data=frontier(seen, cost), **front)
         panel.set_xlabel(f"{COSTS[cost]}, % of dense")
     axes[0].set_ylabel("accuracy minus dense, points (mean and sd)")
     figure.suptitle(f"{look.place_of(part)}: what is lost against what is left")

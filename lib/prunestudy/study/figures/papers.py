@@ -146,11 +146,10 @@ def strengths(store: Store, planned: Sequence[Planned]) -> Figure:
     figure, (ranks, errors) = look.canvas(2, (9, 3.4))
     of_search = [item.settings for item in planned if item.experiment == "search"]
     for kind, colour in (("l2", look.COLOURS["force"]), ("l1", "0.4")):
-        found = {s.params["strength"]: s.run for s in of_search if s.params.get("kind") == kind}
-        metrics = {
-            strength: store.require(found[strength])["metrics"] for strength in sorted(found)
-        }
-        table = pd.DataFrame(metrics.values(), metrics)
+        found = [s for s in of_search if s.params.get("kind") == kind]
+        found = sorted(found, key=lambda s: s.params["strength"])
+        metrics = [store.require(s.run)["metrics"] for s in found]
+        table = pd.DataFrame(metrics, [s.params["strength"] for s in found])
         style, name = {"color": colour, "marker": "o"}, kind.upper()
         ranks.plot(table.rank_total, label=name, **style)
         errors.plot(100 * (1 - table.metric), label=f"{name}, factorised", **style)
@@ -263,7 +262,8 @@ def psnr_against_removed(summary: pd.DataFrame, model: str, dataset: str) -> Fig
     figure, axes = look.canvas(len(stages), (3 + 4 * len(stages), 4), sharey=True)
     for panel, (stage, part) in zip(axes, stages, strict=True):
         look.points(panel, part, "removed", "metric", "sd")
-        panel.axhline(look.dense_of(part), color=look.COLOURS["dense"], ls=":", label="dense")
+        dense = part.dense_metric[part.n.idxmax()]
+        panel.axhline(dense, color=look.COLOURS["dense"], ls=":", label="dense")
         panel.set(title=f"{look.place_of(rows)}, {stage or 'after pruning'}")
         panel.set(xlabel="parameters removed, %", xticks=100 * part.target.unique())
     axes[0].set_ylabel("test PSNR, dB (mean and sd)")
