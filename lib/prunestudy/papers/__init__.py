@@ -107,8 +107,9 @@ class Entry(Strict):
 class Experiment(Strict):
     """Methods side by side on one net and data set, from the same dense start.
 
-    `start` trains the dense parent (None: random weights), of `pretrained` from torchvision's, and
-    `recipe` all after it. `validation` is a number of images; a "search" is scored on them.
+    `start` trains the dense parent (None: start from random weights), with `pretrained` from
+    torchvision's weights, and `recipe` trains everything after it. `validation` is a number of
+    images; a "search" is scored on them. The seeds are `seeds` numbers from `first_seed` on.
     """
 
     name: str

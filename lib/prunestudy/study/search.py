@@ -135,9 +135,9 @@ def _score(store: Store, settings: RunSettings) -> float:
 
 
 def strongest(found: list[_Grid], profile: str) -> dict[tuple[str, ...], tuple[str, str]]:
-    """The best control, and that of the card ("" for none), by paper, net, data, target and method.
+    """The best control and that of the card ("": none) by paper, net, data, target and method.
 
-    Where all grids are complete. A control whose best setting fails is not eligible.
+    For the tests of which all grids are complete; one whose best setting fails is not eligible.
     """
     places: dict[tuple[str, ...], list[_Grid]] = {}
     for grid in (grid for grid in found if grid.tried[0].settings.aim):
