@@ -26,7 +26,7 @@ PROFILES: tuple[str, ...] = get_args(ProfileName)
 
 
 class RunRecipe(Recipe):
-    """A recipe with `period` 1 by default, with which the records were made."""
+    """A recipe with `period` 1 by default, as the records have it."""
 
     period: Annotated[int, Field(ge=0, le=1_000_000)] = 1
 
@@ -41,10 +41,7 @@ class _Read(Strict):
 
 
 class _Published(_Read):
-    """`value` of `metric`, that of the `dense` net, and the `target` of ours to compare it with.
-
-    `kept` is the share of weights left, `nonzeros` their number, `speed_up` that of the whole net.
-    """
+    """`value` (and `dense` one) of `metric`; share `kept`, `nonzeros`, our `target` beside it."""
 
     metric: Literal["top1", "top5", "psnr", "miou"]
     value: float
@@ -82,8 +79,7 @@ class Entry(Strict):
     `stage` is "half" and "combined" for the halves of a combination, "fine-tuned" for training
     after pruning. `after` is the label of an earlier entry whose run, of the same seed and target
     (or `after_target`), is the parent. `fresh` starts from random weights and adds the epochs of
-    the dense start. In a search, `grid` is the label of the entry whose settings this one tries.
-    Other fields replace the experiment's.
+    the dense start. `grid`, of a search, is the label of the entry whose settings this one tries.
     """
 
     method: str
@@ -111,10 +107,9 @@ class Entry(Strict):
 class Experiment(Strict):
     """Methods side by side on one net and data set, from the same dense start.
 
-    `start` trains the dense parent (None: start from random weights), `recipe` everything after it.
-    With `pretrained` the parent begins with torchvision's weights (0 epochs: it is these weights).
-    `validation` is a number of images; a "search" is scored on them instead of the test images.
-    The seeds are the `seeds` numbers from `first_seed` on.
+    `start` trains the dense parent (None: start from random weights), with `pretrained` from
+    torchvision's weights, and `recipe` trains everything after it. `validation` is a number of
+    images; a "search" is scored on them. The seeds are `seeds` numbers from `first_seed` on.
     """
 
     name: str
@@ -180,6 +175,13 @@ class Card(Strict):
     def is_paper(self) -> bool:
         """Whether the card is that of a publication."""
         return bool(self.arxiv)
+
+    def published_at(self, *place: str | float | None) -> _Published | None:
+        """The published number of a method, model, data set, target and kind of target."""
+        for n in (n for n in self.published if n.target is not None):
+            if (n.method, n.model, n.dataset, n.target, n.target_kind) == place:
+                return n
+        return None
 
 
 def path_of(name: str) -> Path:

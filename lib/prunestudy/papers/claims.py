@@ -24,16 +24,14 @@ class Strict(BaseModel):
 
 
 class Rule(Strict):
-    """What a claim is tested by: the paired difference `method - against` of `metric`.
+    """What a claim is tested by: the paired difference `method - against` (labels) of `metric`.
 
-    Of `kind` "superiority" (it is above 0) and "non_inferiority" (above minus the margin of the
-    data set) a claim has at most one. What algebra says is "by_construction", and `why` names what
-    shows it; a "description" has an interval and no verdict. Labels are those of entries. A metric
-    with "-" before its name is better the lower it is. `against` is empty where the metric itself
-    is compared with `at_least`, and "strongest" for the one of the `controls` that the card's
-    searches chose (never a reading of the method). The rule holds wherever both sides have runs:
-    `where` restricts it, for the reason `why`, `target_kind` to such targets, `within` to pairs
-    where ours removed at most that share less than the other.
+    "superiority": it is above 0; "non_inferiority": above minus the data set's margin; of these a
+    claim has one at most. "by_construction": algebra says so, and `why` names what shows it;
+    "description": an interval, no verdict. A metric with "-" is better the lower. `against` is
+    empty where the metric itself is compared with `at_least`, "strongest" for the one of the
+    `controls` that the searches chose. `where` restricts the rule, for the reason `why`, as does
+    `target_kind`; `within`: only where ours removed at most that share less than the other.
     """
 
     kind: Literal["superiority", "non_inferiority", "by_construction", "description"]
@@ -67,12 +65,6 @@ class Rule(Strict):
             raise ValueError("non_inferiority is of the metric, against something")
         return self
 
-    def covers(self, model: str, dataset: str, target: float | None, kind: str) -> bool:
-        """Whether the rule applies to this net, data set and target of `kind`."""
-        at = {"models": model, "datasets": dataset, "targets": target}
-        inside = all(at[name] in allowed for name, allowed in self.where.items())
-        return inside and self.target_kind in (None, kind)
-
 
 class Claim(Strict):
     """A claim of the paper, read at `place`: `tests`, or the reason why it is `not_testable`."""
@@ -104,10 +96,7 @@ class Strongest(Strict):
 
 
 def rules_of(text: str, profile: str, model: str, dataset: str) -> str:
-    """By what tests, against which controls, the card in `text` judges a net in `profile`: JSON.
-
-    Prose, descriptions and other nets' controls are left out. Empty for a text that is no card.
-    """
+    """JSON of the tests and controls by which the card `text` judges a net; "" if it is none."""
     usual = {name: field.default for name, field in Rule.model_fields.items()}
     try:
         values = written_out(tomllib.loads(text))

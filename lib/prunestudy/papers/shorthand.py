@@ -1,31 +1,26 @@
 """Abbreviations in cards, for values that hold in several places.
 
-- `[profiles.NAME]` has defaults for its experiments; recipes are merged key by key. `start` is
-  merged over `recipe`, unless it has 0 epochs and trains nothing.
-- `[sets]` names lists of methods. A name stands for its methods in an experiment, in a later set
-  and in a rule ("NAME, fine-tuned": all at that stage). `{ set = "NAME", seeds = 3 }` changes all
-  of them; `params` are merged. Any other string is a method with its defaults.
+- `[profiles.NAME]` has defaults for its experiments; recipes are merged key by key, `start` over
+  `recipe` unless it has 0 epochs and trains nothing.
+- `[sets]` names lists of methods, for experiments, later sets and rules ("NAME, fine-tuned": all at
+  that stage). `{ set = "NAME", seeds = 3 }` changes all of them; `params` are merged. Any other
+  string is a method with its defaults.
 - `[...experiments.readings.METHOD]` adds an entry for each reading: its name and its `params`. Such
   an experiment is an ablation, and one with `grids` a search, unless its `purpose` says otherwise.
-- An experiment whose `model` or `dataset` is a list is one for each pair of them. Without a `name`
-  it has the names of both: "lenet5_mnist".
+- An experiment whose `model` or `dataset` is a list is one for each pair, by default named so.
 - `[[...experiments.grids]]` adds `methods` at every combination of a grid's lists: `lr`, and
   parameters of the method by name; its other values hold for all entries.
-- A group of `[[claims]]`, `[[tests]]`, `[[strongest]]`, `[[published]]`, `[[ranks]]`, `[[unknown]]`
-  or experiments is what they share, with `rows` of `columns` for the rest; a row may lack the last
-  columns. `[[tests]]` name their `claim`.
+- A group is what its `rows` of `columns` share; a row may lack the last columns. `[[tests]]` name
+  their `claim`.
 """
 
 from collections.abc import Iterator
-from itertools import product
+from itertools import chain, product
 from typing import Any
 
 from prunestudy.errors import require, require_one_of
 
-_DEFAULTS = (
-    *("dataset", "model", "start", "recipe", "target_kind", "targets"),
-    *("first_seed", "seeds", "validation"),
-)
+_DEFAULTS = "dataset model start recipe target_kind targets first_seed seeds validation".split()
 _Table = dict[str, Any]
 _Sets = dict[str, list[_Table]]
 
@@ -33,8 +28,7 @@ _Sets = dict[str, list[_Table]]
 def written_out(values: _Table) -> _Table:
     """Return the card with every claim, number and experiment in full.
 
-    Raises `InputError` for a wrong row or set, and `AttributeError`, `KeyError` or `TypeError` for
-    values that have not a card's form, which the schema refuses.
+    Raises `InputError`, and without a card's form `AttributeError`, `KeyError` or `TypeError`.
     """
     sets: _Sets = {}
     for name, methods in values.get("sets", {}).items():
@@ -42,15 +36,15 @@ def written_out(values: _Table) -> _Table:
     whole = {key: value for key, value in values.items() if key not in ("sets", "tests")}
     for part in {"strongest", "published", "ranks", "unknown"} & values.keys():
         whole[part] = _rows(values[part])
-    tests, claims = _rows(values.get("tests", [])), _rows(values.get("claims", []))
-    for test in tests:
-        require_one_of("claim", test.get("claim", ""), [claim["id"] for claim in claims])
-    whole["claims"] = []
-    for claim in claims:
-        named = (test for test in tests if test["claim"] == claim["id"])
-        own = [{key: test[key] for key in test if key != "claim"} for test in named]
-        rules = [_rule(rule, sets) for rule in [*claim.get("tests", []), *own]]
-        whole["claims"].append(claim | {"tests": rules})
+    whole["claims"], claims = _rows(values.get("claims", [])), {}
+    for claim in whole["claims"]:
+        claims[claim["id"]] = claim["tests"] = [
+            _rule(rule, sets) for rule in claim.get("tests", [])
+        ]
+    for test in _rows(values.get("tests", [])):
+        name = test.pop("claim", "")
+        require_one_of("claim", name, claims)
+        claims[name].append(_rule(test, sets))
     whole["profiles"] = {name: _profile(p, sets) for name, p in values["profiles"].items()}
     return whole
 
@@ -87,25 +81,18 @@ def _labels(name: str, sets: _Sets) -> list[str]:
 def _profile(profile: _Table, sets: _Sets) -> _Table:
     shared = {key: profile[key] for key in _DEFAULTS if key in profile}
     own = {key: value for key, value in profile.items() if key not in shared}
-    merged = [_experiment(each, shared, sets) for each in _rows(profile["experiments"])]
-    whole = [net for experiment in merged for net in _nets(experiment)]
-    return own | {"experiments": whole}
+    groups = (_experiments(each, shared, sets) for each in _rows(profile["experiments"]))
+    return own | {"experiments": [*chain.from_iterable(groups)]}
 
 
-def _nets(experiment: _Table) -> Iterator[_Table]:
+def _experiments(own: _Table, shared: _Table, sets: _Sets) -> Iterator[_Table]:
     """One experiment for each net and data set."""
-    pair = experiment.get("model"), experiment.get("dataset")
-    for model, dataset in product(*(v if isinstance(v, list) else [v] for v in pair)):
-        yield {"name": f"{model}_{dataset}"} | experiment | {"model": model, "dataset": dataset}
-
-
-def _experiment(own: _Table, shared: _Table, sets: _Sets) -> _Table:
     whole = shared | own
     readings, grids = whole.pop("readings", {}), whole.pop("grids", [])
     whole["methods"] = list(_entries(own.get("methods", []), sets))
     for method, named in readings.items():
-        each_of = ({"variant": name, "params": params} for name, params in named.items())
-        whole["methods"] += [{"method": method} | each for each in each_of]
+        found = [{"method": method, "variant": n, "params": params} for n, params in named.items()]
+        whole["methods"] += found
     for grid in grids:
         whole["methods"] += _grid(grid, sets)
     whole.setdefault("purpose", "search" if grids else "ablation" if readings else "results")
@@ -113,7 +100,9 @@ def _experiment(own: _Table, shared: _Table, sets: _Sets) -> _Table:
     if "start" in whole:
         start = shared.get("start", {}) | own.get("start", {})
         whole["start"] = start if start.get("epochs") == 0 else recipe | start
-    return whole
+    pair = whole.get("model"), whole.get("dataset")
+    for model, dataset in product(*(v if isinstance(v, list) else [v] for v in pair)):
+        yield {"name": f"{model}_{dataset}"} | whole | {"model": model, "dataset": dataset}
 
 
 def _grid(grid: _Table, sets: _Sets) -> Iterator[_Table]:

@@ -4,7 +4,8 @@ import copy
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -22,29 +23,22 @@ def exercise(
 ) -> None:
     """Check `answer` on `cases` of (arguments, expected); `AssertionError` if it is wrong.
 
-    With `draw`, also on arguments that it draws at random, against the notebooks' solution of
-    the same name.
+    With `draw`, then also on random arguments, against the notebooks' solution of that name.
     """
-    for arguments, expected in itertools.chain(cases, _drawn(answer.__name__, draw)):
+    name, random = answer.__name__, torch.Generator().manual_seed(0)
+    drawn = (draw(random) for _ in range(_RANDOM_CASES)) if draw else ()
+    solved = ((case, _solution(name)(*copy.deepcopy(case))) for case in drawn)
+    for arguments, expected in itertools.chain(cases, solved):
         got = answer(*copy.deepcopy(arguments))
         if got is None:
-            return print(f"{answer.__name__}: not answered yet")
+            return print(f"{name}: not answered yet")
         given, wanted = (torch.as_tensor(value, dtype=torch.float64) for value in (got, expected))
         right = given.shape == wanted.shape and torch.allclose(given, wanted, atol=1e-6, rtol=1e-6)
-        assert right, f"{answer.__name__}{arguments}: got {got}, expected {expected}"
-    return print(f"{answer.__name__}: right")
+        assert right, f"{name}{arguments}: got {got}, expected {expected}"
+    return print(f"{name}: right")
 
 
-def _drawn(
-    name: str, draw: Callable[[torch.Generator], tuple] | None
-) -> Iterator[tuple[tuple, Any]]:
-    """Random cases, made when they are asked for: after the others are right."""
-    solution, random = draw and _solution(name), torch.Generator().manual_seed(0)
-    for _ in range(_RANDOM_CASES if draw else 0):
-        arguments = draw(random)
-        yield arguments, solution(*copy.deepcopy(arguments))
-
-
+@cache
 def _solution(name: str) -> Callable[..., Any]:
     """The solution called `name`, as it stands in a notebook."""
     for path in sorted(places.notebooks().glob("*.ipynb")):

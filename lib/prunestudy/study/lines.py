@@ -9,7 +9,6 @@ import base64
 import gc
 import hashlib
 import json
-import math
 import re
 import zlib
 from functools import lru_cache
@@ -21,38 +20,31 @@ from safetensors import SafetensorError, safe_open
 
 from prunestudy.errors import InputError, written_whole
 
+Record = dict[str, Any]
 FORMAT = 2
 CUDA = "-cuda"
 _START = re.compile(r'\{"run":"([A-Za-z0-9_.-]+)","checksum":"([0-9a-f]{64})",')
 _REPRODUCED = ("status", "data", "metrics", "validation", "history", "files")
 
 
-def place(record: dict[str, Any]) -> str:
+def place(record: Record) -> str:
     """The name that `record` is filed under: its run's, with `-cuda` if it was trained there."""
     return record["run"] + ("" if record["environment"]["device"] == "cpu" else CUDA)
 
 
-def line_of(record: dict[str, Any]) -> str:
+def line_of(record: Record) -> str:
     """The line of `record`: its name, the checksum of the rest, then its keys in order."""
-    rest = {key: record[key] for key in record if key not in ("run", "checksum")}
-    text = json.dumps(_finite(rest), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    rest = json.dumps({key: record[key] for key in record if key not in ("run", "checksum")})
+    rest = json.loads(rest, parse_constant=lambda _: None)  # for numbers that are not finite
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
     return f'{{"run":"{record["run"]}","checksum":"{_checksum(record["run"], text)}",{text[1:]}'
-
-
-def _finite(values: Any) -> Any:
-    """The same values with None for every number that JSON cannot express."""
-    if isinstance(values, dict):
-        return {key: _finite(value) for key, value in values.items()}
-    if isinstance(values, list | tuple):
-        return [_finite(value) for value in values]
-    return None if isinstance(values, float) and not math.isfinite(values) else values
 
 
 def _checksum(run: str, rest: str) -> str:
     return hashlib.sha256(f"{run} {rest}".encode()).hexdigest()
 
 
-def parse(line: str, path: Path, number: int = 1) -> dict[str, Any]:
+def parse(line: str, path: Path, number: int = 1) -> Record:
     """Return the record in `line` of `path`; `InputError` if it is not as it was written."""
     start = _START.match(line)
     if not start:
@@ -66,21 +58,15 @@ def parse(line: str, path: Path, number: int = 1) -> dict[str, Any]:
 
 
 def refusal(run: str, why: str, path: Path) -> InputError:
-    """The error for a bad record: what is wrong with it, where it is, the way out.
-
-    `path` is a file of many records, or a run's record.json, whose whole folder must then go.
-    """
+    """The error for a bad record in `path`: a file of many, or the record.json of a run."""
     where, what = (path.parent, "folder") if path.name == "record.json" else (path, "line")
     return InputError(
         f"record = {run}: {why} in {where}; delete that {what} to train the run again"
     )
 
 
-def read_lines(path: Path) -> dict[str, dict[str, Any]]:
-    """Records of the file at `path` by what they are filed under; none if there is no file.
-
-    Raises `InputError` for a line that was edited, cut off or repeated.
-    """
+def read_lines(path: Path) -> dict[str, Record]:
+    """Records of the file at `path`, if there, by place; `InputError` for one not as written."""
     try:
         state = path.stat()
     except FileNotFoundError:
@@ -89,10 +75,9 @@ def read_lines(path: Path) -> dict[str, dict[str, Any]]:
 
 
 @lru_cache(maxsize=16)
-def _read_lines(path: Path, _state: tuple[int, ...]) -> dict[str, dict[str, Any]]:
-    records: dict[str, dict[str, Any]] = {}
+def _read_lines(path: Path, _state: tuple[int, ...]) -> dict[str, Record]:
+    records: dict[str, Record] = {}
     text = path.read_bytes().decode("utf-8", errors="replace")
-    collects = gc.isenabled()
     gc.disable()  # it would look at all that is read so far again and again, half of the time
     try:
         for number, line in enumerate(text.removesuffix("\n").split("\n") if text else (), 1):
@@ -100,8 +85,7 @@ def _read_lines(path: Path, _state: tuple[int, ...]) -> dict[str, dict[str, Any]
             if records.setdefault(place(record), record) is not record:
                 raise refusal(record["run"], "is there twice", path)
     finally:
-        if collects:
-            gc.enable()
+        gc.enable()
     return records
 
 
@@ -110,7 +94,7 @@ def bits_of(right: np.ndarray) -> str:
     return base64.b64encode(zlib.compress(np.packbits(right).tobytes(), 9)).decode()
 
 
-def right_of(record: dict[str, Any]) -> np.ndarray | None:
+def right_of(record: Record) -> np.ndarray | None:
     """Whether the net of `record` was right, for each test image; None if it is not noted."""
     if not record.get("right"):
         return None
@@ -118,7 +102,7 @@ def right_of(record: dict[str, Any]) -> np.ndarray | None:
     return np.unpackbits(packed, count=record["metrics"]["images"]).astype(bool)
 
 
-def changed(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+def changed(old: Record, new: Record) -> list[str]:
     """What a second training of a run did not reproduce, of what both records have."""
     return [key for key in _REPRODUCED if not _agree(old[key], new[key])]
 
@@ -130,10 +114,7 @@ def _agree(old: Any, new: Any) -> bool:
 
 
 def read_arrays(path: Path, begin: str = "") -> dict[str, np.ndarray]:
-    """Arrays of the file at `path` whose names begin with `begin`, by the rest of their names.
-
-    Empty if the file is missing or damaged.
-    """
+    """Arrays at `path` by the rest of names with `begin`; {} of a missing or damaged file."""
     try:
         with safe_open(path, framework="numpy") as file:
             names = [name for name in file.keys() if name.startswith(begin)]  # noqa: SIM118

@@ -9,8 +9,6 @@ import torch
 from torch import nn
 
 from prunestudy.errors import InputError
-from prunestudy.methods import method_class
-from prunestudy.methods.channels import Channelled
 from prunestudy.methods.search import Search
 from prunestudy.papers import cards
 from prunestudy.papers.claims import Rule
@@ -19,7 +17,7 @@ from prunestudy.study.lines import right_of
 from prunestudy.study.plan import plan
 from prunestudy.study.select import comparisons, index
 from prunestudy.study.session import Session
-from prunestudy.study.verdicts import claims_table, observed, removed, verdicts_table
+from prunestudy.study.verdicts import claims_table, observed, verdicts_table
 from prunestudy.train.result import Result
 
 OURS = tuple(card.id for card in cards() if card.is_paper)  # each paper's method has its name
@@ -38,52 +36,39 @@ _SAME = ["model", "dataset", "epochs", "device"]  # settings are compared where 
 
 
 def settings_table(runs: pd.DataFrame) -> pd.DataFrame:
-    """One row per setting that is done: its summary, difference to dense, and `COSTS`.
+    """One row per setting that is done: its summary, `label` for people, and `COSTS`.
 
-    `label` names it for people; `combined` marks two methods, one after the other. Costs are
-    shares of the dense net of the same model, data, total epochs and device: means over seeds,
-    times of the first seed. Raises `InputError` if no run is done.
+    Costs are shares of the dense net of the same model, data, total epochs and device: means over
+    seeds, times of the first seed. Raises `InputError` if no run is done.
     """
     runs = runs[~runs["stage"].isin(["start", "half"])]
     done = runs[runs["status"] == "done"]
     if done.empty:
         raise InputError("overview: no run is done yet")
-    done = done.assign(**_shares(done))
+    plain = done[(done["method"] == "dense") & (done["variant"] == "")]
+    dense = plain.groupby(_SAME)[["peak_memory_mb", "bytes"]].mean()
+    dense = dense.reindex(pd.MultiIndex.from_frame(done[_SAME])).set_axis(done.index)
+    done = done.assign(
+        weights=done["nonzeros"] / done["dense_parameters"],
+        macs=done["macs"] / done["dense_macs"],
+        nonzero_macs=done["nonzero_macs"] / done["dense_macs"],
+        time_b1=done["latency_b1_ms"] / done["dense_latency_b1_ms"],
+        time_b128=done["latency_b128_ms"] / done["dense_latency_b128_ms"],
+        memory=done["peak_memory_mb"] / dense["peak_memory_mb"],
+        bytes=done["bytes"] / dense["bytes"],
+    )
     costs = done.groupby(tables.KEYS, dropna=False)[[*COSTS]].mean()
     rows = tables.summary_table(runs).merge(costs.reset_index(), on=tables.KEYS)
     order = list(dict.fromkeys(["dense", *OURS, *rows["method"]]))
+    shown = tables.readable(rows)
+    gone = (", " + shown["removed"] + " removed").where(shown["removed"] != "", "")
     rows = rows.assign(
         combined=rows["stage"] == "combined",
         order=rows["method"].map(order.index),
-        label=[_label(row) for row in rows.itertuples()],
+        label=shown["method"] + gone,
     )
     by = ["dataset", "combined", "order", "target_kind", "target"]
     return rows.sort_values(by, ignore_index=True, kind="stable")
-
-
-def _label(row: Any) -> str:
-    """A setting for people: its method, which reading or after what, what was removed."""
-    aim = f"{removed(row.target, row.target_kind)} removed" if row.target_kind else ""
-    return ", ".join(filter(None, (method_class(row.method).title, row.variant, aim)))
-
-
-def _shares(done: pd.DataFrame) -> dict[str, pd.Series]:
-    """`COSTS` of each run that is done."""
-    dense = done[(done["method"] == "dense") & (done["variant"] == "")]
-
-    def of_dense(name: str) -> pd.Series:
-        mean = dense.groupby(_SAME)[name].mean()
-        return done[name] / mean.reindex(pd.MultiIndex.from_frame(done[_SAME])).array
-
-    return {
-        "weights": done["nonzeros"] / done["dense_parameters"],
-        "macs": done["macs"] / done["dense_macs"],
-        "nonzero_macs": done["nonzero_macs"] / done["dense_macs"],
-        "time_b1": done["latency_b1_ms"] / done["dense_latency_b1_ms"],
-        "time_b128": done["latency_b128_ms"] / done["dense_latency_b128_ms"],
-        "memory": of_dense("peak_memory_mb"),
-        "bytes": of_dense("bytes"),
-    }
 
 
 def readable(rows: pd.DataFrame) -> pd.DataFrame:
@@ -96,10 +81,9 @@ def readable(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def which_when(rows: pd.DataFrame, at_least: float) -> pd.DataFrame:
-    """The smallest setting by each of `COSTS` whose mean loses no more than `at_least` allows.
+    """The smallest setting by each of `COSTS` that loses no more than `at_least`, for people.
 
-    For people; `rows` are of one net and data set. Of the settings about as small as the smallest
-    it is the most accurate.
+    `rows` are of one net and data set. Of those about as small it is the most accurate.
     """
     able = rows[(rows["method"] != "dense") & (rows["difference"] >= at_least)]
     costs = [cost for cost in COSTS if able[cost].notna().any()]
@@ -113,10 +97,9 @@ def which_when(rows: pd.DataFrame, at_least: float) -> pd.DataFrame:
 
 
 def class_drops(study: Session) -> pd.DataFrame:
-    """What each class pays: accuracy minus that of the dense net, per data set, method and class.
+    """Accuracy minus that of the dense net by data set, method and class; a mean over the rest.
 
-    Of the papers' methods, a mean over nets, targets and seeds; no rows where the records do not
-    say which test images were right. Raises `InputError` if the images are missing.
+    No rows where records do not say which images were right. `InputError` without the images.
     """
     runs, found = index(study.planned), []
     for method in OURS:
@@ -136,11 +119,8 @@ def class_drops(study: Session) -> pd.DataFrame:
 
 def verdicts(study: Session) -> pd.DataFrame:
     """Every row of every paper's `verdicts_table` in the profile of `study`."""
-    found = []
-    for paper in (card for card in cards() if card.is_paper):
-        sized = (study.profile, (paper.id,), study.seeds, study.epochs)
-        planned = plan(*sized) if study.profile in paper.profiles else []
-        found.append(verdicts_table(study.store, planned, paper, images=True))
+    planned, papers = plan(study.profile, (), study.seeds, study.epochs), cards()
+    found = [verdicts_table(study.store, planned, p, images=True) for p in papers if p.is_paper]
     return pd.concat(found, ignore_index=True)
 
 
@@ -154,8 +134,7 @@ def claims(judged: pd.DataFrame) -> pd.DataFrame:
 def layer_left(result: Result, name: str) -> np.ndarray:
     """What a pruned net has of its layer `name`, each weight in its place; NaN is gone.
 
-    (out, in) for a linear layer; two factors of rank r stand beside an empty square of the layer's
-    size, (r + out, r + in).
+    (out, in); two factors of rank r stand beside an empty square, (r + out, r + in).
     """
     layer, dense = result.model.get_submodule(name), result.dense.get_submodule(name).weight
     if isinstance(layer, nn.Sequential):
@@ -165,21 +144,16 @@ def layer_left(result: Result, name: str) -> np.ndarray:
         shown[:rank, rank:], shown[rank:, :rank] = basis, mixture
         return shown
     weight, shown = layer.weight.detach().numpy(), np.full(dense.shape, math.nan)
-    kept = [np.arange(size) for size in dense.shape]
-    if channels := getattr(result.method, "channels", None):
-        open_ = torch.ones(channels.size + 1, dtype=torch.bool)  # the last: what always stays
-        open_[:-1] = _open(result.method)
+    method, kept = result.method, [np.arange(size) for size in dense.shape]
+    if channels := getattr(method, "channels", None):
+        open_ = torch.zeros(channels.size + 1, dtype=torch.bool)
+        open_[-1] = True  # what always stays
+        if isinstance(method, Search):
+            found = method.budget.indices(method.point.kept)
+            for part, left in zip(channels.slices, found, strict=True):
+                open_[part.start + left] = True
+        else:
+            open_[:-1] = method.open()
         kept = [open_[channels.numbers(name, axis)].nonzero().flatten() for axis in ("out", "in")]
     shown[np.ix_(*kept)] = np.where(weight == 0, math.nan, weight)
     return shown
-
-
-def _open(method: Channelled | Search) -> torch.Tensor:
-    """Which channels of the net a method left open (N,)."""
-    if isinstance(method, Channelled):
-        return method.open()
-    open_ = torch.zeros(method.channels.size, dtype=torch.bool)
-    kept = method.budget.indices(method.point.kept)
-    for part, channels in zip(method.channels.slices, kept, strict=True):
-        open_[part.start + channels] = True
-    return open_

@@ -23,7 +23,8 @@ class Planned:
     `variant` is its label for people. It says which `reading` of the method this is, at which
     `stage` ("" an ordinary result, "start" the dense parent, "half" the beginning of a combination,
     "fine-tuned", "combined"), and for a combination which method came before it (`after`). The
-    `first` seed of an experiment is the one that is drawn and timed.
+    `first` seed of an experiment is the one that is drawn and timed. In a search, `grid` is the
+    label of the entry whose settings it tries.
     """
 
     paper: str
@@ -35,6 +36,7 @@ class Planned:
     stage: str = ""
     after: str = ""
     first: bool = True
+    grid: str = ""
 
 
 def plan(
@@ -100,7 +102,8 @@ def _of_experiment(
             for settings, *words in found:
                 item = (experiment.name, experiment.purpose, _label(*words), settings, *words)
                 first = seed == seeds_of[entry.label].start
-                runs.setdefault((_label(*words), settings.run), Planned(paper, *item, first))
+                run = Planned(paper, *item, first, "" if "start" in words else entry.grid)
+                runs.setdefault((run.variant, settings.run), run)
     return list(runs.values())
 
 

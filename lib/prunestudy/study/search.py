@@ -1,16 +1,14 @@
 """Which settings a method gets: the best of its grid, by one rule for every method and control.
 
-A card's searches have a grid of equal size for each method and control, scored on validation
-images. The best setting has the best mean score over the seeds. A setting with a failed run
-(status not "done") ranks last, and so does a control's setting of which a run fails among the
-results: the next best is then chosen. Ties go to the lower learning rate, then to the
-setting that comes first.
+The best has the best mean score on validation images over the seeds of the search. A setting with
+a failed run (status not "done") ranks last, and so does a control's of which a run fails among the
+results. Ties go to the lower learning rate, then to the setting that comes first.
 """
 
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from prunestudy.papers import card
 from prunestudy.study.plan import Planned
@@ -24,23 +22,17 @@ from prunestudy.study.verdicts import removed
 _COMMON = ("weight_decay", "schedule", "one_schedule")
 
 
-@dataclass(frozen=True)
-class _Tried:
-    """A setting and its score for each seed: None if that run is missing, -inf if it failed.
-
-    `failed`: whether a run of it fails among the results.
-    """
+class _Tried(NamedTuple):
+    """A setting, its score for each seed, and whether a run of it fails among the results."""
 
     settings: RunSettings
-    scores: list[float | None]
+    scores: list[float]
     failed: bool
 
     @property
     def mean(self) -> float:
-        """The mean over the seeds; NaN where a run is missing, -inf if `failed`."""
-        if self.failed:
-            return -math.inf
-        return sum(math.nan if score is None else score for score in self.scores) / len(self.scores)
+        """The mean over the seeds; NaN where a run is missing, -inf if one failed."""
+        return -math.inf if self.failed else sum(self.scores) / len(self.scores)
 
 
 @dataclass(frozen=True)
@@ -66,10 +58,8 @@ class _Grid:
     def varied(self) -> dict[str, list[Any]]:
         """What the grid varies, by name: its values in order."""
         every = [tried.settings for tried in self.tried]
-        names = [
-            "lr",
-            *(n for n, v in every[0].params.items() if any(s.params[n] != v for s in every)),
-        ]
+        params = every[0].params
+        names = ["lr", *(n for n in params if any(s.params[n] != params[n] for s in every))]
         return {name: sorted({_of(settings, name) for settings in every}) for name in names}
 
     @property
@@ -110,13 +100,6 @@ def _text(value: Any) -> str:
 
 def grids(store: Store, planned: list[Planned]) -> list[_Grid]:
     """The grids of all searches among `planned`, with what the records say so far."""
-    labels = {
-        (paper, experiment.name, entry.method, entry.variant): entry.grid
-        for paper in {item.paper for item in planned}
-        for profile in card(paper).profiles.values()
-        for experiment in profile.experiments
-        for entry in experiment.methods
-    }
     tried: dict[tuple[str, ...], dict[str, list[RunSettings]]] = {}
     now: dict[tuple[str, ...], list[RunSettings]] = {}
     failed = []
@@ -128,59 +111,47 @@ def grids(store: Store, planned: list[Planned]) -> list[_Grid]:
             now.setdefault((*place, label), []).append(s)
             if s.method != item.paper and _score(store, s) == -math.inf:
                 failed.append((place, _setting(s)))
-        elif label := labels.get((item.paper, item.experiment, s.method, item.reading)):
-            # None of an ablation, which is compared with its own base alone.
-            tried.setdefault((*place, label), {}).setdefault(item.variant, []).append(s)
-    return [
-        _Grid(
-            paper=place[0],
-            label=place[-1],
-            tried=[
-                _Tried(
-                    settings=seeds[0],
-                    scores=[_score(store, s) for s in seeds],
-                    failed=(place[:-1], _setting(seeds[0])) in failed,
-                )
-                for seeds in by.values()
-            ],
-            now=now.get(place, []),
-        )
-        for place, by in tried.items()
-    ]
+        elif item.grid:  # none of an ablation, which is compared with its own base alone
+            tried.setdefault((*place, item.grid), {}).setdefault(item.variant, []).append(s)
+    found = []
+    for place, by in tried.items():
+        grid = _Grid(place[0], place[-1], [], now.get(place, []))
+        for seeds in by.values():
+            fails = (place[:-1], _setting(seeds[0])) in failed
+            grid.tried.append(_Tried(seeds[0], [_score(store, s) for s in seeds], fails))
+        found.append(grid)
+    return found
 
 
-def _setting(settings: RunSettings) -> tuple[Any, ...]:
+def _setting(settings: RunSettings) -> list[Any]:
     """What a search varies, and what is the same in all grids of a net."""
-    common = (_of(settings, name) for name in ("lr", *_COMMON))
-    return settings.method, settings.params, *common
+    return [settings.method, settings.params, *(_of(settings, n) for n in ("lr", *_COMMON))]
 
 
-def _score(store: Store, settings: RunSettings) -> float | None:
-    record = store.read(settings)
-    if record and record["status"] != "done":
-        return -math.inf
-    return record and record["metrics"]["metric"]
+def _score(store: Store, settings: RunSettings) -> float:
+    """NaN if the run is missing, -inf if it failed."""
+    record = store.read(settings) or {"status": "done", "metrics": {"metric": math.nan}}
+    return record["metrics"]["metric"] if record["status"] == "done" else -math.inf
 
 
 def strongest(found: list[_Grid], profile: str) -> dict[tuple[str, ...], tuple[str, str]]:
-    """The best control by the grids `found` of `profile`, and that of the card ("" for none).
+    """The best control and that of the card ("": none) by paper, net, data, target and method.
 
-    By paper, net, data set, kind of target and method, for each test against the strongest control
-    of which all grids are complete. A control whose best setting fails is not eligible.
+    For the tests of which all grids are complete; one whose best setting fails is not eligible.
     """
     places: dict[tuple[str, ...], list[_Grid]] = {}
-    for grid in found:
+    for grid in (grid for grid in found if grid.tried[0].settings.aim):
         first = grid.tried[0].settings
-        rules = [rule for claim in card(grid.paper).claims for rule in claim.tests]
-        for rule in (rule for rule in rules if grid.label in rule.controls and first.aim):
-            place = (grid.paper, first.model, first.dataset, first.aim.kind, rule.method)
-            places.setdefault(place, []).append(grid)
+        place = (grid.paper, first.model, first.dataset, first.aim.kind)
+        for rule in (rule for claim in card(grid.paper).claims for rule in claim.tests):
+            if grid.label in rule.controls:
+                places.setdefault((*place, rule.method), []).append(grid)
     best = {}
     for (paper, *where, method), grids in places.items():
         able = [g for g in grids if g.complete and math.isfinite(g.best.mean)]
         if able and all(g.complete for g in grids):
-            named = chosen(card(paper), profile).get(tuple(where), ())
-            now = " and ".join(sorted({*named} & {g.label for g in grids}))
+            named = chosen(card(paper), profile)
+            now = " and ".join(sorted({g.label for g in grids if (*where, g.label) in named}))
             best[paper, *where, method] = max(able, key=lambda g: g.best.mean).label, now
     return best
 
@@ -192,8 +163,8 @@ def lines(grid: _Grid) -> list[str]:
     text = [f"{grid.paper}: {grid.label}, {first.model} on {datasets_title(first.dataset)}{share}"]
     for tried in grid.tried:
         name = ", ".join(f"{name} {_text(_of(tried.settings, name))}" for name in grid.varied)
-        scores = [math.nan if score is None else score for score in (*tried.scores, tried.mean)]
-        told = "".join(f"{score:9.4f}" for score in scores).replace("nan", "  -")
+        told = "".join(f"{score:9.4f}" for score in (*tried.scores, tried.mean))
+        told = told.replace("nan", "  -")
         told = told.replace("  -inf", "failed") + "  among the results" * tried.failed
         text.append(f"  {'*' if tried is best else ' '} {name:26}{told}")
     if best:

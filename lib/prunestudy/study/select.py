@@ -1,17 +1,18 @@
 """Which runs a comparison means: a card's rules, written out over the planned runs of a profile."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Sequence, Set
 from typing import NamedTuple
 
 from prunestudy.papers import Card
 from prunestudy.papers.claims import Rule
+from prunestudy.study.lines import Record
 from prunestudy.study.plan import Planned
+from prunestudy.study.records import Store
 from prunestudy.study.settings import Target
 
 # By label, net and data set, then by target, then by seed and total epochs, which pairs share.
 Index = dict[tuple[str, str, str], dict[Target | None, dict[tuple[int, int], Planned]]]
-# The controls that the searches chose, by net, data set and kind of target.
-Chosen = Mapping[tuple[str, str, str], Collection[str]]
+Pair = tuple[Planned, ...]  # ours and theirs, or ours alone
 # No search and no run before the rules has used them: verdicts are made on these alone.
 SEEDS = range(10, 18)
 
@@ -31,11 +32,11 @@ class Comparison(NamedTuple):
     dataset: str
     kind: str
     targets: tuple[float, ...]
-    seeds: dict[int, list[tuple[Planned, ...]]]
+    seeds: dict[int, list[Pair]]
 
     @property
     def planned(self) -> bool:
-        """Whether a verdict is planned: with a chosen opponent, on all of `SEEDS`."""
+        """Whether a verdict is planned: against a chosen opponent, on all of `SEEDS`."""
         return self.rule.primary and self.chosen_by != "all" and set(SEEDS) <= self.seeds.keys()
 
 
@@ -51,16 +52,22 @@ def index(planned: Iterable[Planned]) -> Index:
     return found
 
 
-def chosen(card: Card, profile: str) -> Chosen:
-    """What the searches of `profile` chose, as the card has it."""
-    found: dict[tuple[str, str, str], set[str]] = {}
-    for row in card.strongest:
-        if row.profile == profile:
-            found.setdefault((row.model, row.dataset, row.target_kind), set()).add(row.control)
-    return found
+def side_by_side(store: Store, items: Sequence[Planned]) -> dict[str, list[Record]]:
+    """The records of `items` by device, of those devices that have all of them."""
+    sides = [{r["environment"]["device"]: r for r in store.read_all(i.settings)} for i in items]
+    devices = sorted(set.intersection(*map(set, sides)))
+    return {device: [side[device] for side in sides] for device in devices}
 
 
-def comparisons(rule: Rule, runs: Index, strongest: Chosen | None = None) -> list[Comparison]:
+def chosen(card: Card, profile: str) -> set[tuple[str, ...]]:
+    """Net, data set, kind of target and control, as the card has it from searches of `profile`."""
+    rows = [row for row in card.strongest if row.profile == profile]
+    return {(row.model, row.dataset, row.target_kind, row.control) for row in rows}
+
+
+def comparisons(
+    rule: Rule, runs: Index, strongest: Set[tuple[str, ...]] = frozenset()
+) -> list[Comparison]:
     """All that `rule` compares among `runs`: where both sides have runs that pair."""
     found = []
     for (label, model, dataset), targets in runs.items():
@@ -69,25 +76,25 @@ def comparisons(rule: Rule, runs: Index, strongest: Chosen | None = None) -> lis
             place = (model, dataset, kind)
             controls, chosen_by = [rule.against], "claim" if rule.against else ""
             if rule.controls:
-                best = [name for name in rule.controls if name in (strongest or {}).get(place, ())]
+                best = [name for name in rule.controls if (*place, name) in strongest]
                 controls, chosen_by = best or rule.controls, "search" if best else "all"
             for control in controls:
-                words = (rule, control, chosen_by, *place)
-                found += [
-                    Comparison(*words, *units) for units in _units(rule, runs, control, *place)
-                ]
+                units = _units(rule, runs, control, *place)
+                found += [Comparison(rule, control, chosen_by, *place, *each) for each in units]
     return found
 
 
 def _units(
     rule: Rule, runs: Index, control: str, model: str, dataset: str, kind: str
-) -> Iterator[tuple[tuple[float, ...], dict[int, list[tuple[Planned, ...]]]]]:
+) -> Iterator[tuple[tuple[float, ...], dict[int, list[Pair]]]]:
     """Targets and pairs by seed, for each number of total epochs."""
     theirs = runs.get((control, model, dataset), {})
-    found: dict[int, dict[int, dict[float, tuple[Planned, ...]]]] = {}
+    found: dict[int, dict[int, dict[float, Pair]]] = {}
     for target, ours in runs[rule.method, model, dataset].items():
         share, own = (target.value, target.kind) if target else (0.0, "")
-        if own == kind and rule.covers(model, dataset, share, kind):
+        at = {"models": model, "datasets": dataset, "targets": share}
+        covered = all(at[name] in allowed for name, allowed in rule.where.items())
+        if own == kind and covered and rule.target_kind in (None, kind):
             others = theirs.get(target) or theirs.get(None, {})
             for (seed, epochs), item in ours.items():
                 if not control or (seed, epochs) in others:

@@ -1,29 +1,29 @@
 """Sentences about results, made from records: numbers, directions and names follow from them."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
+
+import pandas as pd
 
 from prunestudy import models
 from prunestudy.errors import require, require_one_of
 from prunestudy.methods import TARGETS
 from prunestudy.papers import Card
+from prunestudy.study.lines import Record
 from prunestudy.study.plan import Planned
 from prunestudy.study.records import Store
-from prunestudy.study.select import index
+from prunestudy.study.select import index, side_by_side
+from prunestudy.study.statistics import interval
 from prunestudy.study.tables import UNITS, datasets_title
-from prunestudy.study.verdicts import called, interval, removed
+from prunestudy.study.verdicts import called, removed
 
-Record = dict[str, Any]
 _SCORES = {"top1": "test accuracy", "miou": "mean IoU", "psnr": "test PSNR"}
 _WAYS = {"above": "above", "below": "below", "level": "not told apart from"}
 
 
 class Quantity(NamedTuple):
-    """What a sentence is about: its name, its value in a record (None: not there), its unit.
-
-    The value is `factor` times what `of` finds.
-    """
+    """What a sentence is about: `factor` times what `of` finds in a record (None: not there)."""
 
     name: str
     of: Callable[[Record], float | None]
@@ -113,70 +113,73 @@ def says(
         require_one_of("where", name, ("model", "dataset", "target", "kind"))
     right = than in (None, "published") or isinstance(than, int | float)
     require(right, "than", than, 'a number or "published"')
-    runs, seen, wanting, none = index(planned), [], "This profile has no runs for", False
+    runs, seen, wanting = index(planned), [], "This profile has no runs for"
     for (label, model, dataset), targets in runs.items():
         opponents = runs.get((against, model, dataset), {})
         for target, ours in targets.items() if label == method else ():
             share, kind = (target.value, target.kind) if target else (None, "")
             at = {"model": model, "dataset": dataset, "target": share, "kind": kind}
-            held = _published(paper, method, at) if than == "published" else than
+            held = _published(paper, method, *at.values()) if than == "published" else than
             theirs = opponents.get(target) or opponents.get(None, {})
             both = [ours, theirs] if against else [ours]
-            if at | where == at and held is None and than is not None:
-                wanting, none = "Nothing is published in this profile's settings beside", True
+            if at | where == at and held is None and than:
+                wanting = "Nothing is published in this profile's settings beside"
             elif at | where == at:
                 wanting = "The records of this profile do not hold" if all(both) else wanting
                 keys = sorted(set.intersection(*map(set, both)))
                 pairs = [[side[key] for side in both] for key in keys]
                 seen += _seen(store, pairs, _place(**at), of, 0.0 if against else held)
-    other = called(against) if against else "what is published" if than == "published" else ""
-    versus = f" against {other}" if other else ""
-    if not other and than is not None:
+    other = called(against) if against else "what is published"
+    versus = f" against {other}" if against or than == "published" else ""
+    if than is not None and not versus:
         other = f"{than:g}{of.unit if of else ''}"
         versus = f" beside {other}"
-    way = _overall({each.way for each in seen})
+    ways = [each.way for each in seen]
+    mixed = "above" in ways and "below" in ways
+    way = "mixed" if mixed else next((way for way in _WAYS if way in ways), "")
     if not seen:
         place = _place(**where)
         on = "on" if {"model", "dataset"} & where.keys() else "at"
         place = f" {on} {place}" if place else ""
         if "kind" in where and "target" not in where:
             place += f" at targets on {TARGETS[where['kind']]}"
-        name = of.name if of else "score"
-        text = f"{wanting} the {name} of {called(method)}{'' if none else versus}{place}."
+        versus = "" if wanting.endswith("beside") else versus
+        text = f"{wanting} the {of.name if of else 'score'} of {called(method)}{versus}{place}."
     elif len(seen) == 1:
         verb = f" is {_WAYS[way]} {'that of ' * bool(against)}{other}:" if way else f"{versus} is"
-        where_, name, _, told, _ = seen[0]
-        text = f"{where_[0].upper()}{where_[1:]}: the {name} of {called(method)}{verb} {told}."
+        place, name, _, told, _ = seen[0]
+        text = f"{place[0].upper()}{place[1:]}: the {name} of {called(method)}{verb} {told}."
     else:
         name = seen[0].name
         text = f"{name[0].upper()}{name[1:]}, {called(method)}{versus}, {_range(seen)}."
-    added, same = (then or {}).get(way, ""), [each.way for each in seen]
-    if added and way in ("above", "below") and (k := same.count(way)) < len(seen):
+    added, count = (then or {}).get(way, ""), ways.count(way)
+    if added and way in ("above", "below") and count < len(ways):
         added = added.removeprefix("So ").rstrip(".")
-        where_ = f"In {k} of {len(seen)} settings"
-        added = f"{where_} {added[0].lower()}{added[1:]}; the others leave it open."
+        some = f"In {count} of {len(ways)} settings"
+        added = f"{some} {added[0].lower()}{added[1:]}; the others leave it open."
     sentence = Sentence(f"{text} {added}".strip())
     sentence.direction = way
     return sentence
 
 
 def measured(
-    store: Store, planned: Sequence[Planned], label: str, quantities: Sequence[Quantity]
-) -> list[dict[str, Any]]:
-    """Means of `quantities` over the seeds that have them, at each setting of `label`."""
-    rows = []
-    for (method, model, dataset), targets in index(planned).items():
-        for target, items in targets.items() if method == label else ():
-            found = [record for item in items.values() for record in store.read_all(item.settings)]
-            done = [record for record in found if record["status"] == "done"]
-            names = (models.title(model), datasets_title(dataset), called(label))
-            row = dict(zip(("net", "data", "method"), names, strict=True))
+    store: Store, planned: Sequence[Planned], labels: Iterable[str], quantities: Sequence[Quantity]
+) -> pd.DataFrame:
+    """Means of `quantities` over the seeds that have them, a row for each setting of `labels`."""
+    rows, runs = [], index(planned)
+    for label, place in ((label, place) for label in labels for place in runs):
+        for target, items in runs[place].items() if place[0] == label else ():
+            records = [r for item in items.values() for r in store.read_all(item.settings)]
+            done = [record for record in records if record["status"] == "done"]
+            row = {"net": models.title(place[1]), "data": datasets_title(place[2])}
+            row["method"] = called(label)
             row["removed"] = removed(target.value, target.kind) if target else ""
             for each in quantities:
                 values = [value for value in map(each, done) if value is not None]
                 row[each.name] = sum(values) / len(values) if values else math.nan
             rows.append(row)
-    return rows
+    names = [each.name for each in quantities] if rows else None  # the profile may have none
+    return pd.DataFrame(rows).dropna(how="all", subset=names)
 
 
 def _seen(
@@ -186,9 +189,7 @@ def _seen(
     values: dict[str, list[float]] = {}
     lost, paired, scored = 0, bool(pairs and pairs[0][1:]), of is None
     for items in pairs:
-        sides = [{r["environment"]["device"]: r for r in store.read_all(i.settings)} for i in items]
-        for device in sorted(set.intersection(*map(set, sides))):
-            pair = [side[device] for side in sides]
+        for device, pair in side_by_side(store, items).items():
             if any(record["status"] != "done" for record in pair):
                 lost += 1
                 continue
@@ -212,11 +213,6 @@ def _seen(
     return seen
 
 
-def _overall(ways: set[str]) -> str:
-    sides = ways & {"above", "below"}
-    return "mixed" if len(sides) > 1 else "".join(sides) or "level" * ("level" in ways)
-
-
 def _range(seen: list[_Seen]) -> str:
     """How many settings are above, below and level, and the two ends."""
     ways = [each.way for each in seen]
@@ -237,10 +233,7 @@ def _place(
     return ", ".join(filter(None, (net, share)))
 
 
-def _published(paper: Card, method: str, at: Mapping[str, Any]) -> float | None:
+def _published(paper: Card, *place: Any) -> float | None:
     """The paper's own number for this setting, in its unit."""
-    for number in paper.published:
-        here = (number.method, number.model, number.dataset, number.target, number.target_kind)
-        if here == (method, *at.values()):
-            return UNITS[number.metric][0] * number.value
-    return None
+    number = paper.published_at(*place)
+    return number and UNITS[number.metric][0] * number.value

@@ -121,17 +121,8 @@ class Session:
     def measured(
         self, methods: Iterable[str], quantities: Sequence[sentences.Quantity]
     ) -> pd.DataFrame:
-        """Means of `quantities` over the seeds that have them, a row for each setting; for people.
-
-        `methods` are labels of the card, as for `says`.
-        """
-        rows = [
-            row
-            for label in methods
-            for row in sentences.measured(self.store, self.planned, label, quantities)
-        ]
-        names = [each.name for each in quantities] if rows else None  # the profile may have none
-        return pd.DataFrame(rows).dropna(how="all", subset=names)
+        """Means of `quantities` by setting; `methods` are labels of the card, as for `says`."""
+        return sentences.measured(self.store, self.planned, methods, quantities)
 
     def figure(self, name: str, drawn: "Figure") -> "Figure":
         """Save `drawn` under the paper's name and return it."""

@@ -11,10 +11,7 @@ _DRAWS = 2000
 
 
 def interval(values: Sequence[float]) -> tuple[int, float, float, float, float]:
-    """Number, mean, standard deviation and 95% t-interval (low, high) of paired differences.
-
-    NaN stands for what fewer than two values do not determine.
-    """
+    """Number, mean, sd and 95% t-interval (low, high) of `values`; NaN of fewer than two."""
     n = len(values)
     if n < 2:
         return n, *(values or [math.nan]), math.nan, math.nan, math.nan
@@ -27,10 +24,7 @@ def interval(values: Sequence[float]) -> tuple[int, float, float, float, float]:
 
 
 def one_sided(d: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The p of "the mean of `d` (..., n) is above 0" and of "below 0": paired t-tests.
-
-    NaN where fewer than two values, or equal ones, leave nothing to test.
-    """
+    """Paired t-tests of `d` (..., n): p of a mean above 0 and below; NaN without a spread."""
     from scipy.special import stdtr
 
     n = d.shape[-1]

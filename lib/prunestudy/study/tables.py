@@ -2,7 +2,6 @@
 
 import html
 import math
-from typing import Any
 
 import pandas as pd
 
@@ -27,6 +26,7 @@ KEYS = (
     "paper method variant model dataset epochs precision threads target_kind target metric_name "
     "device"
 ).split()
+_PLACE = "method model dataset target target_kind".split()
 DIFFERENCE = "difference_n difference difference_sd difference_low difference_high".split()
 SUMMARY_COLUMNS = [
     *KEYS[:-1],
@@ -35,13 +35,27 @@ SUMMARY_COLUMNS = [
     *"sparsity nonzeros published mark source reading stage after device".split(),
 ]
 # By metric: the factor to its unit for people, and the unit.
-UNITS = {"top1": (100, "%"), "miou": (100, "%"), "psnr": (1, " dB")}
+UNITS = dict.fromkeys(("top1", "top5", "miou"), (100, "%")) | {"psnr": (1, " dB")}
 
 
 def runs_table(store: Store, planned: list[Planned]) -> pd.DataFrame:
     """One row per paper, run and device of the planned runs that are done, without the search."""
-    shown = [item for item in planned if item.purpose != "search"]
-    rows = [_row(item, record) for item in shown for record in store.read_all(item.settings)]
+    rows = []
+    own = ("method", "model", "dataset", "seed", "epochs", "precision", "threads")
+    words = ("paper", "variant", "reading", "stage", "after")
+    for item in (item for item in planned if item.purpose != "search"):
+        settings, aim = item.settings, item.settings.aim
+        for record in store.read_all(settings):
+            row = {name: value for name, value in record["metrics"].items() if name in RUN_COLUMNS}
+            row |= {name: getattr(settings, name) for name in own}
+            row |= {name: getattr(item, name) for name in words}
+            row |= (record["latency"] or {}).get("ms", {})
+            row["run"] = record["run"]  # settings.run would hash them once more
+            row["parent"], row["status"] = record["parent"] or "", record["status"]
+            row["target_kind"], row["target"] = (aim.kind, aim.value) if aim else ("", math.nan)
+            row["train_seconds"] = record["cost"]["train_seconds"]
+            row["device"] = record["environment"]["device"]
+            rows.append(row)
     table = pd.DataFrame(rows, columns=RUN_COLUMNS)
     # A run that two experiments share under two labels is one row, under the plainer label.
     one = ["paper", "run", "device"]
@@ -56,30 +70,8 @@ def runs_table(store: Store, planned: list[Planned]) -> pd.DataFrame:
     return table.assign(dense_metric=metric.reindex(pd.MultiIndex.from_frame(table[keys])).array)
 
 
-def _row(item: Planned, record: dict[str, Any]) -> dict[str, Any]:
-    settings, aim, metrics = item.settings, item.settings.aim, record["metrics"]
-    own = ("method", "model", "dataset", "seed", "epochs", "precision", "threads")
-    return {
-        **{name: metrics[name] for name in RUN_COLUMNS if name in metrics},
-        **{name: getattr(settings, name) for name in own},
-        **{name: getattr(item, name) for name in ("paper", "variant", "reading", "stage", "after")},
-        **(record["latency"] or {}).get("ms", {}),
-        "run": record["run"],  # settings.run would hash them once more
-        "parent": record["parent"] or "",
-        "target_kind": aim.kind if aim else "",
-        "target": aim.value if aim else math.nan,
-        "train_seconds": record["cost"]["train_seconds"],
-        "status": record["status"],
-        "device": record["environment"]["device"],
-    }
-
-
 def summary_table(runs: pd.DataFrame) -> pd.DataFrame:
-    """One row per setting: mean, sd and n over seeds, and the paired difference to dense.
-
-    `diverged` counts the seeds that n lacks, also those that came apart; a setting of which none
-    is done has no row.
-    """
+    """One row per setting of which a run is done: over seeds, and paired with dense."""
     keys = [key for key in KEYS if key != "metric_name"]  # a diverged run has no metric's name
     done = runs[runs["status"] == "done"]
     done = done.assign(difference=done["metric"] - done["dense_metric"])
@@ -91,17 +83,11 @@ def summary_table(runs: pd.DataFrame) -> pd.DataFrame:
     rows["diverged"] = runs.groupby(keys, dropna=False).size().reindex(rows.index) - rows["n"]
     intervals = [interval([*values.dropna()]) for _, values in groups["difference"]]
     rows = rows.join(pd.DataFrame(intervals, rows.index, DIFFERENCE)).reset_index()
-    beside = [_published(row) for row in rows.to_dict("records")]
+    beside = []
+    for paper, variant, *place in rows[["paper", "variant", *_PLACE]].itertuples(index=False):
+        number = None if variant else card(paper).published_at(*place)
+        beside.append((number.value, number.mark, number.source) if number else (math.nan, "", ""))
     return rows.join(pd.DataFrame(beside, columns=["published", "mark", "source"]))[SUMMARY_COLUMNS]
-
-
-def _published(row: dict[str, Any]) -> tuple[float, str, str]:
-    """The published number that belongs beside a setting, its mark and its source."""
-    keys = ("method", "model", "dataset", "target", "target_kind")
-    for number in card(row["paper"]).published if not row["variant"] else ():
-        if number.target is not None and all(getattr(number, key) == row[key] for key in keys):
-            return number.value, number.mark, number.source
-    return math.nan, "", ""
 
 
 def build(store: Store, planned: list[Planned]) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -132,91 +118,84 @@ def text_of(table: pd.DataFrame) -> str:
 
 
 def readable(summary: pd.DataFrame) -> pd.DataFrame:
-    """Return the summary for people: percent and points (dB for psnr), interval in brackets.
-
-    A column tells rows of several papers, and of several devices, apart.
-    """
-    table = pd.DataFrame(map(_for_people, summary.to_dict("records")))
+    """The summary for people, in percent and points, or dB; with the paper, if of several."""
+    rows = []
+    for row in summary.to_dict("records"):
+        (factor, unit), paper, n = UNITS[row["metric_name"]], card(row["paper"]), row["n"]
+        sd = "" if math.isnan(row["metric_sd"]) else f" ± {factor * row['metric_sd']:.2f}"
+        published = f"{factor * row['published']:.2f}{unit} [{row['mark']}]"
+        difference = (factor * row[f"difference{end}"] for end in ("", "_low", "_high"))
+        method = method_class(row["method"]).title
+        shown = {
+            "paper": paper.short or paper.title,
+            "device": row["device"],
+            "net": models.title(row["model"]),
+            "data": datasets_title(row["dataset"]),
+            "method": f"{method}, {row['variant']}" if row["variant"] else method,
+            "removed": row["target_kind"] and removed(row["target"], row["target_kind"]),
+            "n": f"{n}, {row['diverged']} diverged" if row["diverged"] else n,
+            "result": f"{factor * row['metric']:.2f}{sd}{unit}",
+            "minus dense": bracket(*difference),
+            "published": "" if math.isnan(row["published"]) else published,
+        }
+        rows.append(shown)
     one = [name for name in ("paper", "device") if summary[name].nunique() < 2]
-    return table.drop(columns=one, errors="ignore")
+    return pd.DataFrame(rows).drop(columns=one, errors="ignore")
 
 
 def by_share(summary: pd.DataFrame) -> pd.DataFrame:
-    """The same in one row for each method on a net, with a column for each share removed.
+    """A row for each method on a net, a column for each share removed.
 
-    In brackets the difference to dense, in points or dB, with a star where its interval is on one
-    side of zero.
+    In brackets the difference to dense, in points or dB; a star: its interval leaves out zero.
     """
-    table = readable(summary)
+    table, summary = readable(summary), summary.reset_index(drop=True)
+    if table.empty:
+        return table
     about = [name for name in table if name in ("paper", "device", "net", "data", "method")]
-    lines, shares = {}, {}
-    for row, text in zip(summary.to_dict("records"), table.to_dict("records"), strict=True):
-        place = tuple(text[name] for name in about)
-        line = lines.setdefault(place, dict(zip(about, place, strict=True)) | {"n": []})
-        line["n"] += [] if text["n"] in line["n"] else [text["n"]]
-        share, changed = text["removed"] or "none removed", text["minus dense"].split(" ")[0]
-        shares[share] = row["target_kind"], row["target"]
-        star = "*" if row["difference_low"] > 0 or row["difference_high"] < 0 else ""
-        shown = f" ({changed}{star})" if changed and row["target_kind"] else ""
-        line[share] = text["result"] + shown
-        line |= {"published": f"{text['published']}, {share}"} if text["published"] else {}
+    share = table["removed"].replace("", "none removed")
+    changed = table["minus dense"].str.partition(" ")[0]
+    apart = (summary["difference_low"] > 0) | (summary["difference_high"] < 0)
+    changed = " (" + changed + apart.map({True: "*)", False: ")"})
+    changed = changed.where((changed.str.len() > 3) & (summary["target_kind"] != ""), "")
+    order = share[summary.sort_values(["target_kind", "target"]).index].unique()
+    table = table.assign(share=share, result=table["result"] + changed)
+    lines = table.groupby(about, sort=False)
+    wide = lines["n"].agg(lambda n: "; ".join(map(str, n.unique()))).to_frame()
+    wide = wide.join(table.pivot_table("result", about, "share", "last")[order])
+    beside = table[table["published"] != ""].groupby(about)[["published", "share"]].last()
+    if len(beside):
+        wide["published"] = beside["published"] + ", " + beside["share"]
     # Methods on one net and data set stand together.
-    rows = sorted(
-        lines.values(), key=lambda line: [line[name] for name in about if name != "method"]
-    )
-    published = ["published"] if any("published" in line for line in rows) else []
-    columns = [*about, "n", *sorted(shares, key=shares.get), *published]
-    found = pd.DataFrame(rows, columns=columns).fillna("")
-    return found.assign(n=["; ".join(map(str, each)) for each in found["n"]])
-
-
-def _for_people(row: dict[str, Any]) -> dict[str, Any]:
-    (factor, unit), paper, n = UNITS[row["metric_name"]], card(row["paper"]), row["n"]
-    sd = "" if math.isnan(row["metric_sd"]) else f" ± {factor * row['metric_sd']:.2f}"
-    difference = [factor * row[f"difference{bound}"] for bound in ("", "_low", "_high")]
-    published = f"{factor * row['published']:.2f}{unit} [{row['mark']}]"
-    return {
-        "paper": paper.short or paper.title,
-        "device": row["device"],
-        "net": models.title(row["model"]),
-        "data": datasets_title(row["dataset"]),
-        "method": ", ".join(filter(None, (method_class(row["method"]).title, row["variant"]))),
-        "removed": row["target_kind"] and removed(row["target"], row["target_kind"]),
-        "n": f"{n}, {row['diverged']} diverged" if row["diverged"] else n,
-        "result": f"{factor * row['metric']:.2f}{sd}{unit}",
-        "minus dense": bracket(*difference),
-        "published": "" if math.isnan(row["published"]) else published,
-    }
+    place = [name for name in about if name != "method"]
+    return wide.fillna("").sort_values(place, kind="stable").reset_index().rename_axis(columns=None)
 
 
 def readable_verdicts(table: pd.DataFrame) -> pd.DataFrame:
-    """Rows of `verdicts_table` for people: what was compared where, and what came out.
-
-    Without columns in which nothing stands, as p where nothing is tested.
-    """
-    found = pd.DataFrame(map(_verdict_for_people, table.to_dict("records")))
+    """Rows of `verdicts_table` for people, without columns in which nothing stands."""
+    rows = []
+    for row in table.to_dict("records"):
+        spans = [(row["mean"], row[f"{of}low"], row[f"{of}high"]) for of in ("", "images_")]
+        digits = 0 if abs(row["mean"]) > 1000 else 4
+        seeds, images = (bracket(*span, digits=digits) for span in spans)
+        p, opposite = (f"{row[name]:.2g}" for name in ("p_adjusted", "p_opposite_adjusted"))
+        metric = "" if row["metric"] in ("", "metric") else f" ({row['metric'].replace('_', ' ')})"
+        where = {models.title: row["model"], datasets_title: row["dataset"]}
+        pair = " - ".join(called(x) for x in (row["method"], row["control"]) if x)
+        shown = {
+            "claim": row["claim"],
+            "test": row["kind"].replace("_", " "),
+            "compared": pair + metric,
+            "where": " on ".join(of(name) for of, name in where.items() if name),
+            **{name: row[name] for name in ("targets", "n")},
+            "mean, over seeds": seeds,
+            "over seeds and images": "" if math.isnan(row["images_low"]) else images,
+            "p": p.replace("nan", ""),
+            "p of the opposite": opposite.replace("nan", ""),
+            **{name: row[name] for name in ("verdict", "failures")},
+        }
+        rows.append(shown)
+    found = pd.DataFrame(rows)
     return found.loc[:, (found != "").any()]
-
-
-def _verdict_for_people(row: dict[str, Any]) -> dict[str, Any]:
-    spans = [(row["mean"], row[f"{of}low"], row[f"{of}high"]) for of in ("", "images_")]
-    digits = 0 if abs(row["mean"]) > 1000 else 4
-    seeds, images = (bracket(*span, digits=digits) for span in spans)
-    p, opposite = (f"{row[name]:.2g}" for name in ("p_adjusted", "p_opposite_adjusted"))
-    metric = "" if row["metric"] in ("", "metric") else f" ({row['metric'].replace('_', ' ')})"
-    where = {models.title: row["model"], datasets_title: row["dataset"]}
-    return {
-        "claim": row["claim"],
-        "test": row["kind"].replace("_", " "),
-        "compared": " - ".join(called(x) for x in (row["method"], row["control"]) if x) + metric,
-        "where": " on ".join(of(name) for of, name in where.items() if name),
-        **{name: row[name] for name in ("targets", "n")},
-        "mean, over seeds": seeds,
-        "over seeds and images": "" if math.isnan(row["images_low"]) else images,
-        "p": p.replace("nan", ""),
-        "p of the opposite": opposite.replace("nan", ""),
-        **{name: row[name] for name in ("verdict", "failures")},
-    }
 
 
 def published_table(paper: Card) -> pd.DataFrame:
@@ -224,9 +203,10 @@ def published_table(paper: Card) -> pd.DataFrame:
     metrics = dict.fromkeys(f"{of}{n.metric}" for n in paper.published for of in ("dense ", ""))
     rows = []
     for number in paper.published:
-        factor, unit = UNITS.get(number.metric, (100, "%"))
-        row = {"net": _net_title(number.model), "data": datasets_title(number.dataset)}
-        row |= {"published": number.text, number.metric: f"{factor * number.value:.2f}{unit}"}
+        (factor, unit), net = UNITS[number.metric], number.model
+        net = models.title(net) if net in models.names() else net.replace("_", " ")
+        row = {"net": net, "data": datasets_title(number.dataset), "published": number.text}
+        row[number.metric] = f"{factor * number.value:.2f}{unit}"
         if number.dense is not None:
             row[f"dense {number.metric}"] = f"{factor * number.dense:.2f}{unit}"
         row["kept"] = "" if number.kept is None else f"{100 * number.kept:g}%"
@@ -236,11 +216,6 @@ def published_table(paper: Card) -> pd.DataFrame:
     columns = ["net", "data", "published", *metrics, "kept", "non-zeros", "speed-up", "read in"]
     table = pd.DataFrame(rows, columns=columns).fillna("")
     return table.loc[:, (table != "").any()]
-
-
-def _net_title(model: str) -> str:
-    """Title of net `model` for people; a net that is not the library's keeps its words."""
-    return models.title(model) if model in models.names() else model.replace("_", " ")
 
 
 def datasets_title(name: str) -> str:

@@ -15,14 +15,13 @@ import pandas as pd
 from prunestudy import datasets, methods, places
 from prunestudy.papers import Card, path_of
 from prunestudy.papers.claims import Rule
-from prunestudy.study.lines import right_of
+from prunestudy.study.lines import Record, right_of
 from prunestudy.study.plan import Planned
 from prunestudy.study.provenance import is_before, rules_commit
 from prunestudy.study.records import Store
-from prunestudy.study.select import SEEDS, Comparison, chosen, comparisons, index
+from prunestudy.study.select import SEEDS, Comparison, chosen, comparisons, index, side_by_side
 from prunestudy.study.statistics import OUTCOMES, decided, drawn, holm, interval, one_sided
 
-Record = dict[str, Any]
 Pairs = dict[int, list[list[Record]]]  # by seed, a pair of records for each target
 # How much counts as nothing: of accuracy by data set, and in dB.
 MARGINS = {"mnist": 0.001, "fashion_mnist": 0.003, "cifar10": 0.005, "cifar10_jpeg": 0.005}
@@ -35,17 +34,16 @@ COLUMNS = (
     "paper claim kind model dataset method control chosen_by targets n mean low high "
     "p p_adjusted p_opposite p_opposite_adjusted verdict runs"
 ).split()
+_WORDS = [*COLUMNS, *"says mark why metric scored failures".split()]
 _NUMBERS = [*COLUMNS[10:17], "images_low", "images_high"]
-_FOR_PEOPLE = [*"says mark why metric scored failures".split(), *_NUMBERS[-2:]]
-_BLANK = dict.fromkeys([*COLUMNS, *_FOR_PEOPLE], "") | dict.fromkeys(_NUMBERS, math.nan) | {"n": 0}
+_BLANK = dict.fromkeys(_WORDS, "") | dict.fromkeys(_NUMBERS, math.nan) | {"n": 0}
 
 
 def called(label: str) -> str:
     """A label of the card for people: "gate variables (from scratch)"."""
     name, _, variant = label.partition(", ")
-    return methods.method_class(name).title.removesuffix(" (ours)") + f" ({variant})" * bool(
-        variant
-    )
+    title = methods.method_class(name).title.removesuffix(" (ours)")
+    return f"{title} ({variant})" if variant else title
 
 
 def fails(record: Record) -> bool:
@@ -55,24 +53,13 @@ def fails(record: Record) -> bool:
     return record["status"] != "done" or poor
 
 
-def _failed(pairs: list[list[Record]]) -> list[bool]:
-    """Whether any run of ours fails, and of the other side."""
-    return [any(map(fails, side)) for side in zip(*pairs, strict=True)]
-
-
 def observed(store: Store, comparison: Comparison) -> Pairs:
-    """The records of `comparison` by seed: of those seeds that have all, on one device.
-
-    Of several devices it is the one that has most; runs of different devices are never paired.
-    """
+    """The records of `comparison` of those seeds that have all, on the device that has most."""
     by_device: dict[str, Pairs] = {}
     for seed, pairs in comparison.seeds.items():
-        sides = [
-            [{r["environment"]["device"]: r for r in store.read_all(item.settings)} for item in p]
-            for p in pairs
-        ]
-        for device in set.intersection(*(set(side) for pair in sides for side in pair)):
-            by_device.setdefault(device, {})[seed] = [[side[device] for side in p] for p in sides]
+        found = [side_by_side(store, pair) for pair in pairs]
+        for device in set.intersection(*map(set, found)):
+            by_device.setdefault(device, {})[seed] = [pair[device] for pair in found]
     return max(by_device.items(), key=lambda found: (len(found[1]), found[0]), default=("", {}))[1]
 
 
@@ -107,14 +94,18 @@ def row_of(store: Store, comparison: Comparison, images: bool = False) -> dict[s
     found = observed(store, comparison)
     if comparison.planned:
         found = {seed: found[seed] for seed in SEEDS if seed in found}
-    failed = {seed: _failed(pairs) for seed, pairs in found.items()}
-    ours = [seed for seed in found if failed[seed][0]]
-    theirs = [seed for seed in found if any(failed[seed][1:])]
+    ours = [seed for seed in found if any(fails(pair[0]) for pair in found[seed])]
+    theirs = [seed for seed in found if any(fails(r) for pair in found[seed] for r in pair[1:])]
     values = {s: _difference(rule, kind, found[s]) for s in found if s not in (*ours, *theirs)}
     d = {seed: value for seed, value in values.items() if not math.isnan(value)}
     n, mean, sd, low, high = interval([*d.values()])
-    names = [" - ".join(r["run"] for r in pair) for seed in [*d][:1] for pair in found[seed]]
-    lost = {rule.method: ours, control: theirs}
+    first = found[next(iter(d))] if d else []
+    records = [record for pairs in found.values() for pair in pairs for record in pair]
+    failures = [
+        f"{called(who)} fails on seed{'s' * (len(at) > 1)} {', '.join(map(str, at))}"
+        for who, at in ((rule.method, ours), (control, theirs))
+        if at
+    ]
     row = {
         "kind": rule.kind,
         "control": control,
@@ -122,19 +113,20 @@ def row_of(store: Store, comparison: Comparison, images: bool = False) -> dict[s
         "model": model,
         "dataset": dataset,
         "targets": " ".join([kind, *(f"{target:g}" for target in targets)] if kind else []),
-        **{"n": n, "mean": mean, "low": low, "high": high, "verdict": "", "runs": "; ".join(names)},
-        "failures": "; ".join(
-            f"{called(who)} fails on {_seeds(at)}" for who, at in lost.items() if at
-        ),
+        **{"n": n, "mean": mean, "low": low, "high": high},
+        "runs": "; ".join(" - ".join(record["run"] for record in pair) for pair in first),
+        "failures": "; ".join(failures),
+        **{"primary": rule.primary, "planned": comparison.planned, "there": bool(found)},
     }
-    if names and rule.metric == "metric":
-        row["scored"] = found[next(iter(d))][0][0]["metrics"]["metric_name"]
-    if images and control and rule.metric == "metric" and n > 1:
-        row |= _with_images([found[seed] for seed in d])
-    row |= {"primary": rule.primary, "planned": comparison.planned, "there": bool(found)}
+    if first and rule.metric == "metric":
+        row["scored"] = first[0][0]["metrics"]["metric_name"]
+        row |= _with_images([found[seed] for seed in d]) if images and control and n > 1 else {}
     if not (rule.primary and found):
         return row if found else row | {"verdict": NO_RUNS}
-    margin = 0.0 if rule.kind == "superiority" else _margin(dataset, found)
+    margin: float | None = 0.0  # None: nothing is agreed on
+    if rule.kind == "non_inferiority":
+        names = {record["metrics"].get("metric_name") for record in records}
+        margin = PSNR_MARGIN if "psnr" in names else MARGINS.get(dataset)
     if why := _why_not(comparison, margin, n, len(ours), len(theirs)):
         return row | {"kind": "description", "verdict": f"not tested: {why}"}
     if sd < _EQUAL and not ours:
@@ -144,7 +136,7 @@ def row_of(store: Store, comparison: Comparison, images: bool = False) -> dict[s
         "p": math.nan if ours else p,  # a seed that fails never helps ours
         "p_opposite": opposite,
         "lost": len(ours),
-        "commits": {r["environment"]["commit"] for ps in found.values() for p in ps for r in p},
+        "commits": {record["environment"]["commit"] for record in records},
     }
 
 
@@ -162,10 +154,7 @@ def _why_not(comparison: Comparison, margin: float | None, n: int, ours: int, th
 
 
 def _test(rows: list[dict[str, Any]], paper: Card, profile: str) -> None:
-    """Adjust the p-values over the planned tests, and give the verdicts; in place.
-
-    Planned tests on data sets without any run do not count: of two copies there may be one.
-    """
+    """Adjust the p-values, and give the verdicts, in place; of data sets that have any run."""
     there, checkout = {row["dataset"] for row in rows if row.get("there")}, places.checkout()
     family = [row for row in rows if row.get("planned") and row["dataset"] in there]
     primary = {row["claim"] for row in rows if row.get("primary") and row["there"]}
@@ -184,16 +173,15 @@ def _test(rows: list[dict[str, Any]], paper: Card, profile: str) -> None:
             row[f"{name}_adjusted"] = float(p)
     for row in tests:
         outcome = str(decided(row["p_adjusted"], row["p_opposite_adjusted"]))
-        row["verdict"] = row["verdict"] or (OUTCOMES[2] if row["lost"] >= MANY else outcome)
+        row.setdefault("verdict", OUTCOMES[2] if row["lost"] >= MANY else outcome)
 
 
 def claims_table(table: pd.DataFrame) -> pd.DataFrame:
     """One row per claim of `verdicts_table`: its text and mark, and what came out on top."""
-    found = []
-    for (paper, claim), rows in table.groupby(["paper", "claim"], sort=False):
-        first = rows.iloc[0]
-        said = {"paper": paper, "claim": claim, "text": f"{first['says']} [{first['mark']}]"}
-        found.append(said | {"verdict": _on_top(rows)})
+    found = [
+        (*key, f"{rows['says'].iloc[0]} [{rows['mark'].iloc[0]}]", _on_top(rows))
+        for key, rows in table.groupby(["paper", "claim"], sort=False)
+    ]
     return pd.DataFrame(found, columns=["paper", "claim", "text", "verdict"])
 
 
@@ -211,18 +199,8 @@ def _on_top(rows: pd.DataFrame) -> str:
     return NO_RUNS if (rows["verdict"] == NO_RUNS).all() else "described, not tested"
 
 
-def _margin(dataset: str, found: Pairs) -> float | None:
-    """What counts as no loss; None where nothing is agreed on."""
-    records = (record for pairs in found.values() for pair in pairs for record in pair)
-    psnr = any(record["metrics"].get("metric_name") == "psnr" for record in records)
-    return PSNR_MARGIN if psnr else MARGINS.get(dataset)
-
-
 def _difference(rule: Rule, kind: str, pairs: list[list[Record]]) -> float:
-    """Mean over the pairs of ours minus theirs, or of ours alone.
-
-    NaN where one lacks the metric, and where ours is larger than the rule allows.
-    """
+    """Mean of ours minus theirs (or ours); NaN: one lacks it, or ours is larger than allowed."""
     found, name = [], rule.metric.removeprefix("-")
     for pair in pairs:
         values = [record["metrics"].get(name) for record in pair]
@@ -248,10 +226,6 @@ def _with_images(seeds: list[list[list[Record]]]) -> dict[str, float]:
         return {}
     sides = np.array(right, dtype=float)  # seeds, targets, two, images
     return dict(zip(_NUMBERS[-2:], drawn((sides[:, :, 0] - sides[:, :, 1]).mean(1)), strict=True))
-
-
-def _seeds(seeds: list[int]) -> str:
-    return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
 
 
 def removed(target: float, kind: str) -> str:

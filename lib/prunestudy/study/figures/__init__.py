@@ -50,9 +50,7 @@ _NAMES = {"%": "accuracy", " dB": "PSNR"}
 
 
 def style() -> None:
-    """Set the study's look: tables are shown whole, and figures in a notebook get their size and
-    alternative text.
-    """
+    """Set the study's look: whole tables, and figures with their size and alternative text."""
     from IPython import get_ipython
 
     shell = get_ipython()
@@ -72,24 +70,21 @@ def shown(figure: Figure) -> tuple[bytes, dict[str, object]] | None:
     """`figure` for a notebook: a PNG at twice the pixels, and its size and `alt_text`."""
     from IPython.core.pylabtools import retina_figure
 
-    drawn = retina_figure(figure)
-    if drawn is None:
-        return None
-    png, size = drawn
-    return _with_palette(png), {**size, "alt": alt_text(figure)}
+    png, size = retina_figure(figure) or (None, {})  # of an empty figure there is nothing
+    return png and (with_palette(png), {**size, "alt": alt_text(figure)})
 
 
 def as_png(figure: Figure) -> bytes:
     """`figure` as a PNG file: the same figure gives the same bytes."""
     out = io.BytesIO()
     figure.savefig(out, format="png", metadata={"Software": None})
-    return _with_palette(out.getvalue())
+    return with_palette(out.getvalue())
 
 
-def _with_palette(png: bytes) -> bytes:
-    """`png` in 256 colours: half of the bytes, of files that are tracked."""
+def with_palette(png: bytes, colours: int = 256) -> bytes:
+    """`png` in so many colours: half of the bytes, of files that are tracked."""
     picture, out = Image.open(io.BytesIO(png)).convert("RGB"), io.BytesIO()
-    picture.quantize(256, dither=Image.Dither.NONE).save(out, "png", optimize=True)
+    picture.quantize(colours, dither=Image.Dither.NONE).save(out, "png", optimize=True)
     return out.getvalue()
 
 
@@ -124,22 +119,15 @@ def place_of(rows: pd.DataFrame) -> str:
 
 
 def select(table: pd.DataFrame, figure: str, **where: Any) -> pd.DataFrame:
-    """The rows whose columns are as in `where`, of the device that has most of them.
-
-    Runs of two devices are not drawn as one line. Raises `InputError` if there is no row.
-    """
-    for name, value in where.items():
-        table = table[table[name] == value]
+    """Rows with the values `where`, of the device that has most; `InputError` if there is none."""
+    table = table[(table[[*where]] == pd.Series(where)).all(axis=1)]
     if table.empty:
         raise InputError(f"figure = {figure}: no finished run")
     return table[table["device"] == table["device"].mode()[0]]
 
 
 def points(axes: Axes, rows: pd.DataFrame, x: str, y: str, sd: str, **options: Any) -> None:
-    """Points of columns `x` and `y` with error bars `sd`, one line per `label`.
-
-    Each in the colour and marker of its `method`, in the order of the palette.
-    """
+    """Points with error bars, a line per `label` in the look of its `method`; palette's order."""
     rows = rows.sort_values("method", key=lambda names: names.map([*COLOURS].index), kind="stable")
     for label, line in rows.groupby("label", sort=False):
         colour, marker = _LOOK[line.method.iloc[0]]
@@ -151,18 +139,16 @@ def points(axes: Axes, rows: pd.DataFrame, x: str, y: str, sd: str, **options: A
 
 def histograms(
     panels: Mapping[str, Mapping[str, tuple[np.ndarray, str]]],
-    edges: np.ndarray,
+    top: float,
     xlabel: str,
     ylabel: str,
     **options: Any,
 ) -> Figure:
-    """Counts between `edges` as shares of a panel's first ones: title -> label -> counts, colour.
-
-    The first are filled, the others are lines over them.
-    """
+    """Equal bins from 0 to `top`: title -> label -> counts, colour; the first one is filled."""
     figure, axes = canvas(len(panels), (3.3 * len(panels) + 0.6, 3.2), sharey=True)
     for panel, (title, counted) in zip(axes, panels.items(), strict=True):
         first = next(iter(counted))
+        edges = np.linspace(0, top, len(counted[first][0]) + 1)
         for label, (counts, colour) in counted.items():
             look = {"color": colour, "label": label, "fill": label == first, "lw": 1.8}
             panel.stairs(counts / counted[first][0].sum(), edges, **look)
@@ -171,23 +157,6 @@ def histograms(
     if len(counted) > 1:
         legend(figure, "outside upper center", columns=len(counted))
     return figure
-
-
-def frame(axes: Axes, rows: pd.DataFrame, y: str, dense: float) -> None:
-    """Limit the y axis so that random pruning, where it fails, does not flatten the others."""
-    values = [*rows[y][rows.method != "random"], dense]
-    margin = max(0.1 * (max(values) - min(values)), 0.05)
-    axes.set_ylim(min(values) - margin, max(values) + min(margin, 0.5))
-    axes.axhline(dense, color=COLOURS["dense"], ls="--", lw=1, label="dense")
-    least = rows.loc[rows[y].idxmin()]
-    if least[y] < min(values) - margin:
-        label = f"(below the frame: {title_of(least.method)}, down to {least[y]:.3g})"
-        axes.plot([], [], " ", label=label)
-
-
-def dense_of(rows: pd.DataFrame) -> float:
-    """The dense net's mean metric, over the seeds of the setting that has most of them."""
-    return rows.dense_metric[rows.n.idxmax()]
 
 
 def legend(figure: Figure, where: str = "outside right upper", columns: int = 1) -> None:
@@ -200,14 +169,10 @@ def legend(figure: Figure, where: str = "outside right upper", columns: int = 1)
 def metric_against_target(
     summary: pd.DataFrame, paper: Card, model: str, dataset: str, kind: str = "sparsity"
 ) -> Figure:
-    """Mean metric and sd over seeds against the share kept of what `kind` counts.
-
-    Beside them the dense net of the same epochs, and published numbers for this setting.
-    """
+    """Mean metric and sd against the share kept, beside the dense net and published numbers."""
     where = {"model": model, "dataset": dataset, "variant": "", "target_kind": kind}
     rows = select(summary, f"{model} on {dataset}", **where)
-    metric = rows.metric_name.iloc[0]
-    factor, unit = tables.UNITS[metric]
+    factor, unit = tables.UNITS[metric := rows.metric_name.iloc[0]]
     least, most = (rows.groupby("method").n.transform(end).map(str) for end in ("min", "max"))
     seeds = least.where(least == most, least + " to " + most)
     rows = rows.assign(
@@ -221,15 +186,22 @@ def metric_against_target(
     rows = rows.assign(kept=rows.kept * 1.02 ** (order - order.mean()))
     figure, (axes,) = canvas(size=(6.8, 4.4))
     points(axes, rows, "kept", "value", "sd")
-    frame(axes, rows, "value", factor * dense_of(rows))
+    dense = factor * rows.dense_metric[rows.n.idxmax()]  # of the setting of most seeds
+    axes.axhline(dense, color=COLOURS["dense"], ls="--", lw=1, label="dense")
+    # Random pruning, where it fails, would flatten the others.
+    values, least = [*rows.value[rows.method != "random"], dense], rows.loc[rows.value.idxmin()]
+    margin = max(0.1 * (max(values) - min(values)), 0.05)
+    axes.set_ylim(min(values) - margin, max(values) + min(margin, 0.5))
+    if least.value < min(values) - margin:
+        label = f"(below the frame: {title_of(least.method)}, down to {least.value:.3g})"
+        axes.plot([], [], " ", label=label)
     for number in paper.published:
         place = (number.model, number.dataset, number.target_kind, number.metric)
         if place == (model, dataset, kind, metric) and number.kept:
             name = number.method
             name = title_of(name) if name in _LOOK else name.replace("_", " ")
-            label = f"{name}, published [{number.mark}]"
-            spot = (100 * number.kept, factor * number.value)
-            axes.plot(*spot, "*", ms=14, color="black", label=label, zorder=5)
+            star = {"ms": 14, "color": "black", "label": f"{name}, published [{number.mark}]"}
+            axes.plot(100 * number.kept, factor * number.value, "*", zorder=5, **star)
     ticks = sorted({round(100 * (1 - target), 3) for target in rows.target})
     axes.set_xscale("log")
     axes.set_xticks(ticks, [f"{tick:g}%" for tick in ticks])
@@ -241,10 +213,7 @@ def metric_against_target(
 
 
 def variants(summary: pd.DataFrame, method: str) -> Figure:
-    """Difference to dense of each variant of `method` beside the default, with 95% intervals.
-
-    At the net, data set and target of the first variant.
-    """
+    """Difference to dense of `method`'s variants, with 95% intervals, where the first one is."""
     ours = summary[summary.method == method]
     first = select(ours[ours.variant != ""], f"variants of {method}").iloc[0]
     keys = ["model", "dataset", "target_kind", "target", "device"]

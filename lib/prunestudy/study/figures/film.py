@@ -1,12 +1,10 @@
 """Animations of a training: a player with a slider, in JupyterLab and in pages without a network.
 
-matplotlib's own player takes its icons from the network and a random name; here they are signs and
-a digest of the frames, so that the same training gives the same page.
+Unlike matplotlib's it takes no icons from there, and the same frames give the same page.
 """
 
 import base64
 import hashlib
-import io
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,7 +15,8 @@ from IPython import get_ipython
 from IPython.display import HTML, display
 from matplotlib.animation import FuncAnimation
 from matplotlib.figure import Figure
-from PIL import Image
+
+from prunestudy.study.figures import with_palette
 
 _SIGNS = {
     "minus": "-",
@@ -51,18 +50,15 @@ def slide(
     return None
 
 
-def film(figure: Figure, draw: Callable[[Any], None], frames: Sequence[Any], fps: int = 5) -> HTML:
-    """A player of `figure` as `draw` leaves it for each of `frames`, which all have one size.
-
-    `draw(frame)` clears and fills the figure's axes. The last title is the alternative text.
-    """
+def film(figure: Figure, draw: Callable[[Any], None], frames: Sequence[Any]) -> HTML:
+    """A player of what `draw(frame)` fills into the cleared axes; its `alt` is the last title."""
     figure.set_layout_engine("constrained")
     draw(frames[-1])
     figure.canvas.draw()
     figure.set_layout_engine("none")  # one layout for all frames
     moving = FuncAnimation(figure, draw, frames, init_func=lambda: None)
     with mpl.rc_context({"savefig.dpi": 90}):
-        page = moving.to_jshtml(fps, default_mode="once")
+        page = moving.to_jshtml(5, default_mode="once")
     titles = ". ".join(filter(None, (axes.get_title() for axes in figure.axes)))
     plt.close(figure)
     page = re.sub(r"<link[^>]*>", "", page)
@@ -70,14 +66,11 @@ def film(figure: Figure, draw: Callable[[Any], None], frames: Sequence[Any], fps
     page = re.sub(r'base64,([^"]+)"', _smaller, page)
     name = re.search(r"_anim_img(\w+)", page)[1]
     page = page.replace(f'<img id="_anim_img{name}"', f'<img id="_anim_img{name}" alt="{titles}"')
-    return HTML(
-        page.replace(name, hashlib.sha256(page.replace(name, "").encode()).hexdigest()[:16])
-    )
+    digest = hashlib.sha256(page.replace(name, "").encode()).hexdigest()
+    return HTML(page.replace(name, digest[:16]))
 
 
 def _smaller(found: re.Match) -> str:
     """A frame in a palette of 64 colours: a third of the bytes."""
-    png, out = base64.b64decode(found[1].replace("\\\n", "")), io.BytesIO()
-    picture = Image.open(io.BytesIO(png)).convert("RGB")
-    picture.quantize(64, dither=Image.Dither.NONE).save(out, "png", optimize=True)
-    return f'base64,{base64.b64encode(out.getvalue()).decode()}"'
+    png = with_palette(base64.b64decode(found[1].replace("\\\n", "")), 64)
+    return f'base64,{base64.b64encode(png).decode()}"'

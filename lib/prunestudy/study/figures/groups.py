@@ -7,16 +7,21 @@ from matplotlib.figure import Figure
 
 from prunestudy.shrink.groups import CONSUMES, FOLLOWS, PRODUCES, Group, Member
 
-_MARKS = {
-    PRODUCES: ("o", "#0173b2"),
-    FOLLOWS: ("s", "#949494"),
-    CONSUMES: ("^", "#de8f05"),
-}
+_MARKS = {PRODUCES: ("o", "#0173b2"), FOLLOWS: ("s", "#949494"), CONSUMES: ("^", "#de8f05")}
 
 
 def describe(groups: Sequence[Group]) -> str:
     """A numbered list of what would go together with a channel of each group, and why."""
-    return "\n".join(line for i, group in enumerate(groups, 1) for line in _lines(i, group))
+    lines = []
+    for number, group in enumerate(groups, 1):
+        stays = "may all go" if group.skippable else "at least one stays"
+        layers = f"{group.channels} channels in {len(group.members)} layers"
+        lines.append(f"{number:3}. {group.name}: {layers}, {stays}")
+        width = max(len(m.layer) for m in group.members)
+        for m in group.members:
+            why = _why(m, group.members[0])
+            lines.append(f"     {m.layer:{width}}  ({m.kind}) {m.role}: {why}")
+    return "\n".join(lines)
 
 
 def draw(groups: Sequence[Group]) -> Figure:
@@ -42,31 +47,16 @@ def draw(groups: Sequence[Group]) -> Figure:
     return figure
 
 
-def _lines(number: int, group: Group) -> list[str]:
-    stays = "may all go" if group.skippable else "at least one stays"
-    width = max(len(m.layer) for m in group.members)
-    head = f"{number:3}. {group.name}: {group.channels} channels in {len(group.members)} layers"
-    return [
-        f"{head}, {stays}",
-        *(
-            f"     {m.layer:{width}}  ({m.kind}) {m.role}: {_why(m, group.members[0])}"
-            for m in group.members
-        ),
-    ]
-
-
 def _why(member: Member, first: Member) -> str:
     each = len(member.indices[0])
     places = "outputs" if member.axis == "out" else "inputs"
     many = "" if each == 1 else f", {each} {places} each"
     if member.role == PRODUCES:
         return ("makes them" if member is first else f"meets those of {first.layer}") + many
-    if member.role == FOLLOWS:
-        what = "one kernel each" if "Conv" in member.kind else "one value each"
-    elif each == 1:
-        what = "one input each"
-    else:
-        what = f"{each} inputs each ({'flatten' if member.kind == 'Linear' else 'grouped'})"
+    what = "one kernel each" if "Conv" in member.kind else "one value each"
+    if member.role != FOLLOWS:
+        how = "flatten" if member.kind == "Linear" else "grouped"
+        what = "one input each" if each == 1 else f"{each} inputs each ({how})"
     begin = min(min(places) for places in member.indices)
     partly = each * len(member.indices) < member.size
     return what + (f", from {begin} of {member.size} on (concatenation)" if partly else "")

@@ -50,8 +50,7 @@ def five_ways(
 ) -> Figure:
     """What each method leaves of one trained layer, at a share `left` of the net; grey is gone.
 
-    `layers`: the dense one, then `overview.layer_left` of each method, by name. A `figure` of an
-    earlier call is drawn anew.
+    `layers`: the dense one, then `overview.layer_left` by method. An earlier `figure` is redrawn.
     """
     figure = figure or look.canvas(len(layers), (13.4, 3.2))[0]
     colours = ListedColormap(plt.get_cmap("GnBu")(np.linspace(0.35, 1, 64)), bad="#ececec")
@@ -73,17 +72,19 @@ def five_ways(
 
 
 def pareto(rows: pd.DataFrame, dataset: str) -> Figure:
-    """Metric minus dense (mean and sd over seeds) against time for one image and bytes on disk.
+    """Metric minus dense (mean and sd) of `overview.settings_table` against time and bytes.
 
-    `rows` of `overview.settings_table`; of these the papers' methods and two controls, with the
-    share removed at each point. The line joins the settings that no smaller one beats.
+    Of the papers' methods and two controls. The line joins what no smaller one beats.
     """
     single = rows[rows.method.isin([*OURS, *_CONTROLS]) & rows.difference.notna()]
     part = look.select(single, f"costs on {dataset}", dataset=dataset, combined=False)
     factor, _ = tables.UNITS[part.metric_name.iloc[0]]
-    shares = {cost: 100 * part[cost] for cost in _AXES}
-    scores = {"lost": factor * part.difference, "sd": factor * part.difference_sd.fillna(0)}
-    part = part.assign(**shares, **scores, label=part.method.map(look.title_of))
+    part = part.assign(
+        **{cost: 100 * part[cost] for cost in _AXES},
+        lost=factor * part.difference,
+        sd=factor * part.difference_sd.fillna(0),
+        label=part.method.map(look.title_of),
+    )
     measured = [cost for cost in _AXES if part[cost].notna().any()]
     figure, axes = look.canvas(len(measured), (5.2 * len(measured), 4.8), sharey=True)
     for panel, cost in zip(axes, measured, strict=True):
@@ -97,11 +98,10 @@ def pareto(rows: pd.DataFrame, dataset: str) -> Figure:
         panel.margins(x=0.1)
         panel.set_yscale("symlog", linthresh=np.clip(3 * part.lost.abs().median(), 0.1, 1))
         panel.set_yticks(_LOST, map("{:g}".format, _LOST))
-        look.frame(panel, part, "lost", 0)
+        panel.axhline(0, color=look.COLOURS["dense"], ls="--", lw=1, label="dense")
         panel.set_ylim(1.1 * (part.lost - part.sd).min(), max(0, *(part.lost + part.sd)) + 0.03)
-        best = frontier(seen, cost)
-        name = "front: no cheaper one is better"
-        panel.plot(cost, "lost", data=best, color="0.35", lw=1, zorder=1, label=name)
+        front = {"color": "0.35", "lw": 1, "zorder": 1, "label": "front: no cheaper one is better"}
+        panel.plot(cost, "lost", data=frontier(seen, cost), **front)
         panel.set_xlabel(f"{COSTS[cost]}, % of dense")
     axes[0].set_ylabel("accuracy minus dense, points (mean and sd)")
     figure.suptitle(f"{look.place_of(part)}: what is lost against what is left")
@@ -138,10 +138,7 @@ def frontier(rows: pd.DataFrame, cost: str) -> pd.DataFrame:
 
 
 def verdicts(rows: pd.DataFrame) -> Figure:
-    """What came out of each claim of each paper: a square for each net that it was tested on.
-
-    `rows` of `overview.verdicts`; a claim that was not tested has one square, which says why.
-    """
+    """`overview.verdicts`: a square for each net that a claim was tested on, or one why not."""
     known = rows.assign(verdict=rows.verdict.where(rows.verdict.isin([*_VERDICTS]), "not tested"))
     claims, papers = known.groupby(["paper", "claim"], sort=False), known.paper.unique()
     texts = {key: textwrap.fill(claim.says.iloc[0], 125) for key, claim in claims}

@@ -28,13 +28,11 @@ _READINGS = {
 
 def gate_histograms(store: Store, run: str) -> Figure:
     """Gate variables at the first, a middle and the last epoch in which they train."""
-    counts, rows = store.arrays(run)["gate_histograms"], store.history(run)
-    training = [i for i, row in enumerate(rows) if row["phase"] == "gates"] or [0]
+    counts, colour = store.arrays(run)["gate_histograms"], look.COLOURS["sparse_gates"]
+    training = [i for i, row in enumerate(store.history(run)) if row["phase"] == "gates"] or [0]
     chosen = sorted({training[0], training[len(training) // 2], training[-1]})
-    colour = look.COLOURS["sparse_gates"]
     panels = {f"after epoch {i + 1}": {"gates": (counts[i], colour)} for i in chosen}
-    edges = np.linspace(0, 1, counts.shape[1] + 1)
-    return look.histograms(panels, edges, "gate g", "share of the weights", yscale="log")
+    return look.histograms(panels, 1, "gate g", "share of the weights", yscale="log")
 
 
 def kept_against_start(store: Store, runs: dict[str, str]) -> Figure:
@@ -68,11 +66,7 @@ def sparse_layers(layers: pd.DataFrame) -> Figure:
 
 
 def ranks_table(store: Store, planned: Sequence[Planned]) -> pd.DataFrame:
-    """One row per run and layer of nets that are factorised at a share of the energy.
-
-    `rank` is that of the trained net at 5% error, `full` the full one, `speed_up` the layer's by
-    MACs at that rank.
-    """
+    """Layers of nets factorised at 5% error: `rank`, the `full` one, `speed_up` by MACs."""
     rows = []
     for item in planned:
         s, record = item.settings, store.read(item.settings)
@@ -82,8 +76,8 @@ def ranks_table(store: Store, planned: Sequence[Planned]) -> pd.DataFrame:
             place = s.model, s.dataset, s.method, item.variant, s.seed
             for layer in (name[5:] for name in metrics if name.startswith("rank.")):
                 full, rank = len(energy[f"energy_before.{layer}"]), metrics[f"rank.{layer}"]
-                faster, device = metrics[f"speed_up.{layer}"], record["environment"]["device"]
-                rows.append((*place, layer, rank, full, faster, device))
+                found = layer, rank, full, metrics[f"speed_up.{layer}"]
+                rows.append((*place, *found, record["environment"]["device"]))
     columns = "model dataset method variant seed layer rank full speed_up device".split()
     return pd.DataFrame(rows, columns=columns).drop_duplicates(ignore_index=True)
 
@@ -119,15 +113,12 @@ def angles(store: Store, runs: dict[str, str], layers: list[str]) -> Figure:
         for layer, panel in panels.items():
             panel["at the start"] = arrays[f"angles_before.{layer}"], "0.8"
             panel[look.title_of(method)] = arrays[f"angles_after.{layer}"], colour
-    edges, across = np.linspace(0, 180, 37), "angle between two filters, degrees"
-    return look.histograms(panels, edges, across, "share of the pairs", xticks=(0, 45, 90, 135))
+    across = "angle between two filters, degrees"
+    return look.histograms(panels, 180, across, "share of the pairs", xticks=(0, 45, 90, 135))
 
 
 def speed_up(runs: pd.DataFrame) -> Figure:
-    """Speed-up of nets factorised at 5% error, by MACs and measured: mean over seeds.
-
-    `runs` as in runs.csv. Measured bars are there once the timing step has run.
-    """
+    """Speed-up of nets factorised at 5% error, by MACs and (once timed) measured: means."""
     ours = runs[runs.method.isin(_LOW_RANK)]
     rows = look.select(ours, "speed-up", target_kind="energy", variant="", status="done")
     net = rows.model.map(models.title) + " on " + rows.dataset.map(tables.datasets_title)
@@ -136,9 +127,8 @@ def speed_up(runs: pd.DataFrame) -> Figure:
         "measured, batch 1": rows.dense_latency_b1_ms / rows.latency_b1_ms,
         "measured, batch 128": rows.dense_latency_b128_ms / rows.latency_b128_ms,
     }
-    means = (
-        pd.DataFrame(kinds).groupby(net + ": " + rows.method.map(look.title_of), sort=False).mean()
-    )
+    bars = net + ": " + rows.method.map(look.title_of)
+    means = pd.DataFrame(kinds).groupby(bars, sort=False).mean()
     figure, (axes,) = look.canvas(size=(7.5, 1.6 + 0.6 * len(means)))
     means.plot.barh(color=["0.25", "0.5", "0.75"], width=0.8, ax=axes, legend=False)
     for bars in axes.containers:
@@ -158,8 +148,8 @@ def strengths(store: Store, planned: Sequence[Planned]) -> Figure:
     for kind, colour in (("l2", look.COLOURS["force"]), ("l1", "0.4")):
         found = [s for s in of_search if s.params.get("kind") == kind]
         found = sorted(found, key=lambda s: s.params["strength"])
-        table = pd.DataFrame([store.require(s.run)["metrics"] for s in found])
-        table.index = [s.params["strength"] for s in found]
+        metrics = [store.require(s.run)["metrics"] for s in found]
+        table = pd.DataFrame(metrics, [s.params["strength"] for s in found])
         style, name = {"color": colour, "marker": "o"}, kind.upper()
         ranks.plot(table.rank_total, label=name, **style)
         errors.plot(100 * (1 - table.metric), label=f"{name}, factorised", **style)
@@ -180,11 +170,10 @@ def gate_paths(store: Store, run: str) -> Figure:
     shown = sorted(np.argsort(-sizes, kind="stable")[:4])
     figure, axes = look.canvas(len(shown) + 1, (2.7 * len(shown) + 2.7, 3.1), sharey=True)
     for panel, group in zip(axes, shown, strict=False):
-        columns = np.flatnonzero(group_of == group)
-        columns = columns[:: -(-len(columns) // 60)]
-        kept = paths[-1, columns] > 0
-        panel.plot(steps, paths[:, columns[~kept]], color="0.6", lw=0.7, alpha=0.7)
-        panel.plot(steps, paths[:, columns[kept]], color=look.COLOURS["gdp"], lw=0.7, alpha=0.7)
+        gates = paths[:, group_of == group]
+        gates = gates[:, :: -(-gates.shape[1] // 60)]
+        for kept, colour in ((False, "0.6"), (True, look.COLOURS["gdp"])):
+            panel.plot(steps, gates[:, (gates[-1] > 0) == kept], color=colour, lw=0.7, alpha=0.7)
         panel.set_title(f"{names[group]}: {metrics['channels'][names[group]]} of {sizes[group]}")
     soft, hard = arrays["cost_path"]
     axes[-1].plot(steps, hard, color="black", label="open channels")
@@ -200,30 +189,27 @@ def gate_paths(store: Store, run: str) -> Figure:
 
 def gates_on_the_ramp(store: Store, run: str, ramp: float) -> Figure:
     """GDP's gates at 25, 50 and 75% of the first `ramp` (0-1) of the steps, and at the end."""
-    arrays, edges = store.arrays(run), np.linspace(0, 1, 41)
-    steps, panels = arrays["gate_steps"], {}
+    arrays, panels = store.arrays(run), {}
+    steps = arrays["gate_steps"]
     for share in (0.25, 0.5, 0.75, None):
         step = steps[-1] if share is None else share * ramp * (steps[-1] + 1)
         gates = arrays["gate_paths"][np.searchsorted(steps, step, side="right") - 1]
-        counts, _ = np.histogram(gates.astype(float), edges)
+        counts, _ = np.histogram(gates.astype(float), 40, (0, 1))
         title = "at the end" if share is None else f"at {share:.0%} of the ramp"
         panels[title] = {"gates": (counts, look.COLOURS["gdp"])}
-    return look.histograms(panels, edges, "gate", "share of the channels", yscale="log")
+    return look.histograms(panels, 1, "gate", "share of the channels", yscale="log")
 
 
 def final_gates(store: Store, runs: dict[str, str]) -> Figure:
-    """Gates of channels before removal, one panel per method (name -> run).
-
-    GDP's at the end; those of hard concrete (at test time) before they are thresholded.
-    """
-    edges, panels = np.linspace(0, 1, 41), {}
+    """Gates of channels before they are cut, one panel per method (name -> run)."""
+    panels = {}
     for method, run in runs.items():
         gates = store.arrays(run)["final_gates"].astype(float)
         between = ((gates > 0) & (gates <= 0.5)).mean()
-        counts, _ = np.histogram(gates, edges)
+        counts, _ = np.histogram(gates, 40, (0, 1))
         title = f"{look.title_of(method)}: {between:.0%} in (0, 0.5]"
         panels[title] = {"gates": (counts, look.COLOURS[method])}
-    return look.histograms(panels, edges, "gate", "share of the channels", yscale="log")
+    return look.histograms(panels, 1, "gate", "share of the channels", yscale="log")
 
 
 def flow(store: Store, runs: dict[str, str]) -> Figure:
@@ -253,8 +239,8 @@ def attention_histograms(store: Store, run: str) -> Figure:
         ours = (of_kept, look.COLOURS["magnitude_attention"])
         title = f"after epoch {epoch}" if epoch else "at the start"
         panels[title] = {"all weights": (of_all, "0.8"), "kept weights": ours}
-    edges, across = np.linspace(0, 4, counts.shape[-1] + 1), "attention A (4: and above)"
-    return look.histograms(panels, edges, across, "share of the weights", yscale="log")
+    across = "attention A (4: and above)"
+    return look.histograms(panels, 4, across, "share of the weights", yscale="log")
 
 
 def psnr_against_removed(summary: pd.DataFrame, model: str, dataset: str) -> Figure:
@@ -264,19 +250,20 @@ def psnr_against_removed(summary: pd.DataFrame, model: str, dataset: str) -> Fig
     parted = rows.reading.str.endswith("by component") & (rows.method == "uniform")
     plain = rows.reading.str.replace("(, )?by component$", "", regex=True)
     keys = rows.method + "," + plain.where(parted, rows.reading)
-    labels = keys.map({key: label for key, (label, _) in _READINGS.items()})
+    labels, stands_for = (keys.map(_READINGS).str[i] for i in (0, 1))
     rows = rows.assign(
         removed=100 * rows.target,
         sd=rows.metric_sd.fillna(0),
         ls=np.where(parted, "--", "-"),
         label=labels + np.where(parted, ", by component", ""),
-        method=keys.map({key: method for key, (_, method) in _READINGS.items()}),
+        method=stands_for,
     )
     stages = [*rows[rows.label.notna() & rows.stage.isin(["", "fine-tuned"])].groupby("stage")]
     figure, axes = look.canvas(len(stages), (3 + 4 * len(stages), 4), sharey=True)
     for panel, (stage, part) in zip(axes, stages, strict=True):
         look.points(panel, part, "removed", "metric", "sd")
-        panel.axhline(look.dense_of(part), color=look.COLOURS["dense"], ls=":", label="dense")
+        dense = part.dense_metric[part.n.idxmax()]
+        panel.axhline(dense, color=look.COLOURS["dense"], ls=":", label="dense")
         panel.set(title=f"{look.place_of(rows)}, {stage or 'after pruning'}")
         panel.set(xlabel="parameters removed, %", xticks=100 * part.target.unique())
     axes[0].set_ylabel("test PSNR, dB (mean and sd)")
@@ -293,8 +280,7 @@ def reconstructions(store: Store, runs: Mapping[str, str]) -> Figure:
     picture = np.vstack([np.hstack(images[:, 0]) for images in rows.values()])
     figure, (axes,) = look.canvas(size=(1.8 + 0.7 * len(first["shown"]), 0.7 * len(rows)))
     axes.imshow(picture, cmap="gray", vmin=0, vmax=255)
-    middles = (np.arange(len(rows)) + 0.5) * len(picture) / len(rows)
-    axes.set_yticks(middles, rows)
+    axes.set_yticks((np.arange(len(rows)) + 0.5) * len(picture) / len(rows), rows)
     axes.set(xticks=[], title="images, and what is left of them")
     axes.grid(visible=False)
     return figure
