@@ -4,11 +4,10 @@ Importances are torch-pruning's, divided by their mean over the dependency group
 ranking holds for the whole net. The lowest channels go until the target is met.
 """
 
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import torch_pruning
-from pydantic import Field
 from torch import Tensor, nn
 from torch_pruning.pruner.importance import (
     GroupMagnitudeImportance,
@@ -26,6 +25,7 @@ from prunestudy.shrink.fold import with_gradients
 from prunestudy.shrink.groups import FOLLOWS, PRODUCES
 from prunestudy.shrink.layers import is_depthwise
 from prunestudy.shrink.runs import outputs_of
+from prunestudy.values import Count, Part, Positive
 
 _NORM = nn.modules.batchnorm._BatchNorm
 
@@ -85,7 +85,7 @@ class TaylorChannels(_Removal):
 
     name, title = "taylor_channels", "Taylor, one shot"
     measure = GroupTaylorImportance(multivariable=True)
-    batches: Annotated[int, Field(ge=1)] = 10
+    batches: Count = 10
 
     def scores(self, model: nn.Module, context: Context) -> Tensor:
         """Importance by the gradient of the summed loss of the first batches."""
@@ -106,8 +106,8 @@ class NetworkSlimming(_Removal):
     """
 
     name, title = "network_slimming", "network slimming"
-    strength: Annotated[float, Field(gt=0)] = 1e-4
-    cut: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    strength: Positive = 1e-4
+    cut: Part = 0.5
 
     def phases(self) -> tuple[Phase, ...]:
         """Scales are pressed down, then the smaller net is fine-tuned."""

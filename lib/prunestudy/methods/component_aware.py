@@ -68,6 +68,7 @@ from prunestudy.methods.search import Point, Search, placed
 from prunestudy.shrink import Group, axis_of
 from prunestudy.shrink.fold import copied, real_parameters, with_gradients
 from prunestudy.shrink.groups import CONSUMES
+from prunestudy.values import Positive
 
 
 class ComponentAware(Search):
@@ -88,14 +89,14 @@ class ComponentAware(Search):
     per: Literal["group", "component"] = "group"
     levels: Annotated[int, Field(ge=2, le=1000)] = 9
     steps: Annotated[int, Field(ge=1, le=1_000_000)] = 150
-    lr: Annotated[float, Field(gt=0)] = 0.1
-    hot: Annotated[float, Field(gt=0)] = 0.1
-    cold: Annotated[float, Field(gt=0)] = 0.01
+    lr: Positive = 0.1
+    hot: Positive = 0.1
+    cold: Positive = 0.01
     hold: Literal["projection", "penalty"] = "projection"
-    strength: Annotated[float, Field(gt=0)] = 1e4
+    strength: Positive = 1e4
     check_every: Annotated[int, Field(ge=1, alias="check")] = 10  # `check` is a hook
     recover: Annotated[int, Field(ge=0, le=1_000_000)] = 0
-    recover_lr: Annotated[float, Field(gt=0)] = 2e-3
+    recover_lr: Positive = 2e-3
 
     def solve(self) -> tuple[list[float], Point]:
         """One number per group, and the best point that the solver found."""

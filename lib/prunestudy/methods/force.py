@@ -32,15 +32,15 @@ directions closer than 5e-7, which float32 cannot tell apart, exert no L1 force;
 GoogLeNet.
 """
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from prunestudy.methods.base import At, Context
 from prunestudy.methods.low_rank import LowRank
 from prunestudy.shrink.factors import Layer, groups_of, layers_to_factorise, require_factorisable
+from prunestudy.values import Share
 
 Kind = Literal["l2", "l1"]
 _SHORTEST = 1e-8
@@ -119,7 +119,7 @@ class Force(LowRank):
     strength: float = 1e-4
     adaptive: bool = False
     agree: bool = False
-    stop: Annotated[float, Field(gt=0, le=1)] = 1.0
+    stop: Share = 1.0
     layers: str = ""
     strengths: dict[str, float] = {}
 

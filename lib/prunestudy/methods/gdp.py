@@ -59,6 +59,7 @@ from prunestudy.methods.scaled import scale_consumers
 from prunestudy.methods.steering import Steering
 from prunestudy.shrink import folded
 from prunestudy.shrink.fold import real_parameters
+from prunestudy.values import Positive, Share
 
 
 def gate(t: Tensor, eps: Tensor | float) -> Tensor:
@@ -90,12 +91,12 @@ class GDP(Channelled):
     """
 
     name, title = "gdp", "GDP (ours)"
-    gate_lr: Annotated[float, Field(gt=0)] = 0.05
-    eps_start: Annotated[float, Field(gt=0)] = 0.1
-    eps_end: Annotated[float, Field(gt=0)] = 1e-4
-    eps_share: Annotated[float, Field(gt=0, le=1)] = 0.5
+    gate_lr: Positive = 0.05
+    eps_start: Positive = 0.1
+    eps_end: Positive = 1e-4
+    eps_share: Share = 0.5
     average: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    ramp: Annotated[float, Field(gt=0, le=1)] = 0.3
+    ramp: Share = 0.3
     steer: Literal["closed", "gates"] = "closed"
     pace: Literal["equal", "by_share"] = "equal"
     groups: str = ""

@@ -47,6 +47,7 @@ from prunestudy.shrink.factors import (
     require_factorisable,
 )
 from prunestudy.shrink.ranks import cheaper, least_share
+from prunestudy.values import Count, Positive
 
 
 class LowRank(Method):
@@ -65,10 +66,10 @@ class LowRank(Method):
     factorise: str = ""
     variant: Literal["pca", "svd"] = "pca"
     by: Literal["energy", "loss"] = "energy"
-    samples: Annotated[int, Field(ge=1)] = 512
+    samples: Count = 512
     recalibrate: Annotated[int, Field(ge=0)] = 0
     fine_tune: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    fine_tune_lr: Annotated[float, Field(gt=0)] = 1.0
+    fine_tune_lr: Positive = 1.0
     rounds: Annotated[int, Field(ge=0, le=1000)] = 0
 
     def __init__(self, *target: Any, **settings: Any) -> None:

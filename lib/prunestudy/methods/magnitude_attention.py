@@ -41,6 +41,7 @@ from torch import Tensor, nn
 from prunestudy.errors import require
 from prunestudy.methods.base import At, Context, Phase
 from prunestudy.methods.masks import Mask, Masked, Scope, layers_in, multiply
+from prunestudy.values import Count, Share
 
 
 class _Attention(Mask):
@@ -83,8 +84,8 @@ class MagnitudeAttention(Masked):
 
     name, title = "magnitude_attention", "magnitude attention (ours)"
     scope: Scope = "auto"
-    ramp: Annotated[float, Field(gt=0, le=1)] = 0.75
-    period: Annotated[int, Field(ge=1)] = 16
+    ramp: Share = 0.75
+    period: Count = 16
     alpha: Annotated[float, Field(ge=0)] = 0.5
     norm: Literal["network_mean", "network_max", "layer_max"] = "network_mean"
     exploitation: bool = True

@@ -9,10 +9,9 @@ import math
 from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -24,6 +23,7 @@ from prunestudy.methods.channel_controls import GroupL2, importance, taylor
 from prunestudy.methods.channels import Channels, become
 from prunestudy.shrink import ComponentGroup, Narrow, component_groups, remove_groups
 from prunestudy.shrink.fold import copied, with_gradients
+from prunestudy.values import Count, Part
 
 
 class _Budget:
@@ -119,10 +119,10 @@ class Search(Method, ABC):
     counts: ClassVar[tuple[str, ...]] = ("parameters",)
 
     importance: Literal["taylor", "group_l2"] = "taylor"
-    taylor_batches: Annotated[int, Field(ge=1)] = 16
-    most: Annotated[float, Field(gt=0, lt=1)] = 0.95
-    tolerance: Annotated[float, Field(gt=0, lt=1)] = 0.01
-    samples: Annotated[int, Field(ge=1)] = 256
+    taylor_batches: Count = 16
+    most: Part = 0.95
+    tolerance: Part = 0.01
+    samples: Count = 256
     constraints: list[str] = []
     protect: list[str] = []
     leave: str = ""

@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from prunestudy.methods.base import At, Context, Phase, then_fine_tune
 from prunestudy.methods.masks import Mask, Masked, multiply
 from prunestudy.methods.steering import Steering
+from prunestudy.values import Part, Positive, Share
 
 
 class _Gate(Mask):
@@ -88,13 +89,13 @@ class SparseGates(Masked):
     draw: Literal[
         "bernoulli", "deterministic", "bernoulli_then_deterministic", "deterministic_then_bernoulli"
     ] = "bernoulli"
-    initial: Annotated[float, Field(gt=0, le=1)] = 0.95
+    initial: Share = 0.95
     gate_optimizer: Literal["adam", "sgd"] = "adam"
-    gate_lr: Annotated[float, Field(gt=0)] = 0.02
+    gate_lr: Positive = 0.02
     bimodal: Annotated[float, Field(ge=0)] = 4.0
-    ramp: Annotated[float, Field(gt=0, le=1)] = 0.8
-    harden: Annotated[float, Field(gt=0, lt=1)] = 0.55
-    gate_phase_lr: Annotated[float, Field(gt=0)] = 0.5
+    ramp: Share = 0.8
+    harden: Part = 0.55
+    gate_phase_lr: Positive = 0.5
 
     def __init__(self, target: float | None = None, of: str | None = None, **settings: Any) -> None:
         super().__init__(target, of, **settings)

@@ -1,9 +1,8 @@
 """Controls on single weights, which all rank over the net at once and keep exactly the target."""
 
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from prunestudy.errors import refused, require
@@ -11,6 +10,7 @@ from prunestudy.methods.base import At, Context, Phase, call, then_fine_tune
 from prunestudy.methods.masks import Mask, Masked, Scope, kept_count, layers_in
 from prunestudy.methods.steering import Steering
 from prunestudy.shrink.fold import copied, with_gradients
+from prunestudy.values import Count, Part, Positive, Share
 
 
 class Magnitude(Masked):
@@ -36,10 +36,10 @@ class GradualMagnitude(Masked):
     """
 
     name, title = "gradual_magnitude", "gradual magnitude"
-    harden: Annotated[float, Field(gt=0, lt=1)] = 0.7
-    ramp: Annotated[float, Field(gt=0, le=1)] = 0.8
-    period: Annotated[int, Field(ge=1)] = 16
-    prune_phase_lr: Annotated[float, Field(gt=0)] = 1.0
+    harden: Part = 0.7
+    ramp: Share = 0.8
+    period: Count = 16
+    prune_phase_lr: Positive = 1.0
 
     def phases(self) -> tuple[Phase, ...]:
         """The sparsity grows, then the mask stays."""
@@ -71,9 +71,9 @@ class L1(Masked):
 
     name, title = "l1", "L1 (LASSO)"
     revision = 2  # 1 could leave fewer weights than the target
-    ramp: Annotated[float, Field(gt=0, le=1)] = 0.8
-    harden: Annotated[float, Field(gt=0, lt=1)] = 0.55
-    penalty_phase_lr: Annotated[float, Field(gt=0)] = 0.5
+    ramp: Share = 0.8
+    harden: Part = 0.55
+    penalty_phase_lr: Positive = 0.5
 
     def __init__(self, target: float | None = None, of: str | None = None, **settings: Any) -> None:
         super().__init__(target, of, **settings)
@@ -164,8 +164,8 @@ class Dpf(Masked):
 
     name, title = "dpf", "dynamic pruning with feedback"
     scope: Scope = "auto"
-    ramp: Annotated[float, Field(gt=0, le=1)] = 0.75
-    period: Annotated[int, Field(ge=1)] = 16
+    ramp: Share = 0.75
+    period: Count = 16
     bounded: bool | None = None
 
     def phases(self) -> tuple[Phase, ...]:
