@@ -13,10 +13,11 @@ from test_factors import Owners
 from torch import nn
 
 import prunestudy as ps
+from layers import force_by_pairs
 from prunestudy import measure, methods, models, shrink
 from prunestudy.errors import InputError
 from prunestudy.methods import Context, batch_norm, filter_probes
-from prunestudy.methods.force import force, force_by_pairs
+from prunestudy.methods.force import force
 from prunestudy.shrink import factors
 
 KINDS = ("l2", "l1")
