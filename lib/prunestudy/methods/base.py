@@ -125,10 +125,15 @@ def _first(batches: Iterable[Batch], number: int) -> list[Batch]:
     found: list[Batch] = []
     for batch in batches:
         found.append(tree_map_only(Tensor, lambda t, n=number: t[:n], tuple(batch)))
-        number -= len(tree_leaves(batch[0])[0])
+        number -= samples_in(batch[0])
         if number <= 0:
             break
     return found
+
+
+def samples_in(x: Any) -> int:
+    """The number of samples of a batch's inputs `x`."""
+    return len(tree_leaves(x)[0])
 
 
 def call(model: nn.Module, x: Any) -> Any:
@@ -143,9 +148,8 @@ def mean_loss(model: nn.Module, loss: Callable, batches: Iterable[Batch]) -> flo
     total, samples = 0.0, 0
     with torch.no_grad():
         for x, y in batches:
-            size = len(tree_leaves(x)[0])
-            total += loss(call(model, x), x, y).item() * size
-            samples += size
+            total += loss(call(model, x), x, y).item() * samples_in(x)
+            samples += samples_in(x)
     return total / samples
 
 

@@ -5,11 +5,10 @@ from itertools import chain
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_leaves
 
 from prunestudy.errors import refused
 from prunestudy.measure.forward import evaluating
-from prunestudy.methods.base import Context, call
+from prunestudy.methods.base import Context, call, samples_in
 
 
 def recalibrate(model: nn.Module, context: Context, batches: int) -> int:
@@ -34,7 +33,7 @@ def recalibrate(model: nn.Module, context: Context, batches: int) -> int:
             for number, (x, _) in enumerate(chain([first], data)):
                 with refused("context.train", f"batch {number}"):
                     call(model, x)
-                seen += len(tree_leaves(x)[0])
+                seen += samples_in(x)
         finally:
             for norm, momentum in norms.items():
                 norm.momentum = momentum

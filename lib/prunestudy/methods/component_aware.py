@@ -53,17 +53,16 @@ import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._pytree import tree_leaves
 
 from prunestudy.errors import require
-from prunestudy.methods.base import call
+from prunestudy.methods.base import call, samples_in
 from prunestudy.methods.search import Point, Search, placed
 from prunestudy.shrink import Group, axis_of
 from prunestudy.shrink.fold import copied, real_parameters, with_gradients
@@ -81,9 +80,7 @@ class ComponentAware(Search):
     is judged; above 0, the weights are also trained during the descent.
     """
 
-    name: ClassVar[str] = "component_aware"
-    title: ClassVar[str] = "soft coefficients (ours)"
-
+    name, title = "component_aware", "soft coefficients (ours)"
     solver: Literal["gradient", "grid"] = "gradient"
     coefficient: Literal["share", "multiplier"] = "share"
     per: Literal["group", "component"] = "group"
@@ -110,27 +107,27 @@ class ComponentAware(Search):
         # The coefficient's number of each group; for a protected one any does.
         self.index, self.coefficients = [number.get(key, -1) for key in keys], len(number)
         self.best = None
-        self._offer([0.0] * len(keys))
+        self._offer([0.0] * (len(number) + 1))
         if self.solver == "gradient":
             self._descend()
         else:
             self._try_grid()
         return self.best
 
-    def _offer(self, numbers: list[float]) -> None:
-        """Take the point at `numbers`, shifted to the target, if it is better than all before."""
+    def _offer(self, alpha: Sequence[float]) -> None:
+        """Take the point at `alpha`, shifted to the target, if it is better than all before."""
+        numbers = [alpha[i] for i in self.index]
         point = self.judge(self.budget.meet(numbers, self.target))
         if self.best is None or self.rank(point) > self.rank(self.best[1]):
             self.best = numbers, point
 
     def _try_grid(self) -> None:
-        """Try all points of the product grid."""
         low, high = (0.0, self.most) if self.coefficient == "share" else (-2.0, 2.0)
         levels = np.linspace(low, high, self.levels).tolist()
         for alpha in itertools.product(levels, repeat=self.coefficients):
             # Other points are the same as one with all coefficients a level lower.
             if min(alpha) <= low:
-                self._offer(self._spread(alpha))
+                self._offer(alpha)
 
     def _descend(self) -> None:
         """Try hardened points on the way of gradient descent."""
@@ -156,7 +153,7 @@ class ComponentAware(Search):
             if self.coefficient == "share":
                 alpha.data.clamp_(0, self.most)
             if (step + 1) % self.check_every == 0 or step + 1 == self.steps:
-                self._offer(self._spread(alpha.tolist()))
+                self._offer(alpha.tolist())
 
     def step(
         self, alpha: Tensor, optimizer: torch.optim.Optimizer, loss: Tensor, over: Tensor
@@ -184,15 +181,14 @@ class ComponentAware(Search):
                 optimizer.zero_grad()
                 self.context.loss(call(net, x), x, y).backward()
                 optimizer.step()
-                self.passes += 3 * len(tree_leaves(x)[0])
+                self.passes += 3 * samples_in(x)
         return net
 
     def soft_loss(
         self, net: nn.Module, numbers: Tensor, temperature: float
     ) -> tuple[Tensor, Tensor]:
         """Loss at `numbers` (one per group) on the next training batch, and the share removed S."""
-        x, y = next(self.batches)
-        self.passes += 3 * len(tree_leaves(x)[0])
+        x, y = self.batch()
         masks = self.soft_masks(numbers, temperature)
         output = masked_output(net, self.channels.groups, masks, x)
         smooth = self.metrics.smooth
@@ -217,10 +213,6 @@ class ComponentAware(Search):
             soft = torch.sigmoid((p - number.to(p)) / temperature)
             masks.append(torch.ones_like(p) if each.protected else soft)
         return masks
-
-    def _spread(self, alpha: Sequence[float]) -> list[float]:
-        """The coefficient of each group."""
-        return [alpha[i] for i in self.index]
 
     def _width(self) -> float:
         """Range of the positions: 1 for ranks; else twice the interquartile range, as for ranks."""

@@ -22,11 +22,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from prunestudy import measure, shrink
 from prunestudy.errors import require
-from prunestudy.methods.base import At, Context, Method, Phase, mean_loss
+from prunestudy.methods.base import At, Context, Method, Phase, mean_loss, samples_in
 from prunestudy.methods.batch_norm import recalibrate
 from prunestudy.shrink import factors
 from prunestudy.shrink.factors import Layer, full_rank
@@ -167,7 +166,7 @@ class LowRank(Method):
         context, batches = self._held[1], min(1, self.recalibrate)
         data, train = context.samples(self.samples), list(context.batches(batches))
         context = replace(context, train=lambda _: train)
-        judged = sum(len(tree_leaves(x)[0]) for x, _ in data)
+        judged = sum(samples_in(x) for x, _ in data)
 
         def loss(net: nn.Module) -> float:
             self.passes += recalibrate(net, context, batches) + judged

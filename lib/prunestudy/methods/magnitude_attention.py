@@ -177,7 +177,7 @@ class MagnitudeAttention(Masked):
         mean = self.norm == "network_mean"
         sizes = torch.stack(torch._foreach_norm(weights, 1 if mean else torch.inf))
         if mean:
-            sizes = sizes.sum() / sum(w.numel() for w in weights)
+            sizes = sizes.sum() / self.size
         elif self.norm == "network_max":
             sizes = sizes.max()
         # A layer of zeros: A is 0 there, not 0 / 0.

@@ -91,11 +91,10 @@ class L1(Masked):
             return
         if at.first:
             total = sum(weight.abs().sum().double() for weight in self.weights)
-            self.steering.start(1e-3 * total / sum(w.numel() for w in self.weights) / at.lr)
+            self.steering.start(1e-3 * total / self.size / at.lr)
         threshold = self.steering.strength * at.lr
         left = sum((weight.abs() > threshold).sum() for weight in self.weights)
-        least = kept_count(sum(w.numel() for w in self.weights), self.target)
-        threshold = torch.where(left < least, 0.0, threshold)
+        threshold = torch.where(left < kept_count(self.size, self.target), 0.0, threshold)
         for weight in self.weights:
             if weight.requires_grad:  # a frozen one may be cut, not shrunk
                 weight.sub_(weight.clamp(-threshold, threshold))
@@ -111,8 +110,7 @@ class L1(Masked):
     def kept(self) -> float:
         """The share of weights that are not zero."""
         pairs = zip(self.weights, self.masks, strict=True)
-        kept = sum(int((weight * each.mask).count_nonzero()) for weight, each in pairs)
-        return kept / sum(weight.numel() for weight in self.weights)
+        return sum(int((w * each.mask).count_nonzero()) for w, each in pairs) / self.size
 
     def log(self) -> dict[str, float]:
         """The share of weights that are not zero; lambda."""
