@@ -177,7 +177,8 @@ class Method(nn.Module):
     optimisers, `after_step`; every `context.period` steps and at the end of each phase `update`;
     and `finish` last. `after_backward` and `after_step` read no value on the host, so that a step
     can be captured as a CUDA graph. The state is the `state_dict`. `revision` counts changes of a
-    method's numbers. With `from_scratch` the run takes the shape of its parent only.
+    method's numbers. With `from_scratch` the run takes the shape of its parent only. `part` is the
+    name of the only phase, if there is one.
     """
 
     name: ClassVar[str] = "dense"
@@ -185,6 +186,7 @@ class Method(nn.Module):
     revision: ClassVar[int] = 1
     counts: ClassVar[tuple[str, ...]] = ()
     from_scratch: ClassVar[bool] = False
+    part: ClassVar[str] = "train"
     attached: ClassVar[bool] = False  # of a method: whether `attach` is done
     Settings: ClassVar[type[Values]] = Values
 
@@ -213,7 +215,7 @@ class Method(nn.Module):
 
     def phases(self) -> tuple[Phase, ...]:
         """Parts of the training in order; their shares sum to 1."""
-        return (Phase("train"),)
+        return (Phase(self.part),)
 
     def check(self, model: nn.Module) -> None:
         """Raise `InputError` for a net that the method cannot take; `model` is only looked at."""
@@ -291,7 +293,6 @@ class _Scratch(Method):
     name, title, from_scratch = "scratch", "found shape, from scratch", True
 
     def attach(self, model: nn.Module, context: Context) -> None:
-        """Draw all weights anew."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(context.generator.initial_seed())
             for module in model.modules():

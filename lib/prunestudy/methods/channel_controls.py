@@ -11,11 +11,6 @@ import torch
 import torch_pruning
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch_pruning.pruner.importance import (
-    GroupMagnitudeImportance,
-    GroupTaylorImportance,
-    MagnitudeImportance,
-)
 
 from prunestudy.errors import InputError, require
 from prunestudy.measure.forward import inputs_for
@@ -64,14 +59,14 @@ class GroupL2(_Removal):
     """
 
     name, title = "group_l2", "group L2, one shot"
-    measure = GroupMagnitudeImportance(p=2)
+    measure = torch_pruning.importance.GroupMagnitudeImportance(p=2)
 
 
 class L1Filter(_Removal):
     """The L1 norm of the filter that produces the channel (Li et al., ICLR 2017)."""
 
     name, title = "l1_filter", "L1 filter norm, one shot"
-    measure = MagnitudeImportance(p=1, group_reduction="first")
+    measure = torch_pruning.importance.MagnitudeImportance(p=1, group_reduction="first")
 
 
 class TaylorChannels(_Removal):
@@ -81,7 +76,7 @@ class TaylorChannels(_Removal):
     """
 
     name, title = "taylor_channels", "Taylor, one shot"
-    measure = GroupTaylorImportance(multivariable=True)
+    measure = torch_pruning.importance.GroupTaylorImportance(multivariable=True)
     batches: Count = 10
 
     def scores(self, model: nn.Module, context: Context) -> Tensor:

@@ -52,7 +52,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from prunestudy.errors import require
-from prunestudy.methods.base import At, Context, Phase, scalar
+from prunestudy.methods.base import At, Context, scalar
 from prunestudy.methods.channels import Channelled, Channels
 from prunestudy.methods.polarity import Polarity
 from prunestudy.methods.scaled import scale_consumers
@@ -77,7 +77,6 @@ class _Gates(nn.Module):
         self.register_buffer("eps", scalar(eps, like.device))
 
     def forward(self) -> Tensor:
-        """g (N,)."""
         return gate(self.t, self.eps)
 
 
@@ -90,7 +89,7 @@ class GDP(Channelled):
     separated by spaces, all if empty.
     """
 
-    name, title = "gdp", "GDP (ours)"
+    name, title, part = "gdp", "GDP (ours)", "gates"
     gate_lr: Positive = 0.05
     eps_start: Positive = 0.1
     eps_end: Positive = 1e-4
@@ -105,10 +104,6 @@ class GDP(Channelled):
         super().__init__(target, of, **settings)
         falls = self.eps_end <= self.eps_start
         require(falls, "eps_end", self.eps_end, f"at most eps_start, {self.eps_start}")
-
-    def phases(self) -> tuple[Phase, ...]:
-        """One phase: gates and weights train together, then the weights alone."""
-        return (Phase("gates"),)
 
     def attach(self, model: nn.Module, context: Context) -> None:
         """Find the dependency groups and scale every kernel that consumes gated channels."""

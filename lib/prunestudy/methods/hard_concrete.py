@@ -58,11 +58,9 @@ class _Gates(nn.Module):
         return torch.where(self.hard, torch.where(self.mask, z.clamp(min=0.1), 0.0), z)
 
     def probability(self) -> Tensor:
-        """P(z > 0), (N,)."""
         return torch.sigmoid(self.log_alpha - BETA * math.log(-GAMMA / ZETA))
 
     def draw(self, generator: torch.Generator) -> None:
-        """Draw u for the next step."""
         tiny = torch.finfo(self.noise.dtype).eps
         self.noise.uniform_(generator=generator).clamp_(tiny, 1 - tiny)
 

@@ -18,15 +18,18 @@ momentum belongs to directions that are gone (ours).
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from itertools import chain
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import Field
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from prunestudy import measure, shrink
-from prunestudy.errors import require
-from prunestudy.methods.base import At, Context, Method, Phase, mean_loss, samples_in
-from prunestudy.methods.batch_norm import recalibrate
+from prunestudy.errors import refused, require
+from prunestudy.measure.forward import evaluating
+from prunestudy.methods.base import At, Context, Method, Phase, call, mean_loss, samples_in
 from prunestudy.shrink import factors
 from prunestudy.shrink.factors import Layer, full_rank
 from prunestudy.shrink.ranks import cheaper, least_share
@@ -192,3 +195,32 @@ class PlainLowRank(LowRank):
 def is_finite(model: nn.Module) -> bool:
     """Whether all parameters of `model` are finite."""
     return all(bool(p.isfinite().all()) for p in model.parameters())
+
+
+def recalibrate(model: nn.Module, context: Context, batches: int) -> int:
+    """Estimate the running statistics of `model` anew, in place; return the samples it took.
+
+    Each is the mean over the first `batches` training batches, or all if there are fewer, of what
+    the layer normalises by in training. All other modules are in eval mode meanwhile (no dropout).
+    Nothing is read or changed with 0 batches, or in a net without such statistics. Raises
+    `InputError` if there is no batch.
+    """
+    kinds = (m for m in model.modules() if isinstance(m, _BatchNorm))
+    norms = {norm: norm.momentum for norm in kinds if norm.running_mean is not None}
+    if not (batches and norms):
+        return 0
+    data, seen = context.batches(batches), 0
+    first = next(data)  # refused before anything is changed
+    with evaluating(model), torch.no_grad():
+        for norm in norms:
+            norm.train().reset_running_stats()
+            norm.momentum = None  # the mean of all batches
+        try:
+            for number, (x, _) in enumerate(chain([first], data)):
+                with refused("context.train", f"batch {number}"):
+                    call(model, x)
+                seen += samples_in(x)
+        finally:
+            for norm, momentum in norms.items():
+                norm.momentum = momentum
+    return seen

@@ -60,7 +60,6 @@ class _Attention(Mask):
         return weight.detach().abs().div_(self.scale).pow_(self.alpha)
 
     def forward(self, weight: Tensor) -> Tensor:
-        """Return the effective weight (same shape)."""
         attention = self.attention(weight)
         forward = self.mask if self.passes == "backward" else attention * self.mask
         backward = None if self.passes == "forward" else attention

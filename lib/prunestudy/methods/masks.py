@@ -1,7 +1,7 @@
 """Masks on single weights: what the weight-level methods and their controls share."""
 
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -29,11 +29,6 @@ class Masked(Method):
     counts = ("sparsity",)
     scope: Scope = "all"
 
-    def __init__(self, target: float | None = None, of: str | None = None, **settings: Any) -> None:
-        super().__init__(target, of, **settings)
-        self.register_buffer("sparsity", scalar(0.0, "cpu"))
-        self.register_buffer("masked_at", torch.tensor(0))
-
     def check(self, model: nn.Module) -> None:
         """Refuse a `model` without layers in the scope, and a target that cuts no weight of it."""
         weights = [layer.weight for layer in layers_in(model, self.scope).values()]
@@ -55,6 +50,8 @@ class Masked(Method):
         self.masks = [self.mask_for(weight) for weight in self.weights]
         self.size = sum(weight.numel() for weight in self.weights)
         self.start = self.mean_size()
+        self.register_buffer("sparsity", scalar(0.0, "cpu"))
+        self.register_buffer("masked_at", torch.tensor(0))
         for layer, mask in zip(layers.values(), self.masks, strict=True):
             parametrize.register_parametrization(layer, "weight", mask)
 

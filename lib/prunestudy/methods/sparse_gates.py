@@ -30,7 +30,7 @@ Unknown in the paper, ours here: all settings of `SparseGates`, that lambda2 is 
 share, and that at `harden` exactly the top-k gates are kept (ties by |w|).
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -57,7 +57,6 @@ class _Gate(Mask):
         self.hard = self.bernoulli = False
 
     def forward(self, weight: Tensor) -> Tensor:
-        """Return w z (same shape)."""
         if self.hard:
             return super().forward(weight)
         z = self.draw()
@@ -97,17 +96,13 @@ class SparseGates(Masked):
     harden: Part = 0.55
     gate_phase_lr: Positive = 0.5
 
-    def __init__(self, target: float | None = None, of: str | None = None, **settings: Any) -> None:
-        super().__init__(target, of, **settings)
-        self.steering = Steering(1 - self.target, self.ramp)
-
     def phases(self) -> tuple[Phase, ...]:
         """Gates and weights together, then the kept weights alone."""
         return then_fine_tune("gates", self.harden, self.gate_phase_lr)
 
     def attach(self, model: nn.Module, context: Context) -> None:
         """Put a gate on every weight in the scope."""
-        self.generator = context.generator
+        self.generator, self.steering = context.generator, Steering(1 - self.target, self.ramp)
         super().attach(model, context)
         self._set_draw(self.draw.split("_then_")[0])
 

@@ -114,20 +114,19 @@ class _Trail(Probe):
             sums = [(_sum(each), _sum(each.flatten()[mask == 1])) for each, mask in pairs]
             movement[phase] = np.array(sums).T.copy()
         every, surviving = sum(movement.values())
-        found = {
+        found: dict[str, Any] = {
             "returns": sum(sum(returned) for *_, returned in self.changes) / int(total),
             "surviving": _share(surviving.sum(), every.sum()),
             **{f"surviving_{name}": _share(*part.sum(1)[::-1]) for name, part in movement.items()},
             "layer_focus": _share(every @ (kept / self.sizes), every.sum() * (kept.sum() / total)),
         }
-        return found | ({"train_cost": self._train_cost()} if self.step else {})
-
-    def _train_cost(self) -> float:
-        dense, macs = 3 * self.step, dict(self.macs)
-        inside = np.array([macs.pop(name) for name in self.method.names])
-        passes = self.passes.numpy() / self.sizes + self.whole
-        saved = inside @ (dense - passes)
-        return float(1 - saved / (dense * (inside.sum() + sum(macs.values()))))
+        if self.step:
+            dense, macs = 3 * self.step, dict(self.macs)
+            inside = np.array([macs.pop(name) for name in self.method.names])
+            saved = inside @ (dense - (self.passes.numpy() / self.sizes + self.whole))
+            cost = 1 - saved / (dense * (inside.sum() + sum(macs.values())))
+            found["train_cost"] = float(cost)
+        return found
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The trail for figures; rows of a long one cover several changes (their last step).

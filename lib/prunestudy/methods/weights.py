@@ -160,15 +160,11 @@ class Dpf(Masked):
     `bounded`: whether cut weights' gradients are scaled down, see `Masked.bound`.
     """
 
-    name, title = "dpf", "dynamic pruning with feedback"
+    name, title, part = "dpf", "dynamic pruning with feedback", "explore"
     scope: Scope = "auto"
     ramp: Share = 0.75
     period: Count = 16
     bounded: bool | None = None
-
-    def phases(self) -> tuple[Phase, ...]:
-        """One: the mask never freezes."""
-        return (Phase("explore"),)
 
     def mask_for(self, weight: Tensor) -> Mask:
         """A mask that lets the gradient through."""
