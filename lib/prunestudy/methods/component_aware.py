@@ -134,7 +134,12 @@ class ComponentAware(Search):
         start = self.budget.offset([0.0] * len(self.index), self.target)
         alpha = torch.full((self.coefficients,), start).requires_grad_()
         optimizer = torch.optim.Adam([alpha], lr=self.lr)
-        scale = self._width()
+        # The range of the positions: 1 for ranks, else twice the interquartile range, as for ranks.
+        scale = 1.0
+        if self.coefficient == "multiplier":
+            quarters = torch.tensor([0.25, 0.75]).double()
+            low, high = torch.cat(self.budget.positions).quantile(quarters)
+            scale = 2 * float(high - low)
         net, weights = copied(self.small.dense), None
         if self.recover:
             with_gradients(net)
@@ -213,14 +218,6 @@ class ComponentAware(Search):
             soft = torch.sigmoid((p - number.to(p)) / temperature)
             masks.append(torch.ones_like(p) if each.protected else soft)
         return masks
-
-    def _width(self) -> float:
-        """Range of the positions: 1 for ranks; else twice the interquartile range, as for ranks."""
-        if self.coefficient == "share":
-            return 1.0
-        positions = torch.cat(self.budget.positions)
-        quarters = positions.quantile(torch.tensor([0.25, 0.75]).double())
-        return 2 * float(quarters[1] - quarters[0])
 
 
 def masked_output(net: nn.Module, groups: Sequence[Group], masks: Sequence[Tensor], x: Any) -> Any:
