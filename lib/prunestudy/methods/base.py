@@ -18,8 +18,7 @@ from prunestudy.shrink import folded
 from prunestudy.values import Values, checked, plain
 
 # What a target may be a share of.
-TARGETS = {"sparsity": "weights", "macs": "MACs"}
-TARGETS |= {name: name for name in ("parameters", "rank", "energy")}
+TARGETS = {"sparsity": "weights", "macs": "MACs"} | {n: n for n in ("parameters", "rank", "energy")}
 Batch = tuple[Any, Any]
 
 
@@ -177,8 +176,7 @@ class Method(nn.Module):
     optimisers, `after_step`; every `context.period` steps and at the end of each phase `update`;
     and `finish` last. `after_backward` and `after_step` read no value on the host, so that a step
     can be captured as a CUDA graph. The state is the `state_dict`. `revision` counts changes of a
-    method's numbers. With `from_scratch` the run takes the shape of its parent only. `part` is the
-    name of the only phase, if there is one.
+    method's numbers. With `from_scratch` the run takes the shape of its parent only.
     """
 
     name: ClassVar[str] = "dense"
@@ -186,7 +184,7 @@ class Method(nn.Module):
     revision: ClassVar[int] = 1
     counts: ClassVar[tuple[str, ...]] = ()
     from_scratch: ClassVar[bool] = False
-    part: ClassVar[str] = "train"
+    part: ClassVar[str] = "train"  # the name of the phase, where there is only one
     attached: ClassVar[bool] = False  # of a method: whether `attach` is done
     Settings: ClassVar[type[Values]] = Values
 
