@@ -6,14 +6,14 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import prune
 from torchvision.models import resnet50
 
 from common import Ratio, Row, compare, main
 from prunestudy import methods, models, shrink
 from prunestudy.methods.channels import Channels
-from prunestudy.methods.force import force, force_by_pairs
+from prunestudy.methods.force import force
 from prunestudy.papers import card
 from prunestudy.shrink.factors import layer_speed_up
 
@@ -59,6 +59,23 @@ def factors(net: str, name: str, seconds: float) -> str:
         measured = table.cpu[table.layers.index(name)]
         parts.append(f"published, CPU: {measured:.2f} [{table.mark}]")
     return "; ".join(parts)
+
+
+def force_by_pairs(weight: Tensor, kind: str = "l2", groups: int = 1) -> Tensor:
+    """`force` by its definition, pair by pair."""
+    rows = weight.reshape(groups, len(weight) // groups, -1)
+    length = rows.norm(dim=2, keepdim=True)
+    there = length > 1e-8
+    unit = torch.where(there, rows / length, 0.0)
+    pull = torch.zeros_like(unit)
+    for i in range(unit.shape[1]):
+        toward = (unit - unit[:, i : i + 1]) * there
+        if kind == "l1":
+            distance = toward.norm(dim=2, keepdim=True)
+            toward = torch.where(distance > 5e-7, toward / distance, 0.0)
+        pull[:, i] = toward.sum(1)
+    along = (pull * unit).sum(2, keepdim=True)
+    return (length * there * (pull - along * unit)).reshape(weight.shape)
 
 
 def half_of_vgg16(seconds: float) -> str:

@@ -13,10 +13,11 @@ from test_factors import Owners
 from torch import nn
 
 import prunestudy as ps
+from layers import force_by_pairs
 from prunestudy import measure, methods, models, shrink
 from prunestudy.errors import InputError
-from prunestudy.methods import Context, batch_norm, filter_probes
-from prunestudy.methods.force import force, force_by_pairs
+from prunestudy.methods import Context, filter_probes, low_rank
+from prunestudy.methods.force import force
 from prunestudy.shrink import factors
 
 KINDS = ("l2", "l1")
@@ -446,7 +447,7 @@ def test_statistics_are_the_mean_over_batches_of_what_training_normalises_by(dim
     net[2].eval()
     before = copy.deepcopy(net.state_dict())
     context = Context((data[0][0],), train=lambda epoch: [data, []][epoch])
-    seen = batch_norm.recalibrate(net, context, 2)
+    seen = low_rank.recalibrate(net, context, 2)
     first, second = [], []
     for x, _ in data[:2]:
         out = net[0](x)
@@ -466,19 +467,19 @@ def test_statistics_are_the_mean_over_batches_of_what_training_normalises_by(dim
     after = copy.deepcopy(net.state_dict())
     moved = {n.partition(".")[2] for n in after if not torch.equal(before[n], after[n])}
     assert moved == {"running_mean", "running_var", "num_batches_tracked"}
-    batch_norm.recalibrate(net, context, 2)
+    low_rank.recalibrate(net, context, 2)
     assert all(torch.equal(after[n], t) for n, t in net.state_dict().items())
-    assert batch_norm.recalibrate(net, context, 9) == 15
+    assert low_rank.recalibrate(net, context, 9) == 15
 
 
 def test_nothing_is_read_without_batch_norm_or_batches_and_none_is_refused():
     net, x = normed(), weights(2, 1, 6, 6)
     unread = Context((x,), train=None)
     before = copy.deepcopy(net.state_dict())
-    assert batch_norm.recalibrate(net, unread, 0) == 0
-    assert batch_norm.recalibrate(nn.Sequential(net[0], net[3]), unread, 5) == 0
+    assert low_rank.recalibrate(net, unread, 0) == 0
+    assert low_rank.recalibrate(nn.Sequential(net[0], net[3]), unread, 5) == 0
     with pytest.raises(InputError, match=r"^context.train = 'no batch'"):
-        batch_norm.recalibrate(net, Context((x,)), 5)
+        low_rank.recalibrate(net, Context((x,)), 5)
     assert all(torch.equal(before[n], t) for n, t in net.state_dict().items())
 
 
@@ -490,7 +491,7 @@ def test_factors_come_before_fine_tuning_and_their_statistics_right_then(fine_tu
     context = Context((data[0][0],), train=lambda _: data)
     method.attach(net, context)
     expected = shrink.factorise(net, method.wanted(net))
-    batch_norm.recalibrate(expected, context, 2)
+    low_rank.recalibrate(expected, context, 2)
     method.update(method.at(5, 10, torch.tensor(1.0)))
     found = net.eval() if fine_tune else method.finish(net, context)
     assert set(ranks_of(net)) == ({"0", "4"} if fine_tune else set())

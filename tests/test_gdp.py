@@ -376,8 +376,8 @@ def test_losses_in_windows():
         return probe
 
     curve = watched(4, [1.0, 2.0, 4.0, 4.0])
-    assert curve.roughness() == pytest.approx(1.0)
-    assert math.isnan(watched(4, [1.0]).roughness())
+    assert curve.measures()["roughness"] == pytest.approx(1.0)
+    assert math.isnan(watched(4, [1.0]).measures()["roughness"])
     coarse = watched(40_000, [1.0, 3.0, 5.0])
     assert (coarse.window, coarse.losses().tolist()) == (2, [2.0])
     state = copy.deepcopy(coarse.state())

@@ -1,13 +1,18 @@
 """What a user may give as a setting or an example, and one line for what cannot be used."""
 
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from prunestudy.errors import InputError, quoted, require
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+# What most settings are: a number, a share with 1 and without, a number of steps or samples.
+Positive = Annotated[float, Field(gt=0)]
+Share, Part = Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, lt=1)]
+Count = Annotated[int, Field(ge=1)]
 
 _MOST_WHOLE = 2**32  # whole numbers are counts and seeds
 # In float32 the square of a smaller number is 0, and a larger one leaves no room for a factor.

@@ -18,8 +18,7 @@ from prunestudy.shrink import folded
 from prunestudy.values import Values, checked, plain
 
 # What a target may be a share of.
-TARGETS = {"sparsity": "weights", "macs": "MACs"}
-TARGETS |= {name: name for name in ("parameters", "rank", "energy")}
+TARGETS = {"sparsity": "weights", "macs": "MACs"} | {n: n for n in ("parameters", "rank", "energy")}
 Batch = tuple[Any, Any]
 
 
@@ -125,10 +124,15 @@ def _first(batches: Iterable[Batch], number: int) -> list[Batch]:
     found: list[Batch] = []
     for batch in batches:
         found.append(tree_map_only(Tensor, lambda t, n=number: t[:n], tuple(batch)))
-        number -= len(tree_leaves(batch[0])[0])
+        number -= samples_in(batch[0])
         if number <= 0:
             break
     return found
+
+
+def samples_in(x: Any) -> int:
+    """The number of samples of a batch's inputs `x`."""
+    return len(tree_leaves(x)[0])
 
 
 def call(model: nn.Module, x: Any) -> Any:
@@ -143,9 +147,8 @@ def mean_loss(model: nn.Module, loss: Callable, batches: Iterable[Batch]) -> flo
     total, samples = 0.0, 0
     with torch.no_grad():
         for x, y in batches:
-            size = len(tree_leaves(x)[0])
-            total += loss(call(model, x), x, y).item() * size
-            samples += size
+            total += loss(call(model, x), x, y).item() * samples_in(x)
+            samples += samples_in(x)
     return total / samples
 
 
@@ -181,6 +184,7 @@ class Method(nn.Module):
     revision: ClassVar[int] = 1
     counts: ClassVar[tuple[str, ...]] = ()
     from_scratch: ClassVar[bool] = False
+    part: ClassVar[str] = "train"  # the name of the phase, where there is only one
     attached: ClassVar[bool] = False  # of a method: whether `attach` is done
     Settings: ClassVar[type[Values]] = Values
 
@@ -209,7 +213,7 @@ class Method(nn.Module):
 
     def phases(self) -> tuple[Phase, ...]:
         """Parts of the training in order; their shares sum to 1."""
-        return (Phase("train"),)
+        return (Phase(self.part),)
 
     def check(self, model: nn.Module) -> None:
         """Raise `InputError` for a net that the method cannot take; `model` is only looked at."""
@@ -287,7 +291,6 @@ class _Scratch(Method):
     name, title, from_scratch = "scratch", "found shape, from scratch", True
 
     def attach(self, model: nn.Module, context: Context) -> None:
-        """Draw all weights anew."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(context.generator.initial_seed())
             for module in model.modules():

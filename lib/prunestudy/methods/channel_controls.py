@@ -4,21 +4,17 @@ Importances are torch-pruning's, divided by their mean over the dependency group
 ranking holds for the whole net. The lowest channels go until the target is met.
 """
 
-from typing import Annotated, Any
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch_pruning
-from pydantic import Field
 from torch import Tensor, nn
-from torch_pruning.pruner.importance import (
-    GroupMagnitudeImportance,
-    GroupTaylorImportance,
-    MagnitudeImportance,
-)
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from prunestudy.errors import InputError, require
 from prunestudy.measure.forward import inputs_for
-from prunestudy.methods.base import At, Context, Phase, call, then_fine_tune
+from prunestudy.methods.base import At, Batch, Context, Phase, call, then_fine_tune
 from prunestudy.methods.channels import Channelled, Channels, become
 from prunestudy.methods.masks import Masked, Scope
 from prunestudy.shrink import axis_of, fold
@@ -26,8 +22,7 @@ from prunestudy.shrink.fold import with_gradients
 from prunestudy.shrink.groups import FOLLOWS, PRODUCES
 from prunestudy.shrink.layers import is_depthwise
 from prunestudy.shrink.runs import outputs_of
-
-_NORM = nn.modules.batchnorm._BatchNorm
+from prunestudy.values import Count, Part, Positive
 
 
 class _Removal(Channelled):
@@ -36,22 +31,19 @@ class _Removal(Channelled):
     measure = None
 
     def attach(self, model: nn.Module, context: Context) -> None:
-        """Remove the channels of lowest score."""
         self.number(model, context)
         self.remove(model, self.scores(model, context))
 
     def number(self, model: nn.Module, context: Context) -> None:
-        """Number the channels; all are left."""
         self.channels = Channels(model, context.example, self.of, leave=self.leave)
         self.left = torch.ones(self.channels.size, dtype=torch.bool)
 
     def open(self) -> Tensor:
-        """Which channels are left."""
         return self.left
 
     def scores(self, model: nn.Module, context: Context) -> Tensor:  # noqa: ARG002
         """What the ranking is by (N,), on the CPU: the lowest go first, infinite ones never."""
-        return importance(self.channels, model, self.measure)
+        return importance(self.channels, with_gradients(fold(model)), self.measure)
 
     def remove(self, model: nn.Module, scores: Tensor) -> None:
         """Remove channels from `model`, in place, until the target is met."""
@@ -67,14 +59,14 @@ class GroupL2(_Removal):
     """
 
     name, title = "group_l2", "group L2, one shot"
-    measure = GroupMagnitudeImportance(p=2)
+    measure = torch_pruning.importance.GroupMagnitudeImportance(p=2)
 
 
 class L1Filter(_Removal):
     """The L1 norm of the filter that produces the channel (Li et al., ICLR 2017)."""
 
     name, title = "l1_filter", "L1 filter norm, one shot"
-    measure = MagnitudeImportance(p=1, group_reduction="first")
+    measure = torch_pruning.importance.MagnitudeImportance(p=1, group_reduction="first")
 
 
 class TaylorChannels(_Removal):
@@ -84,17 +76,15 @@ class TaylorChannels(_Removal):
     """
 
     name, title = "taylor_channels", "Taylor, one shot"
-    measure = GroupTaylorImportance(multivariable=True)
-    batches: Annotated[int, Field(ge=1)] = 10
+    measure = torch_pruning.importance.GroupTaylorImportance(multivariable=True)
+    batches: Count = 10
 
     def scores(self, model: nn.Module, context: Context) -> Tensor:
         """Importance by the gradient of the summed loss of the first batches."""
         require(context.loss is not None, "context.loss", None, "Taylor needs the task's loss")
-        net, batches = with_gradients(fold(model)), list(context.batches(self.batches))
-        for x, y in batches:
-            context.loss(call(net, x), x, y).backward()
-        _fill_gradients(net)
-        return _ranking(self.channels, net, self.measure)
+        net = with_gradients(fold(model))
+        add_gradients(net, context.loss, list(context.batches(self.batches)))
+        return importance(self.channels, net, self.measure)
 
 
 class NetworkSlimming(_Removal):
@@ -106,8 +96,8 @@ class NetworkSlimming(_Removal):
     """
 
     name, title = "network_slimming", "network slimming"
-    strength: Annotated[float, Field(gt=0)] = 1e-4
-    cut: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    strength: Positive = 1e-4
+    cut: Part = 0.5
 
     def phases(self) -> tuple[Phase, ...]:
         """Scales are pressed down, then the smaller net is fine-tuned."""
@@ -199,13 +189,10 @@ class Random(_Removal):
         return {} if self.of == "sparsity" else super().report()
 
 
-def importance(channels: Channels, model: nn.Module, measure: Any) -> Tensor:
-    """torch-pruning's `measure` of every channel (N,), on the CPU; of weights, not gradients."""
-    return _ranking(channels, with_gradients(fold(model)), measure)
-
-
-def _fill_gradients(net: nn.Module) -> None:
-    """Give a gradient of zero to parameters of which the loss reads nothing."""
+def add_gradients(net: nn.Module, loss: Callable, batches: Iterable[Batch]) -> None:
+    """Add the gradient of each batch's loss; zero for parameters that no loss depends on."""
+    for x, y in batches:
+        loss(call(net, x), x, y).backward()
     for parameter in net.parameters():
         if parameter.requires_grad and parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
@@ -218,7 +205,6 @@ def taylor(channels: Channels, net: nn.Module) -> list[Tensor]:
     the mean over the group's channels. Biases do not count.
     """
     found = []
-    _fill_gradients(net)
     for group in channels.groups:
         sums = []
         for m in group.members:
@@ -243,14 +229,15 @@ def scale_sizes(channels: Channels, model: nn.Module) -> Tensor:
         sizes = [
             layer.weight.detach().abs().cpu()[torch.tensor(m.indices)].mean(1)
             for m, layer in layers
-            if isinstance(layer, _NORM) and layer.affine
+            if isinstance(layer, _BatchNorm) and layer.affine
         ]
         none = torch.full((group.channels,), torch.inf)
         found.append(torch.stack(sizes).mean(0) if sizes else none)
     return torch.cat(found)
 
 
-def _ranking(channels: Channels, net: nn.Module, measure: Any) -> Tensor:
+def importance(channels: Channels, net: nn.Module, measure: Any) -> Tensor:
+    """torch-pruning's `measure` of every channel (N,), on the CPU; `net` is plain and trainable."""
     example = inputs_for(net, channels.example)
     with torch.enable_grad():
         graph = torch_pruning.DependencyGraph().build_dependency(
@@ -278,19 +265,19 @@ def _ranking(channels: Channels, net: nn.Module, measure: Any) -> Tensor:
 
 def _make_dense(layer: nn.Module) -> None:
     """Give a convolution of several groups the kernel (and gradient) of one, zero between them."""
-    weight, eye = layer.weight, torch.eye(layer.groups).to(layer.weight)
+    eye = torch.eye(layer.groups).to(layer.weight)
 
     def dense(t: Tensor) -> Tensor:
         blocks = t.detach().unflatten(0, (layer.groups, -1))
         return torch.einsum("grc...,gh->grhc...", blocks, eye).flatten(2, 3).flatten(0, 1)
 
-    layer.weight = nn.Parameter(dense(weight))
-    layer.weight.grad = None if weight.grad is None else dense(weight.grad)
+    gradient, layer.weight = layer.weight.grad, nn.Parameter(dense(layer.weight))
+    layer.weight.grad = None if gradient is None else dense(gradient)
     layer.groups = 1
 
 
 def _scales(model: nn.Module) -> list[nn.Parameter]:
-    return [m.weight for m in model.modules() if isinstance(m, _NORM) and m.affine]
+    return [m.weight for m in model.modules() if isinstance(m, _BatchNorm) and m.affine]
 
 
 def _noise(shape: tuple[int, ...], context: Context) -> Tensor:

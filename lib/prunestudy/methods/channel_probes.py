@@ -22,13 +22,11 @@ class _Watch(Probe):
     noted = ("sums", "window", "done")
 
     def attach(self, method: Method, model: nn.Module, context: Context) -> None:
-        """Begin with no loss."""
         super().attach(method, model, context)
         self.sums = torch.zeros(0, dtype=torch.float64, device=context.device)
         self.window, self.done = 1, 0
 
     def after_step(self, at: At) -> None:
-        """Add the loss of this step."""
         if at.total_step == 1:
             self.window = -(-at.total_steps // _MOST_LOSSES)
             self.sums = self.sums.new_zeros(-(-at.total_steps // self.window))
@@ -39,28 +37,24 @@ class _Watch(Probe):
         """Mean loss of each window that is complete, float64."""
         return self.sums[: self.done // self.window].cpu().numpy() / self.window
 
-    def roughness(self) -> float:
-        """Mean absolute change of the loss from one window to the next; NaN below two."""
-        losses = self.losses()
-        return float(np.abs(np.diff(losses)).mean()) if len(losses) > 1 else math.nan
-
     def measures(self) -> dict[str, Any]:
-        """How smoothly the net trained."""
-        return {"roughness": self.roughness()}
+        """How smoothly the net trained: mean absolute change of the loss between windows."""
+        losses = self.losses()
+        rough = float(np.abs(np.diff(losses)).mean()) if len(losses) > 1 else math.nan
+        return {"roughness": rough}
 
 
 class _GatePaths(_Watch):
-    """Of GDP: paths of all gates and of the cost."""
+    """Of GDP: paths of all gates, and of the cost (soft, then hard), at at most 100 steps."""
 
     noted = (*_Watch.noted, "steps", "paths", "costs")
 
     def attach(self, method: Method, model: nn.Module, context: Context) -> None:
-        """Begin with no path."""
         super().attach(method, model, context)
         self.steps, self.paths, self.costs = [], [], []
 
     def after_step(self, at: At) -> None:
-        """Keep the gates of at most 100 steps; those closing at this step are still open."""
+        """Gates that close at this step are still open."""
         super().after_step(at)
         channels, step = self.method.channels, at.total_step - 1
         every = -(-at.total_steps // max(2, min(100, _BYTES // (2 * channels.size))))
@@ -71,7 +65,6 @@ class _GatePaths(_Watch):
             self.costs.append(torch.stack([channels.cost(g), channels.cost(g != 0)]))
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Paths of all gates and of the cost (soft, then hard)."""
         if not self.paths:
             return {}
         costs = torch.stack(self.costs, 1).cpu() / self.method.channels.dense
@@ -88,19 +81,13 @@ class _ConcretePaths(_Watch):
     """Of hard concrete gates: how they were before they were decided."""
 
     noted = (*_Watch.noted, "undecided")
-
-    def attach(self, method: Method, model: nn.Module, context: Context) -> None:
-        """Begin with nothing."""
-        super().attach(method, model, context)
-        self.undecided = None
+    undecided: Tensor | None = None
 
     def leaving(self, at: At) -> None:
-        """Keep the gates as they are before they are decided."""
         if at.phase == "gates":
             self.undecided = self.method.gates.at_test().detach()
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Gates at test time before they were decided."""
         before = self.undecided
         return {} if before is None else {"final_gates": before.to(torch.float16).cpu().numpy()}
 
@@ -112,7 +99,6 @@ class _Pictures(Probe):
     """
 
     def attach(self, method: Method, model: nn.Module, context: Context) -> None:
-        """Look at the dense net."""
         super().attach(method, model, context)
         self.x, _ = method.data[0]
         self.pictures: dict[str, np.ndarray] = {}
@@ -121,12 +107,10 @@ class _Pictures(Probe):
             self.pictures["shown"] = as_bytes(self.pixels(self.x[:_SHOWN]))
 
     def finished(self, net: nn.Module) -> None:
-        """Look at the small one."""
         if hasattr(net, "encode"):
             self._look(net, "pruned")
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The images, as bytes."""
         return self.pictures
 
     def _look(self, net: nn.Module, name: str) -> None:

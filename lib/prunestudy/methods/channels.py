@@ -26,14 +26,7 @@ from torch import Tensor, nn
 from prunestudy import measure, shrink
 from prunestudy.errors import InputError, require
 from prunestudy.methods.base import Method
-from prunestudy.shrink.groups import (
-    CONSUMES,
-    PRODUCES,
-    Group,
-    read_groups,
-    signal_remains,
-    silent_layers,
-)
+from prunestudy.shrink.groups import CONSUMES, PRODUCES, read_groups, signal_remains, silent_layers
 from prunestudy.shrink.layers import LAYERS, channels_of, is_follower
 from prunestudy.shrink.narrow import require_whole
 from prunestudy.shrink.proof import proven
@@ -265,7 +258,7 @@ def become(model: nn.Module, small: nn.Module) -> None:
     model.__dict__ = small.train(model.training).__dict__
 
 
-def _without(groups: list[Group], leave: Sequence[str]) -> list[Group]:
+def _without(groups: list[shrink.Group], leave: Sequence[str]) -> list[shrink.Group]:
     """`groups` but for those that one of the patterns `leave` names, or one of their producers."""
     names = [{group.name, *(m.layer for m in group.having(PRODUCES))} for group in groups]
     for pattern in leave if groups else ():  # a net without any is refused as such

@@ -53,21 +53,21 @@ import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._pytree import tree_leaves
 
 from prunestudy.errors import require
-from prunestudy.methods.base import call
+from prunestudy.methods.base import call, samples_in
 from prunestudy.methods.search import Point, Search, placed
 from prunestudy.shrink import Group, axis_of
 from prunestudy.shrink.fold import copied, real_parameters, with_gradients
 from prunestudy.shrink.groups import CONSUMES
+from prunestudy.values import Positive
 
 
 class ComponentAware(Search):
@@ -80,22 +80,20 @@ class ComponentAware(Search):
     is judged; above 0, the weights are also trained during the descent.
     """
 
-    name: ClassVar[str] = "component_aware"
-    title: ClassVar[str] = "soft coefficients (ours)"
-
+    name, title = "component_aware", "soft coefficients (ours)"
     solver: Literal["gradient", "grid"] = "gradient"
     coefficient: Literal["share", "multiplier"] = "share"
     per: Literal["group", "component"] = "group"
     levels: Annotated[int, Field(ge=2, le=1000)] = 9
     steps: Annotated[int, Field(ge=1, le=1_000_000)] = 150
-    lr: Annotated[float, Field(gt=0)] = 0.1
-    hot: Annotated[float, Field(gt=0)] = 0.1
-    cold: Annotated[float, Field(gt=0)] = 0.01
+    lr: Positive = 0.1
+    hot: Positive = 0.1
+    cold: Positive = 0.01
     hold: Literal["projection", "penalty"] = "projection"
-    strength: Annotated[float, Field(gt=0)] = 1e4
+    strength: Positive = 1e4
     check_every: Annotated[int, Field(ge=1, alias="check")] = 10  # `check` is a hook
     recover: Annotated[int, Field(ge=0, le=1_000_000)] = 0
-    recover_lr: Annotated[float, Field(gt=0)] = 2e-3
+    recover_lr: Positive = 2e-3
 
     def solve(self) -> tuple[list[float], Point]:
         """One number per group, and the best point that the solver found."""
@@ -109,34 +107,39 @@ class ComponentAware(Search):
         # The coefficient's number of each group; for a protected one any does.
         self.index, self.coefficients = [number.get(key, -1) for key in keys], len(number)
         self.best = None
-        self._offer([0.0] * len(keys))
+        self._offer([0.0] * (len(number) + 1))
         if self.solver == "gradient":
             self._descend()
         else:
             self._try_grid()
         return self.best
 
-    def _offer(self, numbers: list[float]) -> None:
-        """Take the point at `numbers`, shifted to the target, if it is better than all before."""
+    def _offer(self, alpha: Sequence[float]) -> None:
+        """Take the point at `alpha`, shifted to the target, if it is better than all before."""
+        numbers = [alpha[i] for i in self.index]
         point = self.judge(self.budget.meet(numbers, self.target))
         if self.best is None or self.rank(point) > self.rank(self.best[1]):
             self.best = numbers, point
 
     def _try_grid(self) -> None:
-        """Try all points of the product grid."""
         low, high = (0.0, self.most) if self.coefficient == "share" else (-2.0, 2.0)
         levels = np.linspace(low, high, self.levels).tolist()
         for alpha in itertools.product(levels, repeat=self.coefficients):
             # Other points are the same as one with all coefficients a level lower.
             if min(alpha) <= low:
-                self._offer(self._spread(alpha))
+                self._offer(alpha)
 
     def _descend(self) -> None:
         """Try hardened points on the way of gradient descent."""
         start = self.budget.offset([0.0] * len(self.index), self.target)
         alpha = torch.full((self.coefficients,), start).requires_grad_()
         optimizer = torch.optim.Adam([alpha], lr=self.lr)
-        scale = self._width()
+        # The range of the positions: 1 for ranks, else twice the interquartile range, as for ranks.
+        scale = 1.0
+        if self.coefficient == "multiplier":
+            quarters = torch.tensor([0.25, 0.75]).double()
+            low, high = torch.cat(self.budget.positions).quantile(quarters)
+            scale = 2 * float(high - low)
         net, weights = copied(self.small.dense), None
         if self.recover:
             with_gradients(net)
@@ -155,7 +158,7 @@ class ComponentAware(Search):
             if self.coefficient == "share":
                 alpha.data.clamp_(0, self.most)
             if (step + 1) % self.check_every == 0 or step + 1 == self.steps:
-                self._offer(self._spread(alpha.tolist()))
+                self._offer(alpha.tolist())
 
     def step(
         self, alpha: Tensor, optimizer: torch.optim.Optimizer, loss: Tensor, over: Tensor
@@ -183,15 +186,14 @@ class ComponentAware(Search):
                 optimizer.zero_grad()
                 self.context.loss(call(net, x), x, y).backward()
                 optimizer.step()
-                self.passes += 3 * len(tree_leaves(x)[0])
+                self.passes += 3 * samples_in(x)
         return net
 
     def soft_loss(
         self, net: nn.Module, numbers: Tensor, temperature: float
     ) -> tuple[Tensor, Tensor]:
         """Loss at `numbers` (one per group) on the next training batch, and the share removed S."""
-        x, y = next(self.batches)
-        self.passes += 3 * len(tree_leaves(x)[0])
+        x, y = self.batch()
         masks = self.soft_masks(numbers, temperature)
         output = masked_output(net, self.channels.groups, masks, x)
         smooth = self.metrics.smooth
@@ -216,18 +218,6 @@ class ComponentAware(Search):
             soft = torch.sigmoid((p - number.to(p)) / temperature)
             masks.append(torch.ones_like(p) if each.protected else soft)
         return masks
-
-    def _spread(self, alpha: Sequence[float]) -> list[float]:
-        """The coefficient of each group."""
-        return [alpha[i] for i in self.index]
-
-    def _width(self) -> float:
-        """Range of the positions: 1 for ranks; else twice the interquartile range, as for ranks."""
-        if self.coefficient == "share":
-            return 1.0
-        positions = torch.cat(self.budget.positions)
-        quarters = positions.quantile(torch.tensor([0.25, 0.75]).double())
-        return 2 * float(quarters[1] - quarters[0])
 
 
 def masked_output(net: nn.Module, groups: Sequence[Group], masks: Sequence[Tensor], x: Any) -> Any:

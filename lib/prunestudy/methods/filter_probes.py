@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -13,7 +12,6 @@ from prunestudy.methods.low_rank import LowRank, is_finite
 from prunestudy.methods.probes import Probe
 from prunestudy.shrink import energy_shares, fold, layer_speed_up, rank_at
 from prunestudy.shrink.factors import Layer, weight_matrix
-from prunestudy.shrink.ranks import Variant
 
 BINS = 36
 _KEPT = 0.95  # the share of energy at which ranks are reported, whatever the target
@@ -28,11 +26,10 @@ class _Filters(Probe):
     any fine-tuning of them, with batch norm's statistics estimated anew if they are.
     """
 
-    noted: ClassVar[tuple[str, ...]] = ("found", "drawn")
+    noted = ("found", "drawn")
     method: LowRank
 
     def attach(self, method: LowRank, model: nn.Module, context: Context) -> None:
-        """Note how the filters lie at the start."""
         super().attach(method, model, context)
         self.found: dict[str, float] = {}
         self.drawn = portraits(method.layers_of(model), "before")
@@ -49,22 +46,17 @@ class _Filters(Probe):
         if at.phase == "train" and at.last and self.method.ranks is not None:
             self._score(self.model)
 
-    def finish(self) -> None:
-        """Note the whole net, where no fine-tuning has followed."""
-        if self._is_whole():
+    def finished(self, net: nn.Module) -> None:
+        """Note the whole net and score the factors, where no fine-tuning has followed."""
+        if self.method.ranks is None and is_finite(self.model):
             self._note()
             self._whole = fold(self.model)
-
-    def finished(self, net: nn.Module) -> None:
-        """Score the factors and note their ranks."""
-        if self._whole is not None:
             self._score(net)
         parts = {name: net.get_submodule(name) for name in self._names}
         ranks = {n: len(p[0].weight) for n, p in parts.items() if isinstance(p, nn.Sequential)}
         self.found |= {f"factor_rank.{name}": float(rank) for name, rank in ranks.items()}
 
     def measures(self) -> dict[str, float]:
-        """The numbers that the class lists."""
         return self.found
 
     def others(self) -> dict[str, nn.Module]:
@@ -72,28 +64,20 @@ class _Filters(Probe):
         return {"whole": self._whole} if self._whole is not None else {}
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """`portraits` before and after."""
         return {name: tensor.cpu().numpy() for name, tensor in self.drawn.items()}
-
-    def _is_whole(self) -> bool:
-        return self.method.ranks is None and is_finite(self.model)
-
-    def _ranks(self, variant: Variant = "pca") -> dict[str, int]:
-        """Ranks at 5% error of the layers of the whole net."""
-        layers = self.method.layers_of(self.model)
-        return {name: rank_at(layer, _KEPT, variant) for name, layer in layers.items()}
 
     def _score(self, net: nn.Module) -> None:
         if self.context.score:
             self.found["validation_factorised"] = self.context.score(net)
 
     def _note(self) -> None:
-        layers, ranks = self.method.layers_of(self.model), self._ranks()
+        layers, kinds = self.method.layers_of(self.model), ("pca", "svd")
+        ranks, by_norm = ({n: rank_at(m, _KEPT, k) for n, m in layers.items()} for k in kinds)
         total = sum(ranks.values())
         self.found = {
             **{f"rank.{name}": float(rank) for name, rank in ranks.items()},
             "rank_total": float(total),
-            "rank_total_svd": float(sum(self._ranks("svd").values())),
+            "rank_total_svd": float(sum(by_norm.values())),
             "log2_rank_total": math.log2(total),
             **{f"speed_up.{n}": layer_speed_up(layers[n], rank) for n, rank in ranks.items()},
         }

@@ -32,15 +32,15 @@ directions closer than 5e-7, which float32 cannot tell apart, exert no L1 force;
 GoogLeNet.
 """
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from prunestudy.methods.base import At, Context
 from prunestudy.methods.low_rank import LowRank
 from prunestudy.shrink.factors import Layer, groups_of, layers_to_factorise, require_factorisable
+from prunestudy.values import Share
 
 Kind = Literal["l2", "l1"]
 _SHORTEST = 1e-8
@@ -51,7 +51,7 @@ _FAR = 0.05  # a distance at which float32 rounds 2 - 2 w_i . w_j to 4 digits
 def force(weight: Tensor, kind: Kind = "l2", groups: int = 1) -> Tensor:
     """dW of a layer, in the shape of `weight` (filters first); each of `groups` by itself.
 
-    L2 takes O(N D) operations, L1 O(N^2 D) and no memory beyond N x N.
+    L2 takes O(N D) operations, L1 O(N^2 D) and no memory beyond N x N. A short filter gets 0.
     """
     length, unit = _directions(weight, groups)
     if kind == "l2":
@@ -65,20 +65,9 @@ def force(weight: Tensor, kind: Kind = "l2", groups: int = 1) -> Tensor:
         squared = _squared(exact)
         near = _inverse(squared, ~far & (squared > _CLOSEST**2))
         pull = pull + (near @ exact - near.sum(2, keepdim=True) * exact).to(pull)
-    return _tangential(pull, length, unit).reshape(weight.shape)
-
-
-def force_by_pairs(weight: Tensor, kind: Kind = "l2", groups: int = 1) -> Tensor:
-    """The same by its definition, pair by pair: what `force` is checked and timed against."""
-    length, unit = _directions(weight, groups)
-    pull = torch.zeros_like(unit)
-    for i in range(unit.shape[1]):
-        toward = (unit - unit[:, i : i + 1]) * (length > _SHORTEST)
-        if kind == "l1":
-            distance = toward.norm(dim=2, keepdim=True)
-            toward = torch.where(distance > _CLOSEST, toward / distance, 0.0)
-        pull[:, i] = toward.sum(1)
-    return _tangential(pull, length, unit).reshape(weight.shape)
+    along = (pull * unit).sum(2, keepdim=True)
+    turned = torch.where(length > _SHORTEST, length, 0.0) * (pull - along * unit)
+    return turned.reshape(weight.shape)
 
 
 def _directions(weight: Tensor, groups: int) -> tuple[Tensor, Tensor]:
@@ -86,12 +75,6 @@ def _directions(weight: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     rows = weight.detach().reshape(groups, len(weight) // groups, -1)
     length = torch.linalg.vector_norm(rows, dim=2, keepdim=True)
     return length, torch.where(length > _SHORTEST, rows / length, 0.0)
-
-
-def _tangential(pull: Tensor, length: Tensor, unit: Tensor) -> Tensor:
-    """The part of `pull` that turns each filter, times its length; 0 for a short filter."""
-    along = (pull * unit).sum(2, keepdim=True)
-    return torch.where(length > _SHORTEST, length, 0.0) * (pull - along * unit)
 
 
 def _squared(unit: Tensor) -> Tensor:
@@ -113,20 +96,14 @@ class Force(LowRank):
     ("": all convolutions larger than 1x1); `strengths`: factors of lambda by layer or pattern.
     """
 
-    name: ClassVar[str] = "force"
-    title: ClassVar[str] = "Force Regularization"
+    name, title = "force", "Force Regularization"
     kind: Kind = "l2"
     strength: float = 1e-4
     adaptive: bool = False
     agree: bool = False
-    stop: Annotated[float, Field(gt=0, le=1)] = 1.0
+    stop: Share = 1.0
     layers: str = ""
     strengths: dict[str, float] = {}
-
-    def __init__(self, *target: Any, **settings: Any) -> None:
-        super().__init__(*target, **settings)
-        self.forced: dict[Any, list[tuple[Layer, float]]] = {}  # layers of one shape
-        self.weight_decay = 0.0
 
     def check(self, model: nn.Module) -> None:
         """Refuse, as for factors, layers on which no force can act."""
@@ -136,13 +113,12 @@ class Force(LowRank):
     def attach(self, model: nn.Module, context: Context) -> None:
         """Choose the layers on which the force acts, and take the decay of their gradient."""
         super().attach(model, context)
-        strengths = self._strengths(model)
-        self.forced = {}
-        for name, strength in strengths.items():
+        self.weight_decay = context.weight_decay
+        self.forced: dict[Any, list[tuple[Layer, float]]] = {}  # layers of one shape
+        for name, strength in self._strengths(model).items():
             layer = model.get_submodule(name)
             kind = groups_of(layer), tuple(layer.weight.shape), layer.weight.dtype
             self.forced.setdefault(kind, []).append((layer, strength))
-        self.weight_decay = context.weight_decay
 
     @torch.no_grad()
     def after_backward(self, at: At) -> None:

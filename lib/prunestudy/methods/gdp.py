@@ -52,13 +52,14 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from prunestudy.errors import require
-from prunestudy.methods.base import At, Context, Phase, scalar
+from prunestudy.methods.base import At, Context, scalar
 from prunestudy.methods.channels import Channelled, Channels
 from prunestudy.methods.polarity import Polarity
 from prunestudy.methods.scaled import scale_consumers
 from prunestudy.methods.steering import Steering
 from prunestudy.shrink import folded
 from prunestudy.shrink.fold import real_parameters
+from prunestudy.values import Positive, Share
 
 
 def gate(t: Tensor, eps: Tensor | float) -> Tensor:
@@ -76,7 +77,6 @@ class _Gates(nn.Module):
         self.register_buffer("eps", scalar(eps, like.device))
 
     def forward(self) -> Tensor:
-        """g (N,)."""
         return gate(self.t, self.eps)
 
 
@@ -89,13 +89,13 @@ class GDP(Channelled):
     separated by spaces, all if empty.
     """
 
-    name, title = "gdp", "GDP (ours)"
-    gate_lr: Annotated[float, Field(gt=0)] = 0.05
-    eps_start: Annotated[float, Field(gt=0)] = 0.1
-    eps_end: Annotated[float, Field(gt=0)] = 1e-4
-    eps_share: Annotated[float, Field(gt=0, le=1)] = 0.5
+    name, title, part = "gdp", "GDP (ours)", "gates"
+    gate_lr: Positive = 0.05
+    eps_start: Positive = 0.1
+    eps_end: Positive = 1e-4
+    eps_share: Share = 0.5
     average: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    ramp: Annotated[float, Field(gt=0, le=1)] = 0.3
+    ramp: Share = 0.3
     steer: Literal["closed", "gates"] = "closed"
     pace: Literal["equal", "by_share"] = "equal"
     groups: str = ""
@@ -104,10 +104,6 @@ class GDP(Channelled):
         super().__init__(target, of, **settings)
         falls = self.eps_end <= self.eps_start
         require(falls, "eps_end", self.eps_end, f"at most eps_start, {self.eps_start}")
-
-    def phases(self) -> tuple[Phase, ...]:
-        """One phase: gates and weights train together, then the weights alone."""
-        return (Phase("gates"),)
 
     def attach(self, model: nn.Module, context: Context) -> None:
         """Find the dependency groups and scale every kernel that consumes gated channels."""

@@ -17,10 +17,8 @@ those of GDP.
 """
 
 import math
-from typing import Annotated
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from prunestudy.methods.base import At, Context, Phase, then_fine_tune
@@ -29,6 +27,7 @@ from prunestudy.methods.scaled import scale_consumers
 from prunestudy.methods.steering import Steering
 from prunestudy.shrink import folded
 from prunestudy.shrink.fold import real_parameters
+from prunestudy.values import Part, Positive, Share
 
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
 
@@ -59,11 +58,9 @@ class _Gates(nn.Module):
         return torch.where(self.hard, torch.where(self.mask, z.clamp(min=0.1), 0.0), z)
 
     def probability(self) -> Tensor:
-        """P(z > 0), (N,)."""
         return torch.sigmoid(self.log_alpha - BETA * math.log(-GAMMA / ZETA))
 
     def draw(self, generator: torch.Generator) -> None:
-        """Draw u for the next step."""
         tiny = torch.finfo(self.noise.dtype).eps
         self.noise.uniform_(generator=generator).clamp_(tiny, 1 - tiny)
 
@@ -80,11 +77,11 @@ class HardConcrete(Channelled):
     """
 
     name, title = "hard_concrete", "hard concrete gates"
-    keep: Annotated[float, Field(gt=0, lt=1)] = 0.9
-    gate_lr: Annotated[float, Field(gt=0)] = 0.02
-    ramp: Annotated[float, Field(gt=0, le=1)] = 0.8
-    harden: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    gate_phase_lr: Annotated[float, Field(gt=0)] = 1.0
+    keep: Part = 0.9
+    gate_lr: Positive = 0.02
+    ramp: Share = 0.8
+    harden: Part = 0.5
+    gate_phase_lr: Positive = 1.0
 
     def phases(self) -> tuple[Phase, ...]:
         """Gates and weights together, then the kept channels alone."""

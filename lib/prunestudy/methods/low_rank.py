@@ -17,36 +17,23 @@ momentum belongs to directions that are gone (ours).
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace as changed
-from typing import Annotated, Any, ClassVar, Literal
+from dataclasses import replace
+from itertools import chain
+from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import Field
 from torch import nn
-from torch.utils._pytree import tree_leaves
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from prunestudy import measure
-from prunestudy.errors import require
-from prunestudy.methods.base import At, Batch, Context, Method, Phase, mean_loss
-from prunestudy.methods.batch_norm import recalibrate
-from prunestudy.shrink import (
-    factorise,
-    fold,
-    rank_at,
-    ranks_by_energy,
-    ranks_by_macs,
-    ranks_by_share,
-    reduce_rank,
-)
-from prunestudy.shrink.factors import (
-    Layer,
-    factorise_in_place,
-    full_rank,
-    layers_to_factorise,
-    replace,
-    require_called,
-    require_factorisable,
-)
+from prunestudy import measure, shrink
+from prunestudy.errors import refused, require
+from prunestudy.measure.forward import evaluating
+from prunestudy.methods.base import At, Context, Method, Phase, call, mean_loss, samples_in
+from prunestudy.shrink import factors
+from prunestudy.shrink.factors import Layer, full_rank
 from prunestudy.shrink.ranks import cheaper, least_share
+from prunestudy.values import Count, Positive
 
 
 class LowRank(Method):
@@ -61,14 +48,14 @@ class LowRank(Method):
     recipe's; `rounds` of dynamic rank pruning in it, 0 to factorise once.
     """
 
-    counts: ClassVar[tuple[str, ...]] = ("energy", "rank", "macs")
+    counts = ("energy", "rank", "macs")
     factorise: str = ""
     variant: Literal["pca", "svd"] = "pca"
     by: Literal["energy", "loss"] = "energy"
-    samples: Annotated[int, Field(ge=1)] = 512
+    samples: Count = 512
     recalibrate: Annotated[int, Field(ge=0)] = 0
     fine_tune: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    fine_tune_lr: Annotated[float, Field(gt=0)] = 1.0
+    fine_tune_lr: Positive = 1.0
     rounds: Annotated[int, Field(ge=0, le=1000)] = 0
 
     def __init__(self, *target: Any, **settings: Any) -> None:
@@ -77,9 +64,6 @@ class LowRank(Method):
         require(fits, "rounds", self.rounds, "0 unless fine_tune > 0 and of = energy")
         fits = self.by == "energy" or self.of == "macs"
         require(fits, "by", self.by, "must be energy unless of = macs")
-        self.ranks: dict[str, int] | None = None  # of the model's factors; None: it is whole
-        self.narrowed = False  # whether a round was made
-        self.passes = 0  # samples that the choice of ranks and batch norm's statistics took
 
     def phases(self) -> tuple[Phase, ...]:
         """Training; then, if wanted, fine-tuning in one part more than there are rounds."""
@@ -94,24 +78,26 @@ class LowRank(Method):
 
     def check(self, model: nn.Module) -> None:
         """Refuse patterns that name no layer of `model`, and layers that factors cannot replace."""
-        require_factorisable(model, self.layers_of(model))
+        factors.require_factorisable(model, self.layers_of(model))
 
     def attach(self, model: nn.Module, context: Context) -> None:
         """Keep the model, whose layers are replaced later; refuse what would fail then."""
         self.check(model)
         layers = self.layers_of(model)
-        require_called(model, layers, context.example)
+        factors.require_called(model, layers, context.example)
         if self.by == "loss":
-            require(
-                context.loss is not None, "context.loss", None, "by='loss' needs the task's loss"
-            )
+            needs = "by='loss' needs the task's loss"
+            require(context.loss is not None, "context.loss", None, needs)
             context.samples(1)
         if self.of == "macs":
             least = least_share(measure.layer_macs(model, context.example), layers)
             allowed = f"at most {1 - least:.4f}, the share of MACs that rank 1 everywhere removes"
             require(1 - self.target >= least, "target", self.target, allowed)
-        self._held, self.ranks, self.narrowed, self.passes = [model, context], None, False, 0
+        self._held = [model, context]
         self._full = {name: full_rank(layer) for name, layer in layers.items()}
+        self.ranks: dict[str, int] | None = None  # of the model's factors; None: it is whole
+        self.narrowed = False  # whether a round was made
+        self.passes = 0  # samples that the choice of ranks and batch norm's statistics took
 
     def update(self, at: At) -> None:
         """Factorise at the end of the training; narrow the factors at the end of each round."""
@@ -119,8 +105,7 @@ class LowRank(Method):
         if not at.last or at.phase == self.phases()[-1].name or not is_finite(model):
             return
         if at.phase == "train":
-            full = {name: full_rank(layer) for name, layer in self.layers_of(model).items()}
-            self._factorise(full if self.rounds else self.wanted(model))
+            self._factorise(self._full if self.rounds else self.wanted(model))
         elif self.ranks is not None:
             self.ranks, self.narrowed = self._narrow(model), True
         else:
@@ -129,11 +114,11 @@ class LowRank(Method):
 
     def finish(self, model: nn.Module, context: Context) -> nn.Module:
         """The factorised net; a net that diverged stays as it is."""
-        plain = fold(model)
+        plain = shrink.fold(model)
         if not is_finite(model):
             return plain
         if self.ranks is None:
-            plain = factorise(plain, self.wanted(plain))
+            plain = shrink.factorise(plain, self.wanted(plain))
         elif self.rounds and not self.narrowed:  # the rounds were shorter than a step
             self._narrow(plain)
         else:
@@ -148,7 +133,7 @@ class LowRank(Method):
 
     def layers_of(self, model: nn.Module) -> Mapping[str, Layer]:
         """The layers of `model` that become factors, by name."""
-        return layers_to_factorise(model, tuple(self.factorise.split()), "factorise")
+        return factors.layers_to_factorise(model, tuple(self.factorise.split()), "factorise")
 
     def wanted(self, model: nn.Module) -> dict[str, int]:
         """The ranks that the target asks for, of the layers that become cheaper by them."""
@@ -156,10 +141,10 @@ class LowRank(Method):
         if self.of == "macs":
             macs = measure.layer_macs(model, self._held[1].example)
             loss = self._loss() if self.by == "loss" else None
-            return ranks_by_macs(model, macs, kept, patterns, loss)
+            return shrink.ranks_by_macs(model, macs, kept, patterns, loss)
         if self.of == "rank":
-            return cheaper(model, ranks_by_share(model, kept, patterns))
-        return cheaper(model, ranks_by_energy(model, kept, patterns, self.variant))
+            return cheaper(model, shrink.ranks_by_share(model, kept, patterns))
+        return cheaper(model, shrink.ranks_by_energy(model, kept, patterns, self.variant))
 
     def get_extra_state(self) -> dict[str, Any]:
         """The ranks of the factors, whether a round was made, and the passes."""
@@ -176,14 +161,15 @@ class LowRank(Method):
         return {"low_rank_passes": self.passes} if self.passes else {}
 
     def _factorise(self, ranks: Mapping[str, int]) -> None:
-        factorise_in_place(self._held[0], ranks)
+        factors.factorise_in_place(self._held[0], ranks)
         self.ranks = dict(ranks)
 
     def _loss(self) -> Callable[[nn.Module], float]:
         """The loss of a net on the samples, its batch norm estimated from one training batch."""
         context, batches = self._held[1], min(1, self.recalibrate)
         data, train = context.samples(self.samples), list(context.batches(batches))
-        context, judged = changed(context, train=lambda _: train), sum(map(_size, data))
+        context = replace(context, train=lambda _: train)
+        judged = sum(samples_in(x) for x, _ in data)
 
         def loss(net: nn.Module) -> float:
             self.passes += recalibrate(net, context, batches) + judged
@@ -192,24 +178,49 @@ class LowRank(Method):
         return loss
 
     def _narrow(self, model: nn.Module) -> dict[str, int]:
-        pairs = {name: model.get_submodule(name) for name in self.ranks}
-        ranks = {n: rank_at(pair[0], 1 - self.target, self.variant) for n, pair in pairs.items()}
-        for name, pair in pairs.items():
-            replace(model, name, reduce_rank(pair, ranks[name]))
+        ranks = {}
+        for name in self.ranks:
+            pair = model.get_submodule(name)
+            ranks[name] = shrink.rank_at(pair[0], 1 - self.target, self.variant)
+            factors.replace(model, name, shrink.reduce_rank(pair, ranks[name]))
         return ranks
 
 
 class PlainLowRank(LowRank):
     """The control: plain training, then factors, then (optionally) fine-tuning of the factors."""
 
-    name: ClassVar[str] = "plain_low_rank"
-    title: ClassVar[str] = "low rank without force"
-
-
-def _size(batch: Batch) -> int:
-    return len(tree_leaves(batch[0])[0])
+    name, title = "plain_low_rank", "low rank without force"
 
 
 def is_finite(model: nn.Module) -> bool:
     """Whether all parameters of `model` are finite."""
     return all(bool(p.isfinite().all()) for p in model.parameters())
+
+
+def recalibrate(model: nn.Module, context: Context, batches: int) -> int:
+    """Estimate the running statistics of `model` anew, in place; return the samples it took.
+
+    Each is the mean over the first `batches` training batches, or all if there are fewer, of what
+    the layer normalises by in training. All other modules are in eval mode meanwhile (no dropout).
+    Nothing is read or changed with 0 batches, or in a net without such statistics. Raises
+    `InputError` if there is no batch.
+    """
+    kinds = (m for m in model.modules() if isinstance(m, _BatchNorm))
+    norms = {norm: norm.momentum for norm in kinds if norm.running_mean is not None}
+    if not (batches and norms):
+        return 0
+    data, seen = context.batches(batches), 0
+    first = next(data)  # refused before anything is changed
+    with evaluating(model), torch.no_grad():
+        for norm in norms:
+            norm.train().reset_running_stats()
+            norm.momentum = None  # the mean of all batches
+        try:
+            for number, (x, _) in enumerate(chain([first], data)):
+                with refused("context.train", f"batch {number}"):
+                    call(model, x)
+                seen += samples_in(x)
+        finally:
+            for norm, momentum in norms.items():
+                norm.momentum = momentum
+    return seen

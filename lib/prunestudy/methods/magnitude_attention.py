@@ -41,6 +41,7 @@ from torch import Tensor, nn
 from prunestudy.errors import require
 from prunestudy.methods.base import At, Context, Phase
 from prunestudy.methods.masks import Mask, Masked, Scope, layers_in, multiply
+from prunestudy.values import Count, Share
 
 
 class _Attention(Mask):
@@ -59,7 +60,6 @@ class _Attention(Mask):
         return weight.detach().abs().div_(self.scale).pow_(self.alpha)
 
     def forward(self, weight: Tensor) -> Tensor:
-        """Return the effective weight (same shape)."""
         attention = self.attention(weight)
         forward = self.mask if self.passes == "backward" else attention * self.mask
         backward = None if self.passes == "forward" else attention
@@ -83,8 +83,8 @@ class MagnitudeAttention(Masked):
 
     name, title = "magnitude_attention", "magnitude attention (ours)"
     scope: Scope = "auto"
-    ramp: Annotated[float, Field(gt=0, le=1)] = 0.75
-    period: Annotated[int, Field(ge=1)] = 16
+    ramp: Share = 0.75
+    period: Count = 16
     alpha: Annotated[float, Field(ge=0)] = 0.5
     norm: Literal["network_mean", "network_max", "layer_max"] = "network_mean"
     exploitation: bool = True
@@ -176,7 +176,7 @@ class MagnitudeAttention(Masked):
         mean = self.norm == "network_mean"
         sizes = torch.stack(torch._foreach_norm(weights, 1 if mean else torch.inf))
         if mean:
-            sizes = sizes.sum() / sum(w.numel() for w in weights)
+            sizes = sizes.sum() / self.size
         elif self.norm == "network_max":
             sizes = sizes.max()
         # A layer of zeros: A is 0 there, not 0 / 0.

@@ -1,7 +1,7 @@
 """Masks on single weights: what the weight-level methods and their controls share."""
 
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -21,17 +21,13 @@ class Masked(Method):
     """A method with one mask per weight tensor; one ranking over all of them says what is kept.
 
     `scope`: which layers are pruned, see `layers_in`. After `attach`, `names` (`conv1.weight`),
-    `weights` (the stored dense ones, which are trained) and `masks` have one entry per tensor.
+    `weights` (the stored dense ones, which are trained) and `masks` have one entry per tensor;
+    `size` weights in all.
     `sparsity` is that of the masks in force, chosen after step `masked_at`.
     """
 
     counts = ("sparsity",)
     scope: Scope = "all"
-
-    def __init__(self, target: float | None = None, of: str | None = None, **settings: Any) -> None:
-        super().__init__(target, of, **settings)
-        self.register_buffer("sparsity", scalar(0.0, "cpu"))
-        self.register_buffer("masked_at", torch.tensor(0))
 
     def check(self, model: nn.Module) -> None:
         """Refuse a `model` without layers in the scope, and a target that cuts no weight of it."""
@@ -52,7 +48,10 @@ class Masked(Method):
         self.names = [f"{name}.weight".lstrip(".") for name in layers]
         self.weights = [layer.weight for layer in layers.values()]
         self.masks = [self.mask_for(weight) for weight in self.weights]
-        self.start = mean_size(self.weights)
+        self.size = sum(weight.numel() for weight in self.weights)
+        self.start = self.mean_size()
+        self.register_buffer("sparsity", scalar(0.0, "cpu"))
+        self.register_buffer("masked_at", torch.tensor(0))
         for layer, mask in zip(layers.values(), self.masks, strict=True):
             parametrize.register_parametrization(layer, "weight", mask)
 
@@ -106,20 +105,25 @@ class Masked(Method):
 
     def kept(self) -> float:
         """The share of the weights that eval mode uses; on the host."""
-        kept = sum(int(each.at_test().count_nonzero()) for each in self.masks)
-        return kept / sum(each.mask.numel() for each in self.masks)
+        return sum(int(each.at_test().count_nonzero()) for each in self.masks) / self.size
 
     def log(self) -> dict[str, float]:
-        """The share of weights that is kept."""
+        """The share of the weights that is kept."""
         return {"kept": self.kept()}
 
     def grew(self) -> float:
         """Mean |w| of the stored weights, cut ones too, over that at the start."""
-        return mean_size(self.weights) / self.start
+        return self.mean_size() / self.start
 
     def report(self) -> dict[str, float]:
         """What `grew` says."""
         return {"grew": self.grew()}
+
+    @torch.no_grad()
+    def mean_size(self) -> float:
+        """The mean |w| over all weights; on the host."""
+        total = sum(weight.abs().sum(dtype=torch.float64) for weight in self.weights)
+        return (total / self.size).item()
 
 
 class Mask(nn.Module):
@@ -154,8 +158,16 @@ class Mask(nn.Module):
 
 
 class _Multiply(torch.autograd.Function):
+    """weight * z, in the memory layout of `weight`.
+
+    The gradient w.r.t. `weight` uses `backward` (None: 1) in place of z. A `gate`, from which z was
+    drawn, gets the gradient w.r.t. z (straight-through).
+    """
+
     @staticmethod
-    def forward(ctx, weight: Tensor, z: Tensor, backward: Tensor | None, gate: Any) -> Tensor:
+    def forward(
+        ctx, weight: Tensor, z: Tensor, backward: Tensor | None, gate: Tensor | None = None
+    ) -> Tensor:
         ctx.save_for_backward(backward, weight if gate is not None else None)
         # A plain product loses channels_last where a kernel has one input channel, and the
         # convolution and all that follows it then run in the slower layout.
@@ -168,15 +180,7 @@ class _Multiply(torch.autograd.Function):
         return gradient if factor is None else gradient * factor, None, None, by_gate
 
 
-def multiply(
-    weight: Tensor, z: Tensor, backward: Tensor | None, gate: Tensor | None = None
-) -> Tensor:
-    """Return weight * z, in the memory layout of `weight`.
-
-    The gradient w.r.t. `weight` uses `backward` (None: 1) in place of z. A `gate`, from which z was
-    drawn, gets the gradient w.r.t. z (straight-through).
-    """
-    return _Multiply.apply(weight, z, backward, gate)
+multiply = _Multiply.apply
 
 
 def layers_in(model: nn.Module, scope: Scope) -> dict[str, nn.Module]:
@@ -197,13 +201,6 @@ def layers_in(model: nn.Module, scope: Scope) -> dict[str, nn.Module]:
     found = layers if scope == "all" else convolutions
     require(bool(found), "scope", scope, f"{kind} has no convolution; allowed are all, auto")
     return found
-
-
-@torch.no_grad()
-def mean_size(weights: list[Tensor]) -> float:
-    """The mean |w| over all `weights`; on the host."""
-    total = sum(weight.abs().sum(dtype=torch.float64) for weight in weights)
-    return (total / sum(weight.numel() for weight in weights)).item()
 
 
 def kept_count(total: int, target: float) -> int:

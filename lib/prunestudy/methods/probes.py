@@ -12,9 +12,9 @@ class Probe:
     """Watches a training and changes nothing; this base sees nothing.
 
     The loop calls `attach` after the method's; `leaving`, at the end of each phase, ahead of the
-    method's update; `after_step` and `update` after the method's own; `row` at the end of each
-    epoch; `finish` before the method finishes the model, and `finished` with the net that comes
-    out. `noted` names the attributes that a resumed run needs, tensors and plain values.
+    method's update; `after_step` and `update` after the method's own; `epoch` at the end of each
+    epoch; and `finished` with the net that comes out. `noted` names the attributes that a resumed
+    run needs, tensors and plain values.
     """
 
     noted: ClassVar[tuple[str, ...]] = ()
@@ -37,15 +37,11 @@ class Probe:
     def update(self, at: At) -> None:
         """Note what the method's update has changed."""
 
-    def row(self) -> dict[str, float]:
-        """More columns of the history."""
-        return {}
-
-    def finish(self) -> None:
-        """Look at the model as the training leaves it."""
+    def epoch(self) -> None:
+        """Look at the model at the end of an epoch."""
 
     def finished(self, net: nn.Module) -> None:
-        """Look at the finished net."""
+        """Look at the finished net; the model is as the training left it."""
 
     def measures(self) -> dict[str, Any]:
         """Numbers for the record."""

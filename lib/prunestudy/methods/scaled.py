@@ -33,7 +33,6 @@ class _Scaled(nn.Module):
         self.form = [-1 if i == axis else 1 for i in range(layer.weight.dim())]
 
     def forward(self, weight: Tensor) -> Tensor:
-        """The scaled kernel (same shape)."""
         g = self.once(self.gates)
         if self.partly:
             g = torch.cat([g, g.new_ones(1)])

@@ -9,21 +9,20 @@ import math
 from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from prunestudy import measure
 from prunestudy.errors import InputError, require
 from prunestudy.measure.forward import evaluating
-from prunestudy.methods.base import Context, Method, call, mean_loss
-from prunestudy.methods.channel_controls import GroupL2, importance, taylor
+from prunestudy.methods.base import Batch, Context, Method, mean_loss, samples_in
+from prunestudy.methods.channel_controls import GroupL2, add_gradients, importance, taylor
 from prunestudy.methods.channels import Channels, become
-from prunestudy.shrink import ComponentGroup, Narrow, component_groups, remove_groups
+from prunestudy.shrink import Narrow, component_groups, remove_groups
 from prunestudy.shrink.fold import copied, with_gradients
+from prunestudy.values import Count, Part
 
 
 class _Budget:
@@ -116,13 +115,12 @@ class Search(Method, ABC):
     recorded; `tolerance` of the share removed by soft masks.
     """
 
-    counts: ClassVar[tuple[str, ...]] = ("parameters",)
-
+    counts = ("parameters",)
     importance: Literal["taylor", "group_l2"] = "taylor"
-    taylor_batches: Annotated[int, Field(ge=1)] = 16
-    most: Annotated[float, Field(gt=0, lt=1)] = 0.95
-    tolerance: Annotated[float, Field(gt=0, lt=1)] = 0.01
-    samples: Annotated[int, Field(ge=1)] = 256
+    taylor_batches: Count = 16
+    most: Part = 0.95
+    tolerance: Part = 0.01
+    samples: Count = 256
     constraints: list[str] = []
     protect: list[str] = []
     leave: str = ""
@@ -131,10 +129,6 @@ class Search(Method, ABC):
     @abstractmethod
     def solve(self) -> tuple[list[float], Point]:
         """Call `order`; return one number per group, and the `Point` that they lead to."""
-
-    def stays(self, group: ComponentGroup) -> bool:
-        """Whether no channel of `group` may go."""
-        return group.protected
 
     def attach(self, model: nn.Module, context: Context) -> None:
         """Search on training and validation batches, then prune `model` in place."""
@@ -158,32 +152,38 @@ class Search(Method, ABC):
         self.groups = component_groups(model, context.example, None, self.protect, found)
         self.small = Narrow(model, found)
         self.data = context.samples(self.samples)
-        self.judged_on = self.passes = sum(len(tree_leaves(x)[0]) for x, _ in self.data)
+        self.judged_on = self.passes = sum(samples_in(x) for x, _ in self.data)
         self.dense_loss = mean_loss(self.small.dense, context.loss, self.data)
         alone = lambda net, data: {"loss": mean_loss(net, context.loss, data)}  # noqa: E731
         self.metrics = context.metrics or measure.Metrics(alone)
         values = self.metrics.values(self.small.dense, self.data)
         self.goal, self.limits = next(iter(values)), measure.limits(self.constraints, values)
 
+    def batch(self) -> Batch:
+        """The next training batch, for a forward and a backward pass."""
+        x, y = next(self.batches)
+        self.passes += 3 * samples_in(x)
+        return x, y
+
     def scores(self) -> list[Tensor]:
         """The importance of each group's channels, mean 1 in each group."""
-        dense, total = self.small.dense, [0.0] * len(self.groups)
+        net, total = with_gradients(copied(self.small.dense)), [0.0] * len(self.groups)
         if self.importance == "group_l2":
-            score = importance(self.channels, dense, GroupL2.measure)
+            score = importance(self.channels, net, GroupL2.measure)
             return list(score.split([group.channels for group in self.channels.groups]))
-        net = with_gradients(copied(dense))
         for _ in range(self.taylor_batches):
-            x, y = next(self.batches)
             net.zero_grad()
-            self.context.loss(call(net, x), x, y).backward()
-            self.passes += 3 * len(tree_leaves(x)[0])
+            add_gradients(net, self.context.loss, [self.batch()])
             total = [a + b for a, b in zip(total, taylor(self.channels, net), strict=True)]
         return [score / self.taylor_batches for score in total]
 
-    def order(self, positions: list[Tensor]) -> None:
+    def order(self, positions: list[Tensor], couplings_stay: bool = False) -> None:
         """Begin a budget that removes channels in the order of `positions`."""
-        sizes, share = [(each, each.group.channels) for each in self.groups], 1 - self.most
-        least = [n if self.stays(g) else max(1, math.ceil(share * n - 1e-9)) for g, n in sizes]
+        least = []
+        for each in self.groups:
+            stays = each.protected or (couplings_stay and each.kind == "coupling")
+            share = 1.0 if stays else 1 - self.most
+            least.append(max(1, math.ceil(share * each.group.channels - 1e-9)))
         self.budget = _Budget(self.channels, positions, least)
 
     def candidate(self, kept: Sequence[int]) -> nn.Module:
@@ -257,24 +257,19 @@ class Uniform(Search):
     its parameters and coupling groups stay; without, components are not looked at.
     """
 
-    name: ClassVar[str] = "uniform"
-    title: ClassVar[str] = "no coefficients"
-
+    name, title = "uniform", "no coefficients"
     ranking: Literal["uniform", "global", "random"] = "uniform"
     importance: Literal["taylor", "group_l2"] = "group_l2"
     aware: bool = False
-
-    def stays(self, group: ComponentGroup) -> bool:
-        """Whether it is protected, or with `aware` couples components."""
-        return group.protected or (self.aware and group.kind == "coupling")
 
     def solve(self) -> tuple[list[float], Point]:
         """The point at zero coefficients; with `aware` each component has an offset of its own."""
         if self.ranking == "random":
             make, sizes = self.context.generator, [g.channels for g in self.channels.groups]
-            self.order([torch.rand(n, generator=make, device=make.device) for n in sizes])
+            positions = [torch.rand(n, generator=make, device=make.device) for n in sizes]
         else:
-            self.order(placed(self.scores(), evenly=self.ranking == "uniform"))
+            positions = placed(self.scores(), evenly=self.ranking == "uniform")
+        self.order(positions, couplings_stay=self.aware)
         numbers = [0.0] * len(self.groups)
         inner = dict.fromkeys(g.components for g in self.groups if g.kind == "internal")
         for component in inner if self.aware else ():

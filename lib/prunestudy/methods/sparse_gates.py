@@ -30,7 +30,7 @@ Unknown in the paper, ours here: all settings of `SparseGates`, that lambda2 is 
 share, and that at `harden` exactly the top-k gates are kept (ties by |w|).
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from prunestudy.methods.base import At, Context, Phase, then_fine_tune
 from prunestudy.methods.masks import Mask, Masked, multiply
 from prunestudy.methods.steering import Steering
+from prunestudy.values import Part, Positive, Share
 
 
 class _Gate(Mask):
@@ -56,7 +57,6 @@ class _Gate(Mask):
         self.hard = self.bernoulli = False
 
     def forward(self, weight: Tensor) -> Tensor:
-        """Return w z (same shape)."""
         if self.hard:
             return super().forward(weight)
         z = self.draw()
@@ -88,17 +88,13 @@ class SparseGates(Masked):
     draw: Literal[
         "bernoulli", "deterministic", "bernoulli_then_deterministic", "deterministic_then_bernoulli"
     ] = "bernoulli"
-    initial: Annotated[float, Field(gt=0, le=1)] = 0.95
+    initial: Share = 0.95
     gate_optimizer: Literal["adam", "sgd"] = "adam"
-    gate_lr: Annotated[float, Field(gt=0)] = 0.02
+    gate_lr: Positive = 0.02
     bimodal: Annotated[float, Field(ge=0)] = 4.0
-    ramp: Annotated[float, Field(gt=0, le=1)] = 0.8
-    harden: Annotated[float, Field(gt=0, lt=1)] = 0.55
-    gate_phase_lr: Annotated[float, Field(gt=0)] = 0.5
-
-    def __init__(self, target: float | None = None, of: str | None = None, **settings: Any) -> None:
-        super().__init__(target, of, **settings)
-        self.steering = Steering(1 - self.target, self.ramp)
+    ramp: Share = 0.8
+    harden: Part = 0.55
+    gate_phase_lr: Positive = 0.5
 
     def phases(self) -> tuple[Phase, ...]:
         """Gates and weights together, then the kept weights alone."""
@@ -106,7 +102,7 @@ class SparseGates(Masked):
 
     def attach(self, model: nn.Module, context: Context) -> None:
         """Put a gate on every weight in the scope."""
-        self.generator = context.generator
+        self.generator, self.steering = context.generator, Steering(1 - self.target, self.ramp)
         super().attach(model, context)
         self._set_draw(self.draw.split("_then_")[0])
 

@@ -18,21 +18,18 @@ _MOST = 50_000
 
 
 class _Gates(Probe):
-    """Histograms of the gates by epoch."""
+    """`gate_histograms` (epochs, 40 bins over 0-1): the gates at the end of each epoch."""
 
     noted = ("histograms",)
 
     def __init__(self) -> None:
         self.histograms: list[Tensor] = []
 
-    def row(self) -> dict[str, float]:
-        """No column; counts the gates."""
+    def epoch(self) -> None:
         flat = torch.cat([value.flatten() for value in self.method.values()])
         self.histograms.append(torch.histc(flat.cpu().float(), 40, 0, 1))
-        return {}
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """`gate_histograms` (epochs, 40 bins over 0-1)."""
         return {"gate_histograms": torch.stack(self.histograms).numpy()} if self.histograms else {}
 
 
@@ -50,7 +47,6 @@ class _Trail(Probe):
     noted = tuple("step phase moved_at changes kept passes whole last moved masks".split())
 
     def attach(self, method: Method, model: Any, context: Context) -> None:
-        """Look at weights and masks; count the layers' MACs, for the cost of training."""
         super().attach(method, model, context)
         self.macs = measure.layer_macs(model, context.example)
         self.sizes = np.array([weight.numel() for weight in method.weights])
@@ -107,7 +103,8 @@ class _Trail(Probe):
         `returns`: how often a weight came back, on average. `surviving`: share of all movement
         that fell on weights kept in the end, in all and by part of the training. `layer_focus`:
         density of the layer in which a movement falls, over the net's (1: updates do not prefer
-        dense layers). `train_cost`: see `_train_cost`.
+        dense layers). `train_cost`: multiplications of the training, as a share of the dense
+        net's, if zeros were skipped; layers outside the scope count as dense.
         """
         total = self.sizes.sum()
         kept, masks = self.kept.numpy(), self.masks.split(self.sizes.tolist())
@@ -117,25 +114,19 @@ class _Trail(Probe):
             sums = [(_sum(each), _sum(each.flatten()[mask == 1])) for each, mask in pairs]
             movement[phase] = np.array(sums).T.copy()
         every, surviving = sum(movement.values())
-        found = {
+        found: dict[str, Any] = {
             "returns": sum(sum(returned) for *_, returned in self.changes) / int(total),
             "surviving": _share(surviving.sum(), every.sum()),
             **{f"surviving_{name}": _share(*part.sum(1)[::-1]) for name, part in movement.items()},
             "layer_focus": _share(every @ (kept / self.sizes), every.sum() * (kept.sum() / total)),
         }
-        return found | ({"train_cost": self._train_cost()} if self.step else {})
-
-    def _train_cost(self) -> float:
-        """Multiplications of the training, as a share of the dense net's, if zeros were skipped.
-
-        Layers outside the scope count as dense.
-        """
-        dense, macs = 3 * self.step, dict(self.macs)
-        inside = np.array([macs.pop(name) for name in self.method.names])
-        passes = self.passes.numpy() / self.sizes + self.whole
-        return float(
-            1 - (inside @ (dense - passes)) / (dense * (inside.sum() + sum(macs.values())))
-        )
+        if self.step:
+            dense, macs = 3 * self.step, dict(self.macs)
+            inside = np.array([macs.pop(name) for name in self.method.names])
+            saved = inside @ (dense - (self.passes.numpy() / self.sizes + self.whole))
+            cost = 1 - saved / (dense * (inside.sum() + sum(macs.values())))
+            found["train_cost"] = float(cost)
+        return found
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The trail for figures; rows of a long one cover several changes (their last step).
@@ -155,32 +146,29 @@ class _Trail(Probe):
 
 
 class _Attentions(_Trail):
-    """The trail, and histograms of the attention by epoch, of all and of kept weights."""
+    """The trail; `attention` (epochs + 1, 2, 80): how often A of all and of kept weights takes
+    each value, at the start and at the end of each epoch.
+    """
 
     noted = (*_Trail.noted, "histograms")
 
     def attach(self, method: Method, model: Any, context: Context) -> None:
-        """Count the attention at the start."""
         super().attach(method, model, context)
-        self.histograms = [self._histogram()]
-
-    def row(self) -> dict[str, float]:
-        """No column; counts the attention."""
-        self.histograms.append(self._histogram())
-        return {}
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """The trail; `attention` (epochs + 1, 2, 80): how often A takes each value."""
-        counts = torch.stack(self.histograms).numpy().astype(np.int32)
-        return super().arrays() | {"attention": counts}
+        self.histograms: list[Tensor] = []
+        self.epoch()
 
     @torch.no_grad()
-    def _histogram(self) -> Tensor:
+    def epoch(self) -> None:
         pairs = list(zip(self.method.weights, self.method.masks, strict=True))
         every = torch.cat([m.attention(w).flatten() for w, m in pairs]).cpu().float()
         kept = torch.cat([m.mask.flatten() for _, m in pairs]).cpu() == 1
         every.clamp_(max=_HIGHEST)
-        return torch.stack([torch.histc(a, _BINS, 0, _HIGHEST) for a in (every, every[kept])])
+        counts = [torch.histc(a, _BINS, 0, _HIGHEST) for a in (every, every[kept])]
+        self.histograms.append(torch.stack(counts))
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        counts = torch.stack(self.histograms).numpy().astype(np.int32)
+        return super().arrays() | {"attention": counts}
 
 
 def _sum(values: Tensor) -> float:

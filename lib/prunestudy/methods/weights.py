@@ -1,9 +1,8 @@
 """Controls on single weights, which all rank over the net at once and keep exactly the target."""
 
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from prunestudy.errors import refused, require
@@ -11,6 +10,7 @@ from prunestudy.methods.base import At, Context, Phase, call, then_fine_tune
 from prunestudy.methods.masks import Mask, Masked, Scope, kept_count, layers_in
 from prunestudy.methods.steering import Steering
 from prunestudy.shrink.fold import copied, with_gradients
+from prunestudy.values import Count, Part, Positive, Share
 
 
 class Magnitude(Masked):
@@ -36,10 +36,10 @@ class GradualMagnitude(Masked):
     """
 
     name, title = "gradual_magnitude", "gradual magnitude"
-    harden: Annotated[float, Field(gt=0, lt=1)] = 0.7
-    ramp: Annotated[float, Field(gt=0, le=1)] = 0.8
-    period: Annotated[int, Field(ge=1)] = 16
-    prune_phase_lr: Annotated[float, Field(gt=0)] = 1.0
+    harden: Part = 0.7
+    ramp: Share = 0.8
+    period: Count = 16
+    prune_phase_lr: Positive = 1.0
 
     def phases(self) -> tuple[Phase, ...]:
         """The sparsity grows, then the mask stays."""
@@ -71,9 +71,9 @@ class L1(Masked):
 
     name, title = "l1", "L1 (LASSO)"
     revision = 2  # 1 could leave fewer weights than the target
-    ramp: Annotated[float, Field(gt=0, le=1)] = 0.8
-    harden: Annotated[float, Field(gt=0, lt=1)] = 0.55
-    penalty_phase_lr: Annotated[float, Field(gt=0)] = 0.5
+    ramp: Share = 0.8
+    harden: Part = 0.55
+    penalty_phase_lr: Positive = 0.5
 
     def __init__(self, target: float | None = None, of: str | None = None, **settings: Any) -> None:
         super().__init__(target, of, **settings)
@@ -91,11 +91,10 @@ class L1(Masked):
             return
         if at.first:
             total = sum(weight.abs().sum().double() for weight in self.weights)
-            self.steering.start(1e-3 * total / sum(w.numel() for w in self.weights) / at.lr)
+            self.steering.start(1e-3 * total / self.size / at.lr)
         threshold = self.steering.strength * at.lr
         left = sum((weight.abs() > threshold).sum() for weight in self.weights)
-        least = kept_count(sum(w.numel() for w in self.weights), self.target)
-        threshold = torch.where(left < least, 0.0, threshold)
+        threshold = torch.where(left < kept_count(self.size, self.target), 0.0, threshold)
         for weight in self.weights:
             if weight.requires_grad:  # a frozen one may be cut, not shrunk
                 weight.sub_(weight.clamp(-threshold, threshold))
@@ -111,8 +110,7 @@ class L1(Masked):
     def kept(self) -> float:
         """The share of weights that are not zero."""
         pairs = zip(self.weights, self.masks, strict=True)
-        kept = sum(int((weight * each.mask).count_nonzero()) for weight, each in pairs)
-        return kept / sum(weight.numel() for weight in self.weights)
+        return sum(int((w * each.mask).count_nonzero()) for w, each in pairs) / self.size
 
     def log(self) -> dict[str, float]:
         """The share of weights that are not zero; lambda."""
@@ -162,15 +160,11 @@ class Dpf(Masked):
     `bounded`: whether cut weights' gradients are scaled down, see `Masked.bound`.
     """
 
-    name, title = "dpf", "dynamic pruning with feedback"
+    name, title, part = "dpf", "dynamic pruning with feedback", "explore"
     scope: Scope = "auto"
-    ramp: Annotated[float, Field(gt=0, le=1)] = 0.75
-    period: Annotated[int, Field(ge=1)] = 16
+    ramp: Share = 0.75
+    period: Count = 16
     bounded: bool | None = None
-
-    def phases(self) -> tuple[Phase, ...]:
-        """One: the mask never freezes."""
-        return (Phase("explore"),)
 
     def mask_for(self, weight: Tensor) -> Mask:
         """A mask that lets the gradient through."""

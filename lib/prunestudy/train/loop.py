@@ -143,7 +143,6 @@ class Loop:
         last = self.state.history[-1] if self.state.history else {}
         self.diverged |= not math.isfinite(last.get("validation_loss", 0.0))
         self._captured.forget()
-        self.probe.finish()
         net = self.method.finish(self.model, self.context)
         self.probe.finished(net)
         return with_gradients(net)
@@ -240,7 +239,8 @@ class Loop:
             return {}
         row = {"epoch": epoch + 1, "phase": self.phases[self.state.phase].name, "train_loss": loss}
         row |= {f"validation_{key}": value for key, value in self.score(self.model).items()}
-        row |= self.method.log() | self.probe.row()
+        row |= self.method.log()
+        self.probe.epoch()
         self._sum.zero_()
         self._count = 0
         return row
