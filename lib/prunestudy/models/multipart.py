@@ -4,14 +4,13 @@ Each direct child is a component. Layers take their sizes from their weights, so
 be removed.
 """
 
-import itertools
 import math
 
 import torch
 from torch import Tensor, nn
 
 from prunestudy.errors import require
-from prunestudy.models.small import Shape, sequence
+from prunestudy.models.small import Shape, linear_layers, numbered
 
 
 class Autoencoder(nn.Module):
@@ -43,15 +42,14 @@ class Autoencoder(nn.Module):
             # A kernel as large as the map is a linear layer whose input channels can be removed.
             whole, half = [side // 4 for side in sides], {"stride": 2, "padding": 1}
             down = [nn.Conv2d(channels, first, 4, **half), nn.Conv2d(first, second, 4, **half)]
-            self.encoder = _named("conv", [*down, nn.Conv2d(second, latent, whole)])
+            self.encoder = numbered("conv", *down, nn.Conv2d(second, latent, whole))
             up = [nn.ConvTranspose2d(latent, second, whole)]
             up += [nn.ConvTranspose2d(second, first, 4, **half)]
-            up += [nn.ConvTranspose2d(first, channels, 4, **half)]
-            self.decoder = _named("conv", up)
+            self.decoder = numbered("conv", *up, nn.ConvTranspose2d(first, channels, 4, **half))
         else:
             widths = (math.prod(shape), *(hidden or (256, 128)), latent)
-            self.encoder, self.decoder = _linear_layers(*widths), _linear_layers(*widths[::-1])
-        self.classifier = _linear_layers(latent, head, num_classes) if head else None
+            self.encoder, self.decoder = linear_layers(*widths), linear_layers(*widths[::-1])
+        self.classifier = linear_layers(latent, head, num_classes) if head else None
 
     def encode(self, x: Tensor) -> Tensor:
         """Latent vectors (batch, latent) of images (batch, *shape)."""
@@ -121,16 +119,3 @@ class _Joint(nn.Module):
 
 def _rest(hidden: int, outputs: int) -> list[nn.Module]:
     return [nn.Linear(hidden, hidden), nn.ELU(), nn.Linear(hidden, outputs)]
-
-
-def _linear_layers(*widths: int) -> nn.Sequential:
-    return _named("fc", [nn.Linear(a, b) for a, b in itertools.pairwise(widths)])
-
-
-def _named(kind: str, layers: list[nn.Module]) -> nn.Sequential:
-    """The `layers` as "fc1", "relu1", "fc2", ..., for `kind` "fc": ReLU between them."""
-    named = {}
-    for number, layer in enumerate(layers, 1):
-        named |= {f"{kind}{number}": layer, f"relu{number}": nn.ReLU()}
-    named.popitem()
-    return sequence(**named)
