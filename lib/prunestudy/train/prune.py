@@ -56,17 +56,15 @@ def pruning(
 ) -> Steps[Result]:
     """`prune` by steps, for `gang`: gives what `Loop.steps` does, and returns the `Result`."""
     recipe = recipe or Recipe(epochs=10, lr=0.05)
-    given = {"method": method, "recipe": recipe, "metrics": metrics, "probe": probe}
-    _require_kinds(model, precision, **given, checkpoint_seconds=plain(checkpoint_seconds))
+    _require_kinds(model, precision, method, recipe, metrics, probe, plain(checkpoint_seconds))
     require(metric is None or callable(metric), "metric", metric, "a function of (model, batches)")
     seed, device = _seed(seed), _device(device_of(model) if device is None else device)
-    train = train if hasattr(train, "epoch") else Loader(train, seed, device, "train")
-    if validation is not None and not hasattr(validation, "ordered"):
-        validation = Loader(validation, seed, device, "validation")
-    _require_there(device, train=train, validation=validation)
+    train = _batches("train", train, seed, device)
+    if validation is not None:
+        validation = _batches("validation", validation, seed, device)
     path = writable_file(checkpoint, "checkpoint") if checkpoint else None
     settings = method.name, method.target, method.of, method.settings, recipe, seed, precision
-    mark = run or hashlib.sha256(repr(settings).encode()).hexdigest()[:8]
+    told = hashlib.sha256(repr(settings).encode()).hexdigest()
     keep_freed_memory()
     set_arithmetic(precision == "tf32")
     use_own_stream(device)
@@ -74,11 +72,10 @@ def pruning(
     example = moved(inputs(_arguments(model, x) if example is None else example), device)
     net = _on_device(model, device, example)
     loss = checked_loss(loss, net, x, y)
-    generator = torch.Generator(device).manual_seed(seed)
-    context = Context(example, loss, generator=generator, weight_decay=recipe.weight_decay)
-    context.train = train.epoch
     metric = metric or (metrics.values if metrics else default_metric(net, x, y))
     score = Score(loss, metric, validation)
+    context = Context(example, loss, train=train.epoch, weight_decay=recipe.weight_decay)
+    context.generator = torch.Generator(device).manual_seed(seed)
     context.metrics = checked_metrics(metrics) if metrics else Metrics(score)
     if validation is not None:
         context.score = lambda net: next(iter(score(net).values()))
@@ -86,12 +83,13 @@ def pruning(
         score.try_first(net)
     method.check(net)
     require(not method.attached, "method", method.name, _AGAIN)
-    known = _known(model, net, loss, train, settings) if path else {}
+    known = _known(model, net, loss, train, told) if path else {}
     loop = Loop(net, method, recipe, train, context, score, probe, seed=seed, precision=precision)
+    run, title = run or told[:8], run
     if path:
-        _resume(loop, path, mark, known)
-    with tqdm(total=loop.total, initial=loop.state.step, disable=not show, desc=run) as bar:
-        for row in loop.steps(path, checkpoint_seconds, mark):
+        _resume(loop, path, run, known)
+    with tqdm(total=loop.total, initial=loop.state.step, disable=not show, desc=title) as bar:
+        for row in loop.steps(path, checkpoint_seconds, run):
             bar.update()
             if row:
                 seen = next((n for n in row if n.startswith("validation_")), "kept")
@@ -153,13 +151,13 @@ def shrink_to(
     require_net(model)
     method = methods.build(by, {"leave": leave} if leave else {}, target, of)
     net = copied(model)
-    example = moved(inputs(example, valued=True), device_of(model))
-    generator = torch.Generator(example[0].device).manual_seed(_seed(seed))
-    context = Context(example, generator=generator)
+    context = Context(moved(inputs(example, valued=True), device_of(model)))
+    context.generator = torch.Generator(context.device).manual_seed(_seed(seed))
     method.check(net)
     method.attach(net, context)
-    removed, most = method.report(), "at most {removed:.4f} can go by this rule"
-    require(removed.get("target_met", 1), "target", target, most.format(**{"removed": 0} | removed))
+    found = {"removed": 0.0, "target_met": 1} | method.report()
+    most = f"at most {found['removed']:.4f} can go by this rule"
+    require(found["target_met"], "target", target, most)
     return trainable_as(model, method.finish(net, context))
 
 
@@ -179,9 +177,9 @@ def _resume(loop: Loop, path: Path, run: str, known: dict[str, Any]) -> None:
 
 
 def _known(
-    model: nn.Module, net: nn.Module, loss: Callable, train: Any, settings: tuple[Any, ...]
+    model: nn.Module, net: nn.Module, loss: Callable, train: Any, told: str
 ) -> dict[str, Any]:
-    """What a checkpoint says of `settings`, model, data and loss.
+    """What a checkpoint says of settings (`told`), model, data and loss.
 
     Of the first batch what is not drawn anew.
     """
@@ -192,9 +190,8 @@ def _known(
             value = f"{float(loss(call(net, x), x, y)):.1e}"
         found.append({("first batch", digest_of(whole)), ("loss", value)})
     same = {f"{name} on {where}": value for name, value in sorted(found[0] & found[1])}
-    told = {"method, recipe or seed": hashlib.sha256(repr(settings).encode()).hexdigest()}
-    told |= {"model": digest_of(model.state_dict()), "number of batches": train.steps}
-    return told | same
+    own = {"model": digest_of(model.state_dict()), "number of batches": train.steps}
+    return {"method, recipe or seed": told} | own | same
 
 
 def _two(train: Any) -> tuple[Batch, Batch]:
@@ -249,21 +246,24 @@ def _on_device(model: nn.Module, device: torch.device, example: tuple[Tensor, ..
     return net
 
 
-def _require_there(device: torch.device, **given: Any) -> None:
-    for name, batches in given.items():
-        there = torch.device(getattr(batches, "device", device)).type
-        require(there == device.type, name, f"batches on {there}", f"on {device.type}, as the net")
+def _batches(name: str, given: Any, seed: int, device: torch.device) -> Any:
+    """Batches as the loop reads them: those of this library, or any by a `Loader`."""
+    found = given if hasattr(given, "ordered") else Loader(given, seed, device, name)
+    there = torch.device(getattr(found, "device", device)).type
+    require(there == device.type, name, f"batches on {there}", f"on {device.type}, as the net")
+    return found
 
 
-def _require_kinds(model: Any, precision: Any, **given: Any) -> None:
+def _require_kinds(model: Any, precision: Any, *given: Any) -> None:
     require_net(model)
-    for name, kind, allowed in (
+    kinds = (
         ("method", Method, "a method such as GDP(target=0.5)"),
         ("recipe", Recipe, "a Recipe"),
         ("metrics", Metrics | None, "a Metrics"),
         ("probe", Probe | None, "a Probe"),
         ("checkpoint_seconds", float | int, "a number"),
-    ):
-        require(isinstance(given[name], kind), name, type(given[name]).__name__, allowed)
+    )
+    for value, (name, kind, allowed) in zip(given, kinds, strict=True):
+        require(isinstance(value, kind), name, type(value).__name__, allowed)
     allowed = ("fp32", "tf32", "bf16")
     require(precision in allowed, "precision", precision, f"allowed are {', '.join(allowed)}")
