@@ -24,7 +24,6 @@ from prunestudy.datasets.sources import ImageSet, require_whole
 from prunestudy.errors import InputError, require
 
 _MOST_VALUES = 2**24  # in the images of a batch that is not trained on
-_MOST_WORKERS = 8
 
 
 def batches_of(images: ImageSet, info: DatasetInfo, batch_size: int, **options: Any) -> Batches:
@@ -39,12 +38,10 @@ class Stream(Batches):
     Training images are cropped at random, in size and place (`RandomResizedCrop`; with masks
     resized to 0.5-2 times the side, padded and cropped), and mirrored if `flip`; what is drawn for
     an image depends on (seed, epoch, image) alone. Other images are resized and cropped in the
-    middle; with masks they are whole, and padded. `workers` processes decode them (by default one a
-    core, at most 8; 0: none).
-
-    Batches of `ordered` are as small as it takes to keep what a net makes of them in memory.
-    They and those of `epoch` raise `InputError` for an image that cannot be decoded and a mask that
-    does not fit its image. Raises `InputError` as `Batches` does, and for a `shift`.
+    middle; with masks they are whole, and padded; batches of these are made no larger than what a
+    net makes of them fits into memory. `workers` processes decode them (by default one a core, at
+    most 8; 0: none). Raises `InputError` as `Batches` does, and for a `shift`; and while it is read
+    for an image that cannot be decoded and a mask that does not fit its image.
     """
 
     gather = None  # decoded by the workers, not gathered on the device
@@ -52,7 +49,7 @@ class Stream(Batches):
     def __init__(self, *arguments: Any, workers: int | None = None, **options: Any) -> None:
         super().__init__(*arguments, **options)
         usable = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
-        self.workers = min(_MOST_WORKERS, len(usable(0))) if workers is None else workers
+        self.workers = min(8, len(usable(0))) if workers is None else workers
         require_whole("workers", self.workers, 0)
 
     def _prepare(self) -> None:
@@ -63,8 +60,8 @@ class Stream(Batches):
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """As of `Batches`."""
-        changes = training_transforms(self.info, self.flip)
-        return self._decoded(self.places(epoch, start), changes, epoch)
+        transforms = training_transforms(self.info, self.flip)
+        return self._decoded(self.places(epoch, start), transforms, epoch)
 
     def ordered(self, batch_size: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """As of `Batches`."""
