@@ -145,8 +145,7 @@ def watched(model: nn.Module) -> Iterator[list[str]]:
         handle.remove()
         if cuda:
             torch.cuda.set_sync_debug_mode("default")
-    texts = [str(each.message) for each in said]
-    watch.found += [text for text in texts if "called a synchronizing" in text]
+    watch.found += [str(w.message) for w in said if "called a synchronizing" in str(w.message)]
 
 
 class _Watch(TorchDispatchMode):
@@ -173,7 +172,6 @@ def refused(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     # A 0-d tensor of the CPU counts as a number.
     tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
     kinds = {t.device.type for t in tensors if t.dim() or t.device.type != "cpu"}
-    to = kwargs.get("device")
-    if name in ("_to_copy", "to") and to is not None:
-        kinds.add(torch.device(to).type)
+    if name in ("_to_copy", "to") and kwargs.get("device") is not None:
+        kinds.add(torch.device(kwargs["device"]).type)
     return f"{func}: changes the device" if len(kinds) > 1 else ""

@@ -1,9 +1,8 @@
 """The training loop: phases, hooks, validation, checkpoints and exact resume.
 
-A run that is killed and started again ends with the same numbers: batches depend on (seed, epoch,
-step) only, a method's draws come from one generator, a net's (dropout) from torch's own, which is
-seeded at each step, and all else is in the checkpoint. A step reads nothing from the device;
-losses are looked at every `period` steps.
+Batches depend on (seed, epoch, step) only, a method's draws come from one generator, a net's
+(dropout) from torch's own, which is seeded at each step, and all else is in the checkpoint. A step
+reads nothing from the device; losses are looked at every `period` steps.
 """
 
 import math
@@ -57,9 +56,9 @@ class Loop:
         whole = recipe.epochs * train.steps
         self.total = min(recipe.steps, whole) if recipe.steps else whole
         context.period = recipe.period or min(16, max(1, self.total // 200))
-        trains = any(parameter.requires_grad for parameter in model.parameters())
+        trains = any(p.requires_grad for p in model.parameters()) or not self.total
         allowed = "a net with parameters that train (requires_grad)"
-        require(trains or not self.total, "model", type(model).__name__, allowed)
+        require(trains, "model", type(model).__name__, allowed)
         self.phases = method.phases()
         if recipe.one_schedule:
             self.phases = tuple(Phase(each.name, each.share) for each in self.phases)
@@ -145,7 +144,11 @@ class Loop:
             self._make_optimizers()
         begin, end = (self.ends[phase - 1] if phase else 0), self.ends[phase]
         self._share.fill_((step - begin) / (end - begin))
-        self._set_lr(self.recipe.rate(self.phases, self.ends, phase, step))
+        lr = self.recipe.rate(self.phases, self.ends, phase, step)
+        self._lr.fill_(lr)
+        rate = lr if self._rate is None else self._rate.fill_(lr)
+        for group in self.optimizers[0].param_groups:
+            group["lr"] = rate
         seed_default(mix(self.seed, step), self.device)
         state.step += 1
         here = self.phases[phase].name, state.step - begin, end - begin, state.step, self.total
@@ -209,13 +212,6 @@ class Loop:
                 group["fused"] = True
                 if "capturable" in group:
                     group["capturable"] = self.device.type == "cuda"
-
-    def _set_lr(self, lr: float) -> None:
-        self._lr.fill_(lr)
-        if self._rate is not None:
-            self._rate.fill_(lr)
-        for group in self.optimizers[0].param_groups:
-            group["lr"] = lr if self._rate is None else self._rate
 
     def _row(self, epoch: int) -> dict[str, Any]:
         """The history's row of an epoch that has ended; {} if a loss was not finite."""

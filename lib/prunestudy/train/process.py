@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 # By its bits: as a number it would be 0 where such numbers count as 0.
 _DENORMAL = torch.tensor(713624, dtype=torch.int32, device="cpu").view(torch.float32)
@@ -62,9 +61,20 @@ class Turn:
         self.__exit__()
 
     def __exit__(self, *_: object) -> None:
-        now = _read()
-        _write(*self._other)
-        self._other = now
+        generator, arithmetic, algorithms, cuda = self._other
+        self._other = _read()
+        torch.default_generator.set_state(generator)
+        matmul, torch.backends.cudnn.allow_tf32, flushes, threads = arithmetic
+        torch.backends.cuda.matmul.allow_tf32 = matmul
+        torch.set_flush_denormal(flushes)
+        if threads != torch.get_num_threads():
+            torch.set_num_threads(threads)
+        on, warn_only, torch.utils.deterministic.fill_uninitialized_memory = algorithms
+        torch.use_deterministic_algorithms(on, warn_only=warn_only)
+        if cuda:
+            torch.cuda.set_rng_state(cuda[0])
+        if torch.cuda.is_initialized():
+            torch.cuda.set_stream(cuda[1] if cuda else torch.cuda.default_stream())
 
 
 def _read() -> tuple[Any, ...]:
@@ -81,21 +91,6 @@ def _read() -> tuple[Any, ...]:
         ),
         (torch.cuda.get_rng_state(), torch.cuda.current_stream()) if there else None,
     )
-
-
-def _write(generator: Tensor, arithmetic: Any, algorithms: Any, cuda: Any) -> None:
-    torch.default_generator.set_state(generator)
-    matmul, torch.backends.cudnn.allow_tf32, flushes, threads = arithmetic
-    torch.backends.cuda.matmul.allow_tf32 = matmul
-    torch.set_flush_denormal(flushes)
-    if threads != torch.get_num_threads():
-        torch.set_num_threads(threads)
-    on, warn_only, torch.utils.deterministic.fill_uninitialized_memory = algorithms
-    torch.use_deterministic_algorithms(on, warn_only=warn_only)
-    if cuda:
-        torch.cuda.set_rng_state(cuda[0])
-    if torch.cuda.is_initialized():
-        torch.cuda.set_stream(cuda[1] if cuda else torch.cuda.default_stream())
 
 
 def gang(trainings: Iterable[Steps[_T] | None], size: int = 1) -> Iterator[_T]:

@@ -21,7 +21,7 @@ from prunestudy.methods.base import Batch, Context, Method, call
 from prunestudy.methods.probes import Probe
 from prunestudy.shrink.fold import copied, require_net
 from prunestudy.shrink.remove import trainable_as
-from prunestudy.train.checkpoint import digest_of, read_checkpoint
+from prunestudy.train.checkpoint import AGAIN, digest_of, read_checkpoint
 from prunestudy.train.loaders import Loader, moved
 from prunestudy.train.loop import Loop
 from prunestudy.train.process import Steps, gang, keep_freed_memory, set_arithmetic, use_own_stream
@@ -31,7 +31,6 @@ from prunestudy.train.score import Metric, Score, checked_loss, checked_metrics,
 from prunestudy.values import inputs, plain
 
 _APART = 100  # times the mean |w| of the start: a training that works comes nowhere near
-_AGAIN = "has pruned a net already: make a new one"
 
 
 def pruning(
@@ -82,14 +81,14 @@ def pruning(
         context.validation = lambda: validation.ordered(512)
         score.try_first(net)
     method.check(net)
-    require(not method.attached, "method", method.name, _AGAIN)
-    known = _known(model, net, loss, train, told) if path else {}
+    allowed = "has pruned a net already: make a new one"
+    require(not method.attached, "method", method.name, allowed)
+    known = {"method, recipe or seed": told} | _known(model, net, loss, train) if path else {}
     loop = Loop(net, method, recipe, train, context, score, probe, seed=seed, precision=precision)
-    run, title = run or told[:8], run
     if path:
-        _resume(loop, path, run, known)
-    with tqdm(total=loop.total, initial=loop.state.step, disable=not show, desc=title) as bar:
-        for row in loop.steps(path, checkpoint_seconds, run):
+        _resume(loop, path, run or told[:8], known)
+    with tqdm(total=loop.total, initial=loop.state.step, disable=not show, desc=run) as bar:
+        for row in loop.steps(path, checkpoint_seconds, run or told[:8]):
             bar.update()
             if row:
                 seen = next((n for n in row if n.startswith("validation_")), "kept")
@@ -162,27 +161,21 @@ def shrink_to(
 
 
 def _resume(loop: Loop, path: Path, run: str, known: dict[str, Any]) -> None:
-    loop.known = known
-    saved = read_checkpoint(path, run, loop.device)
-    there = saved.get("known", {}) if saved else {}
-    other = next((name for name in known if there.get(name, known[name]) != known[name]), None)
-    line = f"of another {other}; delete it to start this run again"
-    require(other is None, "checkpoint", path.name, line)
+    loop.known, saved = known, read_checkpoint(path, run, loop.device)
+    if not saved:
+        return
+    there = known | saved.get("known", {})
+    other = next((name for name in known if there[name] != known[name]), None)
+    require(other is None, "checkpoint", path.name, f"of another {other}; {AGAIN}")
     try:
-        if saved:
-            loop.load(saved)
+        loop.load(saved)
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        line = "of another net, method or recipe; delete it to start this run again"
+        line = f"of another net, method or recipe; {AGAIN}"
         raise InputError(f"checkpoint = {path.name!r}: {line}") from error
 
 
-def _known(
-    model: nn.Module, net: nn.Module, loss: Callable, train: Any, told: str
-) -> dict[str, Any]:
-    """What a checkpoint says of settings (`told`), model, data and loss.
-
-    Of the first batch what is not drawn anew.
-    """
+def _known(model: nn.Module, net: nn.Module, loss: Callable, train: Any) -> dict[str, Any]:
+    """What a checkpoint says of model, data and loss; of the first batch what is not drawn anew."""
     found, where = [], device_of(net).type  # each device rounds in its own way
     for _ in range(2):
         whole, (x, y) = _two(train)
@@ -190,8 +183,7 @@ def _known(
             value = f"{float(loss(call(net, x), x, y)):.1e}"
         found.append({("first batch", digest_of(whole)), ("loss", value)})
     same = {f"{name} on {where}": value for name, value in sorted(found[0] & found[1])}
-    own = {"model": digest_of(model.state_dict()), "number of batches": train.steps}
-    return {"method, recipe or seed": told} | own | same
+    return {"model": digest_of(model.state_dict()), "number of batches": train.steps} | same
 
 
 def _two(train: Any) -> tuple[Batch, Batch]:
