@@ -582,7 +582,7 @@ def test_a_training_keeps_the_memory_of_a_step_for_the_next():
 def test_other_c_libraries_are_left_alone(monkeypatch):
     for error in (AttributeError, OSError, TypeError):
         monkeypatch.setattr(process.ctypes, "CDLL", lambda name, e=error: (_ for _ in ()).throw(e))
-        assert process.keep_freed_memory() is False
+        assert process.keep_freed_memory() is None
 
 
 @pytest.mark.parametrize("name", ["batches", "validation"])

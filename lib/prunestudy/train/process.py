@@ -3,7 +3,7 @@
 import ctypes
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch
@@ -49,10 +49,7 @@ def use_own_stream(device: torch.device) -> None:
 
 
 class Turn:
-    """Context manager that gives a training its own copy of torch's process-wide state.
-
-    It begins as the process has it; see `_read`.
-    """
+    """Context manager that gives a training its own copy of torch's process-wide state."""
 
     def __init__(self) -> None:
         self._other = _read()
@@ -127,15 +124,14 @@ def seed_default(seed: int, device: torch.device) -> None:
         torch.cuda.manual_seed(seed)
 
 
-def keep_freed_memory() -> bool:
-    """Keep freed memory for the next tensors; return whether the C library can.
+def keep_freed_memory() -> None:
+    """Keep freed memory of the process for the next tensors, where glibc can be told to.
 
-    By default glibc gives the activations of each step back to the system, which then clears every
+    By default it gives the activations of each step back to the system, which then clears every
     page again at the next one.
     """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):  # no such function; on Windows no such call
-        return False
     trim_threshold, mmap_max = -1, -4  # of glibc's malloc.h
-    return all([mallopt(trim_threshold, -1), mallopt(mmap_max, 0)])
+    with suppress(AttributeError, OSError, TypeError):  # no such function; on Windows no such call
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(trim_threshold, -1)
+        mallopt(mmap_max, 0)

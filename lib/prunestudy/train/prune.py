@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 from tqdm.auto import tqdm
 
 from prunestudy import methods
-from prunestudy.errors import InputError, first_line, require, writable_file
+from prunestudy.errors import InputError, first_line, require, require_one_of, writable_file
 from prunestudy.measure import Metrics
 from prunestudy.measure.forward import device_of, evaluating
 from prunestudy.measure.forward import run as run_on
@@ -145,8 +145,7 @@ def shrink_to(
     layers whose channels all stay, as of every method that removes channels; `example`: an input
     batch. Raises `InputError` for what cannot be used.
     """
-    untrained = ("group_l2", "l1_filter", "magnitude", "random")
-    require(by in untrained, "by", by, f"allowed are {', '.join(untrained)}")
+    require_one_of("by", by, ("group_l2", "l1_filter", "magnitude", "random"))
     require_net(model)
     method = methods.build(by, {"leave": leave} if leave else {}, target, of)
     net = copied(model)
@@ -212,7 +211,7 @@ def _device(device: Any) -> torch.device:
 def _arguments(model: nn.Module, x: Any) -> Any:
     """The positional arguments of the model's forward for a batch's `x`."""
     if not isinstance(x, dict):
-        return tuple(x) if isinstance(x, list) else x
+        return x
     try:
         bound = inspect.signature(model.forward).bind(**x)
     except TypeError as error:

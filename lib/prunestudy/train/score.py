@@ -17,6 +17,7 @@ from prunestudy.methods.base import Batch, call, mean_loss
 from prunestudy.shrink.fold import copied
 
 Metric = Callable[[nn.Module, Any], float | Mapping[str, float]]
+Batches = Sequence[Batch]
 
 
 class Score:
@@ -25,9 +26,7 @@ class Score:
     def __init__(self, loss: Callable[..., Tensor], metric: Metric | None, batches: Any) -> None:
         self.loss, self.metric, self.batches = loss, metric, batches
 
-    def __call__(
-        self, model: nn.Module, batches: Sequence[Batch] | None = None
-    ) -> dict[str, float]:
+    def __call__(self, model: nn.Module, batches: Batches | None = None) -> dict[str, float]:
         """All numbers by name, the one to judge by first, of validation or of other `batches`."""
         if batches is None and self.batches is None:
             return {}
@@ -70,11 +69,9 @@ def top1(model: nn.Module, batches: Any) -> dict[str, float]:
 
 def default_metric(net: nn.Module, x: Any, y: Any) -> Metric | None:
     """`top1` where the net gives scores of classes and `y` are labels."""
-    if not _are_labels(y):
-        return None
     with evaluating(net), torch.no_grad():
         output = call(net, x)
-    scores = isinstance(output, Tensor) and output.dim() > 1
+    scores = _are_labels(y) and isinstance(output, Tensor) and output.dim() > 1
     return top1 if scores and output.argmax(1).shape == y.shape else None
 
 
@@ -132,10 +129,9 @@ def checked_loss(loss: Any, net: nn.Module, x: Any, y: Any) -> Callable[[Any, An
         form = inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss)
     except ValueError:  # of functions written in C
         raise InputError(f"loss = {name!r}: {allowed}, in Python") from None
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    needed = [p for p in form.parameters.values() if p.kind in positional and p.default is p.empty]
+    needed = [p for p in form.parameters.values() if p.default is p.empty]
     function = loss
-    if len(needed) < 3:
+    if sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in needed) < 3:
         function = lambda output, _, y: loss(output, y)  # noqa: E731
         function.__name__ = name
     with evaluating(net), torch.no_grad(), _tried("loss", loss):
