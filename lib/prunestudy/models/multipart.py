@@ -1,7 +1,6 @@
-"""Nets of several components around one latent vector: autoencoders and a TD-MPC agent.
+"""Nets of several components, their children, around one latent vector.
 
-Each direct child is a component. Layers take their sizes from their weights, so that channels can
-be removed.
+Layers take their sizes from their weights, so that channels can be removed.
 """
 
 import math
@@ -81,12 +80,11 @@ class TDMPC(nn.Module):
     def __init__(self, observation: int = 24, action: int = 6, hidden: int = 512, latent: int = 50):
         super().__init__()
         self.observation = observation
-        layers = nn.Linear(observation, hidden), nn.ELU(), nn.Linear(hidden, latent)
-        self.encoder = nn.Sequential(*layers)
+        first, last = nn.Linear(observation, hidden), nn.Linear(hidden, latent)
+        self.encoder = nn.Sequential(first, nn.ELU(), last)
         self.dynamics = _Joint(latent, action, hidden, latent)
         self.reward = _Joint(latent, action, hidden, 1)
-        layers = nn.Linear(latent, hidden), nn.ELU(), *_rest(hidden, action)
-        self.policy = nn.Sequential(*layers)
+        self.policy = nn.Sequential(nn.Linear(latent, hidden), nn.ELU(), *_rest(hidden, action))
         self.value = nn.ModuleList(_Joint(latent, action, hidden, 1, norm=True) for _ in range(2))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -101,10 +99,7 @@ class TDMPC(nn.Module):
 
 
 class _Joint(nn.Module):
-    """MLP on latent (batch, latent) and action (batch, action); output (batch, outputs).
-
-    Its first layer is W_z z + W_a a, so that columns of W_z can be removed with latent dimensions.
-    """
+    """MLP on latent z and action a, W_z z + W_a a first: columns of W_z can be removed with z."""
 
     def __init__(self, latent: int, action: int, hidden: int, outputs: int, norm: bool = False):
         super().__init__()

@@ -1,7 +1,6 @@
-"""Classifiers of small images, MNIST's and CIFAR's.
+"""Classifiers of small images: (batch, channels, height, width) to logits (batch, num_classes).
 
-All map (batch, channels, height, width) to logits (batch, num_classes); where no smallest size is
-given, any will do.
+Where no smallest size is given, any will do.
 """
 
 import itertools
@@ -72,9 +71,7 @@ def mlp(shape: Shape, num_classes: int) -> nn.Sequential:
 def convnet(shape: Shape, num_classes: int) -> nn.Sequential:
     """Caffe's cifar10_full, the ConvNet of the Force Regularization paper.
 
-    From `cifar10_full_train_test.prototxt`: 5x5 convolutions with 32, 32 and 64 filters, each
-    followed by 3x3 pooling of stride 2 (max, mean, mean), the first two also by local response
-    normalisation; then one linear layer. Pooling rounds sizes up, as in Caffe: 32, 16, 8, 4.
+    From `cifar10_full_train_test.prototxt`. Pooling rounds sizes up, as in Caffe: 32, 16, 8, 4.
     Raises `InputError` for images below 8x8.
     """
     channels, *sides = shape
