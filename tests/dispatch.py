@@ -26,7 +26,7 @@ class Tape(TensorsOnly):
     replay.
     """
 
-    def __init__(self, function, generator):
+    def __init__(self, function):
         super().__init__()
         self.calls, self.done = [], True
         with self:

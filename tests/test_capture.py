@@ -25,8 +25,8 @@ def tapes(monkeypatch):
     found = Tapes()
 
     def recorded(function, generator):
-        found.append(Tape(function, generator))
-        return found[-1]
+        found.append(Tape(function))
+        return found[-1].replay, found[-1].result
 
     monkeypatch.setattr(loop, "graphs_on", lambda device: recorded)
     return found

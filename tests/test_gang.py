@@ -19,7 +19,7 @@ from prunestudy.train import (
     pruning,
     read_checkpoint,
 )
-from prunestudy.train.capture import CudaGraph
+from prunestudy.train.capture import cuda_graph
 
 
 def three(folder=None, device="cpu"):
@@ -136,7 +136,7 @@ def test_a_turn_ends_before_it_would_wait_for_the_device(monkeypatch):
             yield pruning(randomise(BatchNormNet()), Told(run), toy_batches(), recipe)
 
     monkeypatch.setattr(capture, "WARM", 10**9)
-    monkeypatch.setattr(loop, "graphs_on", lambda device: CudaGraph)
+    monkeypatch.setattr(loop, "graphs_on", lambda device: cuda_graph)
     list(gang(trainings(), 2))
     turns = [1], [2], ["look 2", 3], [4, "look 4"]
     assert said == [(run, what) for turn in turns for run in "ab" for what in turn]

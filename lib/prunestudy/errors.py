@@ -43,14 +43,14 @@ def first_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def refused(parameter: str, value: str) -> Iterator[None]:
+def refused(parameter: str, value: str, how: str = "cannot be used") -> Iterator[None]:
     """Turn what torch or a user's code raises inside into `InputError` on `value`."""
     try:
         yield
     except InputError:
         raise
     except Exception as error:
-        line = f"{parameter} = {value!r}: cannot be used: {first_line(error)}"
+        line = f"{parameter} = {value!r}: {how}: {first_line(error)}"
         raise InputError(line) from error
 
 

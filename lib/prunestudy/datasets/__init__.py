@@ -1,8 +1,6 @@
 """Data sets, and batches made of them.
 
-A data set lies in memory as one uint8 tensor, or on disk as files that worker processes decode.
-`info` gives its sizes without reading it, `load` reads and verifies it, `split` takes validation
-images out of the training images, and `batches_of` makes batches of either kind.
+They lie in memory as one uint8 tensor, or on disk as files that worker processes decode.
 
     data = load("mnist")
     train, validation = split(data.train, 5000)
@@ -16,8 +14,8 @@ from typing import Any
 from prunestudy.datasets.catalogue import DatasetInfo, data_root, fingerprint, info, names
 
 # These need torch, which takes two seconds to import; planning does without them.
-_WITH_TORCH = dict.fromkeys(("Dataset", "ImageSet", "load", "split"), "sources")
-_WITH_TORCH |= {"Batches": "batches", "Stream": "streams", "batches_of": "streams"}
+_WITH_TORCH = {"Batches": "batches", "Stream": "streams", "batches_of": "streams"}
+_WITH_TORCH |= dict.fromkeys(("Dataset", "ImageSet", "load", "split"), "sources")
 __all__ = ["DatasetInfo", "data_root", "fingerprint", "info", "names"]
 
 

@@ -1,7 +1,6 @@
-"""Batches of images in memory, each made by one gather.
+"""Batches of images in memory, each made by one gather on the device.
 
-An image's place, shift and flip become the index of its first pixel and the direction in which its
-rows are read; all pixels of a batch are then fetched at once, on the device.
+An image's place, shift and flip are the index of its first pixel and the direction of its rows.
 """
 
 import hashlib
@@ -21,10 +20,8 @@ class Batches:
     `shift`: each image moves by a whole number of pixels, uniform in -shift..shift, in both
     directions, and black comes in from the border (torchvision's RandomCrop(size, padding=shift)).
     `flip`: each is mirrored left to right with probability 1/2. The images are copied to `device`
-    once, as uint8.
-
-    Raises `InputError` unless 1 <= `batch_size` <= number of images, 0 <= `shift` < the image's
-    size, and the images are as `info` says.
+    once, as uint8. Raises `InputError` unless 1 <= `batch_size` <= number of images,
+    0 <= `shift` < the image's size, and the images are as `info` says.
     """
 
     def __init__(
@@ -49,49 +46,6 @@ class Batches:
         self._offset = (-mean / std).repeat(info.width).float().to(self.device)
         self._prepare()
 
-    def __len__(self) -> int:
-        """Number of images."""
-        return len(self.images)
-
-    @property
-    def steps(self) -> int:
-        """Number of full batches in an epoch; leftover images are not used in that epoch."""
-        return len(self) // self.batch_size
-
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Training batches of epoch number `epoch` (from 0), from batch `start` on.
-
-        Yields x (B, C, H, W) float32, channels_last, (pixel / 255 - mean) / std, and labels y (B,)
-        int64, masks (B, H, W). All random choices depend on (seed, epoch) alone: a run resumed at
-        `start` sees what an uninterrupted one does.
-
-        Raises `InputError` unless 0 <= `epoch` and 0 <= `start` <= `steps`.
-        """
-        return self._made(*self._drawn(epoch, start))
-
-    def places(self, epoch: int, start: int = 0) -> Iterator[Tensor]:
-        """The arguments of `gather` for the batches of `epoch`, each (B, 3) int64 on the device."""
-        return self._places(*self._drawn(epoch, start))
-
-    def gather(self, places: Tensor) -> tuple[Tensor, Tensor]:
-        """The batch for `places` (B, 3): first pixel, direction (1, -1), number of each image."""
-        first, direction, image = places.unbind(1)
-        steps = direction.view(-1, 1, 1) * self._columns
-        index = (first.view(-1, 1, 1) + self._rows) + steps
-        pixels = self._pixels.index_select(0, index.view(-1))
-        return self._normalise(pixels), self.labels[image]
-
-    def ordered(self, batch_size: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """All images once, in order, not augmented, as `epoch` gives them; the last batch is short.
-
-        `batch_size` is that of the training unless given. Raises `InputError` if it is below 1.
-        """
-        size = self.batch_size if batch_size is None else batch_size
-        require_whole("batch_size", size, 1)
-        size = min(size, self._most)
-        at = [slice(place, place + size) for place in range(0, len(self), size)]
-        return self._made(torch.arange(len(self)), at)
-
     def _prepare(self) -> None:
         """Keep the images as a list of pixels, each image with a black border of `shift`."""
         height, width, channels = shape = self.info.height, self.info.width, self.info.channels
@@ -108,27 +62,51 @@ class Batches:
         self._pixels = padded.view(-1, channels).squeeze(1)
         self._rows = torch.arange(height, device=self.device).view(-1, 1) * self._width
         self._columns = torch.arange(width, device=self.device)
-        self.labels = self.images.labels.to(self.device)
-        self._most = len(self)
+        self.labels, self._most = self.images.labels.to(self.device), len(self)
 
-    def _drawn(self, epoch: int, start: int) -> tuple[Tensor, list[slice], int, torch.Generator]:
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.images)
+
+    @property
+    def steps(self) -> int:
+        """Number of full batches in an epoch; leftover images are not used in that epoch."""
+        return len(self) // self.batch_size
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Training batches of epoch number `epoch` (from 0), from batch `start` on.
+
+        Yields x (B, C, H, W) float32, channels_last, (pixel / 255 - mean) / std, and labels y (B,)
+        int64, masks (B, H, W). All random choices depend on (seed, epoch) alone: a run resumed at
+        `start` sees what an uninterrupted one does. Raises `InputError` unless 0 <= `epoch` and
+        0 <= `start` <= `steps`.
+        """
+        return map(self.gather, self.places(epoch, start))
+
+    def ordered(self, batch_size: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """All images once, in order, not augmented, as `epoch` gives them; the last batch is short.
+
+        `batch_size` is that of the training unless given. Raises `InputError` if it is below 1.
+        """
+        return map(self.gather, self._in_order(batch_size))
+
+    def places(self, epoch: int, start: int = 0) -> list[Tensor]:
+        """The arguments of `gather` for the batches of `epoch`, each (B, 3) int64 on the device."""
         require_whole("epoch", epoch, 0)
         require_whole("start", start, 0, self.steps)
         # drawn on the CPU, so that batches do not depend on the device
         generator = torch.Generator().manual_seed(mix(self.seed, epoch))
         order = torch.randperm(len(self), generator=generator)
-        places = range(start * self.batch_size, self.steps * self.batch_size, self.batch_size)
-        return order, [slice(place, place + self.batch_size) for place in places], epoch, generator
+        table, size = self._table(order, generator), self.batch_size
+        return [table[at : at + size] for at in range(start * size, self.steps * size, size)]
 
-    def _made(
-        self, order: Tensor, at: list[slice], _: int = 0, generator: torch.Generator | None = None
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of images, at places `at` of `order`; with a `generator` they are augmented."""
-        return map(self.gather, self._places(order, at, _, generator))
+    def _in_order(self, batch_size: int | None) -> tuple[Tensor, ...]:
+        size = self.batch_size if batch_size is None else batch_size
+        require_whole("batch_size", size, 1)
+        return self._table(torch.arange(len(self))).split(min(size, self._most))
 
-    def _places(
-        self, order: Tensor, at: list[slice], _: int, generator: torch.Generator | None
-    ) -> Iterator[Tensor]:
+    def _table(self, order: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """First pixel, direction (1, -1) and number of the images in `order`: (N, 3) int64."""
         top, left = torch.full((2, len(self)), self.shift)
         mirrored = torch.zeros_like(order)
         if generator:
@@ -137,8 +115,15 @@ class Batches:
             mirrored = torch.randint(0, 2, (len(self),), generator=generator)
         corner = (order * self._height + top) * self._width + left
         first = corner + mirrored * (self.info.width - 1)
-        table = torch.stack([first, 1 - 2 * mirrored, order], 1).to(self.device)
-        return (table[batch] for batch in at)
+        return torch.stack([first, 1 - 2 * mirrored, order], 1).to(self.device)
+
+    def gather(self, places: Tensor) -> tuple[Tensor, Tensor]:
+        """The batch for `places` (B, 3): first pixel, direction, number of each image."""
+        first, direction, image = places.unbind(1)
+        steps = direction.view(-1, 1, 1) * self._columns
+        index = (first.view(-1, 1, 1) + self._rows) + steps
+        pixels = self._pixels.index_select(0, index.view(-1))
+        return self._normalise(pixels), self.labels[image]
 
     def _normalise(self, pixels: Tensor) -> Tensor:
         """Pixels of whole images in order (B, H, W, C), in any shape, to (B, C, H, W) float32."""

@@ -76,7 +76,8 @@ def names() -> tuple[str, ...]:
 
 def data_root(root: str | Path | None = None) -> Path:
     """Folder of the data sets: `root`, else `PRUNESTUDY_DATA`, else the study's `data/`."""
-    return _expanded(root or os.environ.get("PRUNESTUDY_DATA") or home() / "data")
+    place = root or os.environ.get("PRUNESTUDY_DATA") or home() / "data"
+    return Path(os.path.expanduser(place))  # noqa: PTH111  (pathlib's raises for "~nobody")
 
 
 def info(name: str, root: str | Path | None = None) -> DatasetInfo:
@@ -103,7 +104,7 @@ def folder_path(name: str, root: str | Path | None) -> Path:
     path = name.removeprefix(FOLDER)
     right = path.strip() != "" and path == path.encode(errors="ignore").decode()
     require(right, "dataset", name, "folder: is followed by the path of an image folder, in UTF-8")
-    return data_root(root) / _expanded(path)
+    return data_root(root) / os.path.expanduser(path)  # noqa: PTH111
 
 
 def fingerprint(name: str, root: str | Path | None = None) -> str:
@@ -116,8 +117,3 @@ def fingerprint(name: str, root: str | Path | None = None) -> str:
     from prunestudy.datasets.sources import load  # late: it needs torch
 
     return load(name, root).fingerprint
-
-
-def _expanded(path: str | Path) -> Path:
-    # os.path's leaves "~nobody" as it is, pathlib's raises
-    return Path(os.path.expanduser(path))  # noqa: PTH111

@@ -1,13 +1,11 @@
 """Images on disk: listing and decoding those of image folders, ImageNet and Pascal VOC.
 
-Nothing is skipped silently: stray files, empty classes and unreadable images are refused by name.
 Each part of a set, training and test, is a dict from the name of an image's file, relative to the
 set's folder, to its label or to the name of its mask.
 """
 
 import hashlib
 import os
-from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -16,7 +14,7 @@ from PIL import Image
 
 from prunestudy.errors import InputError, quoted, require
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
 UNLABELLED = 255  # in a mask
 _GREY, _COLOUR = ("1", "L", "LA"), ("RGB", "RGBA", "RGBX", "P", "PA", "CMYK", "YCbCr")
 
@@ -33,10 +31,10 @@ def list_images(
     try:
         folders = [entry for split in splits for entry in _visible(path / split)]
         entries = [entry for folder in folders if folder.is_dir() for entry in _visible(folder)]
-        files = [e for e in entries if e.is_file() and e.name.lower().endswith(SUFFIXES)]
+        files = [e for e in entries if e.is_file() and e.name.lower().endswith(_SUFFIXES)]
         strays = {*(folder for folder in folders if not folder.is_dir()), *entries} - {*files}
         named = sorted(stray.path.removeprefix(f"{path}/") for stray in strays)
-        kinds = f"not {', '.join(SUFFIXES)} in a class's folder"
+        kinds = f"not {', '.join(_SUFFIXES)} in a class's folder"
         require(not strays, "dataset", dataset, f"{kinds}: {quoted(named)}")
         sizes = {file.path.removeprefix(f"{path}/"): file.stat().st_size for file in files}
     except OSError as error:
@@ -83,22 +81,22 @@ def require_whole_files(dataset: str, folder: Path, names: list[str]) -> None:
 
     A JPEG file with a header and an end is taken as whole; others are decoded.
     """
+
+    def is_whole(name: str) -> bool:
+        try:
+            with Image.open(folder / name) as image, (folder / name).open("rb") as file:
+                file.seek(-2, os.SEEK_END)
+                if image.format != "JPEG" or file.read() != b"\xff\xd9":
+                    image.load()
+                return image.mode in _GREY + _COLOUR
+        except Exception:  # Pillow's decoders raise many kinds
+            return False
+
     with ThreadPool(32) as pool:
-        whole = pool.map(partial(_is_whole, folder), names)
+        whole = pool.map(is_whole, names)
     broken = [name for name, right in zip(names, whole, strict=True) if not right]
     allowed = f"{len(broken)} images cannot be read: {quoted(broken[:8])}"
     require(not broken, "dataset", dataset, allowed)
-
-
-def _is_whole(folder: Path, name: str) -> bool:
-    try:
-        with Image.open(folder / name) as image, (folder / name).open("rb") as file:
-            file.seek(-2, os.SEEK_END)
-            if image.format != "JPEG" or file.read() != b"\xff\xd9":
-                image.load()
-            return image.mode in _GREY + _COLOUR
-    except Exception:  # Pillow's decoders raise many kinds
-        return False
 
 
 def size_of(image: Image.Image) -> tuple[int, int, int]:

@@ -1,12 +1,11 @@
 """Batches of images on disk, decoded by the worker processes of torch's DataLoader.
 
-torchvision's v2 transforms crop and flip each image, ImageNet as in its reference recipes for
-classification, VOC as in those for segmentation. What is drawn for an image depends on (seed,
-epoch, image) alone, not on the number of workers nor on the batch that a run resumes at.
+torchvision's v2 transforms crop and flip each image as its reference recipes do, ImageNet for
+classification, VOC for segmentation.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -25,7 +24,6 @@ from prunestudy.datasets.sources import ImageSet, require_whole
 from prunestudy.errors import InputError, require
 
 _MOST_VALUES = 2**24  # in the images of a batch that is not trained on
-_MOST_WORKERS = 8
 
 
 def batches_of(images: ImageSet, info: DatasetInfo, batch_size: int, **options: Any) -> Batches:
@@ -38,21 +36,20 @@ class Stream(Batches):
     """Normalised batches of images on disk; arguments as those of `Batches`, and `workers`.
 
     Training images are cropped at random, in size and place (`RandomResizedCrop`; with masks
-    resized to 0.5-2 times the side, padded and cropped), and mirrored if `flip`. Other images are
-    resized and cropped in the middle; with masks they are whole, and padded. `workers` processes
-    decode them (by default one a core, at most 8; 0: none).
-
-    Batches of `ordered` are as small as it takes to keep what a net makes of them in memory.
-    They and those of `epoch` raise `InputError` for an image that cannot be decoded and a mask that
-    does not fit its image. Raises `InputError` as `Batches` does, and for a `shift`.
+    resized to 0.5-2 times the side, padded and cropped), and mirrored if `flip`; what is drawn for
+    an image depends on (seed, epoch, image) alone. Other images are resized and cropped in the
+    middle; with masks they are whole, and padded; batches of these are made no larger than what a
+    net makes of them fits into memory. `workers` processes decode them (by default one a core, at
+    most 8; 0: none). Raises `InputError` as `Batches` does, and for a `shift`; and while it is read
+    for an image that cannot be decoded and a mask that does not fit its image.
     """
 
-    places = None  # decoded by the workers, not gathered on the device
+    gather = None  # decoded by the workers, not gathered on the device
 
     def __init__(self, *arguments: Any, workers: int | None = None, **options: Any) -> None:
         super().__init__(*arguments, **options)
         usable = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
-        self.workers = min(_MOST_WORKERS, len(usable(0))) if workers is None else workers
+        self.workers = min(8, len(usable(0))) if workers is None else workers
         require_whole("workers", self.workers, 0)
 
     def _prepare(self) -> None:
@@ -61,16 +58,25 @@ class Stream(Batches):
         values = self.info.channels * self.info.height * self.info.width
         self._most = max(1, _MOST_VALUES // values)
 
-    def _made(
-        self, order: Tensor, at: list[slice], epoch: int = 0, generator: Any = None
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """As of `Batches`."""
+        transforms = training_transforms(self.info, self.flip)
+        return self._decoded(self.places(epoch, start), transforms, epoch)
+
+    def ordered(self, batch_size: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """As of `Batches`."""
+        return self._decoded(self._in_order(batch_size), plain_transforms(self.info))
+
+    def _table(self, order: Tensor, generator: Any = None) -> Tensor:  # noqa: ARG002
+        return order
+
+    def _decoded(
+        self, places: Sequence[Tensor], transforms: Callable, epoch: int = 0
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of images, at places `at` of `order`; with a `generator` they are augmented."""
-        info = self.info
-        transforms = training_transforms(info, self.flip) if generator else plain_transforms(info)
         loader = DataLoader(
             _Decoded(self.images, self.info, transforms, self.seed),
-            batch_sampler=([(epoch, n) for n in order[batch].tolist()] for batch in at),
-            num_workers=min(self.workers, len(at)),
+            batch_sampler=([(epoch, n) for n in batch.tolist()] for batch in places),
+            num_workers=min(self.workers, len(places)),
             collate_fn=_stacked,
             generator=torch.Generator(),  # else it would draw from torch's own
         )
@@ -125,9 +131,8 @@ def training_transforms(info: DatasetInfo, flip: bool) -> Callable:
     if not info.masks:
         return v2.Compose([v2.RandomResizedCrop(size), *mirrored])
     resized = v2.RandomResize(min(size) // 2, 2 * min(size))
-    return v2.Compose(
-        [resized, *mirrored, v2.RandomCrop(size, pad_if_needed=True, fill=_fill(info))]
-    )
+    cropped = v2.RandomCrop(size, pad_if_needed=True, fill=_fill(info))
+    return v2.Compose([resized, *mirrored, cropped])
 
 
 def plain_transforms(info: DatasetInfo) -> Callable:

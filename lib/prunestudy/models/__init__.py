@@ -8,7 +8,6 @@ from torch import nn
 
 from prunestudy.errors import require, require_one_of
 from prunestudy.models import small
-from prunestudy.models import torchvision_nets as tv
 from prunestudy.models.multipart import TDMPC, Autoencoder
 from prunestudy.models.small import Shape, resnet, wide_resnet
 
@@ -19,20 +18,26 @@ __all__ += ["task_of", "title", "wide_resnet"]
 class _Net(NamedTuple):
     factory: Callable[[Shape, int], nn.Module]
     line: str
-    task: str = "classify"
     weights: str = ""  # torchvision's net whose weights for ImageNet it can start from
+    task: str = "classify"
+
+
+def _torchvision(name: str, shape: Shape, num_classes: int) -> nn.Module:
+    from prunestudy.models import torchvision_nets  # late: it takes seconds to import
+
+    return torchvision_nets.build(name, shape, num_classes)
 
 
 _convolutional = partial(Autoencoder, convolutional=True)
-_ONE, _BOTH = "reconstruct", "reconstruct_and_classify"
+_ONE, _BOTH, _MORE = "reconstruct", "reconstruct_and_classify", "the same with a classifier"
 _REGISTRY = {
-    "autoencoder": _Net(Autoencoder, "784-256-128-32 and back, 476,720 parameters", _ONE),
+    "autoencoder": _Net(Autoencoder, "784-256-128-32 and back, 476,720 parameters", task=_ONE),
     "autoencoder_classifier": _Net(
-        partial(Autoencoder, head=64), "the same with a classifier, 479,482 parameters", _BOTH
+        partial(Autoencoder, head=64), f"{_MORE}, 479,482 parameters", task=_BOTH
     ),
-    "conv_autoencoder": _Net(_convolutional, "with 16, 32 filters, 117,377 parameters", _ONE),
+    "conv_autoencoder": _Net(_convolutional, "with 16, 32 filters, 117,377 parameters", task=_ONE),
     "conv_autoencoder_classifier": _Net(
-        partial(_convolutional, head=64), "the same with a classifier, 120,139 parameters", _BOTH
+        partial(_convolutional, head=64), f"{_MORE}, 120,139 parameters", task=_BOTH
     ),
     "lenet5": _Net(small.lenet5, "Caffe's LeNet-5 for MNIST, 431,080 parameters"),
     "lenet300": _Net(small.lenet300, "LeNet-300-100 for MNIST, 266,610 parameters"),
@@ -43,25 +48,18 @@ _REGISTRY = {
     "resnet56": _Net(partial(resnet, 56), "ResNet-56 for CIFAR, 855,578 parameters"),
     "wrn28_2": _Net(partial(wide_resnet, 28, 2), "WRN-28-2 for CIFAR, 1,467,610 parameters"),
     "vgg16_cifar": _Net(small.vgg16_cifar, "VGG-16 for CIFAR, 14,724,042 parameters"),
-    "mobilenet_v2_cifar": _Net(
-        tv.mobilenet_v2_cifar, "MobileNetV2 for CIFAR, 2,236,682 parameters"
-    ),
-    # The others are for ImageNet, DeepLabV3+ for Pascal VOC.
-    "alexnet_grouped": _Net(tv.alexnet_grouped, "AlexNet with groups, 60,965,224 parameters"),
-    "deeplabv3plus_resnet50": _Net(
-        tv.DeepLabV3Plus,
-        "DeepLabV3+ on ResNet-50, 40,352,181 parameters",
-        "segment",
-        "resnet50",
-    ),
 } | {
-    name: _Net(partial(tv.torchvision_net, name), f"torchvision's {line} parameters", weights=name)
-    for name, line in (
-        ("alexnet", "AlexNet, 61,100,840"),
-        ("googlenet", "GoogLeNet with batch norm, 6,624,904"),
-        ("mobilenet_v2", "MobileNetV2, 3,504,872"),
-        ("resnet50", "ResNet-50, 25,557,032"),
-        ("vgg16", "VGG-16, 138,357,544"),
+    name: _Net(partial(_torchvision, name), f"{line} parameters", *more)
+    for name, line, *more in (
+        ("mobilenet_v2_cifar", "MobileNetV2 for CIFAR, 2,236,682"),
+        # The others are for ImageNet, DeepLabV3+ for Pascal VOC.
+        ("alexnet_grouped", "AlexNet with groups, 60,965,224"),
+        ("deeplabv3plus_resnet50", "DeepLabV3+ on ResNet-50, 40,352,181", "resnet50", "segment"),
+        ("alexnet", "torchvision's AlexNet, 61,100,840", "alexnet"),
+        ("googlenet", "torchvision's GoogLeNet with batch norm, 6,624,904", "googlenet"),
+        ("mobilenet_v2", "torchvision's MobileNetV2, 3,504,872", "mobilenet_v2"),
+        ("resnet50", "torchvision's ResNet-50, 25,557,032", "resnet50"),
+        ("vgg16", "torchvision's VGG-16, 138,357,544", "vgg16"),
     )
 }
 
@@ -95,10 +93,9 @@ def has_pretrained(name: str) -> bool:
 def build(name: str, shape: Shape, num_classes: int, pretrained: bool = False) -> nn.Module:
     """Build net `name`, freshly initialised, for images of `shape` (channels, height, width).
 
-    A classifier maps (batch, *shape) to logits (batch, num_classes). With `pretrained` the net, or
-    its backbone, starts from torchvision's weights for ImageNet. Raises `InputError` for an unknown
-    name, a shape or number of classes that the net cannot have, and for weights that do not exist
-    or cannot be downloaded.
+    With `pretrained` the net, or its backbone, starts from torchvision's weights for ImageNet.
+    Raises `InputError` for an unknown name, a shape or number of classes that the net cannot have,
+    and for weights that do not exist or cannot be downloaded.
     """
     net = _net(name)
     allowed = "three positive integers (channels, height, width)"
@@ -108,7 +105,9 @@ def build(name: str, shape: Shape, num_classes: int, pretrained: bool = False) -
     require(not pretrained or net.weights != "", "pretrained", pretrained, f"none for {name}")
     made = net.factory(tuple(shape), num_classes)
     if pretrained:
-        tv.use_pretrained(made, net.weights)
+        from prunestudy.models import torchvision_nets
+
+        torchvision_nets.use_pretrained(made, net.weights)
     return made
 
 

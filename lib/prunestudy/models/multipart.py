@@ -1,17 +1,15 @@
-"""Nets of several components around one latent vector: autoencoders and a TD-MPC agent.
+"""Nets of several components, their children, around one latent vector.
 
-Each direct child is a component. Layers take their sizes from their weights, so that channels can
-be removed.
+Layers take their sizes from their weights, so that channels can be removed.
 """
 
-import itertools
 import math
 
 import torch
 from torch import Tensor, nn
 
 from prunestudy.errors import require
-from prunestudy.models.small import Shape, sequence
+from prunestudy.models.small import Shape, linear_layers, numbered
 
 
 class Autoencoder(nn.Module):
@@ -43,15 +41,14 @@ class Autoencoder(nn.Module):
             # A kernel as large as the map is a linear layer whose input channels can be removed.
             whole, half = [side // 4 for side in sides], {"stride": 2, "padding": 1}
             down = [nn.Conv2d(channels, first, 4, **half), nn.Conv2d(first, second, 4, **half)]
-            self.encoder = _named("conv", [*down, nn.Conv2d(second, latent, whole)])
+            self.encoder = numbered("conv", *down, nn.Conv2d(second, latent, whole))
             up = [nn.ConvTranspose2d(latent, second, whole)]
             up += [nn.ConvTranspose2d(second, first, 4, **half)]
-            up += [nn.ConvTranspose2d(first, channels, 4, **half)]
-            self.decoder = _named("conv", up)
+            self.decoder = numbered("conv", *up, nn.ConvTranspose2d(first, channels, 4, **half))
         else:
             widths = (math.prod(shape), *(hidden or (256, 128)), latent)
-            self.encoder, self.decoder = _linear_layers(*widths), _linear_layers(*widths[::-1])
-        self.classifier = _linear_layers(latent, head, num_classes) if head else None
+            self.encoder, self.decoder = linear_layers(*widths), linear_layers(*widths[::-1])
+        self.classifier = linear_layers(latent, head, num_classes) if head else None
 
     def encode(self, x: Tensor) -> Tensor:
         """Latent vectors (batch, latent) of images (batch, *shape)."""
@@ -83,12 +80,11 @@ class TDMPC(nn.Module):
     def __init__(self, observation: int = 24, action: int = 6, hidden: int = 512, latent: int = 50):
         super().__init__()
         self.observation = observation
-        layers = nn.Linear(observation, hidden), nn.ELU(), nn.Linear(hidden, latent)
-        self.encoder = nn.Sequential(*layers)
+        first, last = nn.Linear(observation, hidden), nn.Linear(hidden, latent)
+        self.encoder = nn.Sequential(first, nn.ELU(), last)
         self.dynamics = _Joint(latent, action, hidden, latent)
         self.reward = _Joint(latent, action, hidden, 1)
-        layers = nn.Linear(latent, hidden), nn.ELU(), *_rest(hidden, action)
-        self.policy = nn.Sequential(*layers)
+        self.policy = nn.Sequential(nn.Linear(latent, hidden), nn.ELU(), *_rest(hidden, action))
         self.value = nn.ModuleList(_Joint(latent, action, hidden, 1, norm=True) for _ in range(2))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -103,10 +99,7 @@ class TDMPC(nn.Module):
 
 
 class _Joint(nn.Module):
-    """MLP on latent (batch, latent) and action (batch, action); output (batch, outputs).
-
-    Its first layer is W_z z + W_a a, so that columns of W_z can be removed with latent dimensions.
-    """
+    """MLP on latent z and action a, W_z z + W_a a first: columns of W_z can be removed with z."""
 
     def __init__(self, latent: int, action: int, hidden: int, outputs: int, norm: bool = False):
         super().__init__()
@@ -121,16 +114,3 @@ class _Joint(nn.Module):
 
 def _rest(hidden: int, outputs: int) -> list[nn.Module]:
     return [nn.Linear(hidden, hidden), nn.ELU(), nn.Linear(hidden, outputs)]
-
-
-def _linear_layers(*widths: int) -> nn.Sequential:
-    return _named("fc", [nn.Linear(a, b) for a, b in itertools.pairwise(widths)])
-
-
-def _named(kind: str, layers: list[nn.Module]) -> nn.Sequential:
-    """The `layers` as "fc1", "relu1", "fc2", ..., for `kind` "fc": ReLU between them."""
-    named = {}
-    for number, layer in enumerate(layers, 1):
-        named |= {f"{kind}{number}": layer, f"relu{number}": nn.ReLU()}
-    named.popitem()
-    return sequence(**named)

@@ -1,9 +1,9 @@
-"""Classifiers of small images, MNIST's and CIFAR's.
+"""Classifiers of small images: (batch, channels, height, width) to logits (batch, num_classes).
 
-All map (batch, channels, height, width) to logits (batch, num_classes); where no smallest size is
-given, any will do.
+Where no smallest size is given, any will do.
 """
 
+import itertools
 import math
 from collections import OrderedDict
 
@@ -18,6 +18,20 @@ Shape = tuple[int, int, int]  # channels, height, width
 def sequence(**layers: nn.Module) -> nn.Sequential:
     """The `layers` one after the other, by their names."""
     return nn.Sequential(OrderedDict(layers))
+
+
+def numbered(kind: str, *layers: nn.Module) -> nn.Sequential:
+    """The `layers` with ReLU between them: "fc1", "relu1", "fc2", ..., for `kind` "fc"."""
+    named = {}
+    for number, layer in enumerate(layers, 1):
+        named |= {f"{kind}{number}": layer, f"relu{number}": nn.ReLU()}
+    named.popitem()
+    return sequence(**named)
+
+
+def linear_layers(*widths: int) -> nn.Sequential:
+    """Linear layers between `widths`, with ReLU between them: "fc1", "relu1", "fc2", ..."""
+    return numbered("fc", *(nn.Linear(a, b) for a, b in itertools.pairwise(widths)))
 
 
 def lenet5(shape: Shape, num_classes: int) -> nn.Sequential:
@@ -44,33 +58,20 @@ def lenet5(shape: Shape, num_classes: int) -> nn.Sequential:
 
 def lenet300(shape: Shape, num_classes: int) -> nn.Sequential:
     """LeNet-300-100 (LeCun et al., 1998): two hidden ReLU layers on the flattened image."""
-    return sequence(
-        flatten=nn.Flatten(),
-        fc1=nn.Linear(math.prod(shape), 300),
-        relu1=nn.ReLU(),
-        fc2=nn.Linear(300, 100),
-        relu2=nn.ReLU(),
-        fc3=nn.Linear(100, num_classes),
-    )
+    layers = linear_layers(math.prod(shape), 300, 100, num_classes)
+    return sequence(flatten=nn.Flatten(), **dict(layers.named_children()))
 
 
 def mlp(shape: Shape, num_classes: int) -> nn.Sequential:
     """Three hidden ReLU layers of 512, 256 and 128 units on the flattened image."""
-    layers = nn.Sequential(
-        *(nn.Linear(math.prod(shape), 512), nn.ReLU()),
-        *(nn.Linear(512, 256), nn.ReLU()),
-        *(nn.Linear(256, 128), nn.ReLU()),
-        nn.Linear(128, num_classes),
-    )
-    return sequence(flatten=nn.Flatten(), layers=layers)
+    layers = linear_layers(math.prod(shape), 512, 256, 128, num_classes)
+    return sequence(flatten=nn.Flatten(), layers=nn.Sequential(*layers))
 
 
 def convnet(shape: Shape, num_classes: int) -> nn.Sequential:
     """Caffe's cifar10_full, the ConvNet of the Force Regularization paper.
 
-    From `cifar10_full_train_test.prototxt`: 5x5 convolutions with 32, 32 and 64 filters, each
-    followed by 3x3 pooling of stride 2 (max, mean, mean), the first two also by local response
-    normalisation; then one linear layer. Pooling rounds sizes up, as in Caffe: 32, 16, 8, 4.
+    From `cifar10_full_train_test.prototxt`. Pooling rounds sizes up, as in Caffe: 32, 16, 8, 4.
     Raises `InputError` for images below 8x8.
     """
     channels, *sides = shape
@@ -146,10 +147,9 @@ def wide_resnet(depth: int, width: int, shape: Shape, num_classes: int) -> nn.Se
 
 
 class _WithinChannelNorm(nn.Module):
-    """Local response normalisation within each channel, Caffe's WITHIN_CHANNEL with its defaults.
+    """Caffe's local response normalisation WITHIN_CHANNEL; torch's works across channels.
 
     y = x / (1 + 5e-5 m)^0.75, where m is the mean of x^2 over a 3x3 window padded with zeros.
-    (torch's LocalResponseNorm works across channels.) Shape (batch, channels, height, width).
     """
 
     alpha, beta = 5e-5, 0.75
@@ -160,10 +160,7 @@ class _WithinChannelNorm(nn.Module):
 
 
 class _Block(nn.Module):
-    """Basic block of a ResNet: relu(branch(x) + shortcut(x)).
-
-    Maps (batch, inputs, h, w) to (batch, outputs, h / stride, w / stride), sizes rounded up.
-    """
+    """Basic block of a ResNet: relu(branch(x) + shortcut(x)), 1 / stride as high and wide as x."""
 
     def __init__(self, inputs: int, outputs: int, stride: int):
         super().__init__()
@@ -175,16 +172,12 @@ class _Block(nn.Module):
         self.shortcut = nn.Identity() if same else nn.Conv2d(inputs, outputs, 1, stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.bn1(self.conv1(x)))
-        y = self.bn2(self.conv2(y))
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
         return F.relu(y + self.shortcut(x))
 
 
 class _PreactivationBlock(nn.Module):
-    """Block of a Wide ResNet: batch norm and ReLU come before each convolution.
-
-    A shortcut that changes the width reads the normalised input. Shapes as in `_Block`.
-    """
+    """The same for a Wide ResNet: batch norm and ReLU come first, also ahead of the shortcut."""
 
     def __init__(self, inputs: int, outputs: int, stride: int):
         super().__init__()
@@ -215,8 +208,7 @@ def _stages(block: type[nn.Module], count: int, widths: tuple[int, ...]) -> dict
 def _with_head(num_classes: int, width: int, **layers: nn.Module) -> nn.Sequential:
     """The `layers` and a classifier on their `width` averaged channels.
 
-    The convolutions start as in He et al., "Delving Deep into Rectifiers", 2015: normal,
-    by fan-out.
+    Convolutions start as in He et al., "Delving Deep into Rectifiers", 2015: normal, by fan-out.
     """
     head = {"pool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten()}
     net = sequence(**layers, **head, fc=nn.Linear(width, num_classes))

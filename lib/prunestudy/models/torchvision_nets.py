@@ -1,44 +1,54 @@
 """Nets from torchvision, nets made of its parts, and its weights for ImageNet.
 
-All map colour images (batch, 3, height, width) to logits, classifiers to (batch, num_classes), and
-raise `InputError` for other channels and for images below torchvision's minimum. torchvision is
-imported when the first of them is built.
+All map colour images (batch, 3, height, width) to logits, classifiers to (batch, num_classes).
 """
 
 from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torchvision import models
+from torchvision.models.segmentation.deeplabv3 import ASPP
+from torchvision.ops import Conv2dNormActivation
 
 from prunestudy.errors import InputError, require
 from prunestudy.models.small import Shape
 
 # Smallest height and width: `min_size` of torchvision's weights.
-_LEAST = {"vgg16": 32, "googlenet": 15, "alexnet": 63}
+_LEAST = {"vgg16": 32, "googlenet": 15, "alexnet": 63, "alexnet_grouped": 63}
 
 
-def torchvision_net(name: str, shape: Shape, num_classes: int) -> nn.Module:
-    """torchvision's net `name`, freshly initialised; GoogLeNet without auxiliary classifiers."""
-    import torchvision.models
+def build(name: str, shape: Shape, num_classes: int) -> nn.Module:
+    """Net `name`, freshly initialised; GoogLeNet without auxiliary classifiers.
 
-    _require_colour(name, shape)
+    Raises `InputError` for other channels than 3 and for images below torchvision's minimum.
+    """
+    least = _LEAST.get(name, 1)
+    right = shape[0] == 3 and min(shape[1:]) >= least
+    require(right, "shape", shape, f"{name} needs 3 channels and at least {least}x{least} pixels")
+    if name == "alexnet_grouped":
+        return _alexnet_grouped(shape, num_classes)
+    if name == "mobilenet_v2_cifar":
+        return _mobilenet_v2_cifar(num_classes)
+    if name == "deeplabv3plus_resnet50":
+        return DeepLabV3Plus(num_classes)
     more = {}
     if name == "googlenet":  # with the input transform that its pretrained weights expect
         more = {"aux_logits": False, "init_weights": True, "transform_input": True}
-    net = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **more)
+    net = models.get_model(name, weights=None, num_classes=num_classes, **more)
     if name in ("vgg16", "alexnet") and shape[1:] == (224, 224):
         # Adaptive pooling changes nothing at this size; its backward pass varies on CUDA.
         net.avgpool = nn.Identity()
     return net
 
 
-def alexnet_grouped(shape: Shape, num_classes: int) -> nn.Module:
+def _alexnet_grouped(shape: Shape, num_classes: int) -> nn.Module:
     """AlexNet with the groups of Krizhevsky, Sutskever and Hinton (NIPS 2012).
 
     96, 256, 384, 384 and 256 filters; convolutions 2, 4 and 5 have two groups. Local response
     normalisation is left out, since it mixes channels.
     """
-    net = torchvision_net("alexnet", shape, num_classes)
+    net = build("alexnet", shape, num_classes)
     net.features[0] = nn.Conv2d(3, 96, 11, stride=4, padding=2)
     net.features[3] = nn.Conv2d(96, 256, 5, padding=2, groups=2)
     net.features[6] = nn.Conv2d(256, 384, 3, padding=1)
@@ -47,18 +57,12 @@ def alexnet_grouped(shape: Shape, num_classes: int) -> nn.Module:
     return net
 
 
-def mobilenet_v2_cifar(shape: Shape, num_classes: int) -> nn.Module:
-    """MobileNetV2 for 32x32 images: its first two strides are 1, which leaves a 4x4 map.
-
-    Sandler et al., "MobileNetV2", CVPR 2018.
-    """
-    from torchvision.models import MobileNetV2
-
-    _require_colour("mobilenet_v2_cifar", shape)
+def _mobilenet_v2_cifar(num_classes: int) -> nn.Module:
+    """MobileNetV2 (Sandler et al., CVPR 2018) whose first two strides are 1: 32x32 become 4x4."""
     # Expansion, channels, blocks, first stride (table 2; the second stage has stride 2 there).
     stages = [[1, 16, 1, 1], [6, 24, 2, 1], [6, 32, 3, 2], [6, 64, 4, 2], [6, 96, 3, 1]]
     stages += [[6, 160, 3, 2], [6, 320, 1, 1]]
-    net = MobileNetV2(num_classes, inverted_residual_setting=stages)
+    net = models.MobileNetV2(num_classes, inverted_residual_setting=stages)
     net.features[0][0].stride = (1, 1)
     return net
 
@@ -71,14 +75,9 @@ class DeepLabV3Plus(nn.Module):
     the first stage; then two 3x3 convolutions and a classifier.
     """
 
-    def __init__(self, shape: Shape, num_classes: int):
-        from torchvision.models import resnet50
-        from torchvision.models.segmentation.deeplabv3 import ASPP
-        from torchvision.ops import Conv2dNormActivation
-
+    def __init__(self, num_classes: int):
         super().__init__()
-        _require_colour("deeplabv3plus_resnet50", shape)
-        self.backbone = resnet50(replace_stride_with_dilation=[False, False, True])
+        self.backbone = models.resnet50(replace_stride_with_dilation=[False, False, True])
         self.backbone.fc = nn.Identity()
         self.aspp = ASPP(2048, (6, 12, 18))
         convolution = partial(Conv2dNormActivation, inplace=None)
@@ -95,15 +94,18 @@ class DeepLabV3Plus(nn.Module):
         return _resized(self.decoder(torch.cat([_resized(deep, low), low], 1)), x)
 
 
+def _resized(x: Tensor, like: Tensor) -> Tensor:
+    size = like.shape[-2:]
+    return nn.functional.interpolate(x, size=size, mode="bilinear", align_corners=False)
+
+
 def use_pretrained(net: nn.Module, name: str) -> None:
     """Load the weights of torchvision's `name` for ImageNet into `net`, or its backbone, in place.
 
     A classifier for other classes keeps its fresh weights. Raises `InputError` if the weights
     cannot be downloaded.
     """
-    from torchvision.models import get_model_weights
-
-    weights = get_model_weights(name)["IMAGENET1K_V1"]
+    weights = models.get_model_weights(name)["IMAGENET1K_V1"]
     try:
         found = weights.get_state_dict(progress=False, check_hash=True)
     except Exception as error:  # no network, a broken file, a full or read-only disk
@@ -111,17 +113,6 @@ def use_pretrained(net: nn.Module, name: str) -> None:
         line = f"pretrained = True: torchvision's {weights} are not there and {why}"
         raise InputError(line) from error
     net = getattr(net, "backbone", net)
-    own = net.state_dict()
-    fits = {key: found[key].shape == value.shape for key, value in own.items()}
-    net.load_state_dict({key: found[key] if fits[key] else own[key] for key in own})
-
-
-def _require_colour(name: str, shape: Shape) -> None:
-    least = _LEAST.get(name, 1)
-    right = shape[0] == 3 and min(shape[1:]) >= least
-    require(right, "shape", shape, f"{name} needs 3 channels and at least {least}x{least} pixels")
-
-
-def _resized(x: Tensor, like: Tensor) -> Tensor:
-    size = like.shape[-2:]
-    return nn.functional.interpolate(x, size=size, mode="bilinear", align_corners=False)
+    fresh = net.state_dict()
+    fits = {key: found[key].shape == value.shape for key, value in fresh.items()}
+    net.load_state_dict({key: found[key] if fits[key] else fresh[key] for key in fresh})

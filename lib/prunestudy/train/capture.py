@@ -27,32 +27,29 @@ _SHAPES = ("nonzero", "masked_select", "unique", "_unique", "_unique2", "unique_
 _MASKED = ("index", "index_put", "index_put_", "_index_put_impl_")
 
 
-class CudaGraph:
-    """What `function` queues on the current stream, which is not the default one.
+def cuda_graph(
+    function: Callable[[], Tensor], generator: torch.Generator
+) -> tuple[Callable[[], None], Tensor]:
+    """Capture what `function` queues on the current stream, which is not the default one.
 
-    It is captured without being run; `replay` runs it on the same tensors, `result` included.
+    It is not run by that. Returns what runs it, on the same tensors, and its result.
     """
-
-    def __init__(self, function: Callable[[], Tensor], generator: torch.Generator) -> None:
-        self._graph = torch.cuda.CUDAGraph()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # newer torch finds generators by itself, and says so
-            self._graph.register_generator_state(generator)
-        gc.disable()  # what it may free breaks a capture off
-        try:
-            with torch.cuda.graph(self._graph, stream=torch.cuda.current_stream()):
-                self.result = function()
-        finally:
-            gc.enable()
-
-    def replay(self) -> None:
-        """Do it once."""
-        self._graph.replay()
+    graph = torch.cuda.CUDAGraph()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # newer torch finds generators by itself, and says so
+        graph.register_generator_state(generator)
+    gc.disable()  # what it may free breaks a capture off
+    try:
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+            result = function()
+    finally:
+        gc.enable()
+    return graph.replay, result
 
 
 def graphs_on(device: torch.device) -> Callable[..., Any] | None:
     """What captures steps on `device`; None where they are made plainly."""
-    return CudaGraph if device.type == "cuda" else None
+    return cuda_graph if device.type == "cuda" else None
 
 
 class Captured:
@@ -96,7 +93,11 @@ class Captured:
         if (self._graph and shapes != self._shapes) or made < WARM:
             return self._step(batch)
         if made == WARM:
-            return self._watched(batch)
+            with watched(self._model) as found:
+                loss = self._step(batch)
+            if found:
+                self._refuse(found[0])
+            return loss
         if self._graph:
             for held, leaf in zip(tree_leaves(self._batch), leaves, strict=True):
                 held.copy_(leaf)
@@ -108,14 +109,8 @@ class Captured:
                 self._refuse(first_line(error))
                 return self._step(batch)
             self._seen = self._state()
-        self._graph.replay()
-        return self._graph.result
-
-    def _watched(self, batch: Any) -> Tensor:
-        with watched(self._model) as seen:
-            loss = self._step(batch)
-        if seen:
-            self._refuse(seen[0])
+        replay, loss = self._graph
+        replay()
         return loss
 
     def _refuse(self, why: str) -> None:
@@ -124,50 +119,43 @@ class Captured:
         print(f"prunestudy: {name}: steps are not captured: {why}", file=sys.stderr, flush=True)
 
     def _state(self) -> list[Any]:
-        owned = (self._model.state_dict(keep_vars=True), self._method.state_dict(keep_vars=True))
+        owned = [each.state_dict(keep_vars=True) for each in (self._model, self._method)]
+        values = [value for each in owned for value in each.values()]
         return [
-            (id(value), value.data_ptr(), value.requires_grad)
-            if isinstance(value, Tensor)
-            else value
-            for each in owned
-            for value in each.values()
+            (id(v), v.data_ptr(), v.requires_grad) if isinstance(v, Tensor) else v for v in values
         ]
 
 
 @contextmanager
 def watched(model: nn.Module) -> Iterator[list[str]]:
     """Gives a list of what is done inside that a CUDA graph cannot hold: the module, and why."""
-    names, inside, found = {m: name for name, m in model.named_modules()}, [""], []
+    names, watch = {m: name for name, m in model.named_modules()}, _Watch()
 
     def enter(module: nn.Module, _: Any) -> None:
-        inside[0] = f"{names.get(module, '')} ({type(module).__name__})"
-
-    def note(why: str) -> None:
-        found.append(f"in or after {inside[0]}, {why}")
+        watch.inside = f"{names.get(module, '')} ({type(module).__name__})"
 
     handle, cuda = register_module_forward_pre_hook(enter), torch.cuda.is_initialized()
     try:
-        with warnings.catch_warnings(record=True) as said, _Watch(note):
+        with warnings.catch_warnings(record=True) as said, watch:
             warnings.simplefilter("always")
             if cuda:
                 torch.cuda.set_sync_debug_mode("warn")
-            yield found
+            yield watch.found
     finally:
         handle.remove()
         if cuda:
             torch.cuda.set_sync_debug_mode("default")
-    texts = [str(each.message) for each in said]
-    found += [text for text in texts if "called a synchronizing" in text]
+    watch.found += [str(w.message) for w in said if "called a synchronizing" in str(w.message)]
 
 
 class _Watch(TorchDispatchMode):
-    def __init__(self, note: Callable[[str], None]) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._note = note
+        self.inside, self.found = "", []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if why := refused(func, args, kwargs or {}):
-            self._note(why)
+            self.found.append(f"in or after {self.inside}, {why}")
         return func(*args, **(kwargs or {}))
 
 
@@ -184,7 +172,6 @@ def refused(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     # A 0-d tensor of the CPU counts as a number.
     tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
     kinds = {t.device.type for t in tensors if t.dim() or t.device.type != "cpu"}
-    to = kwargs.get("device")
-    if name in ("_to_copy", "to") and to is not None:
-        kinds.add(torch.device(to).type)
+    if name in ("_to_copy", "to") and kwargs.get("device") is not None:
+        kinds.add(torch.device(kwargs["device"]).type)
     return f"{func}: changes the device" if len(kinds) > 1 else ""

@@ -12,6 +12,7 @@ from torch.serialization import default_restore_location
 from prunestudy.errors import InputError, written_whole
 from prunestudy.shrink.runs import tensors_of
 
+AGAIN = "delete it to start this run again"
 _MAGIC = b"prunestudy checkpoint 1\n"
 
 
@@ -36,25 +37,22 @@ def read_checkpoint(
     What was not on the CPU comes back on `device`.
     Raises `InputError` for a file that is corrupt, of another format or of another run.
     """
+
+    def refuse_if(wrong: bool, why: str) -> None:
+        if wrong:
+            raise InputError(f"checkpoint = {path.name!r} of {run}: {why}; {AGAIN}")
+
+    def placed(storage: Any, where: str) -> Any:
+        return storage if where == "cpu" else default_restore_location(storage, str(device))
+
     if not path.exists():
         return None
     magic, _, rest = path.read_bytes().partition(b"\n")
     digest, _, payload = rest.partition(b"\n")
-    wrong, state = "", {}
-    if magic + b"\n" != _MAGIC:
-        wrong = "not of this version"
-    elif hashlib.sha256(payload).hexdigest().encode() != digest:
-        wrong = "corrupt (checksum)"
-    else:
-
-        def placed(storage: Any, where: str) -> Any:
-            return default_restore_location(storage, "cpu" if where == "cpu" else str(device))
-
-        state = torch.load(io.BytesIO(payload), map_location=placed, weights_only=True)
-        wrong = "" if state.pop("run") == run else "of another run"
-    if wrong:
-        way_out = "delete it to start this run again"
-        raise InputError(f"checkpoint = {path.name!r} of {run}: {wrong}; {way_out}")
+    refuse_if(magic + b"\n" != _MAGIC, "not of this version")
+    refuse_if(hashlib.sha256(payload).hexdigest().encode() != digest, "corrupt (checksum)")
+    state = torch.load(io.BytesIO(payload), map_location=placed, weights_only=True)
+    refuse_if(state.pop("run") != run, "of another run")
     return state
 
 

@@ -1,16 +1,16 @@
 """The training loop: phases, hooks, validation, checkpoints and exact resume.
 
-A run that is killed and started again ends with the same numbers: batches depend on (seed, epoch,
-step) only, a method's draws come from one generator, a net's (dropout) from torch's own, which is
-seeded at each step, and all else is in the checkpoint. A step reads nothing from the device;
-losses are looked at every `period` steps.
+Batches depend on (seed, epoch, step) only, a method's draws come from one generator, a net's
+(dropout) from torch's own, which is seeded at each step, and all else is in the checkpoint. A step
+reads nothing from the device; losses are looked at every `period` steps.
 """
 
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -28,16 +28,6 @@ from prunestudy.train.process import seed_default
 from prunestudy.train.recipe import Recipe
 
 _MOST_SAVING = 0.02  # the share of the training's time that checkpoints may take
-
-
-@dataclass
-class _State:
-    """Where the loop is; with model, optimisers and method, all that a checkpoint holds."""
-
-    step: int = 0
-    phase: int = -1
-    seconds: float = 0.0
-    history: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Loop:
@@ -66,14 +56,16 @@ class Loop:
         whole = recipe.epochs * train.steps
         self.total = min(recipe.steps, whole) if recipe.steps else whole
         context.period = recipe.period or min(16, max(1, self.total // 200))
-        trains = any(parameter.requires_grad for parameter in model.parameters())
+        trains = any(p.requires_grad for p in model.parameters()) or not self.total
         allowed = "a net with parameters that train (requires_grad)"
-        require(trains or not self.total, "model", type(model).__name__, allowed)
+        require(trains, "model", type(model).__name__, allowed)
         self.phases = method.phases()
         if recipe.one_schedule:
             self.phases = tuple(Phase(each.name, each.share) for each in self.phases)
         self.ends = boundaries(self.phases, self.total)
-        self.state, self.diverged, self.known = _State(), False, {}
+        # With model, optimisers and method all that a checkpoint holds.
+        self.state = SimpleNamespace(step=0, phase=-1, seconds=0.0, history=[])
+        self.diverged, self.known = False, {}
         self.optimizers: list[torch.optim.Optimizer] = []
         # What a step reads of the host, and the sum of the losses: the same tensors throughout.
         self._share, self._lr, self._sum = (scalar(0.0, self.device) for _ in range(3))
@@ -87,7 +79,7 @@ class Loop:
         self._captured = Captured(self._work, model, method, context.generator, graphs)
         # Optimisers in a graph read their learning rate from a tensor.
         self._rate = torch.zeros((), device=self.device) if graphs else None
-        in_graph = graphs and getattr(train, "places", None)
+        in_graph = graphs and getattr(train, "gather", None)
         self._read, self._made = (train.places, train.gather) if in_graph else (train.epoch, None)
 
     def steps(
@@ -100,42 +92,38 @@ class Loop:
         seconds, less often where that would take more than 2% of the time (0: after each step), and
         when the iterator is closed. Time that passes between two calls counts for nothing.
         """
-        while self.state.step < self.total:
-            epoch, first = divmod(self.state.step, self.train.steps)
-            since = time.perf_counter()
-            self.model.train()
-            for batch in self._read(epoch, start=first):
-                self._step(batch)
-                ends = self.state.step % self.train.steps == 0 or self.state.step == self.total
-                if ends or self._rate is None:
-                    self._look()
-                # An epoch that ends is saved with its row of the history, not before.
-                if self.diverged or ends:
-                    break
-                self._clock(since, checkpoint, every, run)
-                yield from self._pause(None, checkpoint, run)
-                since = time.perf_counter()
-                self._look()  # not before the pause: the device may have been at work on the step
-                if self.diverged:
-                    return
-            row = {} if self.diverged else self._end_epoch(epoch)
-            if self.diverged:
-                return
-            self.state.history.append(row)
-            self._clock(since, checkpoint, every, run, ends=True)
-            yield from self._pause(row, checkpoint, run)
-        if not self.total:
-            self.state.history = [self._end_epoch(-1)]
-
-    def _pause(
-        self, row: dict[str, Any] | None, checkpoint: Path | None, run: str
-    ) -> Iterator[dict[str, Any] | None]:
+        self._file = (checkpoint, every, run)
         try:
-            yield row
+            while self.state.step < self.total and not self.diverged:
+                yield from self._epoch(*divmod(self.state.step, self.train.steps))
         except GeneratorExit:
-            if checkpoint:
-                self._write(checkpoint, run)
+            self._write()
             raise
+        if not self.total:
+            self.state.history = [self._row(-1)]
+
+    def _epoch(self, epoch: int, first: int) -> Iterator[dict[str, Any] | None]:
+        since = time.perf_counter()
+        self.model.train()
+        for batch in self._read(epoch, start=first):
+            self._step(batch)
+            ends = self.state.step % self.train.steps == 0 or self.state.step == self.total
+            if ends or self._rate is None:
+                self._look()
+            # An epoch that ends is saved with its row of the history, not before.
+            if self.diverged or ends:
+                break
+            self._clock(since)
+            yield None
+            since = time.perf_counter()
+            self._look()  # not before the pause: the device may have been at work on the step
+            if self.diverged:
+                break
+        row = self._row(epoch)
+        if row:
+            self.state.history.append(row)
+            self._clock(since, ends=True)
+            yield row
 
     def finish(self) -> nn.Module:
         """The finished plain net; after the last step."""
@@ -148,13 +136,22 @@ class Loop:
         return with_gradients(net)
 
     def _step(self, batch: Any) -> None:
-        state, phase = self.state, next(i for i, e in enumerate(self.ends) if self.state.step < e)
+        state, step = self.state, self.state.step
+        phase = next(i for i, end in enumerate(self.ends) if step < end)
         if phase != state.phase:
             state.phase = phase
             self._make_optimizers()
-        self._set_lr()
-        seed_default(mix(self.seed, state.step), self.device)
+        begin, end = (self.ends[phase - 1] if phase else 0), self.ends[phase]
+        self._share.fill_((step - begin) / (end - begin))
+        lr = self.recipe.rate(self.phases, self.ends, phase, step)
+        self._lr.fill_(lr)
+        rate = lr if self._rate is None else self._rate.fill_(lr)
+        for group in self.optimizers[0].param_groups:
+            group["lr"] = rate
+        seed_default(mix(self.seed, step), self.device)
         state.step += 1
+        here = self.phases[phase].name, state.step - begin, end - begin, state.step, self.total
+        self._at = partial(At, *here, self._share, self._lr)
         at, self._count = self._at(self._captured(batch)), self._count + 1
         with torch.no_grad():
             self.probe.after_step(at)
@@ -165,12 +162,12 @@ class Loop:
         at, self._due = self._due, None
         if at:
             self.diverged = not math.isfinite(self._sum.item())
-            if not self.diverged:
-                if at.last:
-                    self.probe.leaving(at)
-                self.method.update(at)
-                self.probe.update(at)
-                self._captured.look()
+        if at and not self.diverged:
+            if at.last:
+                self.probe.leaving(at)
+            self.method.update(at)
+            self.probe.update(at)
+            self._captured.look()
 
     def _work(self, batch: Any) -> Tensor:
         """Do what a step does on the device, which can be captured; the loss, 0-d."""
@@ -185,14 +182,8 @@ class Loop:
             self.method.after_step(at)
         return loss
 
-    def _at(self, loss: Tensor) -> At:
-        step, index = self.state.step, self.state.phase
-        begin, end = (self.ends[index - 1] if index else 0), self.ends[index]
-        here = self.phases[index].name, step - begin, end - begin, step, self.total
-        return At(*here, self._share, self._lr, loss)
-
     def _backward(self, x: Any, y: Any) -> Tensor:
-        """Leave the batch's gradients; its loss, 0-d on the device."""
+        """Leave the batch's gradients; its loss, 0-d."""
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         found, whole = [], len(tree_leaves(x)[0])
@@ -221,21 +212,11 @@ class Loop:
                 if "capturable" in group:
                     group["capturable"] = self.device.type == "cuda"
 
-    def _set_lr(self) -> None:
-        index, step = self.state.phase, self.state.step
-        start = self.ends[index - 1] if index else 0
-        lr = self.recipe.rate(self.phases, self.ends, index, step)
-        self._lr.fill_(lr)
-        self._share.fill_((step - start) / (self.ends[index] - start))
-        if self._rate is not None:
-            self._rate.fill_(lr)
-        for group in self.optimizers[0].param_groups:
-            group["lr"] = lr if self._rate is None else self._rate
-
-    def _end_epoch(self, epoch: int) -> dict[str, Any]:
+    def _row(self, epoch: int) -> dict[str, Any]:
+        """The history's row of an epoch that has ended; {} if a loss was not finite."""
         loss = self._sum.item() / self._count if self._count else math.nan
-        if self._count and not math.isfinite(loss):
-            self.diverged = True
+        self.diverged |= self._count > 0 and not math.isfinite(loss)
+        if self.diverged:
             return {}
         row = {"epoch": epoch + 1, "phase": self.phases[self.state.phase].name, "train_loss": loss}
         row |= {f"validation_{key}": value for key, value in self.score(self.model).items()}
@@ -245,26 +226,25 @@ class Loop:
         self._count = 0
         return row
 
-    def _clock(
-        self, since: float, checkpoint: Path | None, every: float, run: str, *, ends: bool = False
-    ) -> None:
+    def _clock(self, since: float, *, ends: bool = False) -> None:
         """Count the time spent, and save what is due; where an epoch `ends`, sooner."""
-        state, now = self.state, time.perf_counter()
-        state.seconds += now - since
+        (_, every, _), now = self._file, time.perf_counter()
+        self.state.seconds += now - since
         due = max(0.0 if ends else every, self._save_seconds / _MOST_SAVING) if every else 0.0
-        if checkpoint and state.seconds - self._saved >= due:
-            self._write(checkpoint, run)
-            self._saved, self._save_seconds = state.seconds, time.perf_counter() - now
+        if self.state.seconds - self._saved >= due:
+            self._write()
+            self._saved, self._save_seconds = self.state.seconds, time.perf_counter() - now
 
-    def _write(self, checkpoint: Path, run: str) -> None:
-        self._look()
-        if not self.diverged:
-            write_checkpoint(checkpoint, run, self._to_save())
-
-    def _to_save(self) -> dict[str, Any]:
+    def _write(self) -> None:
+        """Write the checkpoint, where one is wanted."""
+        path, _, run = self._file
+        if path:
+            self._look()
+        if not path or self.diverged:
+            return
         # Behind the last step of a phase the next one makes new optimisers.
         going = self.state.phase >= 0 and self.state.step < self.ends[self.state.phase]
-        return {
+        saved = {
             "state": vars(self.state),
             "known": self.known,
             "sum": (self._sum, self._count),
@@ -274,10 +254,11 @@ class Loop:
             "probe": self.probe.state(),
             "generator": (self.device.type, self.context.generator.get_state()),
         }
+        write_checkpoint(path, run, saved)
 
     def load(self, saved: dict[str, Any]) -> None:
         """Go on from `saved`, which a checkpoint had."""
-        self.state = _State(**saved["state"])
+        self.state = SimpleNamespace(**saved["state"])
         self._saved = self.state.seconds
         self.method.load_state_dict(saved["method"])  # it may give the model other layers
         self.model.load_state_dict(saved["model"])

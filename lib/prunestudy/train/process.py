@@ -3,16 +3,15 @@
 import ctypes
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 # By its bits: as a number it would be 0 where such numbers count as 0.
 _DENORMAL = torch.tensor(713624, dtype=torch.int32, device="cpu").view(torch.float32)
-# glibc's malloc.h
-_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
+_T = TypeVar("_T")
+Steps = Generator[Any, None, _T]  # a training by steps, and what it returns at its end
 
 
 @contextmanager
@@ -29,10 +28,6 @@ def deterministic(threads: int) -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = True
         torch.set_num_threads(before[0])
         torch.use_deterministic_algorithms(before[1])
-
-
-_T = TypeVar("_T")
-Steps = Generator[Any, None, _T]  # a training by steps, and what it returns at its end
 
 
 def set_arithmetic(tf32: bool) -> None:
@@ -54,11 +49,7 @@ def use_own_stream(device: torch.device) -> None:
 
 
 class Turn:
-    """Context manager that gives a training its own copy of torch's process-wide state.
-
-    That is the default generators, TF32, deterministic algorithms, denormal numbers, the
-    number of threads and CUDA's current stream; they begin as the process has them.
-    """
+    """Context manager that gives a training its own copy of torch's process-wide state."""
 
     def __init__(self) -> None:
         self._other = _read()
@@ -67,43 +58,36 @@ class Turn:
         self.__exit__()
 
     def __exit__(self, *_: object) -> None:
-        now = _read()
-        _write(*self._other)
-        self._other = now
-
-
-def _flushes() -> bool:
-    """Whether denormal numbers count as 0 in this thread; torch does not say."""
-    return not (_DENORMAL * 1).item()
+        generator, arithmetic, algorithms, cuda = self._other
+        self._other = _read()
+        torch.default_generator.set_state(generator)
+        matmul, torch.backends.cudnn.allow_tf32, flushes, threads = arithmetic
+        torch.backends.cuda.matmul.allow_tf32 = matmul
+        torch.set_flush_denormal(flushes)
+        if threads != torch.get_num_threads():
+            torch.set_num_threads(threads)
+        on, warn_only, torch.utils.deterministic.fill_uninitialized_memory = algorithms
+        torch.use_deterministic_algorithms(on, warn_only=warn_only)
+        if cuda:
+            torch.cuda.set_rng_state(cuda[0])
+        if torch.cuda.is_initialized():
+            torch.cuda.set_stream(cuda[1] if cuda else torch.cuda.default_stream())
 
 
 def _read() -> tuple[Any, ...]:
-    there, matmul = torch.cuda.is_initialized(), torch.backends.cuda.matmul
+    """The default generators, arithmetic, threads, kinds of algorithms and CUDA's stream."""
+    there, tf32 = torch.cuda.is_initialized(), torch.backends.cudnn.allow_tf32
+    flushes = not (_DENORMAL * 1).item()  # torch does not say
     return (
         torch.default_generator.get_state(),
-        (matmul.allow_tf32, torch.backends.cudnn.allow_tf32),
+        (torch.backends.cuda.matmul.allow_tf32, tf32, flushes, torch.get_num_threads()),
         (
             torch.are_deterministic_algorithms_enabled(),
             torch.is_deterministic_algorithms_warn_only_enabled(),
             torch.utils.deterministic.fill_uninitialized_memory,
         ),
-        (torch.get_num_threads(), _flushes()),
         (torch.cuda.get_rng_state(), torch.cuda.current_stream()) if there else None,
     )
-
-
-def _write(generator: Tensor, tf32: Any, algorithms: Any, thread: Any, cuda: Any) -> None:
-    torch.default_generator.set_state(generator)
-    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
-    on, warn_only, torch.utils.deterministic.fill_uninitialized_memory = algorithms
-    torch.use_deterministic_algorithms(on, warn_only=warn_only)
-    if thread[0] != torch.get_num_threads():
-        torch.set_num_threads(thread[0])
-    torch.set_flush_denormal(thread[1])
-    if cuda:
-        torch.cuda.set_rng_state(cuda[0])
-    if torch.cuda.is_initialized():
-        torch.cuda.set_stream(cuda[1] if cuda else torch.cuda.default_stream())
 
 
 def gang(trainings: Iterable[Steps[_T] | None], size: int = 1) -> Iterator[_T]:
@@ -140,14 +124,14 @@ def seed_default(seed: int, device: torch.device) -> None:
         torch.cuda.manual_seed(seed)
 
 
-def keep_freed_memory() -> bool:
-    """Keep freed memory for the next tensors; return whether the C library can.
+def keep_freed_memory() -> None:
+    """Keep freed memory of the process for the next tensors, where glibc can be told to.
 
-    By default glibc gives the activations of each step back to the system, which then clears every
-    page again at the next one. It concerns the whole process. Other C libraries are left alone.
+    By default it gives the activations of each step back to the system, which then clears every
+    page again at the next one.
     """
-    try:
+    trim_threshold, mmap_max = -1, -4  # of glibc's malloc.h
+    with suppress(AttributeError, OSError, TypeError):  # no such function; on Windows no such call
         mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):  # no such function; on Windows no such call
-        return False
-    return all([mallopt(_TRIM_THRESHOLD, -1), mallopt(_MMAP_MAX, 0)])
+        mallopt(trim_threshold, -1)
+        mallopt(mmap_max, 0)

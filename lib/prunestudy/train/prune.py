@@ -13,15 +13,15 @@ from torch.utils._pytree import tree_map_only
 from tqdm.auto import tqdm
 
 from prunestudy import methods
-from prunestudy.errors import InputError, first_line, require, writable_file
+from prunestudy.errors import InputError, first_line, require, require_one_of, writable_file
 from prunestudy.measure import Metrics
 from prunestudy.measure.forward import device_of, evaluating
 from prunestudy.measure.forward import run as run_on
-from prunestudy.methods.base import Batch, Context, Method, call
+from prunestudy.methods.base import Context, Method
 from prunestudy.methods.probes import Probe
 from prunestudy.shrink.fold import copied, require_net
 from prunestudy.shrink.remove import trainable_as
-from prunestudy.train.checkpoint import digest_of, read_checkpoint
+from prunestudy.train.checkpoint import AGAIN, digest_of, read_checkpoint
 from prunestudy.train.loaders import Loader, moved
 from prunestudy.train.loop import Loop
 from prunestudy.train.process import Steps, gang, keep_freed_memory, set_arithmetic, use_own_stream
@@ -31,7 +31,6 @@ from prunestudy.train.score import Metric, Score, checked_loss, checked_metrics,
 from prunestudy.values import inputs, plain
 
 _APART = 100  # times the mean |w| of the start: a training that works comes nowhere near
-_AGAIN = "has pruned a net already: make a new one"
 
 
 def pruning(
@@ -56,42 +55,42 @@ def pruning(
 ) -> Steps[Result]:
     """`prune` by steps, for `gang`: gives what `Loop.steps` does, and returns the `Result`."""
     recipe = recipe or Recipe(epochs=10, lr=0.05)
-    given = {"method": method, "recipe": recipe, "metrics": metrics, "probe": probe}
-    _require_kinds(model, precision, **given, checkpoint_seconds=plain(checkpoint_seconds))
+    _require_kinds(model, precision, method, recipe, metrics, probe, plain(checkpoint_seconds))
     require(metric is None or callable(metric), "metric", metric, "a function of (model, batches)")
     seed, device = _seed(seed), _device(device_of(model) if device is None else device)
-    train = train if hasattr(train, "epoch") else Loader(train, seed, device, "train")
-    if validation is not None and not hasattr(validation, "ordered"):
-        validation = Loader(validation, seed, device, "validation")
-    _require_there(device, train=train, validation=validation)
+    train = _batches("train", train, seed, device)
+    if validation is not None:
+        validation = _batches("validation", validation, seed, device)
     path = writable_file(checkpoint, "checkpoint") if checkpoint else None
     settings = method.name, method.target, method.of, method.settings, recipe, seed, precision
-    mark = run or hashlib.sha256(repr(settings).encode()).hexdigest()[:8]
+    told = hashlib.sha256(repr(settings).encode()).hexdigest()
     keep_freed_memory()
     set_arithmetic(precision == "tf32")
     use_own_stream(device)
-    x, y = _two(train)[1]
+    first = next(iter(train.ordered(2)), None)
+    require(first is not None, "train", "no batch", "batches (x, y)")
+    x, y = tree_map_only(Tensor, lambda t: t[:2], first)
     example = moved(inputs(_arguments(model, x) if example is None else example), device)
     net = _on_device(model, device, example)
     loss = checked_loss(loss, net, x, y)
-    generator = torch.Generator(device).manual_seed(seed)
-    context = Context(example, loss, generator=generator, weight_decay=recipe.weight_decay)
-    context.train = train.epoch
     metric = metric or (metrics.values if metrics else default_metric(net, x, y))
     score = Score(loss, metric, validation)
+    context = Context(example, loss, train=train.epoch, weight_decay=recipe.weight_decay)
+    context.generator = torch.Generator(device).manual_seed(seed)
     context.metrics = checked_metrics(metrics) if metrics else Metrics(score)
     if validation is not None:
         context.score = lambda net: next(iter(score(net).values()))
         context.validation = lambda: validation.ordered(512)
         score.try_first(net)
     method.check(net)
-    require(not method.attached, "method", method.name, _AGAIN)
-    known = _known(model, net, loss, train, settings) if path else {}
+    allowed = "has pruned a net already: make a new one"
+    require(not method.attached, "method", method.name, allowed)
     loop = Loop(net, method, recipe, train, context, score, probe, seed=seed, precision=precision)
     if path:
-        _resume(loop, path, mark, known)
+        known = {"method, recipe or seed": told, "model": digest_of(model.state_dict())}
+        _resume(loop, path, run or told[:8], known | {"number of batches": train.steps})
     with tqdm(total=loop.total, initial=loop.state.step, disable=not show, desc=run) as bar:
-        for row in loop.steps(path, checkpoint_seconds, mark):
+        for row in loop.steps(path, checkpoint_seconds, run or told[:8]):
             bar.update()
             if row:
                 seen = next((n for n in row if n.startswith("validation_")), "kept")
@@ -123,10 +122,10 @@ def prune(*args: Any, **settings: Any) -> Result:
 
     With a `checkpoint` path the state of `run` (by default a hash of the settings) is saved every
     `checkpoint_seconds` or less often (see `Loop.steps`), and an interrupted training goes on from
-    there; method, recipe and seed, the model's weights, the number of batches, the first batch
-    (unless it is drawn anew) and its loss must be the same. A loss that is not finite ends the
-    training with status "diverged"; weights that grew a hundredfold make it "came_apart". Raises
-    `InputError` for what cannot be used, before any training but for batches that come later.
+    there; method, recipe, seed, the model's weights and the number of batches must be the same. A
+    loss that is not finite ends the training with status "diverged"; weights that grew a
+    hundredfold make it "came_apart". Raises `InputError` for what cannot be used, before any
+    training but for batches that come later.
     """
     return next(gang([pruning(*args, **settings)]))
 
@@ -148,60 +147,31 @@ def shrink_to(
     layers whose channels all stay, as of every method that removes channels; `example`: an input
     batch. Raises `InputError` for what cannot be used.
     """
-    untrained = ("group_l2", "l1_filter", "magnitude", "random")
-    require(by in untrained, "by", by, f"allowed are {', '.join(untrained)}")
+    require_one_of("by", by, ("group_l2", "l1_filter", "magnitude", "random"))
     require_net(model)
     method = methods.build(by, {"leave": leave} if leave else {}, target, of)
     net = copied(model)
-    example = moved(inputs(example, valued=True), device_of(model))
-    generator = torch.Generator(example[0].device).manual_seed(_seed(seed))
-    context = Context(example, generator=generator)
+    context = Context(moved(inputs(example, valued=True), device_of(model)))
+    context.generator = torch.Generator(context.device).manual_seed(_seed(seed))
     method.check(net)
     method.attach(net, context)
-    removed, most = method.report(), "at most {removed:.4f} can go by this rule"
-    require(removed.get("target_met", 1), "target", target, most.format(**{"removed": 0} | removed))
+    found = {"removed": 0.0, "target_met": 1} | method.report()
+    most = f"at most {found['removed']:.4f} can go by this rule"
+    require(found["target_met"], "target", target, most)
     return trainable_as(model, method.finish(net, context))
 
 
 def _resume(loop: Loop, path: Path, run: str, known: dict[str, Any]) -> None:
-    loop.known = known
-    saved = read_checkpoint(path, run, loop.device)
-    there = saved.get("known", {}) if saved else {}
-    other = next((name for name in known if there.get(name, known[name]) != known[name]), None)
-    line = f"of another {other}; delete it to start this run again"
-    require(other is None, "checkpoint", path.name, line)
+    loop.known, saved = known, read_checkpoint(path, run, loop.device)
+    if not saved:
+        return
+    other = next((name for name in known if saved["known"].get(name) != known[name]), None)
+    require(other is None, "checkpoint", path.name, f"of another {other}; {AGAIN}")
     try:
-        if saved:
-            loop.load(saved)
+        loop.load(saved)
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        line = "of another net, method or recipe; delete it to start this run again"
+        line = f"of another net, method or recipe; {AGAIN}"
         raise InputError(f"checkpoint = {path.name!r}: {line}") from error
-
-
-def _known(
-    model: nn.Module, net: nn.Module, loss: Callable, train: Any, settings: tuple[Any, ...]
-) -> dict[str, Any]:
-    """What a checkpoint says of `settings`, model, data and loss.
-
-    Of the first batch what is not drawn anew.
-    """
-    found, where = [], device_of(net).type  # each device rounds in its own way
-    for _ in range(2):
-        whole, (x, y) = _two(train)
-        with evaluating(net), torch.no_grad():
-            value = f"{float(loss(call(net, x), x, y)):.1e}"
-        found.append({("first batch", digest_of(whole)), ("loss", value)})
-    same = {f"{name} on {where}": value for name, value in sorted(found[0] & found[1])}
-    told = {"method, recipe or seed": hashlib.sha256(repr(settings).encode()).hexdigest()}
-    told |= {"model": digest_of(model.state_dict()), "number of batches": train.steps}
-    return told | same
-
-
-def _two(train: Any) -> tuple[Batch, Batch]:
-    """The first batch, and its first two samples."""
-    first = next(iter(train.ordered(2)), None)
-    require(first is not None, "train", "no batch", "batches (x, y)")
-    return first, tree_map_only(Tensor, lambda t: t[:2], first)
 
 
 def _seed(seed: Any) -> int:
@@ -223,7 +193,7 @@ def _device(device: Any) -> torch.device:
 def _arguments(model: nn.Module, x: Any) -> Any:
     """The positional arguments of the model's forward for a batch's `x`."""
     if not isinstance(x, dict):
-        return tuple(x) if isinstance(x, list) else x
+        return x
     try:
         bound = inspect.signature(model.forward).bind(**x)
     except TypeError as error:
@@ -249,21 +219,24 @@ def _on_device(model: nn.Module, device: torch.device, example: tuple[Tensor, ..
     return net
 
 
-def _require_there(device: torch.device, **given: Any) -> None:
-    for name, batches in given.items():
-        there = torch.device(getattr(batches, "device", device)).type
-        require(there == device.type, name, f"batches on {there}", f"on {device.type}, as the net")
+def _batches(name: str, given: Any, seed: int, device: torch.device) -> Any:
+    """Batches as the loop reads them: those of this library, or any by a `Loader`."""
+    found = given if hasattr(given, "ordered") else Loader(given, seed, device, name)
+    there = torch.device(getattr(found, "device", device)).type
+    require(there == device.type, name, f"batches on {there}", f"on {device.type}, as the net")
+    return found
 
 
-def _require_kinds(model: Any, precision: Any, **given: Any) -> None:
+def _require_kinds(model: Any, precision: Any, *given: Any) -> None:
     require_net(model)
-    for name, kind, allowed in (
+    kinds = (
         ("method", Method, "a method such as GDP(target=0.5)"),
         ("recipe", Recipe, "a Recipe"),
         ("metrics", Metrics | None, "a Metrics"),
         ("probe", Probe | None, "a Probe"),
         ("checkpoint_seconds", float | int, "a number"),
-    ):
-        require(isinstance(given[name], kind), name, type(given[name]).__name__, allowed)
+    )
+    for value, (name, kind, allowed) in zip(given, kinds, strict=True):
+        require(isinstance(value, kind), name, type(value).__name__, allowed)
     allowed = ("fp32", "tf32", "bf16")
     require(precision in allowed, "precision", precision, f"allowed are {', '.join(allowed)}")

@@ -16,15 +16,14 @@ _Within = Annotated[float, Field(gt=0, lt=1)]
 class Recipe(Values):
     """Settings of a training; each phase of a method runs its own schedule from `lr` downwards.
 
-    `epochs` may be 0 where a method changes a trained net and does not train it after; `steps` ends
-    the training within its last epoch, as papers that count iterations do (0: whole epochs). With
-    `optimizer` "adam", `momentum` is its first decay rate, and `nesterov` means nothing. The first
+    `epochs` may be 0 where nothing is trained; `steps` ends the training within its last epoch (0:
+    whole epochs). With `optimizer` "adam", `momentum` is its first decay rate. The first
     `warmup_steps` rise from `warmup_from` (share of `lr`) to `lr`; `milestones` (of a step
     schedule) are shares of the phase, `shift` is in pixels. A batch goes through the net in
-    `pieces`, one after the other, where memory is short; the step is the whole batch's, but batch
-    norm sees each piece by itself. `period`: steps between host-side updates (masks, closing,
-    steering, losses); 0: steps / 200, in 1 to 16. With `one_schedule` it runs over all phases, and
-    a method's own rates, schedules and restarts count for nothing.
+    `pieces` where memory is short; the step is the whole batch's, but batch norm sees each piece by
+    itself. `period`: steps between host-side updates (masks, closing, steering, losses); 0: steps /
+    200, in 1 to 16. With `one_schedule` it runs over all phases, and a method's own rates,
+    schedules and restarts count for nothing.
     """
 
     epochs: Annotated[int, Field(ge=0, le=1_000_000)]
@@ -68,10 +67,7 @@ class Recipe(Values):
         return torch.optim.SGD(weights, **common, **sgd)
 
     def rate(self, phases: Any, ends: list[int], index: int, step: int) -> float:
-        """Learning rate of step `step` (from 0) of all, in number `index` of `phases`.
-
-        `ends`: the last step of each, see `boundaries`.
-        """
+        """Learning rate of step `step` (from 0) of all, in phase `index`; `ends`: `boundaries`."""
         first = max((i for i in range(index + 1) if phases[i].restart), default=0)
         last = next((i for i in range(index + 1, len(phases)) if phases[i].restart), len(phases))
         begin, here = (ends[first - 1] if first else 0), phases[index]

@@ -1,6 +1,6 @@
 """What comes out of a pruning: the net, how it was trained, and a report in words and numbers."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,7 @@ class Result:
     `model`: an ordinary trainable module, in eval mode; `history`: a row per epoch; `status`:
     "done", "diverged" if a loss was not finite, or "came_apart" if mean |w| of a masked net grew a
     hundredfold; `seconds` of training; `method` and `probe` as the training left them; `example`:
-    two inputs or more; `dense`: the model as it was given;
-    `score(model)`: the validation's numbers.
+    two inputs or more; `dense`: the model as given; `score(model)`: the validation's numbers.
     """
 
     model: nn.Module
@@ -37,7 +36,29 @@ class Result:
 
     def report(self) -> str:
         """What is left of each layer, MACs, parameters and the metric, before and after."""
-        return "\n".join(self._lines())
+        dense, small, method = self.dense, self.model, self.method
+        aim = f", target {method.target:g} of {method.of}" if method.target else ""
+        lines = [f"{method.title}{aim}: {self.status} in {self.seconds:.1f} s"]
+        found = method.report()
+        if found.get("target_met") == 0:
+            share = f"{found['removed']:.4f} of {TARGETS[method.of]}"
+            lines.append(f"target not met: {share} removed, no more can be")
+        after, weights = dict(small.named_modules()), measure.prunable_weights(dense)
+        width = max((len(name) for name, _ in weights), default=0)
+        for name, weight in weights:
+            layer = after.get(name.removesuffix("weight").removesuffix("."))
+            lines.append(f"  {name:{width}}  {_sizes(weight)} -> {_left(layer)}")
+        for name, count in (
+            ("parameters", measure.parameters),
+            ("nonzero parameters", measure.nonzeros),
+            ("MACs", lambda net: measure.macs(net, moved(self.example, device_of(net)))),
+        ):
+            was, now = count(dense), count(small)
+            gone = 1 - now / was if was else 0.0
+            lines.append(f"{name}: {was:,} -> {now:,} ({gone:.1%} removed)")
+        before, now = self.score(dense.to(self.example[0].device)), self.score(small)
+        lines += [f"validation {n}: {before[n]:.4f} -> {value:.4f}" for n, value in now.items()]
+        return "\n".join(lines)
 
     def save(self, path: str | Path) -> None:
         """Write the net to `path`, for `load` and a fresh instance of the model's class."""
@@ -46,31 +67,6 @@ class Result:
     def export(self, path: str | Path) -> None:
         """Write the net to `path` as ONNX, for batches of any size."""
         shrink.export(self.model, path, self.example)
-
-    def _lines(self) -> Iterator[str]:
-        dense, small, target = self.dense, self.model, self.method.target
-        aim = f", target {target:g} of {self.method.of}" if target else ""
-        yield f"{self.method.title}{aim}: {self.status} in {self.seconds:.1f} s"
-        found = self.method.report()
-        if found.get("target_met") == 0:
-            share = f"{found['removed']:.4f} of {TARGETS[self.method.of]}"
-            yield f"target not met: {share} removed, no more can be"
-        after, weights = dict(small.named_modules()), measure.prunable_weights(dense)
-        width = max((len(name) for name, _ in weights), default=0)
-        for name, weight in weights:
-            layer = after.get(name.removesuffix("weight").removesuffix("."))
-            yield f"  {name:{width}}  {_sizes(weight)} -> {_left(layer)}"
-        for name, count in (
-            ("parameters", measure.parameters),
-            ("nonzero parameters", measure.nonzeros),
-            ("MACs", lambda net: measure.macs(net, moved(self.example, device_of(net)))),
-        ):
-            was, now = count(dense), count(small)
-            gone = 1 - now / was if was else 0.0
-            yield f"{name}: {was:,} -> {now:,} ({gone:.1%} removed)"
-        before, now = self.score(dense.to(self.example[0].device)), self.score(small)
-        for name, value in now.items():
-            yield f"validation {name}: {before[name]:.4f} -> {value:.4f}"
 
 
 def _left(layer: nn.Module | None) -> str:

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -9,13 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prunestudy.errors import InputError, first_line, require
+from prunestudy.errors import InputError, refused, require
 from prunestudy.measure import Metrics
 from prunestudy.measure.forward import evaluating
 from prunestudy.methods.base import Batch, call, mean_loss
 from prunestudy.shrink.fold import copied
 
 Metric = Callable[[nn.Module, Any], float | Mapping[str, float]]
+Batches = Sequence[Batch]
 
 
 class Score:
@@ -24,9 +26,7 @@ class Score:
     def __init__(self, loss: Callable[..., Tensor], metric: Metric | None, batches: Any) -> None:
         self.loss, self.metric, self.batches = loss, metric, batches
 
-    def __call__(
-        self, model: nn.Module, batches: Sequence[Batch] | None = None
-    ) -> dict[str, float]:
+    def __call__(self, model: nn.Module, batches: Batches | None = None) -> dict[str, float]:
         """All numbers by name, the one to judge by first, of validation or of other `batches`."""
         if batches is None and self.batches is None:
             return {}
@@ -35,10 +35,11 @@ class Score:
         # Not inference_mode: a net may keep tensors that it made here, and train with them.
         with evaluating(model), torch.no_grad():
             if self.metric:
-                found = _tried("metric", self.metric, lambda: _numbers(self.metric(model, read())))
+                with _tried("metric", self.metric):
+                    found = _numbers(self.metric(model, read()))
             if "loss" not in found:
-                mean = lambda: mean_loss(model, self.loss, read())  # noqa: E731
-                found["loss"] = _tried("loss", self.loss, mean)
+                with _tried("loss", self.loss):
+                    found["loss"] = mean_loss(model, self.loss, read())
         return found
 
     def try_first(self, model: nn.Module) -> None:
@@ -46,12 +47,14 @@ class Score:
         with torch.random.fork_rng(devices=[]), evaluating(net := copied(model)):
             batch = next(iter(self.batches.ordered(512)), None)
             require(batch is not None, "validation", "no batch", "batches (x, y)")
-            given = getattr(self.batches, "given", self.batches)
             try:
                 self(net, [batch])
             except InputError:  # the batch may be wrong; and a metric may need more than one
-                own, mean = self.metric not in (None, top1), partial(mean_loss, net, self.loss)
-                _tried("validation", given, lambda: call(net, batch[0]) if own else mean([batch]))
+                with _tried("validation", getattr(self.batches, "given", self.batches)):
+                    if self.metric in (None, top1):
+                        mean_loss(net, self.loss, [batch])
+                    else:
+                        call(net, batch[0])
                 self(net)
 
 
@@ -66,11 +69,9 @@ def top1(model: nn.Module, batches: Any) -> dict[str, float]:
 
 def default_metric(net: nn.Module, x: Any, y: Any) -> Metric | None:
     """`top1` where the net gives scores of classes and `y` are labels."""
-    if not _are_labels(y):
-        return None
     with evaluating(net), torch.no_grad():
         output = call(net, x)
-    scores = isinstance(output, Tensor) and output.dim() > 1
+    scores = _are_labels(y) and isinstance(output, Tensor) and output.dim() > 1
     return top1 if scores and output.argmax(1).shape == y.shape else None
 
 
@@ -78,20 +79,17 @@ def checked_metrics(metrics: Metrics) -> Metrics:
     """`metrics` whose failures on a batch are one line."""
 
     def values(model: nn.Module, batches: Any) -> dict[str, float]:
-        given = metrics.values
-        return _tried("metrics", given, lambda: _numbers(given(model, batches)))
+        with _tried("metrics", metrics.values):
+            return _numbers(metrics.values(model, batches))
 
-    def checked(name: str, form: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def smooth(output: Any, x: Any, y: Any) -> Tensor:
-            value = _tried("metrics", form, lambda: form(output, x, y))
-            require(
-                isinstance(value, Tensor), "metrics", name, "smooth: a function that gives a tensor"
-            )
-            return value
+    def smooth(name: str, output: Any, x: Any, y: Any) -> Tensor:
+        with _tried("metrics", metrics.smooth[name]):
+            value = metrics.smooth[name](output, x, y)
+        allowed = "smooth: a function that gives a tensor"
+        require(isinstance(value, Tensor), "metrics", name, allowed)
+        return value
 
-        return smooth
-
-    return Metrics(values, {name: checked(name, form) for name, form in metrics.smooth.items()})
+    return Metrics(values, {name: partial(smooth, name) for name in metrics.smooth})
 
 
 def _numbers(found: Any) -> dict[str, float]:
@@ -102,15 +100,9 @@ def _numbers(found: Any) -> dict[str, float]:
     return {str(name): float(value) for name, value in found.items()}
 
 
-def _tried(parameter: str, given: Any, function: Callable[[], Any]) -> Any:
-    """Return `function()`; an exception of `given`, a user's object, becomes `InputError`."""
-    try:
-        return function()
-    except InputError:
-        raise
-    except Exception as error:
-        line = f"fails on a batch: {first_line(error)}"
-        raise InputError(f"{parameter} = {_name(given)!r}: {line}") from error
+def _tried(parameter: str, given: Any) -> AbstractContextManager[None]:
+    """Turns what `given`, a user's object, raises inside into `InputError`."""
+    return refused(parameter, _name(given), "fails on a batch")
 
 
 def _name(function: Any) -> str:
@@ -137,14 +129,13 @@ def checked_loss(loss: Any, net: nn.Module, x: Any, y: Any) -> Callable[[Any, An
         form = inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss)
     except ValueError:  # of functions written in C
         raise InputError(f"loss = {name!r}: {allowed}, in Python") from None
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    needed = [p for p in form.parameters.values() if p.kind in positional and p.default is p.empty]
+    needed = [p for p in form.parameters.values() if p.default is p.empty]
     function = loss
-    if len(needed) < 3:
+    if sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in needed) < 3:
         function = lambda output, _, y: loss(output, y)  # noqa: E731
         function.__name__ = name
-    with evaluating(net), torch.no_grad():
-        value = _tried("loss", loss, lambda: function(call(net, x), x, y))
+    with evaluating(net), torch.no_grad(), _tried("loss", loss):
+        value = function(call(net, x), x, y)
     scalar = isinstance(value, Tensor) and value.dim() == 0
     require(scalar, "loss", name, "a function that gives one number, a 0-d tensor")
     return function
