@@ -324,29 +324,46 @@ def test_a_finished_run_is_not_trained_again(tmp_path):
     assert again.seconds == first.seconds
 
 
+NOISE = torch.Generator().manual_seed(5)
+
+
+class Drawn(torch.utils.data.Dataset):
+    """Samples with noise of a generator of its own, other in each reading."""
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, i):
+        return torch.randn(64, generator=NOISE), i
+
+
 @pytest.mark.parametrize(
     ("change", "other"),
     [
         ({}, ""),
         ({"net": randomise(dropping(), 1)}, "model"),
+        ({"y": 1 - torch.arange(16) % 2}, "first batch on cpu"),
         ({"count": 8}, "number of batches"),
+        ({"loss": lambda output, y: 3 * output.square().mean()}, "loss on cpu"),
     ],
 )
-@pytest.mark.parametrize("form", ["list", "shuffled"])
-def test_a_checkpoint_is_of_one_model_and_number_of_batches(change, other, form, tmp_path):
-    def go(net=None, count=4, **options):
-        y = torch.arange(16) % 2
+@pytest.mark.parametrize("form", ["list", "shuffled", "drawn"])
+def test_a_checkpoint_is_of_one_model_data_and_loss(change, other, form, tmp_path):
+    def go(net=None, y=None, count=4, **options):
+        y = torch.arange(16) % 2 if y is None else y
         x = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
         data = [(x, y)] * count
-        if form == "shuffled":
+        if form != "list":
             pairs = list(zip(x, y, strict=True)) * (count // 4)
-            data = DataLoader(pairs, batch_size=4, shuffle=True)
+            data = DataLoader(Drawn() if form == "drawn" else pairs, batch_size=4, shuffle=True)
         recipe = Recipe(epochs=3, lr=0.01)
         return prune(net or dropping(), Method(), data, recipe, **options)
 
     options = options_in(tmp_path)
     first = go(**options)
     torch.manual_seed(1)
+    if form == "drawn":  # of the first batch nothing can be told, and of the loss
+        other = "model" if "net" in change else ""
     if other:
         with pytest.raises(InputError) as caught:
             go(**change, **options)

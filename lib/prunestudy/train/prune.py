@@ -17,7 +17,7 @@ from prunestudy.errors import InputError, first_line, require, require_one_of, w
 from prunestudy.measure import Metrics
 from prunestudy.measure.forward import device_of, evaluating
 from prunestudy.measure.forward import run as run_on
-from prunestudy.methods.base import Context, Method
+from prunestudy.methods.base import Batch, Context, Method, call
 from prunestudy.methods.probes import Probe
 from prunestudy.shrink.fold import copied, require_net
 from prunestudy.shrink.remove import trainable_as
@@ -67,9 +67,7 @@ def pruning(
     keep_freed_memory()
     set_arithmetic(precision == "tf32")
     use_own_stream(device)
-    first = next(iter(train.ordered(2)), None)
-    require(first is not None, "train", "no batch", "batches (x, y)")
-    x, y = tree_map_only(Tensor, lambda t: t[:2], first)
+    x, y = _two(train)[1]
     example = moved(inputs(_arguments(model, x) if example is None else example), device)
     net = _on_device(model, device, example)
     loss = checked_loss(loss, net, x, y)
@@ -85,10 +83,10 @@ def pruning(
     method.check(net)
     allowed = "has pruned a net already: make a new one"
     require(not method.attached, "method", method.name, allowed)
+    known = {"method, recipe or seed": told} | _known(model, net, loss, train) if path else {}
     loop = Loop(net, method, recipe, train, context, score, probe, seed=seed, precision=precision)
     if path:
-        known = {"method, recipe or seed": told, "model": digest_of(model.state_dict())}
-        _resume(loop, path, run or told[:8], known | {"number of batches": train.steps})
+        _resume(loop, path, run or told[:8], known)
     with tqdm(total=loop.total, initial=loop.state.step, disable=not show, desc=run) as bar:
         for row in loop.steps(path, checkpoint_seconds, run or told[:8]):
             bar.update()
@@ -122,10 +120,10 @@ def prune(*args: Any, **settings: Any) -> Result:
 
     With a `checkpoint` path the state of `run` (by default a hash of the settings) is saved every
     `checkpoint_seconds` or less often (see `Loop.steps`), and an interrupted training goes on from
-    there; method, recipe, seed, the model's weights and the number of batches must be the same. A
-    loss that is not finite ends the training with status "diverged"; weights that grew a
-    hundredfold make it "came_apart". Raises `InputError` for what cannot be used, before any
-    training but for batches that come later.
+    there; method, recipe and seed, the model's weights, the number of batches, the first batch
+    (unless it is drawn anew) and its loss must be the same. A loss that is not finite ends the
+    training with status "diverged"; weights that grew a hundredfold make it "came_apart". Raises
+    `InputError` for what cannot be used, before any training but for batches that come later.
     """
     return next(gang([pruning(*args, **settings)]))
 
@@ -165,13 +163,33 @@ def _resume(loop: Loop, path: Path, run: str, known: dict[str, Any]) -> None:
     loop.known, saved = known, read_checkpoint(path, run, loop.device)
     if not saved:
         return
-    other = next((name for name in known if saved["known"].get(name) != known[name]), None)
+    there = known | saved.get("known", {})
+    other = next((name for name in known if there[name] != known[name]), None)
     require(other is None, "checkpoint", path.name, f"of another {other}; {AGAIN}")
     try:
         loop.load(saved)
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         line = f"of another net, method or recipe; {AGAIN}"
         raise InputError(f"checkpoint = {path.name!r}: {line}") from error
+
+
+def _known(model: nn.Module, net: nn.Module, loss: Callable, train: Any) -> dict[str, Any]:
+    """What a checkpoint says of model, data and loss; of the first batch what is not drawn anew."""
+    found, where = [], device_of(net).type  # each device rounds in its own way
+    for _ in range(2):
+        whole, (x, y) = _two(train)
+        with evaluating(net), torch.no_grad():
+            value = f"{float(loss(call(net, x), x, y)):.1e}"
+        found.append({("first batch", digest_of(whole)), ("loss", value)})
+    same = {f"{name} on {where}": value for name, value in sorted(found[0] & found[1])}
+    return {"model": digest_of(model.state_dict()), "number of batches": train.steps} | same
+
+
+def _two(train: Any) -> tuple[Batch, Batch]:
+    """The first batch, and its first two samples."""
+    first = next(iter(train.ordered(2)), None)
+    require(first is not None, "train", "no batch", "batches (x, y)")
+    return first, tree_map_only(Tensor, lambda t: t[:2], first)
 
 
 def _seed(seed: Any) -> int:
