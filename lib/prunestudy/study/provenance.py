@@ -37,16 +37,14 @@ def commit() -> str:
 
 
 def rules_commit(checkout: Path, card: Path, *place: str) -> str:
-    """The last commit that changed what the file `card` judges a net by.
-
-    `place`: profile, model and data set.
+    """The last commit that changed what the file `card` judges a net by, at (profile, model, data).
 
     Empty where that is not known: outside git, and while the rules in the file are not committed.
     """
-    if not card.resolve().is_relative_to(checkout.resolve()):
+    card, checkout, last = card.resolve(), checkout.resolve(), ""
+    if not card.is_relative_to(checkout):
         return ""
-    path = card.resolve().relative_to(checkout.resolve()).as_posix()
-    today, last = rules_of(card.read_text(encoding="utf-8"), *place), ""
+    path, today = card.relative_to(checkout).as_posix(), rules_of(card.read_text("utf-8"), *place)
     for commit in _git(checkout, "log", "--format=%H", "--", path).split():
         if rules_of(_git(checkout, "show", f"{commit}:{path}"), *place) != today:
             break
@@ -57,8 +55,7 @@ def rules_commit(checkout: Path, card: Path, *place: str) -> str:
 @cache
 def is_before(checkout: Path, old: str, new: str) -> bool:
     """Whether commit `old` is an ancestor of the commit `new` of a record, or the same."""
-    ancestor = ("merge-base", "--is-ancestor", old, new.removesuffix("-dirty"))
-    return bool(old) and _run(checkout, *ancestor).returncode == 0
+    return bool(old) and _git(checkout, "merge-base", old, new.removesuffix("-dirty")) == old
 
 
 @cache
@@ -68,14 +65,9 @@ def _once(*words: str) -> str:
 
 
 def _git(checkout: Path, *words: str) -> str:
-    """What git prints, "" where it fails."""
-    made = _run(checkout, *words)
-    return made.stdout.strip() if made.returncode == 0 else ""
-
-
-def _run(checkout: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """What git prints; "" where it fails or is not installed."""
     command = ["git", "-C", str(checkout), *words]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError:
-        return subprocess.CompletedProcess(command, 127, "", "")
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""

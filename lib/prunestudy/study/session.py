@@ -1,9 +1,7 @@
 """A paper at one size, as a notebook or a command sees it: plan, runs, tables, figures."""
 
 import contextlib
-import hashlib
 import itertools
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,7 +16,6 @@ from prunestudy import datasets, measure, models, shrink
 from prunestudy.errors import InputError, require, require_one_of
 from prunestudy.papers import Card, card
 from prunestudy.study import sentences, tables, verdicts
-from prunestudy.study.lines import line_of
 from prunestudy.study.plan import Planned, plan
 from prunestudy.study.records import Store
 from prunestudy.study.runs import Runner, stored_net
@@ -201,10 +198,3 @@ def _milliseconds(store: Store, settings: RunSettings, rounds: int) -> dict[str,
         median = measure.latency(nets, torch.zeros(batch, *shape), rounds, threads=1)
         times |= {f"{name}_b{batch}_ms": round(ms, 5) for name, ms in median.items()}
     return times
-
-
-def state_of(store: Store, planned: list[Planned]) -> str:
-    """Digest of the planned runs' records: it changes when any of them does."""
-    records = {run: store.at(store.place(run)) for run in (p.settings.run for p in planned)}
-    done = {run: record and line_of(record) for run, record in records.items()}
-    return hashlib.sha256(json.dumps(done, sort_keys=True).encode()).hexdigest()
