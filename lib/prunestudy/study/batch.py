@@ -15,15 +15,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 
 from prunestudy import datasets, places
 from prunestudy.errors import InputError, require
@@ -54,16 +53,20 @@ def run(
     batch = describe(store, profile, planned, data)
     if not any(batch[kind] for kind in _KINDS):
         return {}
+    # In the user's cache, beside Snakemake's own: executors paste its path into command lines, so
+    # that it cannot be below a results folder of any name.
+    stages = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "prunestudy"
+    plain = bool(re.fullmatch(r"[\w./+-]+", str(stages), re.ASCII))
+    require(plain, "XDG_CACHE_HOME", str(stages), "a path of letters, digits and ._/+- only")
     # Data is looked at (and downloaded) once here, not by each job.
     for name in batch["datasets"]:
         datasets.load(name, data or None)
-    with _stage() as stage:
+    stages.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=stages, ignore_cleanup_errors=True) as folder:
+        stage, seconds, at = Path(folder), {}, time.time()
         (stage / "batch.json").write_text(json.dumps(batch), encoding="ascii")
-        seconds, at = {}, time.time()
-        failed = (
-            _locally(stage, batch, count) if local else _snakemake(stage, batch, count, executor)
-        )
-        if failed:
+        words = stage, batch, count
+        if _locally(*words) if local else _snakemake(*words, executor):
             print((stage / "log").read_text("utf-8", "replace").rstrip(), file=sys.stderr)
             raise InputError(f"study = {profile}: a job failed, see above; finished runs are kept")
         for kind in (kind for kind in _KINDS if batch[kind]):
@@ -109,15 +112,12 @@ def _require_executor(name: str) -> None:
 
 
 def _locally(stage: Path, batch: dict[str, Any], count: int) -> bool:
-    """Do each kind of job in forks, to import all only once; return whether one failed.
-
-    The forks share what is to be done: each takes the next one that is free.
-    """
+    """Do each kind of job in forks, to import all only once; return whether one failed."""
     torch.set_num_threads(1)  # a pool of threads would not outlive the fork
     context, shown = get_context("fork"), set()
     for kind in _KINDS:
         jobs = min(1 if batch["gpu"] and kind == "train" else count, len(batch[kind]))
-        words = (kind, batch[kind], stage)
+        words = (kind, _untaken(batch[kind], stage), stage)
         forks = [context.Process(target=do_job, args=words) for _ in range(jobs)]
         for fork in forks:
             fork.start()
@@ -164,26 +164,16 @@ def _show_ready(
             print(f"{kind} {number}/{len(batch[kind])} {said}", file=sys.stderr, flush=True)
 
 
-@contextmanager
-def _stage() -> Iterator[Path]:
-    """A temporary folder for the markers of one call.
-
-    It lies in the user's cache, beside Snakemake's own: executors paste its path into command
-    lines, so that it cannot be below a results folder of any name.
-    """
-    stages = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "prunestudy"
-    plain = bool(re.fullmatch(r"[\w./+-]+", str(stages), re.ASCII))
-    require(plain, "XDG_CACHE_HOME", str(stages), "a path of letters, digits and ._/+- only")
-    stages.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=stages, ignore_cleanup_errors=True) as folder:
-        yield Path(folder)
+def _untaken(names: list[str], stage: Path) -> Iterator[str]:
+    """Those of `names` that no other fork has begun."""
+    for name in names:
+        with suppress(FileExistsError):
+            (stage / f"{name}.taken").touch(exist_ok=False)
+            yield name
 
 
-def do_job(kind: str, names: list[str], stage: Path) -> None:
-    """Do `names` of `kind` (train, latency or notebooks) that no other job has taken.
-
-    Exits with 1 if one failed, here or in another job.
-    """
+def do_job(kind: str, names: Iterable[str], stage: Path) -> None:
+    """Do `names` of `kind` (train, latency or notebooks); exit with 1 if one failed."""
     # A kernel is ended only if this process exits in order.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with (stage / "log").open("a") as log:
@@ -194,22 +184,19 @@ def do_job(kind: str, names: list[str], stage: Path) -> None:
     profile, data = batch["profile"], batch["data"]
     store, planned = Store(profile, batch["results"]), plan(profile, tuple(batch["papers"]))
     runner, settings = Runner(store, data or None), {p.settings.run: p.settings for p in planned}
-    # Each does one name, and returns a line for the progress.
     do: Callable[[str], str] = {
         "train": lambda run: line_of_run(runner.ensure(settings[run])),
         "latency": lambda _: f"{measure_latency(store, planned)} nets timed",
         "notebooks": lambda paper: notebooks.execute(store, profile, paper, data).name,
-    }[kind]
+    }[kind]  # each does one name, and returns a line for the progress
+    failed = False
     for name in names:
-        failed = stage / f"{name}.failed"
-        with suppress(Timeout), FileLock(stage / f"{name}.taken", timeout=0):
-            try:
-                if not failed.exists():
-                    (stage / f"{kind}.{name}.ready").write_text(do(name), encoding="utf-8")
-            except InputError as error:
-                failed.touch()
-                print(f"{name}: {error}", file=sys.stderr)
-    sys.exit(bool(list(stage.glob("*.failed"))))
+        try:
+            (stage / f"{kind}.{name}.ready").write_text(do(name), encoding="utf-8")
+        except InputError as error:
+            failed = True
+            print(f"{name}: {error}", file=sys.stderr)
+    sys.exit(failed)
 
 
 def line_of_run(record: dict[str, Any]) -> str:
