@@ -60,7 +60,7 @@ def run(
     require(plain, "XDG_CACHE_HOME", str(stages), "a path of letters, digits and ._/+- only")
     # Data is looked at (and downloaded) once here, not by each job.
     for name in batch["datasets"]:
-        datasets.load(name, data or None)
+        datasets.load(name, data)
     stages.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=stages, ignore_cleanup_errors=True) as folder:
         stage, seconds, at = Path(folder), {}, time.time()
@@ -183,7 +183,7 @@ def do_job(kind: str, names: Iterable[str], stage: Path) -> None:
     os.chdir(batch["folder"])
     profile, data = batch["profile"], batch["data"]
     store, planned = Store(profile, batch["results"]), plan(profile, tuple(batch["papers"]))
-    runner, settings = Runner(store, data or None), {p.settings.run: p.settings for p in planned}
+    runner, settings = Runner(store, data), {p.settings.run: p.settings for p in planned}
     do: Callable[[str], str] = {
         "train": lambda run: line_of_run(runner.ensure(settings[run])),
         "latency": lambda _: f"{measure_latency(store, planned)} nets timed",

@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import math
 import os
-import re
 import signal
 import sys
 from typing import Any
@@ -12,7 +11,6 @@ from typing import Any
 import prunestudy
 from prunestudy.errors import InputError, require
 
-_SURROGATES = re.compile("[\ud800-\udfff]")  # how Python writes bytes that are not UTF-8
 _STOPPED = "stopped; finished work is kept: run the same command again to continue"
 
 
@@ -31,8 +29,8 @@ def main(words: list[str] | None = None) -> int:
             return 0
         for name in ("results", "data"):
             text = getattr(arguments, name, "")
-            # safetensors opens no others.
-            require(not _SURROGATES.search(text), name, text, "a path in UTF-8")
+            right = text == text.encode(errors="ignore").decode()  # safetensors opens no others
+            require(right, name, text, "a path in UTF-8")
         from prunestudy.study import commands  # after parsing: it takes seconds
 
         return getattr(commands, f"do_{arguments.command}")(arguments) or 0

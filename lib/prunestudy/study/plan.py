@@ -11,9 +11,7 @@ from prunestudy.errors import InputError, require, require_one_of
 from prunestudy.papers import PROFILES, Entry, Experiment, Profile, RunRecipe, card, cards
 from prunestudy.study.settings import RunSettings, dense_macs, dense_net, resolve, target_of
 
-# Assumed, not measured here: 10^12 MACs of training a second.
-RATE = 3.0
-_COLUMNS = ["runs", "epochs", "samples", "PMACs", "hours", "disk GB"]
+RATE = 3.0  # 10^12 MACs of training a second: assumed, not measured here
 
 
 @dataclass(frozen=True)
@@ -160,21 +158,20 @@ def forecast(planned: list[Planned]) -> pd.DataFrame:
     A training step counts as three forward passes (one forward, two for the gradients) of the
     dense net throughout: an upper bound for methods that make it smaller. Hours are at `RATE`.
     """
-    names = ["paper", "experiment"]
-    rows = [[item.paper, item.experiment, item.settings.run, *_cost(item)] for item in planned]
-    table = pd.DataFrame(rows, columns=[*names, "run", *_COLUMNS]).drop_duplicates("run")
-    table = table.groupby(names, sort=False)[_COLUMNS].sum()
+    rows: dict[str, tuple[Any, ...]] = {}
+    for item in planned:
+        s, info = item.settings, datasets.info(item.settings.dataset)
+        samples = s.recipe.epochs * (info.train_images - s.validation)
+        if s.recipe.steps:
+            samples = min(samples, s.recipe.steps * s.recipe.batch_size)
+        petas = 3 * samples * dense_macs(s.model, info) / 1e15
+        hours = petas / RATE * 1000 / 3600
+        # Its arrays count as 1 MiB.
+        disk = (4 * measure.parameters(dense_net(s.model, info)) + 2**20) / 1e9
+        cost = 1, s.recipe.epochs, samples, petas, hours, disk
+        rows.setdefault(s.run, (item.paper, item.experiment, *cost))
+    whole = ["runs", "epochs", "samples"]
+    names = ["paper", "experiment", *whole, "PMACs", "hours", "disk GB"]
+    table = pd.DataFrame(rows.values(), columns=names).groupby(names[:2], sort=False).sum()
     table.loc[("all", ""), :] = table.sum()
-    return table.astype(dict.fromkeys(_COLUMNS[:3], int)).reset_index()
-
-
-def _cost(item: Planned) -> tuple[int, int, int, float, float, float]:
-    """`_COLUMNS` of one run without its parents; its arrays count as 1 MiB."""
-    settings, info = item.settings, datasets.info(item.settings.dataset)
-    recipe, parameters = settings.recipe, measure.parameters(dense_net(settings.model, info))
-    samples = recipe.epochs * (info.train_images - settings.validation)
-    if recipe.steps:
-        samples = min(samples, recipe.steps * recipe.batch_size)
-    trained = 3 * float(samples) * dense_macs(settings.model, info)
-    hours, disk = trained / (RATE * 1e12) / 3600, (4 * parameters + 2**20) / 1e9
-    return 1, recipe.epochs, samples, trained / 1e15, hours, disk
+    return table.astype(dict.fromkeys(whole, int)).reset_index()

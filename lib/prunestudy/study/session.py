@@ -55,12 +55,12 @@ class Session:
         self.card = card(self.paper)
         self.planned = plan(self.profile, (self.paper,), self.seeds, self.epochs)
         small = self.seeds or self.epochs
-        store = Store("custom" if small else self.profile, self.results or None)
-        self.runner = Runner(store, self.data or None, self.device)
+        store = Store("custom" if small else self.profile, self.results)
+        self.runner = Runner(store, self.data, self.device)
         self.store = self.runner.store  # of the device that the runs are on
         # Of a search only what is there: it is trained when asked for.
-        here = (p.purpose != "search" or self.store.read(p.settings) for p in self.planned)
-        self.planned = list(itertools.compress(self.planned, here))
+        read = self.store.read
+        self.planned = [p for p in self.planned if p.purpose != "search" or read(p.settings)]
 
     @classmethod
     def of(cls, paper: str, space: Mapping[str, Any]) -> "Session":
@@ -102,14 +102,8 @@ class Session:
 
     def verdicts(self) -> pd.DataFrame:
         """One row per claim, net and data set, for people; by the tests that the card has."""
-        return tables.readable_verdicts(self._judged(images=True))
-
-    def claims(self) -> pd.DataFrame:
-        """One row per claim: its text, and what came out on top."""
-        return verdicts.claims_table(self._judged()).drop(columns="paper")
-
-    def _judged(self, images: bool = False) -> pd.DataFrame:
-        return verdicts.verdicts_table(self.store, self.planned, self.card, images)
+        table = verdicts.verdicts_table(self.store, self.planned, self.card, images=True)
+        return tables.readable_verdicts(table)
 
     def says(self, method: str, against: str = "", **what: Any) -> sentences.Sentence:
         """A sentence about `method`'s results that the records make; see `sentences.says`."""
@@ -122,12 +116,9 @@ class Session:
 
         `methods` are labels of the card, as for `says`.
         """
-        rows = [
-            row
-            for label in methods
-            for row in sentences.measured(self.store, self.planned, label, quantities)
-        ]
-        names = [each.name for each in quantities] if rows else None  # the profile may have none
+        each = (sentences.measured(self.store, self.planned, m, quantities) for m in methods)
+        rows = list(itertools.chain.from_iterable(each))
+        names = [of.name for of in quantities] if rows else None  # the profile may have none
         return pd.DataFrame(rows).dropna(how="all", subset=names)
 
     def figure(self, name: str, drawn: "Figure") -> "Figure":
@@ -145,9 +136,10 @@ class Session:
         Raises `InputError` if there is none.
         """
         wanted = {"method": method} | where
-        for s in (item.settings for item in self.planned if not item.variant):
-            aim = s.target.value if s.target else None
-            if aim == target and all(getattr(s, key) == value for key, value in wanted.items()):
+        for item in self.planned:
+            s, value = item.settings, item.settings.target and item.settings.target.value
+            same = all(getattr(s, key) == each for key, each in wanted.items())
+            if same and value == target and not item.variant:
                 return s
         raise InputError(f"run = {method} at {target}: not planned in {self.profile}")
 
@@ -166,7 +158,6 @@ def measure_latency(store: Store, planned: list[Planned], rounds: int = 30) -> i
     Weight-sparse linear layers compute from compressed rows. One thread. The dense net is a fresh
     one, since time does not depend on weights. Nets that are not on disk are left out.
     """
-    # A run that several experiments share is timed once.
     waiting = {item.settings.run: item.settings for item in planned if is_untimed(store, item)}
     form = f"linear layers of at least {_CSR_FROM:.0%} zeros from compressed rows (CSR)"
     for run, settings in tqdm(waiting.items(), desc="latency", unit="net", disable=not waiting):
@@ -189,12 +180,10 @@ def is_untimed(store: Store, item: Planned) -> bool:
 
 def _milliseconds(store: Store, settings: RunSettings, rounds: int) -> dict[str, float]:
     info = datasets.info(settings.dataset)
-    shape = (info.channels, info.height, info.width)
     small, _ = stored_net(store.require_weights(settings.run))
-    dense = models.build(settings.model, shape, info.num_classes)
-    nets = {"latency": shrink.to_csr(small, _CSR_FROM), "dense_latency": dense}
-    times = {}
+    dense = models.build(settings.model, info.shape, info.num_classes)
+    nets, times = {"latency": shrink.to_csr(small, _CSR_FROM), "dense_latency": dense}, {}
     for batch in (1, 128):
-        median = measure.latency(nets, torch.zeros(batch, *shape), rounds, threads=1)
+        median = measure.latency(nets, torch.zeros(batch, *info.shape), rounds, threads=1)
         times |= {f"{name}_b{batch}_ms": round(ms, 5) for name, ms in median.items()}
     return times

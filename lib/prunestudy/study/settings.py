@@ -61,12 +61,8 @@ class RunSettings(Values):
 
     def kept(self) -> dict[str, Any]:
         """What a record keeps: all settings, of the parents only those that are no defaults."""
-        parent = {"parent": self.parent.own() if self.parent else None}
-        return self.model_dump(mode="json", exclude={"parent"}) | parent
-
-    def own(self) -> dict[str, Any]:
-        """Those settings that are no defaults."""
-        return self.model_dump(mode="json", exclude_defaults=True)
+        parent = self.parent and self.parent.model_dump(mode="json", exclude_defaults=True)
+        return self.model_dump(mode="json", exclude={"parent"}) | {"parent": parent}
 
     @property
     def aim(self) -> Target | None:
@@ -95,15 +91,14 @@ def resolve(
     Raises `InputError` with one line for the first thing that is wrong.
     """
     require_one_of("model", model, models.names())
-    kind, known = methods.method_class(method), datasets.info(dataset, root or None)
+    kind, known = methods.method_class(method), datasets.info(dataset, root)
     parent = rest.get("parent")
     allowed = f"{method} needs a parent run, whose architecture it trains; see a card"
     require(bool(parent) or not kind.from_scratch, "parent", None, allowed)
     own = methods.params_of(method, params or {}).model_dump(mode="json")
     facts = {"dataset": dataset, "dataset_version": known.version, "revision": kind.revision}
-    settings = checked(
-        RunSettings, facts | {"model": model, "method": method, "params": own} | rest
-    )
+    facts |= {"model": model, "method": method, "params": own}
+    settings = checked(RunSettings, facts | rest)
     pretrained, epochs = settings.pretrained, settings.recipe.epochs
     allowed = "at least 1 for a run without a parent or pretrained weights"
     require(bool(epochs or parent or pretrained), "epochs", epochs, allowed)
@@ -132,8 +127,7 @@ def own_settings(values: dict[str, Any], root: str = "") -> RunSettings:
         require(name in allowed, "setting", name, f"allowed are {', '.join(allowed)}")
     own = {name: rest.pop(name) for name in _OWN if name in rest}
     target = target_of(own["method"], rest.pop("target", None), rest.pop("target_kind", None))
-    recipe = checked(RunRecipe, rest)
-    return resolve(params=params, recipe=recipe, target=target, root=root, **own)
+    return resolve(params=params, recipe=RunRecipe(**rest), target=target, root=root, **own)
 
 
 def target_of(method: str, value: Any, kind: str | None = None) -> Target | None:
@@ -153,14 +147,19 @@ def target_of(method: str, value: Any, kind: str | None = None) -> Target | None
 def dense_net(model: str, known: datasets.DatasetInfo) -> torch.nn.Module:
     """The dense net for images as in `known`; on the meta device, for inspection only."""
     with torch.device("meta"):
-        return models.build(model, (known.channels, known.height, known.width), known.num_classes)
+        return models.build(model, known.shape, known.num_classes)
 
 
 @functools.lru_cache(maxsize=64)
 def dense_macs(model: str, known: datasets.DatasetInfo) -> int:
     """MACs of that net, of one image."""
-    image = torch.zeros(1, known.channels, known.height, known.width, device="meta")
-    return measure.macs(dense_net(model, known), image)
+    return measure.macs(dense_net(model, known), torch.zeros(1, *known.shape, device="meta"))
+
+
+def method_of(settings: RunSettings) -> methods.Method:
+    """The method of a run, as its settings say."""
+    target = (settings.target.value, settings.target.kind) if settings.target else ()
+    return methods.build(settings.method, settings.params, *target)
 
 
 def _require_fit(settings: RunSettings, known: datasets.DatasetInfo) -> None:
@@ -168,18 +167,18 @@ def _require_fit(settings: RunSettings, known: datasets.DatasetInfo) -> None:
     fits = (models.task_of(settings.model) == "segment") == known.masks
     allowed = f"{known.name} has {'masks' if known.masks else 'one label an image'}"
     require(fits, "model", settings.model, allowed)
-    target = (settings.target.value, settings.target.kind) if settings.target else ()
-    method = methods.build(settings.method, settings.params, *target)
+    method = method_of(settings)
     try:
         net = dense_net(settings.model, known)
     except InputError as error:
         raise InputError(f"model = {settings.model!r}: not for {known.name}: {error}") from None
     method.check(net)
-    recipe, side = settings.recipe, min(known.height, known.width)
-    total, held_out, size = known.train_images, settings.validation, recipe.batch_size
+    recipe, side, total = settings.recipe, min(known.height, known.width), known.train_images
+    held_out, size = settings.validation, recipe.batch_size
     left = total - held_out
     require(recipe.shift < side, "shift", recipe.shift, f"below {side}, the images' size in pixels")
     require(left > 0, "validation", held_out, f"below {total}, the training images")
     require(size <= left, "batch_size", size, f"at most {left}, the training images left")
-    allowed = f"at most {size}, the images of a batch"
-    require(recipe.pieces <= size, "pieces", recipe.pieces, allowed)
+    require(
+        recipe.pieces <= size, "pieces", recipe.pieces, f"at most {size}, the images of a batch"
+    )
