@@ -51,7 +51,7 @@ def run(
     require(1 <= count <= most, "jobs", count, f"1 to {most}" + ", four a core" * local)
     _require_executor(executor)
     batch = describe(store, profile, planned, data)
-    if not any(batch[kind] for kind in _KINDS):
+    if not any(map(batch.get, _KINDS)):
         return {}
     # In the user's cache, beside Snakemake's own: executors paste its path into command lines, so
     # that it cannot be below a results folder of any name.
@@ -69,17 +69,14 @@ def run(
         if _locally(*words) if local else _snakemake(*words, executor):
             print((stage / "log").read_text("utf-8", "replace").rstrip(), file=sys.stderr)
             raise InputError(f"study = {profile}: a job failed, see above; finished runs are kept")
-        for kind in (kind for kind in _KINDS if batch[kind]):
-            end = max(path.stat().st_mtime for path in stage.glob(f"{kind}.*.ready"))
+        for kind in filter(batch.get, _KINDS):
+            end = max(path.stat().st_mtime for path in stage.glob(f"{kind}.*.shown"))
             seconds[kind], at = end - at, end
     return seconds
 
 
 def describe(store: Store, profile: str, planned: list[Planned], data: str) -> dict[str, Any]:
-    """What is to be done, for batch.json: runs and papers by kind of job, parents first.
-
-    On a cluster each is a job, and a run `needs` that of its parent.
-    """
+    """What is to be done, for batch.json: runs and papers by kind of job, parents first."""
     missing = [item.settings for item in planned if store.read(item.settings) is None]
     missing.sort(key=lambda settings: settings.parent is not None)  # so that no job waits long
     runs = {settings.run: settings.parent and settings.parent.run for settings in missing}
@@ -95,6 +92,7 @@ def describe(store: Store, profile: str, planned: list[Planned], data: str) -> d
         "results": str(store.folder.parent.resolve()),
         "data": data and str(Path(data).resolve()),
         "gpu": profile in _ON_GPU,
+        # on a cluster each run is a job
         "needs": {run: [parent] for run, parent in runs.items() if parent in runs},
         "train": list(runs),
         "latency": ["nets"] if waiting else [],
@@ -114,14 +112,14 @@ def _require_executor(name: str) -> None:
 def _locally(stage: Path, batch: dict[str, Any], count: int) -> bool:
     """Do each kind of job in forks, to import all only once; return whether one failed."""
     torch.set_num_threads(1)  # a pool of threads would not outlive the fork
-    context, shown = get_context("fork"), set()
+    context = get_context("fork")
     for kind in _KINDS:
         jobs = min(1 if batch["gpu"] and kind == "train" else count, len(batch[kind]))
         words = (kind, _untaken(batch[kind], stage), stage)
         forks = [context.Process(target=do_job, args=words) for _ in range(jobs)]
         for fork in forks:
             fork.start()
-        _show_ready(stage, batch, shown, lambda forks=forks: any(fork.is_alive() for fork in forks))
+        _show_ready(stage, batch, lambda forks=forks: any(fork.is_alive() for fork in forks))
         if any(fork.exitcode for fork in forks):
             return True
     return False
@@ -139,7 +137,7 @@ def _snakemake(stage: Path, batch: dict[str, Any], count: int, executor: str) ->
         streams = {"stdout": log, "stderr": subprocess.STDOUT, "start_new_session": True}
         process = subprocess.Popen(command, **streams)
         try:
-            _show_ready(stage, batch, set(), lambda: process.poll() is None)
+            _show_ready(stage, batch, lambda: process.poll() is None)
         except KeyboardInterrupt:
             process.send_signal(signal.SIGINT)
             process.wait()
@@ -147,20 +145,17 @@ def _snakemake(stage: Path, batch: dict[str, Any], count: int, executor: str) ->
     return process.returncode != 0
 
 
-def _show_ready(
-    stage: Path, batch: dict[str, Any], shown: set[Path], going: Callable[[], bool]
-) -> None:
+def _show_ready(stage: Path, batch: dict[str, Any], going: Callable[[], bool]) -> None:
     """While jobs are `going`, print on stderr the runs and notebooks that get ready."""
     goes = True
     while goes:
         time.sleep(0.1)
         goes = going()
-        ready = sorted({*stage.glob("*.ready")} - shown, key=lambda path: path.stat().st_mtime)
-        for path in ready:
-            shown.add(path)
-            kind, name = path.name.removesuffix(".ready").split(".", 1)
-            number = len([other for other in shown if other.name.startswith(f"{kind}.")])
+        for path in sorted(stage.glob("*.ready"), key=lambda path: path.stat().st_mtime):
+            kind, name = path.stem.split(".", 1)
             said = path.read_text(encoding="utf-8") or name
+            path.rename(path.with_suffix(".shown"))
+            number = len(list(stage.glob(f"{kind}.*.shown")))
             print(f"{kind} {number}/{len(batch[kind])} {said}", file=sys.stderr, flush=True)
 
 
