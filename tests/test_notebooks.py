@@ -69,7 +69,7 @@ def _code(paper):
 
 def _said(paper, monkeypatch):
     """The notebook's sentences on the committed records of cpu, each with how it is made again."""
-    found, study = [], Session(paper, "cpu", results=ROOT / "results", show=False)
+    found, study = [], Session(paper, "cpu", results=ROOT / "results")
 
     def says(self, *words, **what):
         made = sentences.says(self.store, self.planned, self.card, *words, **what)

@@ -3,7 +3,6 @@
 import contextlib
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ from tqdm.auto import tqdm
 
 from prunestudy import datasets, measure, models, shrink
 from prunestudy.errors import InputError, require, require_one_of
-from prunestudy.papers import Card, card
+from prunestudy.papers import card
 from prunestudy.study import sentences, tables, verdicts
 from prunestudy.study.plan import Planned, plan
 from prunestudy.study.records import Store
@@ -27,12 +26,11 @@ if TYPE_CHECKING:
 # From this sparsity on, compressed rows are faster than a dense layer (see the bench).
 _CSR_FROM = 0.8
 # The parameters of every notebook; names of other values of plain types are refused.
-_PARAMETERS = {"profile": str, "seeds": int, "epochs": int, "results": str, "data": str}
-_PARAMETERS |= {"device": str}
+_PARAMETERS = dict.fromkeys(("profile", "results", "data", "device"), str)
+_PARAMETERS |= {"seeds": int, "epochs": int}
 _PLAIN = (str, int, float, bool, list, dict, type(None))
 
 
-@dataclass
 class Session:
     """One paper in one profile.
 
@@ -40,27 +38,23 @@ class Session:
     "custom", so that they never mix with the study's own.
     """
 
-    paper: str
-    profile: str = "quick"
-    seeds: int = 0
-    epochs: int = 0
-    results: str | Path = ""
-    data: str | Path = ""
-    device: str = "auto"
-    show: bool = True
-    card: Card = field(init=False)
-    planned: list[Planned] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.card = card(self.paper)
-        self.planned = plan(self.profile, (self.paper,), self.seeds, self.epochs)
-        small = self.seeds or self.epochs
-        store = Store("custom" if small else self.profile, self.results)
-        self.runner = Runner(store, self.data, self.device)
-        self.store = self.runner.store  # of the device that the runs are on
+    def __init__(
+        self,
+        paper: str,
+        profile: str = "quick",
+        seeds: int = 0,
+        epochs: int = 0,
+        results: str | Path = "",
+        data: str | Path = "",
+        device: str = "auto",
+    ) -> None:
+        self.paper, self.profile, self.seeds, self.epochs = paper, profile, seeds, epochs
+        self.card, planned = card(paper), plan(profile, (paper,), seeds, epochs)
+        store = Store("custom" if seeds or epochs else profile, results)
+        self.runner = Runner(store, data, device)
+        self.store = store = self.runner.store  # of the device that the runs are on
         # Of a search only what is there: it is trained when asked for.
-        read = self.store.read
-        self.planned = [p for p in self.planned if p.purpose != "search" or read(p.settings)]
+        self.planned = [p for p in planned if p.purpose != "search" or store.read(p.settings)]
 
     @classmethod
     def of(cls, paper: str, space: Mapping[str, Any]) -> "Session":
@@ -70,9 +64,8 @@ class Session:
         line for one that there is not, and for a value of another type.
         """
         plain = {name for name, value in space.items() if type(value) in _PLAIN}
-        for name in sorted(plain - {"In", "Out"}):
-            if not name.startswith("_"):
-                require_one_of("parameter", name, _PARAMETERS)
+        for name in sorted(name for name in plain - {"In", "Out"} if not name.startswith("_")):
+            require_one_of("parameter", name, _PARAMETERS)
         for name, kind in _PARAMETERS.items():
             value = space.get(name)
             require(type(value) is kind, f"parameter {name}", value, f"of type {kind.__name__}")
@@ -84,7 +77,7 @@ class Session:
     def run(self) -> None:
         """Train what is missing, and say how much that was."""
         missing = [p for p in self.planned if self.store.read(p.settings) is None]
-        bar = tqdm(missing, disable=not (self.show and missing), desc="runs", unit="run")
+        bar = tqdm(missing, disable=not missing, desc="runs", unit="run")
         for item in bar:
             bar.set_postfix_str(item.settings.run)
             self.runner.ensure(item.settings)
