@@ -67,10 +67,7 @@ def _serve(connection_file: str, parent: int) -> None:
 
 
 def run_cells(notebook: Any) -> None:
-    """Execute `notebook` in place, on a kernel of its own.
-
-    Raises `InputError` where a cell fails or the kernel dies.
-    """
+    """Execute `notebook` in place; `InputError` where a cell fails or the kernel dies."""
     with tempfile.TemporaryDirectory() as folder:
         client = NotebookClient(notebook, km=_Kernel(folder))
         try:

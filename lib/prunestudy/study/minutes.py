@@ -27,10 +27,7 @@ from prunestudy.train import Steps, gang
 def study(
     store: Store, planned: list[Planned], data: str, minutes: float, size: int, kind: str = "cuda"
 ) -> Iterator[str]:
-    """Train what is missing on a device of `kind`, collect it, write gpu.md; yield a log.
-
-    Raises `InputError` for settings and data that cannot be used, and where there is no device.
-    """
+    """Train what is missing on a device of `kind`, collect it, write gpu.md; yield a log."""
     require(minutes > 0, "minutes", minutes, "above 0")
     require(1 <= size <= 64, "gang", size, "1 to 64 runs at a time")
     device_of(kind)
@@ -41,12 +38,10 @@ def study(
 
 
 def page(store: Store, planned: list[Planned]) -> Iterator[str]:
-    """Write gpu.md, a summary of the records of `planned` in `store`; yield a log.
-
-    Only copies of CIFAR-10 that have records count, if any has.
-    """
+    """Write gpu.md, a summary of the records of `planned` in `store`; yield a log."""
     settings, path = {i.settings.run: i.settings for i in planned}, store.folder / "gpu.md"
     made = [record for each in settings.values() if (record := store.read(each))]
+    # Of the copies of CIFAR-10 those count that have records, if any has.
     found = {record["settings"]["dataset"] for record in made}
     planned = [item for item in planned if not made or item.settings.dataset in found]
     done = f"{len(made)} of {len({item.settings.run for item in planned})} runs are done"
@@ -70,16 +65,14 @@ def here(planned: list[Planned], data: str) -> list[Planned]:
 
 
 def in_order(planned: list[Planned]) -> list[RunSettings]:
-    """The runs of `planned`, each once: by net and seed, then in turns through the papers.
-
-    Behind the others of their seed are those that search before they train, which holds up all.
-    """
+    """The runs of `planned`, each once: by net and seed, then in turns through the papers."""
     nets = list(dict.fromkeys(item.settings.model for item in planned))
     counts: Counter[Any] = Counter()
     places: dict[str, tuple[int, int, bool, int]] = {}
     for item in planned:
         settings, net = item.settings, nets.index(item.settings.model)
         counts[item.paper, net, settings.seed] += 1
+        # A search before the training holds up all others: behind those of its seed.
         searches = issubclass(methods.method_class(settings.method), Search)
         place = net, settings.seed, searches, counts[item.paper, net, settings.seed]
         places[settings.run] = min(place, places.get(settings.run, place))

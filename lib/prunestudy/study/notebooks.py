@@ -24,10 +24,7 @@ def executed(store: Store, paper: str) -> Path:
 
 
 def stamp(store: Store, profile: str, paper: str, cells: list[Any]) -> dict[str, str]:
-    """Digests of an executed notebook's `cells`, and of what they were made from.
-
-    That is the source and the records: the paper's, or for the overview those of all papers.
-    """
+    """Digests of the executed `cells`, the source, and the records: the paper's, or all papers'."""
     planned = plan(profile, (paper,) if card(paper).is_paper else ())
     records = {run: store.at(store.place(run)) for run in (p.settings.run for p in planned)}
     lines = {run: record and line_of(record) for run, record in records.items()}

@@ -27,10 +27,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """Git commit of the checkout, "-dirty" when its library differs.
-
-    Outside git what PRUNESTUDY_COMMIT says, else "unknown".
-    """
+    """Commit of the checkout, "-dirty" if its library differs; else PRUNESTUDY_COMMIT, "unknown"."""
     head = _once("rev-parse", "HEAD") or os.environ.get("PRUNESTUDY_COMMIT") or "unknown"
     dirty = _once("status", "--porcelain", "--", "lib", "pyproject.toml")
     return f"{head}-dirty" if dirty else head

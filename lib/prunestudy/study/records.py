@@ -127,30 +127,28 @@ class Store:
 
     def trained(self, name: str) -> dict[str, Any] | None:
         """The record that training here left under `name`, or None."""
+        path = self._own(name)
         try:
-            with open(f"{self.runs}/{name}/record.json", "rb") as file:  # noqa: PTH123 (faster)
-                text = file.read().decode("utf-8", errors="replace")
+            text = path.read_bytes().decode("utf-8", errors="replace")
         except FileNotFoundError:
             return None
-        record = lines.parse(text.removesuffix("\n"), self._own(name))
+        record = lines.parse(text.removesuffix("\n"), path)
         if place(record) != name:
-            raise refusal(name, f"is that of another run, {record['run']},", self._own(name))
+            raise refusal(name, f"is that of another run, {record['run']},", path)
         return record
 
-    def require_same(
-        self, record: dict[str, Any], settings: dict[str, Any], fingerprint: str
-    ) -> None:
-        """Raise `InputError` if `record` of this store was made with other settings or data."""
+    def require_same(self, record: dict[str, Any], settings: dict[str, Any], data: str) -> None:
+        """Raise `InputError` if `record` of this store was made with other settings or `data`."""
         # A setting that is newer than the record has its default: the name is the same.
         if record["settings"] != settings and name_of(record["settings"]) != name_of(settings):
             why = "was made with other settings"
-        elif fingerprint not in ("", record["data"]["fingerprint"]):
+        elif data not in ("", record["data"]["fingerprint"]):
             why = "was made from other data"
         else:
             return
-        name = place(record)
-        stored = name in read_lines(self.collected)
-        raise refusal(record["run"], why, self.collected if stored else self._own(name))
+        stored = place(record) in read_lines(self.collected)
+        where = self.collected if stored else self._own(place(record))
+        raise refusal(record["run"], why, where)
 
     def history(self, run: str) -> list[dict[str, Any]]:
         """Rows of the run's history, one per epoch; NaN where a number is missing."""
@@ -161,14 +159,11 @@ class Store:
     # --- files
 
     def arrays(self, run: str) -> dict[str, np.ndarray]:
-        """Arrays of `run` for figures: all where it was trained, elsewhere those that are drawn.
-
-        Raises `InputError` if they are missing or not those of its record.
-        """
+        """Arrays of `run` for figures: all where it was trained, elsewhere those that are drawn."""
         return self.arrays_of(self.require(run))
 
     def arrays_of(self, record: dict[str, Any]) -> dict[str, np.ndarray]:
-        """Arrays of the run of `record`, as `arrays` does."""
+        """Those of the run of `record`; `InputError` if they are missing or not as it says."""
         name, digests = place(record), record["files"]["arrays"]
         own, packed = self.runs / name / "arrays.safetensors", {}
         for path in (self.folder / "arrays").glob("*.safetensors"):
@@ -186,10 +181,9 @@ class Store:
     def has(self, run: str, *kinds: str) -> bool:
         """Whether those files ("arrays", "weights") of `run` are here, and as its record says."""
         record, folder = self.trained(self.place(run)), self.path(run)
-        return record is not None and all(
-            lines.noted(read_arrays(folder / f"{kind}.safetensors"), kind) == record["files"][kind]
-            for kind in kinds
-        )
+        files = {kind: read_arrays(folder / f"{kind}.safetensors") for kind in kinds}
+        noted = {kind: lines.noted(arrays, kind) for kind, arrays in files.items()}
+        return record is not None and noted.items() <= record["files"].items()
 
     def require_weights(self, run: str) -> Path:
         """Return the file of the finished net of `run`; `InputError` unless it is unharmed."""
@@ -209,12 +203,10 @@ class Store:
         files = {"arrays": arrays, "weights": read_arrays(weights)}
         record["files"] = {kind: lines.noted(found, kind) for kind, found in files.items()}
         line, before = lines.line_of(record), self.trained(place(record))
-        if before is not None:
+        if before:
             for key in lines.changed(before, json.loads(line)):
-                why = f"trained again, it did not reproduce its {key}"
-                raise InputError(
-                    f"record = {record['run']}: {why}; delete {folder} to accept the new one"
-                )
+                why = f"record = {record['run']}: trained again, it did not reproduce its {key}"
+                raise InputError(f"{why}; delete {folder} to accept the new one")
             line = lines.line_of(before)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)

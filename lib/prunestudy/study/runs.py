@@ -30,7 +30,7 @@ def device_of(name: str = "auto") -> torch.device:
 
 
 def stored_net(path: Path) -> tuple[nn.Module, tuple[int, int, int]]:
-    """Return the net that a run left in `path`, and the (channels, height, width) of its images.
+    """The net that a run left in `path`, and (channels, height, width) of its images.
 
     Raises `InputError` for a file that `shrink.load` refuses, or that no run wrote.
     """

@@ -105,10 +105,7 @@ class Session:
     def measured(
         self, methods: Iterable[str], quantities: Sequence[sentences.Quantity]
     ) -> pd.DataFrame:
-        """Means of `quantities` over the seeds that have them, a row for each setting; for people.
-
-        `methods` are labels of the card, as for `says`.
-        """
+        """Means of `quantities` over seeds: a row for each setting of `methods`, as for `says`."""
         each = (sentences.measured(self.store, self.planned, m, quantities) for m in methods)
         rows = list(itertools.chain.from_iterable(each))
         names = [of.name for of in quantities] if rows else None  # the profile may have none
@@ -124,10 +121,7 @@ class Session:
         return drawn
 
     def find(self, method: str, target: float | None, **where: Any) -> RunSettings:
-        """The first planned run of `method` at `target`, with settings `where`.
-
-        Raises `InputError` if there is none.
-        """
+        """The first planned run of `method` at `target` with settings `where`, or `InputError`."""
         wanted = {"method": method} | where
         for item in self.planned:
             s, value = item.settings, item.settings.target and item.settings.target.value

@@ -105,7 +105,22 @@ def resolve(
     there = models.has_pretrained(model) and not parent
     allowed = "for a run without a parent, of a net that torchvision has weights of"
     require(there or not pretrained, "pretrained", pretrained, allowed)
-    _require_fit(settings, known)
+    fits = (models.task_of(model) == "segment") == known.masks
+    allowed = f"{known.name} has {'masks' if known.masks else 'one label an image'}"
+    require(fits, "model", model, allowed)
+    built = method_of(settings)
+    try:
+        net = dense_net(model, known)
+    except InputError as error:
+        raise InputError(f"model = {model!r}: not for {known.name}: {error}") from None
+    built.check(net)
+    recipe, side, total = settings.recipe, min(known.height, known.width), known.train_images
+    held_out, size, left = settings.validation, recipe.batch_size, total - settings.validation
+    require(recipe.shift < side, "shift", recipe.shift, f"below {side}, the images' size in pixels")
+    require(left > 0, "validation", held_out, f"below {total}, the training images")
+    require(size <= left, "batch_size", size, f"at most {left}, the training images left")
+    allowed = f"at most {size}, the images of a batch"
+    require(recipe.pieces <= size, "pieces", recipe.pieces, allowed)
     return settings
 
 
@@ -160,25 +175,3 @@ def method_of(settings: RunSettings) -> methods.Method:
     """The method of a run, as its settings say."""
     target = (settings.target.value, settings.target.kind) if settings.target else ()
     return methods.build(settings.method, settings.params, *target)
-
-
-def _require_fit(settings: RunSettings, known: datasets.DatasetInfo) -> None:
-    """Refuse a net that cannot take these images, a method that cannot take the net, and so on."""
-    fits = (models.task_of(settings.model) == "segment") == known.masks
-    allowed = f"{known.name} has {'masks' if known.masks else 'one label an image'}"
-    require(fits, "model", settings.model, allowed)
-    method = method_of(settings)
-    try:
-        net = dense_net(settings.model, known)
-    except InputError as error:
-        raise InputError(f"model = {settings.model!r}: not for {known.name}: {error}") from None
-    method.check(net)
-    recipe, side, total = settings.recipe, min(known.height, known.width), known.train_images
-    held_out, size = settings.validation, recipe.batch_size
-    left = total - held_out
-    require(recipe.shift < side, "shift", recipe.shift, f"below {side}, the images' size in pixels")
-    require(left > 0, "validation", held_out, f"below {total}, the training images")
-    require(size <= left, "batch_size", size, f"at most {left}, the training images left")
-    require(
-        recipe.pieces <= size, "pieces", recipe.pieces, f"at most {size}, the images of a batch"
-    )
