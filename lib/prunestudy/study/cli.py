@@ -8,6 +8,8 @@ import signal
 import sys
 from typing import Any
 
+import psutil
+
 import prunestudy
 from prunestudy.errors import InputError, require
 
@@ -54,8 +56,6 @@ def _refuse(line: str, code: int = 2) -> int:
 
 
 def _end_children() -> None:
-    import psutil
-
     children = psutil.Process().children(recursive=True)
     for end in (psutil.Process.terminate, psutil.Process.kill):
         for child in children:

@@ -219,8 +219,7 @@ def do_compare(a: Namespace) -> None:
 def differences(store: Store, a: str, b: str) -> pd.DataFrame:
     """A column each for runs `a` and `b`, a row for all that differs; "-" for what one lacks.
 
-    The index is dotted paths such as `settings.recipe.lr`; the last row says at which epoch the
-    two histories part. Raises `InputError` for a record that is missing or damaged.
+    The last row says at which epoch the two histories part.
     """
     # What identifies a run and its files always differs.
     parts = ("settings", "data", "environment", "status", "validation", "metrics", "cost")

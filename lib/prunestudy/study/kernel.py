@@ -44,7 +44,7 @@ class _Kernel:
     async def is_alive(self) -> bool:
         return self.process.is_alive()
 
-    def shutdown_kernel(self, now: bool = True) -> None:  # noqa: ARG002 (nothing is lost)
+    def shutdown_kernel(self, **_: bool) -> None:
         self.process.kill()
         self.process.join()
 

@@ -19,7 +19,7 @@ from prunestudy.study.collect import collect
 from prunestudy.study.lines import write_text
 from prunestudy.study.plan import Planned
 from prunestudy.study.records import Store
-from prunestudy.study.runs import Runner, device_of
+from prunestudy.study.runs import Runner
 from prunestudy.study.settings import RunSettings
 from prunestudy.train import Steps, gang
 
@@ -30,7 +30,6 @@ def study(
     """Train what is missing on a device of `kind`, collect it, write gpu.md; yield a log."""
     require(minutes > 0, "minutes", minutes, "above 0")
     require(1 <= size <= 64, "gang", size, "1 to 64 runs at a time")
-    device_of(kind)
     runner, planned = Runner(store, data, kind), here(planned, data)
     run(runner, planned, minutes, size)
     yield from collect(store.folder.name, results=store.folder.parent)

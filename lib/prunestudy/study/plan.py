@@ -44,7 +44,7 @@ def plan(
     any; 0 leaves what the card says. Raises `InputError` for unknown names and negative numbers.
     """
     require_one_of("profile", profile, PROFILES)
-    for name, value in (("seeds", seeds), ("epochs", epochs)):
+    for name, value in {"seeds": seeds, "epochs": epochs}.items():
         require(value >= 0, name, value, "0 (as the card says) or more")
     chosen = [card(name) for name in dict.fromkeys(papers)] or list(cards())
     sizes = {paper.id: paper.profiles[profile] for paper in chosen if profile in paper.profiles}
@@ -62,8 +62,7 @@ def plan(
 def _of_experiment(
     paper: str, size: Profile, experiment: Experiment, seeds: int, epochs: int
 ) -> list[Planned]:
-    names = ("dataset", "model", "validation")
-    common = {name: getattr(experiment, name) for name in names} | {
+    common = experiment.model_dump(include={"dataset", "model", "validation"}) | {
         "precision": experiment.precision or size.precision,
         "threads": size.threads,
         "evaluate": "validation" if experiment.purpose == "search" else "test",
@@ -77,15 +76,14 @@ def _of_experiment(
     runs: dict[tuple[str, str], Planned] = {}
     for entry in experiment.methods:
         after = experiment.entry(entry.after).method if entry.after else ""
-        own = {"method": entry.method, "params": entry.params}
-        own |= {"recipe": _recipe(experiment, entry, epochs)}
+        recipe = _recipe(experiment, entry, epochs)
+        own = {"method": entry.method, "params": entry.params, "recipe": recipe}
         parents, targets = {} if entry.fresh else starts, _targets(experiment, entry)
         for target in targets:
             if after:
                 before = (entry.after, entry.after_target or target)
-                require(
-                    before in trained, "after_target", before[1], f"a target of {entry.after!r}"
-                )
+                allowed = f"a target of {entry.after!r}"
+                require(before in trained, "after_target", before[1], allowed)
                 parents = trained[before]
             if methods.method_class(entry.method).counts:
                 kind = entry.target_kind or experiment.target_kind
@@ -142,8 +140,8 @@ def _sized(recipe: RunRecipe, epochs: int) -> RunRecipe:
 
 def _recipe(experiment: Experiment, entry: Entry, epochs: int) -> RunRecipe:
     recipe, start = _sized(experiment.recipe, epochs), experiment.start
-    own: dict[str, Any] = {"lr": entry.lr, "weight_decay": entry.weight_decay}
-    own["epochs"] = entry.epochs and (epochs or entry.epochs)
+    own: dict[str, Any] = {"epochs": entry.epochs and (epochs or entry.epochs)}
+    own |= {"lr": entry.lr, "weight_decay": entry.weight_decay}
     own = {name: value for name, value in own.items() if value is not None}
     fresh = entry.fresh or methods.method_class(entry.method).from_scratch
     if start and fresh and entry.epochs is None:

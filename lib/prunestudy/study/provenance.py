@@ -27,7 +27,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """Commit of the checkout, "-dirty" if its library differs; else PRUNESTUDY_COMMIT, "unknown"."""
+    """Commit of the checkout, "-dirty" if its library differs; else PRUNESTUDY_COMMIT's."""
     head = _once("rev-parse", "HEAD") or os.environ.get("PRUNESTUDY_COMMIT") or "unknown"
     dirty = _once("status", "--porcelain", "--", "lib", "pyproject.toml")
     return f"{head}-dirty" if dirty else head

@@ -115,9 +115,8 @@ class Runner:
                 metrics["kept_scale"] = measure.kept_scale(made.model, start)
                 arrays |= measure.kept_sample(made.model, start)
         weights = work / "weights.safetensors"
-        sizes = " ".join(map(str, (*shape, num_classes)))
-        about, like = {"factory": settings.model, "sizes": sizes}, job.dense
-        shrink.save(made.model, weights, like=like, about=about)
+        about = {"factory": settings.model, "sizes": " ".join(map(str, (*shape, num_classes)))}
+        shrink.save(made.model, weights, like=job.dense, about=about)
         if made.status == "done":
             metrics["bytes"] = weights.stat().st_size
         record = job.record(made, metrics, time.perf_counter() - started)
