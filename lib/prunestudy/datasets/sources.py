@@ -27,7 +27,7 @@ _DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 _DIGITS_SEED = _VALIDATION_SEED = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ImageSet:
     """Images and their labels, in memory or on disk.
 

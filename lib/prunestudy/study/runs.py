@@ -129,7 +129,7 @@ def _data(name: str, root: str, _: str) -> datasets.Dataset:
     return datasets.load(name, root)
 
 
-_split_once = functools.lru_cache(maxsize=2)(datasets.split)
+_split = functools.lru_cache(maxsize=2)(datasets.split)  # it copies all images
 
 
 class _Job:
@@ -140,9 +140,7 @@ class _Job:
         self.dense = dense_net(settings.model, self.info)
         task = models.task_of(settings.model)
         self.task = measure.task(task, self.info.mean, self.info.std)
-        # It copies all images: once, where they are in memory.
-        split = _split_once if isinstance(data.train.images, torch.Tensor) else datasets.split
-        self.held_in, self.held_out = split(data.train, settings.validation)
+        self.held_in, self.held_out = _split(data.train, settings.validation)
 
     def training(self, model: nn.Module, checkpoint: Path, show: bool) -> Steps[Result]:
         settings, info, recipe = self.settings, self.info, self.settings.recipe

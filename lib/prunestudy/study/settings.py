@@ -12,13 +12,14 @@ from pydantic import Field
 from prunestudy import datasets, measure, methods, models
 from prunestudy.errors import InputError, require, require_one_of
 from prunestudy.papers import RunRecipe
+from prunestudy.papers.claims import TargetKind
 from prunestudy.values import Values, checked
 
 
 class Target(Values):
     """How much to remove: `value` is the share removed of what `kind` counts."""
 
-    kind: Literal["sparsity", "macs", "parameters", "rank", "energy"]
+    kind: TargetKind
     value: Annotated[float, Field(gt=0, lt=1)]
 
 
