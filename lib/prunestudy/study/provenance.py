@@ -14,6 +14,7 @@ from prunestudy import places
 from prunestudy.papers.claims import rules_of
 
 
+@cache
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions, the device's name, the commit, and the hash of the library's files in it."""
     packages = ("prunestudy", "torch", "torchvision", "numpy", "ptflops")
@@ -22,14 +23,15 @@ def environment(device: torch.device) -> dict[str, Any]:
         **{name: version(name) for name in packages},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "commit": commit(),
-        "tree": _once("rev-parse", "HEAD:lib/prunestudy"),
+        "tree": _git(places.checkout(), "rev-parse", "HEAD:lib/prunestudy"),
     }
 
 
 def commit() -> str:
     """Commit of the checkout, "-dirty" if its library differs; else PRUNESTUDY_COMMIT's."""
-    head = _once("rev-parse", "HEAD") or os.environ.get("PRUNESTUDY_COMMIT") or "unknown"
-    dirty = _once("status", "--porcelain", "--", "lib", "pyproject.toml")
+    folder = places.checkout()
+    head = _git(folder, "rev-parse", "HEAD") or os.environ.get("PRUNESTUDY_COMMIT") or "unknown"
+    dirty = _git(folder, "status", "--porcelain", "--", "lib", "pyproject.toml")
     return f"{head}-dirty" if dirty else head
 
 
@@ -55,14 +57,10 @@ def is_before(checkout: Path, old: str, new: str) -> bool:
     return bool(old) and _git(checkout, "merge-base", old, new.removesuffix("-dirty")) == old
 
 
-@cache
-def _once(*words: str) -> str:
-    folder = places.checkout()
-    return _git(folder, *words) if folder else ""
-
-
-def _git(checkout: Path, *words: str) -> str:
-    """What git prints; "" where it fails or is not installed."""
+def _git(checkout: Path | None, *words: str) -> str:
+    """What git prints; "" where it fails, or there is no git or checkout."""
+    if not checkout:
+        return ""
     command = ["git", "-C", str(checkout), *words]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
