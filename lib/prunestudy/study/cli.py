@@ -72,7 +72,7 @@ class _OneLine(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _OneLine(prog="prunestudy", description="A study of neural network pruning.")
     parser.add_argument("--version", action="version", version=prunestudy.__version__)
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_OneLine)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, (text, takes) in _COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         for argument in f"{takes} --results".split():

@@ -69,7 +69,7 @@ class Session:
         for name, kind in _PARAMETERS.items():
             value = space.get(name)
             require(type(value) is kind, f"parameter {name}", value, f"of type {kind.__name__}")
-        from prunestudy.study import figures  # late: it imports this
+        from prunestudy.study import figures  # late: it imports all that draws
 
         figures.style()
         return cls(paper, **{name: space[name] for name in _PARAMETERS})
@@ -113,7 +113,7 @@ class Session:
 
     def figure(self, name: str, drawn: "Figure") -> "Figure":
         """Save `drawn` under the paper's name and return it."""
-        from prunestudy.study import figures  # late: it imports this
+        from prunestudy.study import figures  # late: it imports all that draws
 
         path = self.store.folder / "figures" / f"{self.paper}_{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
