@@ -32,8 +32,6 @@ from prunestudy.study.records import Store
 from prunestudy.study.runs import Runner
 from prunestudy.study.session import is_untimed, measure_latency
 
-_SNAKEFILE = Path(__file__).with_name("Snakefile")
-_ON_GPU = ("gpu", "paper")  # profiles; of these one run is trained at a time
 _KINDS = ("train", "latency", "notebooks")  # of jobs, in order
 
 
@@ -91,7 +89,7 @@ def describe(store: Store, profile: str, planned: list[Planned], data: str) -> d
         "datasets": sorted({settings.dataset for settings in missing}),
         "results": str(store.folder.parent.resolve()),
         "data": data and str(Path(data).resolve()),
-        "gpu": profile in _ON_GPU,
+        "gpu": profile in ("gpu", "paper"),  # one run is trained at a time
         # on a cluster each run is a job
         "needs": {run: [parent] for run, parent in runs.items() if parent in runs},
         "train": list(runs),
@@ -128,9 +126,9 @@ def _locally(stage: Path, batch: dict[str, Any], count: int) -> bool:
 def _snakemake(stage: Path, batch: dict[str, Any], count: int, executor: str) -> bool:
     """Let Snakemake do the jobs on a cluster; return whether one failed."""
     own = (places.checkout() or Path()) / "profiles" / executor
-    command = [sys.executable, "-m", "snakemake", "--snakefile", str(_SNAKEFILE), "--nolock"]
-    command += ["--directory", str(stage), "--keep-going", "--quiet", "all"]
-    command += ["--executor", executor, "--jobs", str(count)]
+    command = [sys.executable, "-m", "snakemake", "--nolock", "--keep-going", "--quiet", "all"]
+    command += ["--snakefile", str(Path(__file__).with_name("Snakefile"))]
+    command += ["--directory", str(stage), "--executor", executor, "--jobs", str(count)]
     command += ["--workflow-profile", str(own)] if own.is_dir() else []
     with (stage / "log").open("a") as log:
         # It cancels its jobs itself, so it must see a Ctrl-C once: the one that we send.

@@ -17,8 +17,6 @@ from nbclient.exceptions import CellExecutionError, DeadKernelError
 from prunestudy.errors import InputError
 from prunestudy.study.figures import groups, overview, papers  # noqa: F401 (all notebooks do)
 
-_BACKEND = "module://matplotlib_inline.backend_inline"
-
 
 class _Kernel:
     """A fork of this process that runs cells, with what nbclient asks of a kernel's manager."""
@@ -62,7 +60,8 @@ def _serve(connection_file: str, parent: int) -> None:
     torch.set_num_threads(1)  # a pool of threads does not outlive the fork
     torch.manual_seed(0)  # cells that draw without a seed of their own draw the same each time
     mpl.rcdefaults()
-    mpl.rcParams["backend"] = os.environ["MPLBACKEND"] = _BACKEND
+    backend = "module://matplotlib_inline.backend_inline"
+    mpl.rcParams["backend"] = os.environ["MPLBACKEND"] = backend
     IPKernelApp.launch_instance(["-f", connection_file], parent_handle=parent)
 
 
