@@ -385,7 +385,7 @@ def test_methods_that_a_profile_has_at_a_target_are_found():
 def test_a_run_that_experiments_share_is_timed_once(runner, store, monkeypatch):
     settings = child_run("magnitude", 0.9)
     runner.ensure(settings)
-    items = [Planned("toy", name, "results", "", settings) for name in ("one", "two")]
+    items = [Planned("toy", name, "results", settings) for name in ("one", "two")]
     timed = []
     monkeypatch.setattr(session, "_milliseconds", lambda _, s, rounds: timed.append(s.run) or {})
     assert session.measure_latency(store, items) == 1

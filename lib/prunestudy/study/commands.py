@@ -40,7 +40,7 @@ def _planned(a: Namespace) -> list[Planned]:
     store = _store(a)
     found = (json.dumps(store.require(name)["settings"]) for name in store.names())
     own = map(RunSettings.model_validate_json, found)
-    return [Planned("custom", "train", "results", "", settings) for settings in own]
+    return [Planned("custom", "train", "results", settings) for settings in own]
 
 
 def _choose(begins: str, names: Iterable[str], store: Store) -> str:

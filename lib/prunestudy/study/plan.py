@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import pandas as pd
@@ -18,21 +19,28 @@ RATE = 3.0  # 10^12 MACs of training a second: assumed, not measured here
 class Planned:
     """A run as an experiment of a paper asks for it.
 
-    `variant` is its label for people. It says which `reading` of the method this is, at which
-    `stage` ("" an ordinary result, "start" the dense parent, "half" the beginning of a combination,
-    "fine-tuned", "combined"), and for a combination which method came before it (`after`). The
-    `first` seed of an experiment is the one that is drawn and timed.
+    It is a `reading` of the method at a `stage` ("" an ordinary result, "start" the dense parent,
+    "half" the beginning of a combination, "fine-tuned", "combined"; then another method came before
+    it, `after`). The `first` seed of an experiment is the one that is drawn and timed.
     """
 
     paper: str
     experiment: str
     purpose: str
-    variant: str
     settings: RunSettings
     reading: str = ""
     stage: str = ""
     after: str = ""
     first: bool = True
+
+    @cached_property
+    def variant(self) -> str:
+        """Its label for people: "one ranking, fine-tuned", "after GDP", "start"; or ""."""
+        stage = self.stage
+        if stage == "combined":
+            name = methods.method_class(self.after).title.split()[0]
+            stage = f"after {name if name.isupper() else self.after}"  # GDP, force
+        return ", ".join(filter(None, (self.reading, stage)))
 
 
 def plan(
@@ -93,10 +101,10 @@ def _of_experiment(
             found = [(trained[entry.label, target][seed], entry.variant, entry.stage, after)]
             if parents and not after:
                 found.insert(0, (starts[seed], "", "start", ""))
-            for settings, *words in found:
-                item = (experiment.name, experiment.purpose, _label(*words), settings, *words)
-                first = seed == seeds_of[entry.label].start
-                runs.setdefault((_label(*words), settings.run), Planned(paper, *item, first))
+            first = seed == seeds_of[entry.label].start
+            for words in found:
+                item = Planned(paper, experiment.name, experiment.purpose, *words, first)
+                runs.setdefault((item.variant, item.settings.run), item)
     return list(runs.values())
 
 
@@ -114,14 +122,6 @@ def _by_seed(
     first = resolve(**values, seed=seeds[0], parent=parents.get(seeds[0]))
     own = {seed: {"seed": seed, "parent": parents.get(seed)} for seed in seeds}
     return {seed: first.model_copy(update=update) for seed, update in own.items()}
-
-
-def _label(reading: str, stage: str, after: str) -> str:
-    """The variant: "one ranking, fine-tuned", "after GDP", "start"; "" for the default."""
-    if stage == "combined":
-        name = methods.method_class(after).title.split()[0]
-        stage = f"after {name if name.isupper() else after}"  # GDP, force
-    return ", ".join(filter(None, (reading, stage)))
 
 
 def _targets(experiment: Experiment, entry: Entry) -> tuple[float | None, ...]:
