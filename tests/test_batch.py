@@ -12,7 +12,7 @@ from conftest import NASTY, put_record, tree
 from nbclient import NotebookClient
 
 from prunestudy.errors import InputError
-from prunestudy.study import batch, notebooks
+from prunestudy.study import batch, kernel, notebooks
 from prunestudy.study.plan import plan
 from prunestudy.study.records import Store
 
@@ -143,12 +143,12 @@ def test_a_notebooks_kernel_is_as_new_as_one_of_its_own(monkeypatch):
     assert [output.output_type for output in alone] == ["stream", "display_data"]
     drawn = []
     for seed in (1, 2):
-        assert outputs_of(SPOILT, notebooks.run_cells) == []
+        assert outputs_of(SPOILT, kernel.run_cells) == []
         with torch.random.fork_rng(), mpl.rc_context({"lines.linewidth": 5}):
             torch.manual_seed(seed)
-            assert outputs_of(STATE, notebooks.run_cells) == alone
-            drawn += outputs_of("import torch; print(torch.rand(3))", notebooks.run_cells)
+            assert outputs_of(STATE, kernel.run_cells) == alone
+            drawn += outputs_of("import torch; print(torch.rand(3))", kernel.run_cells)
     assert drawn[0] == drawn[1]  # on a kernel of its own, a cell without a seed differs
     assert not hasattr(torch.Tensor, "mine")
     with pytest.raises(InputError, match="its kernel died"):
-        outputs_of("import os; os._exit(1)", notebooks.run_cells)
+        outputs_of("import os; os._exit(1)", kernel.run_cells)

@@ -9,7 +9,7 @@ from conftest import put_record, small_run, tree
 
 import prunestudy
 from prunestudy import shrink
-from prunestudy.study import batch, cli, commands, notebooks, runs
+from prunestudy.study import batch, cli, commands, kernel, runs
 from prunestudy.study.plan import plan
 from prunestudy.study.records import Store
 from prunestudy.study.runs import stored_net
@@ -42,7 +42,7 @@ def refused(call, tmp_path, monkeypatch):
         raise AssertionError("nothing may start")
 
     def run(*words, **options):
-        jobs = (batch.subprocess, "Popen"), (notebooks, "run_cells")
+        jobs = (batch.subprocess, "Popen"), (kernel, "run_cells")
         for place, name in ((runs, "pruning"), *jobs):
             monkeypatch.setattr(place, name, no)
         before = tree(tmp_path)

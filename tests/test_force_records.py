@@ -84,7 +84,7 @@ def test_a_layer_that_does_not_exist_is_refused_before_a_run_starts():
 def study(tmp_path_factory):
     """The quick profile at one seed and one epoch, trained once."""
     folder = tmp_path_factory.mktemp("results")
-    made = Session("force", "quick", seeds=1, epochs=1, results=folder, device="cpu", show=False)
+    made = Session("force", "quick", seeds=1, epochs=1, results=folder, device="cpu")
     made.run()
     return made
 
@@ -139,7 +139,7 @@ def test_ranks_stand_beside_the_published_ones_of_the_same_net():
 
 
 def test_figures_say_what_is_missing(tmp_path):
-    empty = Session("force", "quick", results=tmp_path, device="cpu", show=False)
+    empty = Session("force", "quick", results=tmp_path, device="cpu")
     nothing = drawings.ranks_table(empty.store, empty.planned)
     for draw in (
         lambda: drawings.rank_per_layer(nothing, empty.card, "convnet", "digits"),

@@ -16,7 +16,7 @@ from conftest import one_line
 from prunestudy import methods
 from prunestudy.errors import InputError
 from prunestudy.papers import cards
-from prunestudy.study import notebooks, sentences, tables
+from prunestudy.study import kernel, notebooks, sentences, tables
 from prunestudy.study.records import Store, repository
 from prunestudy.study.select import index
 from prunestudy.study.session import Session
@@ -69,7 +69,7 @@ def _code(paper):
 
 def _said(paper, monkeypatch):
     """The notebook's sentences on the committed records of cpu, each with how it is made again."""
-    found, study = [], Session(paper, "cpu", results=ROOT / "results", show=False)
+    found, study = [], Session(paper, "cpu", results=ROOT / "results")
 
     def says(self, *words, **what):
         made = sentences.says(self.store, self.planned, self.card, *words, **what)
@@ -194,7 +194,7 @@ def test_a_damaged_notebook_is_refused_and_a_damaged_copy_made_again(text, tmp_p
             execute()
         return one_line(caught)
 
-    monkeypatch.setattr(notebooks, "run_cells", run_cells)
+    monkeypatch.setattr(kernel, "run_cells", run_cells)
     assert refusal().startswith(f"notebook = {source}: not there or damaged")
     given = nbformat.v4.new_code_cell("x = 1", metadata={"tags": ["parameters"]})
     cells = [given, nbformat.v4.new_code_cell("1 / 2")]
@@ -223,9 +223,9 @@ def test_each_notebook_has_a_kernel_of_its_own_and_a_failing_cell_is_named():
         notebook = nbformat.v4.new_notebook(cells=[cell])
         if end:
             with pytest.raises(InputError, match=r"^ZeroDivisionError: division by zero$"):
-                notebooks.run_cells(notebook)
+                kernel.run_cells(notebook)
         else:
-            notebooks.run_cells(notebook)
+            kernel.run_cells(notebook)
         pids.append(int(cell.outputs[0].text))
     assert len(set(pids)) == 2
     assert not any(psutil.pid_exists(pid) for pid in pids)

@@ -642,12 +642,9 @@ def test_the_commit_is_that_of_the_checkout(monkeypatch):
     head = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     if not head:
         pytest.skip("no git checkout")
-    provenance._once.cache_clear()
     assert provenance.commit() in (head, f"{head}-dirty")
-    provenance._once.cache_clear()
     monkeypatch.setattr(provenance.places, "checkout", lambda: None)
     assert provenance.commit() == "unknown"
-    provenance._once.cache_clear()
 
 
 FOLDER = {"validation": 8, "batch_size": 8}

@@ -19,7 +19,7 @@ class _Store:
     def __init__(self, scores, **changed):
         self.scores, self.changed = scores, changed
         self.planned = [
-            Planned("sparse_gates", "e", "results", reading, self._settings(method, seed, target))
+            Planned("sparse_gates", "e", "results", self._settings(method, seed, target), reading)
             for label in scores
             for method, _, reading in [label.partition(", ")]
             for target in ([None] if method == "dense" else [0.9, 0.95])

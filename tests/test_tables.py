@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -108,13 +109,13 @@ def test_latencies_come_from_the_records(store, filled):
 
 
 def test_runs_of_a_search_are_left_out(store, filled):
-    other = [Planned(p.paper, p.experiment, "search", p.variant, p.settings) for p in filled]
+    other = [replace(item, purpose="search") for item in filled]
     assert len(tables.runs_table(store, other)) == 0
     assert compared(papers.card("toy"), other) == []
 
 
 def test_a_run_under_two_labels_is_one_row_under_the_plainer(store, filled):
-    again = [Planned(p.paper, "again", p.purpose, "other", p.settings) for p in filled]
+    again = [Planned(p.paper, "again", p.purpose, p.settings, "other") for p in filled]
     first = tables.runs_table(store, filled)
     second = tables.runs_table(store, again + filled)
     pd.testing.assert_frame_equal(first[first.variant == ""], second[second.variant == ""])

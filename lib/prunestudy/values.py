@@ -1,13 +1,11 @@
 """What a user may give as a setting or an example, and one line for what cannot be used."""
 
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from torch import Tensor, strided
 
 from prunestudy.errors import InputError, quoted, require
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 # What most settings are: a number, a share with 1 and without, a number of steps or samples.
 Positive = Annotated[float, Field(gt=0)]
@@ -56,22 +54,20 @@ def checked(kind: type[Kind], values: Any, within: str = "") -> Kind:
         raise InputError(first_wrong(error, kind, within)) from None
 
 
-def inputs(example: "Tensor | tuple[Tensor, ...]", valued: bool = False) -> "tuple[Tensor, ...]":
+def inputs(example: Tensor | tuple[Tensor, ...], valued: bool = False) -> tuple[Tensor, ...]:
     """Return the arguments of a net's forward for `example`: one input batch, or a tuple of them.
 
     Raises `InputError` unless each is a dense tensor (n, ...) with the same n of at least 1; with
     `valued` not one on the meta device, where costs are counted.
     """
-    import torch  # late: planning does without it
-
     found = tuple(example) if isinstance(example, list | tuple) else (example,)
-    tensors = [x for x in found if isinstance(x, torch.Tensor)]
-    odd = [x for x in tensors if x.layout != torch.strided or x.is_nested or (valued and x.is_meta)]
+    tensors = [x for x in found if isinstance(x, Tensor)]
+    odd = [x for x in tensors if x.layout != strided or x.is_nested or (valued and x.is_meta)]
     kind = next((f"{x.layout} tensor on {x.device}" for x in odd), "")
     require(not odd, "example", kind, "dense tensors with values")
-    batched = [isinstance(x, torch.Tensor) and x.dim() > 0 and len(x) > 0 for x in found]
+    batched = [isinstance(x, Tensor) and x.dim() > 0 and len(x) > 0 for x in found]
     right = bool(found) and all(batched) and len({len(x) for x in found}) == 1
-    shown = [tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__ for x in found]
+    shown = [tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in found]
     require(right, "example", shown, "an input batch (n, ...), or a tuple of them with the same n")
     return found
 

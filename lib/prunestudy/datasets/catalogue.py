@@ -35,6 +35,11 @@ class DatasetInfo:
     masks: bool = False
     fingerprint: str = ""
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image."""
+        return self.channels, self.height, self.width
+
 
 # Title, version, channels, height, width, classes, training images, test images.
 _SIZES = {

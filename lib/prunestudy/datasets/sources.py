@@ -21,7 +21,7 @@ _TORCHVISION |= {"cifar10": "CIFAR10", "cifar100": "CIFAR100"}
 _DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # packed, of dataset-fashion-mnist
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ImageSet:
     """Images and their labels, in memory or on disk.
 

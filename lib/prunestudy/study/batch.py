@@ -15,15 +15,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 
 from prunestudy import datasets, places
 from prunestudy.errors import InputError, require
@@ -33,8 +32,6 @@ from prunestudy.study.records import Store
 from prunestudy.study.runs import Runner
 from prunestudy.study.session import is_untimed, measure_latency
 
-_SNAKEFILE = Path(__file__).with_name("Snakefile")
-_ON_GPU = ("gpu", "paper")  # profiles; of these one run is trained at a time
 _KINDS = ("train", "latency", "notebooks")  # of jobs, in order
 
 
@@ -52,31 +49,32 @@ def run(
     require(1 <= count <= most, "jobs", count, f"1 to {most}" + ", four a core" * local)
     _require_executor(executor)
     batch = describe(store, profile, planned, data)
-    if not any(batch[kind] for kind in _KINDS):
+    if not any(map(batch.get, _KINDS)):
         return {}
+    # In the user's cache, beside Snakemake's own: executors paste its path into command lines, so
+    # that it cannot be below a results folder of any name.
+    stages = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "prunestudy"
+    plain = bool(re.fullmatch(r"[\w./+-]+", str(stages), re.ASCII))
+    require(plain, "XDG_CACHE_HOME", str(stages), "a path of letters, digits and ._/+- only")
     # Data is looked at (and downloaded) once here, not by each job.
     for name in batch["datasets"]:
-        datasets.load(name, data or None)
-    with _stage() as stage:
+        datasets.load(name, data)
+    stages.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=stages, ignore_cleanup_errors=True) as folder:
+        stage, seconds, at = Path(folder), {}, time.time()
         (stage / "batch.json").write_text(json.dumps(batch), encoding="ascii")
-        seconds, at = {}, time.time()
-        failed = (
-            _locally(stage, batch, count) if local else _snakemake(stage, batch, count, executor)
-        )
-        if failed:
+        words = stage, batch, count
+        if _locally(*words) if local else _snakemake(*words, executor):
             print((stage / "log").read_text("utf-8", "replace").rstrip(), file=sys.stderr)
             raise InputError(f"study = {profile}: a job failed, see above; finished runs are kept")
-        for kind in (kind for kind in _KINDS if batch[kind]):
-            end = max(path.stat().st_mtime for path in stage.glob(f"{kind}.*.ready"))
+        for kind in filter(batch.get, _KINDS):
+            end = max(path.stat().st_mtime for path in stage.glob(f"{kind}.*.shown"))
             seconds[kind], at = end - at, end
     return seconds
 
 
 def describe(store: Store, profile: str, planned: list[Planned], data: str) -> dict[str, Any]:
-    """What is to be done, for batch.json: runs and papers by kind of job, parents first.
-
-    On a cluster each is a job, and a run `needs` that of its parent.
-    """
+    """What is to be done, for batch.json: runs and papers by kind of job, parents first."""
     missing = [item.settings for item in planned if store.read(item.settings) is None]
     missing.sort(key=lambda settings: settings.parent is not None)  # so that no job waits long
     runs = {settings.run: settings.parent and settings.parent.run for settings in missing}
@@ -91,7 +89,8 @@ def describe(store: Store, profile: str, planned: list[Planned], data: str) -> d
         "datasets": sorted({settings.dataset for settings in missing}),
         "results": str(store.folder.parent.resolve()),
         "data": data and str(Path(data).resolve()),
-        "gpu": profile in _ON_GPU,
+        "gpu": profile in ("gpu", "paper"),  # one run is trained at a time
+        # on a cluster each run is a job
         "needs": {run: [parent] for run, parent in runs.items() if parent in runs},
         "train": list(runs),
         "latency": ["nets"] if waiting else [],
@@ -109,19 +108,16 @@ def _require_executor(name: str) -> None:
 
 
 def _locally(stage: Path, batch: dict[str, Any], count: int) -> bool:
-    """Do each kind of job in forks, to import all only once; return whether one failed.
-
-    The forks share what is to be done: each takes the next one that is free.
-    """
+    """Do each kind of job in forks, to import all only once; return whether one failed."""
     torch.set_num_threads(1)  # a pool of threads would not outlive the fork
-    context, shown = get_context("fork"), set()
+    context = get_context("fork")
     for kind in _KINDS:
         jobs = min(1 if batch["gpu"] and kind == "train" else count, len(batch[kind]))
-        words = (kind, batch[kind], stage)
+        words = (kind, _untaken(batch[kind], stage), stage)
         forks = [context.Process(target=do_job, args=words) for _ in range(jobs)]
         for fork in forks:
             fork.start()
-        _show_ready(stage, batch, shown, lambda forks=forks: any(fork.is_alive() for fork in forks))
+        _show_ready(stage, batch, lambda forks=forks: any(fork.is_alive() for fork in forks))
         if any(fork.exitcode for fork in forks):
             return True
     return False
@@ -130,16 +126,16 @@ def _locally(stage: Path, batch: dict[str, Any], count: int) -> bool:
 def _snakemake(stage: Path, batch: dict[str, Any], count: int, executor: str) -> bool:
     """Let Snakemake do the jobs on a cluster; return whether one failed."""
     own = (places.checkout() or Path()) / "profiles" / executor
-    command = [sys.executable, "-m", "snakemake", "--snakefile", str(_SNAKEFILE), "--nolock"]
-    command += ["--directory", str(stage), "--keep-going", "--quiet", "all"]
-    command += ["--executor", executor, "--jobs", str(count)]
+    command = [sys.executable, "-m", "snakemake", "--nolock", "--keep-going", "--quiet", "all"]
+    command += ["--snakefile", str(Path(__file__).with_name("Snakefile"))]
+    command += ["--directory", str(stage), "--executor", executor, "--jobs", str(count)]
     command += ["--workflow-profile", str(own)] if own.is_dir() else []
     with (stage / "log").open("a") as log:
         # It cancels its jobs itself, so it must see a Ctrl-C once: the one that we send.
         streams = {"stdout": log, "stderr": subprocess.STDOUT, "start_new_session": True}
         process = subprocess.Popen(command, **streams)
         try:
-            _show_ready(stage, batch, set(), lambda: process.poll() is None)
+            _show_ready(stage, batch, lambda: process.poll() is None)
         except KeyboardInterrupt:
             process.send_signal(signal.SIGINT)
             process.wait()
@@ -147,43 +143,30 @@ def _snakemake(stage: Path, batch: dict[str, Any], count: int, executor: str) ->
     return process.returncode != 0
 
 
-def _show_ready(
-    stage: Path, batch: dict[str, Any], shown: set[Path], going: Callable[[], bool]
-) -> None:
+def _show_ready(stage: Path, batch: dict[str, Any], going: Callable[[], bool]) -> None:
     """While jobs are `going`, print on stderr the runs and notebooks that get ready."""
     goes = True
     while goes:
         time.sleep(0.1)
         goes = going()
-        ready = sorted({*stage.glob("*.ready")} - shown, key=lambda path: path.stat().st_mtime)
-        for path in ready:
-            shown.add(path)
-            kind, name = path.name.removesuffix(".ready").split(".", 1)
-            number = len([other for other in shown if other.name.startswith(f"{kind}.")])
+        for path in sorted(stage.glob("*.ready"), key=lambda path: path.stat().st_mtime):
+            kind, name = path.stem.split(".", 1)
             said = path.read_text(encoding="utf-8") or name
+            path.rename(path.with_suffix(".shown"))
+            number = len(list(stage.glob(f"{kind}.*.shown")))
             print(f"{kind} {number}/{len(batch[kind])} {said}", file=sys.stderr, flush=True)
 
 
-@contextmanager
-def _stage() -> Iterator[Path]:
-    """A temporary folder for the markers of one call.
-
-    It lies in the user's cache, beside Snakemake's own: executors paste its path into command
-    lines, so that it cannot be below a results folder of any name.
-    """
-    stages = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "prunestudy"
-    plain = bool(re.fullmatch(r"[\w./+-]+", str(stages), re.ASCII))
-    require(plain, "XDG_CACHE_HOME", str(stages), "a path of letters, digits and ._/+- only")
-    stages.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=stages, ignore_cleanup_errors=True) as folder:
-        yield Path(folder)
+def _untaken(names: list[str], stage: Path) -> Iterator[str]:
+    """Those of `names` that no other fork has begun."""
+    for name in names:
+        with suppress(FileExistsError):
+            (stage / f"{name}.taken").touch(exist_ok=False)
+            yield name
 
 
-def do_job(kind: str, names: list[str], stage: Path) -> None:
-    """Do `names` of `kind` (train, latency or notebooks) that no other job has taken.
-
-    Exits with 1 if one failed, here or in another job.
-    """
+def do_job(kind: str, names: Iterable[str], stage: Path) -> None:
+    """Do `names` of `kind` (train, latency or notebooks); exit with 1 if one failed."""
     # A kernel is ended only if this process exits in order.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with (stage / "log").open("a") as log:
@@ -193,23 +176,20 @@ def do_job(kind: str, names: list[str], stage: Path) -> None:
     os.chdir(batch["folder"])
     profile, data = batch["profile"], batch["data"]
     store, planned = Store(profile, batch["results"]), plan(profile, tuple(batch["papers"]))
-    runner, settings = Runner(store, data or None), {p.settings.run: p.settings for p in planned}
-    # Each does one name, and returns a line for the progress.
+    runner, settings = Runner(store, data), {p.settings.run: p.settings for p in planned}
     do: Callable[[str], str] = {
         "train": lambda run: line_of_run(runner.ensure(settings[run])),
         "latency": lambda _: f"{measure_latency(store, planned)} nets timed",
         "notebooks": lambda paper: notebooks.execute(store, profile, paper, data).name,
-    }[kind]
+    }[kind]  # each does one name, and returns a line for the progress
+    failed = False
     for name in names:
-        failed = stage / f"{name}.failed"
-        with suppress(Timeout), FileLock(stage / f"{name}.taken", timeout=0):
-            try:
-                if not failed.exists():
-                    (stage / f"{kind}.{name}.ready").write_text(do(name), encoding="utf-8")
-            except InputError as error:
-                failed.touch()
-                print(f"{name}: {error}", file=sys.stderr)
-    sys.exit(bool(list(stage.glob("*.failed"))))
+        try:
+            (stage / f"{kind}.{name}.ready").write_text(do(name), encoding="utf-8")
+        except InputError as error:
+            failed = True
+            print(f"{name}: {error}", file=sys.stderr)
+    sys.exit(failed)
 
 
 def line_of_run(record: dict[str, Any]) -> str:

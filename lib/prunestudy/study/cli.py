@@ -4,15 +4,15 @@ import argparse
 import contextlib
 import math
 import os
-import re
 import signal
 import sys
 from typing import Any
 
+import psutil
+
 import prunestudy
 from prunestudy.errors import InputError, require
 
-_SURROGATES = re.compile("[\ud800-\udfff]")  # how Python writes bytes that are not UTF-8
 _STOPPED = "stopped; finished work is kept: run the same command again to continue"
 
 
@@ -31,8 +31,8 @@ def main(words: list[str] | None = None) -> int:
             return 0
         for name in ("results", "data"):
             text = getattr(arguments, name, "")
-            # safetensors opens no others.
-            require(not _SURROGATES.search(text), name, text, "a path in UTF-8")
+            right = text == text.encode(errors="ignore").decode()  # safetensors opens no others
+            require(right, name, text, "a path in UTF-8")
         from prunestudy.study import commands  # after parsing: it takes seconds
 
         return getattr(commands, f"do_{arguments.command}")(arguments) or 0
@@ -56,8 +56,6 @@ def _refuse(line: str, code: int = 2) -> int:
 
 
 def _end_children() -> None:
-    import psutil
-
     children = psutil.Process().children(recursive=True)
     for end in (psutil.Process.terminate, psutil.Process.kill):
         for child in children:
@@ -74,7 +72,7 @@ class _OneLine(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _OneLine(prog="prunestudy", description="A study of neural network pruning.")
     parser.add_argument("--version", action="version", version=prunestudy.__version__)
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_OneLine)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, (text, takes) in _COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         for argument in f"{takes} --results".split():

@@ -12,7 +12,6 @@ from prunestudy.papers import PROFILES
 from prunestudy.study.lines import changed, line_of, read_lines
 from prunestudy.study.plan import plan
 from prunestudy.study.records import Store
-from prunestudy.study.settings import RunSettings
 
 
 def collect(
@@ -28,11 +27,10 @@ def collect(
     stays, though it may gain a missing latency; with `replace` the newcomer takes its place (one of
     `folders` if there are any, else one trained here). Raises `InputError`, with nothing changed,
     where the two were made with different settings or from different data. Of a run that a search
-    made, what it left in each layer and group is not kept, and of a parent's settings only what is
-    no default.
+    made, what it left in each layer and group is not kept.
     """
     require_one_of("profile", profile, (*PROFILES, "custom"))
-    store, drawn = Store(profile, results or None), drawn_arrays(profile)
+    store, drawn = Store(profile, results), drawn_arrays(profile)
     sources = [_source(profile, Path(folder)) for folder in folders]
     with store.lock("collect"):
         here = sorted(path.parent.name for path in store.runs.glob("*/record.json"))
@@ -70,13 +68,10 @@ def _source(profile: str, path: Path) -> Store:
 
 
 def _lean(record: dict[str, Any]) -> dict[str, Any]:
-    if parent := record["settings"]["parent"]:
-        kept = record["settings"] | {"parent": RunSettings.model_validate(parent).own()}
-        record = record | {"settings": kept}
+    """The record, of a search without what its net has left in each layer and group."""
     if record["settings"]["evaluate"] == "test":
         return record
-    found = record["metrics"].items()
-    details = ("layers", "groups", "report")
+    details, found = ("layers", "groups", "report"), record["metrics"].items()
     return record | {"metrics": {name: each for name, each in found if name not in details}}
 
 
@@ -99,11 +94,12 @@ _DRAWN = {
 }
 _OF_OURS = ("gate_", "cost_path", "attention")
 _OF_ALL = ("energy_before",)
+_Drawn = dict[str, tuple[str, tuple[str, ...]]]
 
 
-def drawn_arrays(profile: str) -> dict[str, tuple[str, tuple[str, ...]]]:
+def drawn_arrays(profile: str) -> _Drawn:
     """Planned run to the paper that draws it, and the beginnings of the names of its arrays."""
-    drawn: dict[str, tuple[str, tuple[str, ...]]] = {}
+    drawn: _Drawn = {}
     for item in plan(profile) if profile in PROFILES else ():
         paper, names = drawn.get(item.settings.run, (item.paper, _OF_ALL))
         if item.first and not item.variant:
@@ -114,9 +110,7 @@ def drawn_arrays(profile: str) -> dict[str, tuple[str, tuple[str, ...]]]:
 
 
 def _pack(
-    records: dict[str, dict[str, Any]],
-    stores: list[Store],
-    drawn: dict[str, tuple[str, tuple[str, ...]]],
+    records: dict[str, dict[str, Any]], stores: list[Store], drawn: _Drawn
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """Arrays to keep, by paper, and a line for each run that no store has whole arrays of."""
     packed: dict[str, dict[str, Any]] = {}

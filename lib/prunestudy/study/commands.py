@@ -29,7 +29,7 @@ from prunestudy.study.settings import RunSettings, own_settings
 
 
 def _store(a: Namespace) -> Store:
-    return Store(a.profile, a.results or None)
+    return Store(a.profile, a.results)
 
 
 def _planned(a: Namespace) -> list[Planned]:
@@ -38,9 +38,9 @@ def _planned(a: Namespace) -> list[Planned]:
         return plan(a.profile, tuple(a.paper))
     require(not a.paper, "paper", "".join(a.paper[:1]), "none with --profile custom")
     store = _store(a)
-    texts = (json.dumps(store.require(name)["settings"]) for name in store.names())
-    own = [RunSettings.model_validate_json(text) for text in texts]
-    return [Planned("custom", "train", "results", "", settings) for settings in own]
+    found = (json.dumps(store.require(name)["settings"]) for name in store.names())
+    own = map(RunSettings.model_validate_json, found)
+    return [Planned("custom", "train", "results", settings) for settings in own]
 
 
 def _choose(begins: str, names: Iterable[str], store: Store) -> str:
@@ -86,23 +86,20 @@ def do_collect(a: Namespace) -> None:
     for line in collect(a.profile, a.folders, a.results, a.replace):
         print(line)
     if a.profile == "gpu":
-        for line in minutes.page(Store("gpu", a.results or None, "cuda"), plan("gpu")):
+        for line in minutes.page(Store("gpu", a.results, "cuda"), plan("gpu")):
             print(line)
 
 
 def do_plan(a: Namespace) -> None:
     print(forecast(_planned(a)).to_string(index=False, float_format="{:.2f}".format))
-    print(
-        f"hours: an estimate, at {RATE:g} x 10^12 MACs of training a second (assumed); "
-        "MACs: of the dense nets, three passes a step"
-    )
+    print(f"hours: an estimate, at {RATE:g} x 10^12 MACs of training a second (assumed);", end=" ")
+    print("MACs: of the dense nets, three passes a step")
 
 
 def do_list(a: Namespace) -> None:
     if a.what:
         require(a.what in LISTS or a.name, "list", a.what, f"{', '.join(LISTS)} or method NAME")
-        named = _NAMES[a.what]() if a.what in LISTS else _of_method(a.name)
-        print(*(f"{name:22} {text}" for name, text in named.items()), sep="\n")
+        print(*(f"{k:22} {text}" for k, text in _named(a.what, a.name).items()), sep="\n")
         return
     for item in _planned(a):
         target = f"{item.settings.target.value:.3f}" if item.settings.target else "-"
@@ -110,31 +107,25 @@ def do_list(a: Namespace) -> None:
         print(*words, f"target {target}", item.variant, sep="\t")
 
 
-def _datasets() -> dict[str, str]:
-    known = {name: datasets.info(name).title for name in datasets.names()}
-    return known | {"folder:NAME": "your images, NAME/{train,test}/<class>/ below the data root"}
-
-
-def _profiles() -> dict[str, str]:
-    has = {name: [card.id for card in cards() if name in card.profiles] for name in PROFILES}
-    return {name: ", ".join(papers) for name, papers in has.items()} | {"custom": "your own runs"}
-
-
-_NAMES = {
-    "models": models.describe,
-    "datasets": _datasets,
-    "methods": lambda: {name: methods.method_class(name).title for name in methods.names()},
-    "papers": lambda: {card.id: card.title for card in cards()},
-    "profiles": _profiles,
-}
-
-
-def _of_method(name: str) -> dict[str, str]:
-    kind = methods.method_class(name)
+def _named(what: str, method: str) -> dict[str, str]:
+    """What `prunestudy list WHAT` names, each with a word on it."""
+    if what == "models":
+        return models.describe()
+    if what == "datasets":
+        yours = {"folder:NAME": "your images, NAME/{train,test}/<class>/ below the data root"}
+        return {name: datasets.info(name).title for name in datasets.names()} | yours
+    if what == "methods":
+        return {name: methods.method_class(name).title for name in methods.names()}
+    if what == "papers":
+        return {card.id: card.title for card in cards()}
+    if what == "profiles":
+        has = {name: [card.id for card in cards() if name in card.profiles] for name in PROFILES}
+        return {k: ", ".join(ids) for k, ids in has.items()} | {"custom": "your own runs"}
+    kind = methods.method_class(method)
     takes = " or ".join(f"{key} (of {methods.TARGETS[key]})" for key in kind.counts)
+    about = {"method": f"{method} ({kind.title})", "target_kind": takes or "none, no target"}
     fields = kind.Settings.model_fields.items()
-    params = {f"params.{f.alias or key}": json.dumps(f.get_default()) for key, f in fields}
-    return {"method": f"{name} ({kind.title})", "target_kind": takes or "none, no target"} | params
+    return about | {f"params.{f.alias or k}": json.dumps(f.get_default()) for k, f in fields}
 
 
 def do_status(a: Namespace) -> None:
@@ -178,7 +169,7 @@ def do_run(a: Namespace) -> None:
 def _ensure(a: Namespace, settings: RunSettings, weights: bool = False) -> str:
     """Train the run unless it is there, print a line of it; return its status."""
     show = sys.stderr.isatty() or "TQDM_DELAY" in os.environ
-    record = Runner(_store(a), a.data or None, a.device, show).ensure(settings, weights)
+    record = Runner(_store(a), a.data, a.device, show).ensure(settings, weights)
     print(batch.line_of_run(record), flush=True)
     return record["status"]
 
@@ -194,8 +185,7 @@ def do_train(a: Namespace) -> int:
     write_text(_store(a).folder / "latest", settings.run)  # for `_choose`
     if status == "done":
         return 0
-    why = f"run = {settings.run}: {status}; a smaller lr may help"
-    print(f"prunestudy: {why}", file=sys.stderr)
+    print(f"prunestudy: run = {settings.run}: {status}; a smaller lr may help", file=sys.stderr)
     return 1
 
 
@@ -208,7 +198,7 @@ def value_of(text: str) -> object:
 
 def _done(a: Namespace, begins: str) -> tuple[Store, str]:
     """The store, and the name of the finished run that begins so."""
-    require_one_of("profile", a.profile, _profiles())
+    require_one_of("profile", a.profile, (*PROFILES, "custom"))
     store = _store(a)
     return store, _choose(begins, store.names(), store)
 
@@ -229,8 +219,7 @@ def do_compare(a: Namespace) -> None:
 def differences(store: Store, a: str, b: str) -> pd.DataFrame:
     """A column each for runs `a` and `b`, a row for all that differs; "-" for what one lacks.
 
-    The index is dotted paths such as `settings.recipe.lr`; the last row says at which epoch the
-    two histories part. Raises `InputError` for a record that is missing or damaged.
+    The last row says at which epoch the two histories part.
     """
     # What identifies a run and its files always differs.
     parts = ("settings", "data", "environment", "status", "validation", "metrics", "cost")

@@ -17,8 +17,6 @@ from nbclient.exceptions import CellExecutionError, DeadKernelError
 from prunestudy.errors import InputError
 from prunestudy.study.figures import groups, overview, papers  # noqa: F401 (all notebooks do)
 
-_BACKEND = "module://matplotlib_inline.backend_inline"
-
 
 class _Kernel:
     """A fork of this process that runs cells, with what nbclient asks of a kernel's manager."""
@@ -44,7 +42,7 @@ class _Kernel:
     async def is_alive(self) -> bool:
         return self.process.is_alive()
 
-    def shutdown_kernel(self, now: bool = True) -> None:  # noqa: ARG002 (nothing is lost)
+    def shutdown_kernel(self, **_: bool) -> None:
         self.process.kill()
         self.process.join()
 
@@ -62,15 +60,13 @@ def _serve(connection_file: str, parent: int) -> None:
     torch.set_num_threads(1)  # a pool of threads does not outlive the fork
     torch.manual_seed(0)  # cells that draw without a seed of their own draw the same each time
     mpl.rcdefaults()
-    mpl.rcParams["backend"] = os.environ["MPLBACKEND"] = _BACKEND
+    backend = "module://matplotlib_inline.backend_inline"
+    mpl.rcParams["backend"] = os.environ["MPLBACKEND"] = backend
     IPKernelApp.launch_instance(["-f", connection_file], parent_handle=parent)
 
 
 def run_cells(notebook: Any) -> None:
-    """Execute `notebook` in place, on a kernel of its own.
-
-    Raises `InputError` where a cell fails or the kernel dies.
-    """
+    """Execute `notebook` in place; `InputError` where a cell fails or the kernel dies."""
     with tempfile.TemporaryDirectory() as folder:
         client = NotebookClient(notebook, km=_Kernel(folder))
         try:

@@ -6,6 +6,7 @@ net by net and seed by seed, the papers in turns, so that what is done by any mi
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,7 +19,7 @@ from prunestudy.study.collect import collect
 from prunestudy.study.lines import write_text
 from prunestudy.study.plan import Planned
 from prunestudy.study.records import Store
-from prunestudy.study.runs import Runner, device_of
+from prunestudy.study.runs import Runner
 from prunestudy.study.settings import RunSettings
 from prunestudy.train import Steps, gang
 
@@ -26,13 +27,9 @@ from prunestudy.train import Steps, gang
 def study(
     store: Store, planned: list[Planned], data: str, minutes: float, size: int, kind: str = "cuda"
 ) -> Iterator[str]:
-    """Train what is missing on a device of `kind`, collect it, write gpu.md; yield a log.
-
-    Raises `InputError` for settings and data that cannot be used, and where there is no device.
-    """
+    """Train what is missing on a device of `kind`, collect it, write gpu.md; yield a log."""
     require(minutes > 0, "minutes", minutes, "above 0")
     require(1 <= size <= 64, "gang", size, "1 to 64 runs at a time")
-    device_of(kind)
     runner, planned = Runner(store, data, kind), here(planned, data)
     run(runner, planned, minutes, size)
     yield from collect(store.folder.name, results=store.folder.parent)
@@ -40,53 +37,46 @@ def study(
 
 
 def page(store: Store, planned: list[Planned]) -> Iterator[str]:
-    """Write gpu.md, a summary of the records of `planned` in `store`; yield a log.
-
-    Only copies of CIFAR-10 that have records count, if any has.
-    """
+    """Write gpu.md, a summary of the records of `planned` in `store`; yield a log."""
     settings, path = {i.settings.run: i.settings for i in planned}, store.folder / "gpu.md"
     made = [record for each in settings.values() if (record := store.read(each))]
+    # Of the copies of CIFAR-10 those count that have records, if any has.
     found = {record["settings"]["dataset"] for record in made}
     planned = [item for item in planned if not made or item.settings.dataset in found]
-    total = len({item.settings.run for item in planned})
-    done = f"{len(made)} of {total} runs are done"
-    where = [(r["environment"]["device"], r["environment"]["torch"]) for r in made]
-    text = "".join(f"{device}, torch {version}. " for device, version in sorted(set(where)))
-    text = (
-        f"# CIFAR-10 on one GPU\n\n{text}{done}."
-        " Settings are those of the searches on the CPU; none was made on a GPU.\n\n"
-    )
-    table = tables.by_share(tables.build(store, planned)[1]) if made else None
-    write_text(path, text + ("" if table is None else tables.markdown(table)))
+    done = f"{len(made)} of {len({item.settings.run for item in planned})} runs are done"
+    where = {(r["environment"]["device"], r["environment"]["torch"]) for r in made}
+    where = "".join(f"{device}, torch {version}. " for device, version in sorted(where))
+    text = f"# CIFAR-10 on one GPU\n\n{where}{done}. Settings are those of the searches on the CPU;"
+    text += " none was made on a GPU.\n\n"
+    if made:
+        text += tables.markdown(tables.by_share(tables.build(store, planned)[1]))
+    write_text(path, text)
     yield done
     yield str(path)
 
 
 def here(planned: list[Planned], data: str) -> list[Planned]:
     """Those of `planned` on the copy of CIFAR-10 that is there: the original, else the JPEG one."""
-    root = datasets.data_root(data or None)
+    root = datasets.data_root(data)
     copied = (root / "cifar10-jpeg").is_dir() and not (root / "cifar-10-batches-py").is_dir()
     other = "cifar10" if copied else "cifar10_jpeg"
     return [item for item in planned if item.settings.dataset != other]
 
 
 def in_order(planned: list[Planned]) -> list[RunSettings]:
-    """The runs of `planned`, each once: by net and seed, then in turns through the papers.
-
-    Behind the others of their seed are those that search before they train, which holds up all.
-    """
+    """The runs of `planned`, each once: by net and seed, then in turns through the papers."""
     nets = list(dict.fromkeys(item.settings.model for item in planned))
-    counts: dict[Any, int] = {}
+    counts: Counter[Any] = Counter()
     places: dict[str, tuple[int, int, bool, int]] = {}
     for item in planned:
-        net, seed = nets.index(item.settings.model), item.settings.seed
-        searches = issubclass(methods.method_class(item.settings.method), Search)
-        key = item.paper, net, seed
-        counts[key] = counts.get(key, 0) + 1
-        place = net, seed, searches, counts[key]
-        places[item.settings.run] = min(place, places.get(item.settings.run, place))
-    settings = {item.settings.run: item.settings for item in planned}
-    return [settings[run] for run in sorted(settings, key=places.get)]
+        settings, net = item.settings, nets.index(item.settings.model)
+        counts[item.paper, net, settings.seed] += 1
+        # A search before the training holds up all others: behind those of its seed.
+        searches = issubclass(methods.method_class(settings.method), Search)
+        place = net, settings.seed, searches, counts[item.paper, net, settings.seed]
+        places[settings.run] = min(place, places.get(settings.run, place))
+    runs = {item.settings.run: item.settings for item in planned}
+    return [runs[name] for name in sorted(runs, key=places.get)]
 
 
 def run(runner: Runner, planned: list[Planned], minutes: float, size: int) -> int:
@@ -101,24 +91,20 @@ def run(runner: Runner, planned: list[Planned], minutes: float, size: int) -> in
     finished = {each.run for each in order} - {each.run for each in todo}
     for name in sorted({each.dataset for each in todo}):
         runner.load(name)
-    for record in gang(_begun(runner, todo, finished, parents, end), size):
+
+    def begun() -> Iterator[Steps[Any] | None]:
+        """The trainings, each once its parent is finished; None where all must wait."""
+        while todo and time.monotonic() < end:
+            ready = next((s for s in todo if not s.parent or s.parent.run in finished), None)
+            if ready:
+                todo.remove(ready)
+            yield ready and _until(end, ready.run, runner.training(ready, ready.run in parents))
+
+    for record in gang(begun(), size):
         if record:
             finished.add(record["run"])
-            print(
-                f"{len(finished)}/{len(order)} {line_of_run(record)}", file=sys.stderr, flush=True
-            )
+            _say(f"{len(finished)}/{len(order)} {line_of_run(record)}")
     return len(order) - len(finished)
-
-
-def _begun(
-    runner: Runner, todo: list[RunSettings], finished: set[str], parents: set[str], end: float
-) -> Iterator[Steps[Any] | None]:
-    """The trainings of `todo`, each once its parent is finished; None where all must wait."""
-    while todo and time.monotonic() < end:
-        ready = next((s for s in todo if not s.parent or s.parent.run in finished), None)
-        if ready:
-            todo.remove(ready)
-        yield ready and _until(end, ready.run, runner.training(ready, ready.run in parents))
 
 
 def _until(end: float, run: str, training: Steps[Any]) -> Steps[Any]:

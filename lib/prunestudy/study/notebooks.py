@@ -8,9 +8,9 @@ from typing import Any
 from prunestudy import places
 from prunestudy.errors import InputError
 from prunestudy.papers import card
+from prunestudy.study.lines import line_of, write_text
 from prunestudy.study.plan import plan
-from prunestudy.study.records import Store, write_text
-from prunestudy.study.session import state_of
+from prunestudy.study.records import Store
 
 
 def source_of(paper: str) -> Path:
@@ -24,16 +24,14 @@ def executed(store: Store, paper: str) -> Path:
 
 
 def stamp(store: Store, profile: str, paper: str, cells: list[Any]) -> dict[str, str]:
-    """Digests of an executed notebook's `cells`, and of what they were made from.
-
-    That is the source and the records: the paper's, or for the overview those of all papers.
-    """
-    papers = (paper,) if card(paper).is_paper else ()
-    return {
-        "source": hashlib.sha256(source_of(paper).read_bytes()).hexdigest(),
-        "records": state_of(store, plan(profile, papers)),
-        "cells": hashlib.sha256(json.dumps(cells, sort_keys=True).encode()).hexdigest(),
-    }
+    """Digests of the executed `cells`, the source, and the records: the paper's, or all papers'."""
+    planned = plan(profile, (paper,) if card(paper).is_paper else ())
+    records = {run: store.at(store.place(run)) for run in (p.settings.run for p in planned)}
+    lines = {run: record and line_of(record) for run, record in records.items()}
+    values = {"records": lines, "cells": cells}
+    made = {name: json.dumps(each, sort_keys=True).encode() for name, each in values.items()}
+    made["source"] = source_of(paper).read_bytes()
+    return {name: hashlib.sha256(data).hexdigest() for name, data in made.items()}
 
 
 def is_current(store: Store, profile: str, paper: str) -> bool:
@@ -46,13 +44,6 @@ def is_current(store: Store, profile: str, paper: str) -> bool:
     return found == stamp(store, profile, paper, cells)
 
 
-def run_cells(notebook: Any) -> None:
-    """Execute `notebook` in place, on a kernel of its own; `InputError` where a cell fails."""
-    from prunestudy.study import kernel  # late: it imports all that notebooks do
-
-    kernel.run_cells(notebook)
-
-
 def execute(store: Store, profile: str, paper: str, data: str) -> Path:
     """Run the notebook of `paper` in `profile`; return the path of the executed copy.
 
@@ -61,7 +52,9 @@ def execute(store: Store, profile: str, paper: str, data: str) -> Path:
     """
     import nbformat
 
-    source = source_of(paper)
+    from prunestudy.study import kernel  # late: it imports all that notebooks do
+
+    source, target = source_of(paper), executed(store, paper)
     try:
         notebook = nbformat.read(source, as_version=4)
         tags = [cell.metadata.get("tags", []) for cell in notebook.cells]
@@ -75,20 +68,13 @@ def execute(store: Store, profile: str, paper: str, data: str) -> Path:
     given.metadata["tags"] = ["injected-parameters"]  # as papermill calls it
     notebook.cells.insert(place, given)
     try:
-        run_cells(notebook)
+        kernel.run_cells(notebook)
     except InputError as error:
         raise InputError(f"notebook {source.stem}: {error}") from None
     given.source = lines[0]  # drop local paths, and (below) times
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
-    return write(store, profile, paper, notebook)
-
-
-def write(store: Store, profile: str, paper: str, notebook: Any) -> Path:
-    """Write the executed `notebook` with its stamp; return its path."""
-    import nbformat
-
     cells = json.loads(nbformat.writes(notebook))["cells"]
     notebook.metadata["prunestudy"] = stamp(store, profile, paper, cells)
-    write_text(executed(store, paper), nbformat.writes(notebook))
-    return executed(store, paper)
+    write_text(target, nbformat.writes(notebook))
+    return target

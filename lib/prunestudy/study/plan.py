@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import pandas as pd
@@ -11,32 +12,37 @@ from prunestudy.errors import InputError, require, require_one_of
 from prunestudy.papers import PROFILES, Entry, Experiment, Profile, RunRecipe, card, cards
 from prunestudy.study.settings import RunSettings, dense_macs, dense_net, resolve, target_of
 
-# Assumed, not measured here: 10^12 MACs of training a second.
-RATE = 3.0
-_COLUMNS = ["runs", "epochs", "samples", "PMACs", "hours", "disk GB"]
+RATE = 3.0  # 10^12 MACs of training a second: assumed, not measured here
 
 
 @dataclass(frozen=True)
 class Planned:
     """A run as an experiment of a paper asks for it.
 
-    `variant` is its label for people. It says which `reading` of the method this is, at which
-    `stage` ("" an ordinary result, "start" the dense parent, "half" the beginning of a combination,
-    "fine-tuned", "combined"), and for a combination which method came before it (`after`). The
-    `first` seed of an experiment is the one that is drawn and timed. In a search, `grid` is the
-    label of the entry whose settings it tries.
+    It is a `reading` of the method at a `stage` ("" an ordinary result, "start" the dense parent,
+    "half" the beginning of a combination, "fine-tuned", "combined"; then another method came before
+    it, `after`). The `first` seed of an experiment is the one that is drawn and timed. In a search,
+    `grid` is the label of the entry whose settings it tries.
     """
 
     paper: str
     experiment: str
     purpose: str
-    variant: str
     settings: RunSettings
     reading: str = ""
     stage: str = ""
     after: str = ""
     first: bool = True
     grid: str = ""
+
+    @cached_property
+    def variant(self) -> str:
+        """Its label for people: "one ranking, fine-tuned", "after GDP", "start"; or ""."""
+        stage = self.stage
+        if stage == "combined":
+            name = methods.method_class(self.after).title.split()[0]
+            stage = f"after {name if name.isupper() else self.after}"  # GDP, force
+        return ", ".join(filter(None, (self.reading, stage)))
 
 
 def plan(
@@ -48,7 +54,7 @@ def plan(
     any; 0 leaves what the card says. Raises `InputError` for unknown names and negative numbers.
     """
     require_one_of("profile", profile, PROFILES)
-    for name, value in (("seeds", seeds), ("epochs", epochs)):
+    for name, value in {"seeds": seeds, "epochs": epochs}.items():
         require(value >= 0, name, value, "0 (as the card says) or more")
     chosen = [card(name) for name in dict.fromkeys(papers)] or list(cards())
     sizes = {paper.id: paper.profiles[profile] for paper in chosen if profile in paper.profiles}
@@ -66,8 +72,7 @@ def plan(
 def _of_experiment(
     paper: str, size: Profile, experiment: Experiment, seeds: int, epochs: int
 ) -> list[Planned]:
-    names = ("dataset", "model", "validation")
-    common = {name: getattr(experiment, name) for name in names} | {
+    common = experiment.model_dump(include={"dataset", "model", "validation"}) | {
         "precision": experiment.precision or size.precision,
         "threads": size.threads,
         "evaluate": "validation" if experiment.purpose == "search" else "test",
@@ -81,15 +86,14 @@ def _of_experiment(
     runs: dict[tuple[str, str], Planned] = {}
     for entry in experiment.methods:
         after = experiment.entry(entry.after).method if entry.after else ""
-        own = {"method": entry.method, "params": entry.params}
-        own |= {"recipe": _recipe(experiment, entry, epochs)}
+        recipe = _recipe(experiment, entry, epochs)
+        own = {"method": entry.method, "params": entry.params, "recipe": recipe}
         parents, targets = {} if entry.fresh else starts, _targets(experiment, entry)
         for target in targets:
             if after:
                 before = (entry.after, entry.after_target or target)
-                require(
-                    before in trained, "after_target", before[1], f"a target of {entry.after!r}"
-                )
+                allowed = f"a target of {entry.after!r}"
+                require(before in trained, "after_target", before[1], allowed)
                 parents = trained[before]
             if methods.method_class(entry.method).counts:
                 kind = entry.target_kind or experiment.target_kind
@@ -99,11 +103,11 @@ def _of_experiment(
             found = [(trained[entry.label, target][seed], entry.variant, entry.stage, after)]
             if parents and not after:
                 found.insert(0, (starts[seed], "", "start", ""))
-            for settings, *words in found:
-                item = (experiment.name, experiment.purpose, _label(*words), settings, *words)
-                first = seed == seeds_of[entry.label].start
-                run = Planned(paper, *item, first, "" if "start" in words else entry.grid)
-                runs.setdefault((run.variant, settings.run), run)
+            first = seed == seeds_of[entry.label].start
+            for words in found:
+                grid = "" if "start" in words else entry.grid
+                item = Planned(paper, experiment.name, experiment.purpose, *words, first, grid)
+                runs.setdefault((item.variant, item.settings.run), item)
     return list(runs.values())
 
 
@@ -123,14 +127,6 @@ def _by_seed(
     return {seed: first.model_copy(update=update) for seed, update in own.items()}
 
 
-def _label(reading: str, stage: str, after: str) -> str:
-    """The variant: "one ranking, fine-tuned", "after GDP", "start"; "" for the default."""
-    if stage == "combined":
-        name = methods.method_class(after).title.split()[0]
-        stage = f"after {name if name.isupper() else after}"  # GDP, force
-    return ", ".join(filter(None, (reading, stage)))
-
-
 def _targets(experiment: Experiment, entry: Entry) -> tuple[float | None, ...]:
     """Shares removed, one per run; a method without a target has those of the entry before it."""
     if methods.method_class(entry.method).counts:
@@ -147,8 +143,8 @@ def _sized(recipe: RunRecipe, epochs: int) -> RunRecipe:
 
 def _recipe(experiment: Experiment, entry: Entry, epochs: int) -> RunRecipe:
     recipe, start = _sized(experiment.recipe, epochs), experiment.start
-    own: dict[str, Any] = {"lr": entry.lr, "weight_decay": entry.weight_decay}
-    own["epochs"] = entry.epochs and (epochs or entry.epochs)
+    own: dict[str, Any] = {"epochs": entry.epochs and (epochs or entry.epochs)}
+    own |= {"lr": entry.lr, "weight_decay": entry.weight_decay}
     own = {name: value for name, value in own.items() if value is not None}
     fresh = entry.fresh or methods.method_class(entry.method).from_scratch
     if start and fresh and entry.epochs is None:
@@ -163,21 +159,20 @@ def forecast(planned: list[Planned]) -> pd.DataFrame:
     A training step counts as three forward passes (one forward, two for the gradients) of the
     dense net throughout: an upper bound for methods that make it smaller. Hours are at `RATE`.
     """
-    names = ["paper", "experiment"]
-    rows = [[item.paper, item.experiment, item.settings.run, *_cost(item)] for item in planned]
-    table = pd.DataFrame(rows, columns=[*names, "run", *_COLUMNS]).drop_duplicates("run")
-    table = table.groupby(names, sort=False)[_COLUMNS].sum()
+    rows: dict[str, tuple[Any, ...]] = {}
+    for item in planned:
+        s, info = item.settings, datasets.info(item.settings.dataset)
+        samples = s.recipe.epochs * (info.train_images - s.validation)
+        if s.recipe.steps:
+            samples = min(samples, s.recipe.steps * s.recipe.batch_size)
+        petas = 3 * samples * dense_macs(s.model, info) / 1e15
+        hours = petas / RATE * 1000 / 3600
+        # Its arrays count as 1 MiB.
+        disk = (4 * measure.parameters(dense_net(s.model, info)) + 2**20) / 1e9
+        cost = 1, s.recipe.epochs, samples, petas, hours, disk
+        rows.setdefault(s.run, (item.paper, item.experiment, *cost))
+    whole = ["runs", "epochs", "samples"]
+    names = ["paper", "experiment", *whole, "PMACs", "hours", "disk GB"]
+    table = pd.DataFrame(rows.values(), columns=names).groupby(names[:2], sort=False).sum()
     table.loc[("all", ""), :] = table.sum()
-    return table.astype(dict.fromkeys(_COLUMNS[:3], int)).reset_index()
-
-
-def _cost(item: Planned) -> tuple[int, int, int, float, float, float]:
-    """`_COLUMNS` of one run without its parents; its arrays count as 1 MiB."""
-    settings, info = item.settings, datasets.info(item.settings.dataset)
-    recipe, parameters = settings.recipe, measure.parameters(dense_net(settings.model, info))
-    samples = recipe.epochs * (info.train_images - settings.validation)
-    if recipe.steps:
-        samples = min(samples, recipe.steps * recipe.batch_size)
-    trained = 3 * float(samples) * dense_macs(settings.model, info)
-    hours, disk = trained / (RATE * 1e12) / 3600, (4 * parameters + 2**20) / 1e9
-    return 1, recipe.epochs, samples, trained / 1e15, hours, disk
+    return table.astype(dict.fromkeys(whole, int)).reset_index()

@@ -28,8 +28,6 @@ from prunestudy.study import lines
 from prunestudy.study.lines import CUDA, place, read_arrays, read_lines, refusal, write_text
 from prunestudy.study.settings import RunSettings
 
-_KINDS = ("arrays", "weights")  # of files that training leaves beside a record
-
 
 class Store:
     """The records of one profile: of `device` ("cpu" or "cuda"), or "" for CPU records first."""
@@ -44,14 +42,12 @@ class Store:
         """The name that `run` is filed under in this store: its own, or that with `-cuda`."""
         if self.device:
             return run + CUDA if self.device == "cuda" else run
-        only_cuda = not self._has(run) and self._has(run + CUDA)
-        return run + CUDA if only_cuda else run
-
-    def _has(self, name: str) -> bool:
-        return name in read_lines(self.collected) or self._own(name).exists()
+        stored = read_lines(self.collected)
+        first = (name for name in (run, run + CUDA) if name in stored or self._own(name).exists())
+        return next(first, run)
 
     def _own(self, name: str) -> Path:
-        return Path(self.runs, name, "record.json")
+        return self.runs / name / "record.json"
 
     def path(self, run: str) -> Path:
         """Folder of `run` once it was trained here."""
@@ -61,12 +57,9 @@ class Store:
         """Folder of the unfinished run `run`."""
         return self.folder / "work" / self.place(run)
 
-    def _file(self, run: str, kind: str) -> Path:
-        return self.path(run) / f"{kind}.safetensors"
-
     def weights(self, run: str) -> Path:
         """File of the finished net of `run`."""
-        return self._file(run, "weights")
+        return self.path(run) / "weights.safetensors"
 
     def lock(self, run: str) -> FileLock:
         """Lock to hold while `run` is trained, so that of two processes only one trains it."""
@@ -106,7 +99,7 @@ class Store:
         self, name: str, settings: RunSettings, fingerprint: str = ""
     ) -> dict[str, Any] | None:
         record = self.at(name)
-        if record is not None:
+        if record:
             if not fingerprint and ":" not in settings.dataset:
                 fingerprint = datasets.info(settings.dataset).fingerprint
             self.require_same(record, settings.kept(), fingerprint)
@@ -114,10 +107,9 @@ class Store:
 
     def require(self, run: str) -> dict[str, Any]:
         """Return the record of the run named `run`; `InputError` if it has none."""
-        record = self.at(self.place(run))
-        if record is None:
-            raise InputError(f"run = {run}: has no record in {self.folder}")
-        return record
+        if record := self.at(self.place(run)):
+            return record
+        raise InputError(f"run = {run}: has no record in {self.folder}")
 
     def at(self, name: str) -> dict[str, Any] | None:
         """The record filed under `name` or None: the collected one, else that of training here.
@@ -135,48 +127,43 @@ class Store:
 
     def trained(self, name: str) -> dict[str, Any] | None:
         """The record that training here left under `name`, or None."""
+        path = self._own(name)
         try:
-            with open(f"{self.runs}/{name}/record.json", "rb") as file:  # noqa: PTH123 (faster)
-                text = file.read().decode("utf-8", errors="replace")
+            text = path.read_bytes().decode("utf-8", errors="replace")
         except FileNotFoundError:
             return None
-        record = lines.parse(text.removesuffix("\n"), self._own(name))
+        record = lines.parse(text.removesuffix("\n"), path)
         if place(record) != name:
-            raise refusal(name, f"is that of another run, {record['run']},", self._own(name))
+            raise refusal(name, f"is that of another run, {record['run']},", path)
         return record
 
-    def require_same(
-        self, record: dict[str, Any], settings: dict[str, Any], fingerprint: str
-    ) -> None:
-        """Raise `InputError` if `record` of this store was made with other settings or data."""
-        why = ""
+    def require_same(self, record: dict[str, Any], settings: dict[str, Any], data: str) -> None:
+        """Raise `InputError` if `record` of this store was made with other settings or `data`."""
         # A setting that is newer than the record has its default: the name is the same.
         if record["settings"] != settings and name_of(record["settings"]) != name_of(settings):
             why = "was made with other settings"
-        elif fingerprint not in ("", record["data"]["fingerprint"]):
+        elif data not in ("", record["data"]["fingerprint"]):
             why = "was made from other data"
-        if why:
-            name = place(record)
-            stored = name in read_lines(self.collected)
-            raise refusal(record["run"], why, self.collected if stored else self._own(name))
+        else:
+            return
+        stored = place(record) in read_lines(self.collected)
+        where = self.collected if stored else self._own(place(record))
+        raise refusal(record["run"], why, where)
 
     def history(self, run: str) -> list[dict[str, Any]]:
         """Rows of the run's history, one per epoch; NaN where a number is missing."""
         columns = self.require(run)["history"]
-        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-        return [{key: math.nan if v is None else v for key, v in row.items()} for row in rows]
+        filled = ([math.nan if v is None else v for v in values] for values in columns.values())
+        return [dict(zip(columns, row, strict=True)) for row in zip(*filled, strict=True)]
 
     # --- files
 
     def arrays(self, run: str) -> dict[str, np.ndarray]:
-        """Arrays of `run` for figures: all where it was trained, elsewhere those that are drawn.
-
-        Raises `InputError` if they are missing or not those of its record.
-        """
+        """Arrays of `run` for figures: all where it was trained, elsewhere those that are drawn."""
         return self.arrays_of(self.require(run))
 
     def arrays_of(self, record: dict[str, Any]) -> dict[str, np.ndarray]:
-        """Arrays of the run of `record`, as `arrays` does."""
+        """Those of the run of `record`; `InputError` if they are missing or not as it says."""
         name, digests = place(record), record["files"]["arrays"]
         own, packed = self.runs / name / "arrays.safetensors", {}
         for path in (self.folder / "arrays").glob("*.safetensors"):
@@ -193,9 +180,10 @@ class Store:
 
     def has(self, run: str, *kinds: str) -> bool:
         """Whether those files ("arrays", "weights") of `run` are here, and as its record says."""
-        record, paths = self.trained(self.place(run)), [self._file(run, kind) for kind in kinds]
-        found = [lines.noted(read_arrays(path), path.stem) for path in paths]
-        return record is not None and found == [record["files"][kind] for kind in kinds]
+        record, folder = self.trained(self.place(run)), self.path(run)
+        files = {kind: read_arrays(folder / f"{kind}.safetensors") for kind in kinds}
+        noted = {kind: lines.noted(arrays, kind) for kind, arrays in files.items()}
+        return record is not None and noted.items() <= record["files"].items()
 
     def require_weights(self, run: str) -> Path:
         """Return the file of the finished net of `run`; `InputError` unless it is unharmed."""
@@ -213,13 +201,12 @@ class Store:
         """
         folder, temporary = self.path(record["run"]), self.work(record["run"]) / "finished"
         files = {"arrays": arrays, "weights": read_arrays(weights)}
-        record["files"] = {kind: lines.noted(files[kind], kind) for kind in _KINDS}
+        record["files"] = {kind: lines.noted(found, kind) for kind, found in files.items()}
         line, before = lines.line_of(record), self.trained(place(record))
-        if before is not None:
+        if before:
             for key in lines.changed(before, json.loads(line)):
-                why = f"trained again, it did not reproduce its {key}"
-                way_out = f"delete {folder} to accept the new one"
-                raise InputError(f"record = {record['run']}: {why}; {way_out}")
+                why = f"record = {record['run']}: trained again, it did not reproduce its {key}"
+                raise InputError(f"{why}; delete {folder} to accept the new one")
             line = lines.line_of(before)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -233,8 +220,7 @@ class Store:
 
     def write_latency(self, run: str, latency: dict[str, Any]) -> None:
         """Add the latency measured of the net of `run`, which was trained here, to its record."""
-        name = self.place(run)
-        record = self.trained(name)
+        record, name = self.trained(self.place(run)), self.place(run)
         if record is None:
             raise InputError(f"run = {run}: was not trained in {self.folder}")
         write_text(self._own(name), lines.line_of(record | {"latency": latency}) + "\n")

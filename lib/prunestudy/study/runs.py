@@ -2,11 +2,9 @@
 
 import copy
 import functools
-import re
 import shutil
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ from prunestudy.errors import InputError, require, require_one_of
 from prunestudy.study.lines import FORMAT, bits_of
 from prunestudy.study.provenance import environment
 from prunestudy.study.records import Store
-from prunestudy.study.settings import RunSettings, dense_macs, dense_net
+from prunestudy.study.settings import RunSettings, dense_macs, dense_net, method_of
 from prunestudy.train import Result, Steps, deterministic, gang, pruning
 
 
@@ -32,14 +30,13 @@ def device_of(name: str = "auto") -> torch.device:
 
 
 def stored_net(path: Path) -> tuple[nn.Module, tuple[int, int, int]]:
-    """Return the net that a run left in `path`, and the (channels, height, width) of its images.
+    """The net that a run left in `path`, and (channels, height, width) of its images.
 
     Raises `InputError` for a file that `shrink.load` refuses, or that no run wrote.
     """
     about = shrink.about(path)
-    sizes = re.fullmatch(r"(\d{1,9}) (\d{1,9}) (\d{1,9}) (\d{1,9})", about.get("sizes", ""))
-    require(bool(sizes) and "factory" in about, "path", str(path), "the net of a run")
-    *shape, num_classes = map(int, sizes.groups())
+    require({"factory", "sizes"} <= about.keys(), "path", str(path), "the net of a run")
+    *shape, num_classes = map(int, about["sizes"].split())
     with torch.random.fork_rng(devices=[]):  # reading a file changes no draw
         fresh = models.build(about["factory"], tuple(shape), num_classes)
     return shrink.load(path, fresh), tuple(shape)
@@ -55,7 +52,7 @@ class Runner:
     def __init__(
         self, store: Store, data: Path | str = "", device: str = "auto", show: bool = False
     ) -> None:
-        self.data, self.show = str(data) if data else None, show
+        self.data, self.show = str(data), show
         began = store.devices() if device == "auto" else set()
         self.device = torch.device(*began) if len(began) == 1 else device_of(device)
         self.store = Store(store.folder.name, store.folder.parent, self.device.type)
@@ -100,10 +97,16 @@ class Runner:
     def _train(self, settings: RunSettings) -> Steps[None]:
         started, work = time.perf_counter(), self.store.work(settings.run)
         job = _Job(settings, self.load(settings.dataset), self.device)
+        shape, num_classes = job.info.shape, job.info.num_classes
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         with deterministic(settings.threads):
-            model = self._start(job)
+            if settings.parent:
+                model = stored_net(self.store.weights(settings.parent.run))[0]
+            else:
+                with torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(settings.seed)
+                    model = models.build(settings.model, shape, num_classes, settings.pretrained)
             work.mkdir(parents=True, exist_ok=True)
             made = yield from job.training(model, work / "checkpoint.pt", self.show)
             metrics, arrays = job.metrics(made), made.probe.arrays()
@@ -112,70 +115,42 @@ class Runner:
                 metrics["kept_scale"] = measure.kept_scale(made.model, start)
                 arrays |= measure.kept_sample(made.model, start)
         weights = work / "weights.safetensors"
-        name, shape, num_classes = job.like
-        sizes = " ".join(map(str, (*shape, num_classes)))
-        like, about = dense_net(name, job.data.info), {"factory": name, "sizes": sizes}
-        shrink.save(made.model, weights, like=like, about=about)
+        about = {"factory": settings.model, "sizes": " ".join(map(str, (*shape, num_classes)))}
+        shrink.save(made.model, weights, like=job.dense, about=about)
         if made.status == "done":
             metrics["bytes"] = weights.stat().st_size
         record = job.record(made, metrics, time.perf_counter() - started)
         self.store.write(record, weights, arrays)
         shutil.rmtree(work, ignore_errors=True)
 
-    def _start(self, job: "_Job") -> nn.Module:
-        """The parent's net, or the dense one, initialised by the run's seed or pretrained."""
-        settings = job.settings
-        if settings.parent:
-            return stored_net(self.store.weights(settings.parent.run))[0]
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(settings.seed)
-            return models.build(*job.like, settings.pretrained)
-
 
 @functools.lru_cache(maxsize=2)
-def _data(name: str, root: str | None, _: str) -> datasets.Dataset:
+def _data(name: str, root: str, _: str) -> datasets.Dataset:
     return datasets.load(name, root)
 
 
-_split_once = functools.lru_cache(maxsize=2)(datasets.split)
+_split = functools.lru_cache(maxsize=2)(datasets.split)  # it copies all images
 
 
-def _split(images: datasets.ImageSet, validation: int) -> tuple[datasets.ImageSet, ...]:
-    """`datasets.split`, which copies all images: once, where they are in memory."""
-    split = _split_once if isinstance(images.images, torch.Tensor) else datasets.split
-    return split(images, validation)
-
-
-@dataclass
 class _Job:
     """A run that is being trained: its settings, its data and where."""
 
-    settings: RunSettings
-    data: datasets.Dataset
-    device: torch.device
-
-    @property
-    def like(self) -> tuple[str, tuple[int, int, int], int]:
-        """The net's name, the shape of its images and the number of classes."""
-        info = self.data.info
-        return self.settings.model, (info.channels, info.height, info.width), info.num_classes
-
-    @property
-    def task(self) -> measure.Task:
-        info = self.data.info
-        return measure.task(models.task_of(self.settings.model), info.mean, info.std)
+    def __init__(self, settings: RunSettings, data: datasets.Dataset, device: torch.device) -> None:
+        self.settings, self.data, self.info, self.device = settings, data, data.info, device
+        self.dense = dense_net(settings.model, self.info)
+        task = models.task_of(settings.model)
+        self.task = measure.task(task, self.info.mean, self.info.std)
+        self.held_in, self.held_out = _split(data.train, settings.validation)
 
     def training(self, model: nn.Module, checkpoint: Path, show: bool) -> Steps[Result]:
-        settings, info, recipe = self.settings, self.data.info, self.settings.recipe
-        held_in, held_out = _split(self.data.train, settings.validation)
+        settings, info, recipe = self.settings, self.info, self.settings.recipe
         ways = {"shift": recipe.shift, "flip": recipe.flip, "seed": settings.seed}
-        target = (settings.target.value, settings.target.kind) if settings.target else ()
         return pruning(
             model,
-            methods.build(settings.method, settings.params, *target),
-            datasets.batches_of(held_in, info, recipe.batch_size, device=self.device, **ways),
+            method_of(settings),
+            datasets.batches_of(self.held_in, info, recipe.batch_size, device=self.device, **ways),
             recipe,
-            validation=datasets.batches_of(held_out, info, len(held_out), device=self.device),
+            validation=self.batches(self.held_out),
             loss=self.task.loss,
             metric=self.scores,
             metrics=measure.task_metrics(self.task, info.num_classes),
@@ -188,47 +163,41 @@ class _Job:
             probe=methods.probe_of(settings.method, self.task.pixels),
         )
 
+    def batches(self, images: datasets.ImageSet) -> datasets.Batches:
+        return datasets.batches_of(images, self.info, len(images), device=self.device)
+
     def scores(self, model: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
         """The task's metric first, then the loss."""
-        scores = self.task.evaluate(model, batches, self.data.info.num_classes)
+        scores = self.task.evaluate(model, batches, self.info.num_classes)
         return {self.task.metric_name: scores.metric, "loss": scores.loss}
 
-    def judged(self, model: nn.Module) -> tuple[measure.Scores, torch.Tensor]:
-        """Scores of `model` on the images that the run is judged by; which it classifies right."""
-        info, images = self.data.info, self.data.test
-        if self.settings.evaluate == "validation":
-            _, images = _split(self.data.train, self.settings.validation)
-        batches = datasets.batches_of(images, info, len(images), device=self.device)
+    def judged(self, model: nn.Module) -> tuple[measure.Scores, torch.Tensor | None]:
+        """Scores on the images that the run is judged by; which of the test images are right."""
+        tested = self.settings.evaluate == "test"
+        images, guesses = self.data.test if tested else self.held_out, []
         # The layout that it was trained in.
         net = copy.deepcopy(model).to(self.device, memory_format=torch.channels_last)
-        guesses, labels = [], []
-
-        def noted() -> Iterable[Any]:
-            for x, y in batches.ordered(512):
-                labels.append(y.cpu())
-                yield x, y
-
-        if self.task.name == "classify":
+        if tested and self.task.name == "classify":
             net.register_forward_hook(lambda *seen: guesses.append(seen[-1].argmax(1).cpu()))
-        scores = self.task.evaluate(net, noted(), info.num_classes)
-        return scores, torch.cat(guesses) == torch.cat(labels) if guesses else torch.empty(0)
+        scores = self.task.evaluate(net, self.batches(images).ordered(512), self.info.num_classes)
+        labels = torch.as_tensor(images.labels) if guesses else None
+        return scores, torch.cat(guesses) == labels if guesses else None
 
     def metrics(self, made: Result) -> dict[str, Any]:
         """Quality and cost of the finished net, of a diverged one the dense net's cost alone."""
-        name, shape, _ = self.like
-        dense, macs = dense_net(name, self.data.info), dense_macs(name, self.data.info)
-        costs = {"dense_parameters": measure.parameters(dense), "dense_macs": macs}
+        macs = dense_macs(self.settings.model, self.info)
+        costs = {"dense_parameters": measure.parameters(self.dense), "dense_macs": macs}
         if made.status == "diverged":
             return costs
         (scores, right), model = self.judged(made.model), made.model.cpu()
-        nonzeros, example = measure.nonzeros(model), torch.zeros(128, *shape)
+        nonzeros, example = measure.nonzeros(model), torch.zeros(128, *self.info.shape)
         metrics = {
             "metric_name": self.task.metric_name,
             "metric": scores.metric,
             **scores.more,
             "loss": scores.loss,
             "images": scores.count,
-            "sparsity": measure.removed_share(model, dense),
+            "sparsity": measure.removed_share(model, self.dense),
             "layers": measure.layer_sparsity(model),
             "parameters": measure.parameters(model),
             "nonzeros": nonzeros,
@@ -238,7 +207,7 @@ class _Job:
             "stored_values": nonzeros,
             "stored_with_indices": 2 * nonzeros,  # as the papers count: an index for each value
         }
-        if len(right) and self.settings.evaluate == "test":
+        if right is not None:
             metrics["right"] = bits_of(right.numpy())
         metrics |= made.method.report() | made.probe.measures()
         others = {f"metric_{name}": other for name, other in made.probe.others().items()}

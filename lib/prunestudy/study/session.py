@@ -1,11 +1,7 @@
 """A paper at one size, as a notebook or a command sees it: plan, runs, tables, figures."""
 
 import contextlib
-import hashlib
-import itertools
-import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,9 +12,8 @@ from tqdm.auto import tqdm
 
 from prunestudy import datasets, measure, models, shrink
 from prunestudy.errors import InputError, require, require_one_of
-from prunestudy.papers import Card, card
+from prunestudy.papers import card
 from prunestudy.study import sentences, tables, verdicts
-from prunestudy.study.lines import line_of
 from prunestudy.study.plan import Planned, plan
 from prunestudy.study.records import Store
 from prunestudy.study.runs import Runner, stored_net
@@ -30,12 +25,11 @@ if TYPE_CHECKING:
 # From this sparsity on, compressed rows are faster than a dense layer (see the bench).
 _CSR_FROM = 0.8
 # The parameters of every notebook; names of other values of plain types are refused.
-_PARAMETERS = {"profile": str, "seeds": int, "epochs": int, "results": str, "data": str}
-_PARAMETERS |= {"device": str}
+_PARAMETERS = dict.fromkeys(("profile", "results", "data", "device"), str)
+_PARAMETERS |= {"seeds": int, "epochs": int}
 _PLAIN = (str, int, float, bool, list, dict, type(None))
 
 
-@dataclass
 class Session:
     """One paper in one profile.
 
@@ -43,27 +37,23 @@ class Session:
     "custom", so that they never mix with the study's own.
     """
 
-    paper: str
-    profile: str = "quick"
-    seeds: int = 0
-    epochs: int = 0
-    results: str | Path = ""
-    data: str | Path = ""
-    device: str = "auto"
-    show: bool = True
-    card: Card = field(init=False)
-    planned: list[Planned] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.card = card(self.paper)
-        self.planned = plan(self.profile, (self.paper,), self.seeds, self.epochs)
-        small = self.seeds or self.epochs
-        store = Store("custom" if small else self.profile, self.results or None)
-        self.runner = Runner(store, self.data or None, self.device)
-        self.store = self.runner.store  # of the device that the runs are on
+    def __init__(
+        self,
+        paper: str,
+        profile: str = "quick",
+        seeds: int = 0,
+        epochs: int = 0,
+        results: str | Path = "",
+        data: str | Path = "",
+        device: str = "auto",
+    ) -> None:
+        self.paper, self.profile, self.seeds, self.epochs = paper, profile, seeds, epochs
+        self.card, planned = card(paper), plan(profile, (paper,), seeds, epochs)
+        store = Store("custom" if seeds or epochs else profile, results)
+        self.runner = Runner(store, data, device)
+        self.store = store = self.runner.store  # of the device that the runs are on
         # Of a search only what is there: it is trained when asked for.
-        here = (p.purpose != "search" or self.store.read(p.settings) for p in self.planned)
-        self.planned = list(itertools.compress(self.planned, here))
+        self.planned = [p for p in planned if p.purpose != "search" or store.read(p.settings)]
 
     @classmethod
     def of(cls, paper: str, space: Mapping[str, Any]) -> "Session":
@@ -73,13 +63,12 @@ class Session:
         line for one that there is not, and for a value of another type.
         """
         plain = {name for name, value in space.items() if type(value) in _PLAIN}
-        for name in sorted(plain - {"In", "Out"}):
-            if not name.startswith("_"):
-                require_one_of("parameter", name, _PARAMETERS)
+        for name in sorted(name for name in plain - {"In", "Out"} if not name.startswith("_")):
+            require_one_of("parameter", name, _PARAMETERS)
         for name, kind in _PARAMETERS.items():
             value = space.get(name)
             require(type(value) is kind, f"parameter {name}", value, f"of type {kind.__name__}")
-        from prunestudy.study import figures  # late: it imports this
+        from prunestudy.study import figures  # late: it imports all that draws
 
         figures.style()
         return cls(paper, **{name: space[name] for name in _PARAMETERS})
@@ -87,7 +76,7 @@ class Session:
     def run(self) -> None:
         """Train what is missing, and say how much that was."""
         missing = [p for p in self.planned if self.store.read(p.settings) is None]
-        bar = tqdm(missing, disable=not (self.show and missing), desc="runs", unit="run")
+        bar = tqdm(missing, disable=not missing, desc="runs", unit="run")
         for item in bar:
             bar.set_postfix_str(item.settings.run)
             self.runner.ensure(item.settings)
@@ -105,14 +94,8 @@ class Session:
 
     def verdicts(self) -> pd.DataFrame:
         """One row per claim, net and data set, for people; by the tests that the card has."""
-        return tables.readable_verdicts(self._judged(images=True))
-
-    def claims(self) -> pd.DataFrame:
-        """One row per claim: its text, and what came out on top."""
-        return verdicts.claims_table(self._judged()).drop(columns="paper")
-
-    def _judged(self, images: bool = False) -> pd.DataFrame:
-        return verdicts.verdicts_table(self.store, self.planned, self.card, images)
+        table = verdicts.verdicts_table(self.store, self.planned, self.card, images=True)
+        return tables.readable_verdicts(table)
 
     def says(self, method: str, against: str = "", **what: Any) -> sentences.Sentence:
         """A sentence about `method`'s results that the records make; see `sentences.says`."""
@@ -126,7 +109,7 @@ class Session:
 
     def figure(self, name: str, drawn: "Figure") -> "Figure":
         """Save `drawn` under the paper's name and return it."""
-        from prunestudy.study import figures  # late: it imports this
+        from prunestudy.study import figures  # late: it imports all that draws
 
         path = self.store.folder / "figures" / f"{self.paper}_{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -134,14 +117,12 @@ class Session:
         return drawn
 
     def find(self, method: str, target: float | None, **where: Any) -> RunSettings:
-        """The first planned run of `method` at `target`, with settings `where`.
-
-        Raises `InputError` if there is none.
-        """
+        """The first planned run of `method` at `target` with settings `where`, or `InputError`."""
         wanted = {"method": method} | where
-        for s in (item.settings for item in self.planned if not item.variant):
-            aim = s.target.value if s.target else None
-            if aim == target and all(getattr(s, key) == value for key, value in wanted.items()):
+        for item in self.planned:
+            s, value = item.settings, item.settings.target and item.settings.target.value
+            same = all(getattr(s, key) == each for key, each in wanted.items())
+            if same and value == target and not item.variant:
                 return s
         raise InputError(f"run = {method} at {target}: not planned in {self.profile}")
 
@@ -160,7 +141,6 @@ def measure_latency(store: Store, planned: list[Planned], rounds: int = 30) -> i
     Weight-sparse linear layers compute from compressed rows. One thread. The dense net is a fresh
     one, since time does not depend on weights. Nets that are not on disk are left out.
     """
-    # A run that several experiments share is timed once.
     waiting = {item.settings.run: item.settings for item in planned if is_untimed(store, item)}
     form = f"linear layers of at least {_CSR_FROM:.0%} zeros from compressed rows (CSR)"
     for run, settings in tqdm(waiting.items(), desc="latency", unit="net", disable=not waiting):
@@ -183,19 +163,10 @@ def is_untimed(store: Store, item: Planned) -> bool:
 
 def _milliseconds(store: Store, settings: RunSettings, rounds: int) -> dict[str, float]:
     info = datasets.info(settings.dataset)
-    shape = (info.channels, info.height, info.width)
     small, _ = stored_net(store.require_weights(settings.run))
-    dense = models.build(settings.model, shape, info.num_classes)
-    nets = {"latency": shrink.to_csr(small, _CSR_FROM), "dense_latency": dense}
-    times = {}
+    dense = models.build(settings.model, info.shape, info.num_classes)
+    nets, times = {"latency": shrink.to_csr(small, _CSR_FROM), "dense_latency": dense}, {}
     for batch in (1, 128):
-        median = measure.latency(nets, torch.zeros(batch, *shape), rounds, threads=1)
+        median = measure.latency(nets, torch.zeros(batch, *info.shape), rounds, threads=1)
         times |= {f"{name}_b{batch}_ms": round(ms, 5) for name, ms in median.items()}
     return times
-
-
-def state_of(store: Store, planned: list[Planned]) -> str:
-    """Digest of the planned runs' records: it changes when any of them does."""
-    records = {run: store.at(store.place(run)) for run in (p.settings.run for p in planned)}
-    done = {run: record and line_of(record) for run, record in records.items()}
-    return hashlib.sha256(json.dumps(done, sort_keys=True).encode()).hexdigest()

@@ -12,13 +12,14 @@ from pydantic import Field
 from prunestudy import datasets, measure, methods, models
 from prunestudy.errors import InputError, require, require_one_of
 from prunestudy.papers import RunRecipe
+from prunestudy.papers.claims import TargetKind
 from prunestudy.values import Values, checked
 
 
 class Target(Values):
     """How much to remove: `value` is the share removed of what `kind` counts."""
 
-    kind: Literal["sparsity", "macs", "parameters", "rank", "energy"]
+    kind: TargetKind
     value: Annotated[float, Field(gt=0, lt=1)]
 
 
@@ -61,12 +62,8 @@ class RunSettings(Values):
 
     def kept(self) -> dict[str, Any]:
         """What a record keeps: all settings, of the parents only those that are no defaults."""
-        parent = {"parent": self.parent.own() if self.parent else None}
-        return self.model_dump(mode="json", exclude={"parent"}) | parent
-
-    def own(self) -> dict[str, Any]:
-        """Those settings that are no defaults."""
-        return self.model_dump(mode="json", exclude_defaults=True)
+        parent = self.parent and self.parent.model_dump(mode="json", exclude_defaults=True)
+        return self.model_dump(mode="json", exclude={"parent"}) | {"parent": parent}
 
     @property
     def aim(self) -> Target | None:
@@ -95,22 +92,36 @@ def resolve(
     Raises `InputError` with one line for the first thing that is wrong.
     """
     require_one_of("model", model, models.names())
-    kind, known = methods.method_class(method), datasets.info(dataset, root or None)
+    kind, known = methods.method_class(method), datasets.info(dataset, root)
     parent = rest.get("parent")
     allowed = f"{method} needs a parent run, whose architecture it trains; see a card"
     require(bool(parent) or not kind.from_scratch, "parent", None, allowed)
     own = methods.params_of(method, params or {}).model_dump(mode="json")
     facts = {"dataset": dataset, "dataset_version": known.version, "revision": kind.revision}
-    settings = checked(
-        RunSettings, facts | {"model": model, "method": method, "params": own} | rest
-    )
+    facts |= {"model": model, "method": method, "params": own}
+    settings = checked(RunSettings, facts | rest)
     pretrained, epochs = settings.pretrained, settings.recipe.epochs
     allowed = "at least 1 for a run without a parent or pretrained weights"
     require(bool(epochs or parent or pretrained), "epochs", epochs, allowed)
     there = models.has_pretrained(model) and not parent
     allowed = "for a run without a parent, of a net that torchvision has weights of"
     require(there or not pretrained, "pretrained", pretrained, allowed)
-    _require_fit(settings, known)
+    fits = (models.task_of(model) == "segment") == known.masks
+    allowed = f"{known.name} has {'masks' if known.masks else 'one label an image'}"
+    require(fits, "model", model, allowed)
+    built = method_of(settings)
+    try:
+        net = dense_net(model, known)
+    except InputError as error:
+        raise InputError(f"model = {model!r}: not for {known.name}: {error}") from None
+    built.check(net)
+    recipe, side, total = settings.recipe, min(known.height, known.width), known.train_images
+    held_out, size, left = settings.validation, recipe.batch_size, total - settings.validation
+    require(recipe.shift < side, "shift", recipe.shift, f"below {side}, the images' size in pixels")
+    require(left > 0, "validation", held_out, f"below {total}, the training images")
+    require(size <= left, "batch_size", size, f"at most {left}, the training images left")
+    allowed = f"at most {size}, the images of a batch"
+    require(recipe.pieces <= size, "pieces", recipe.pieces, allowed)
     return settings
 
 
@@ -132,8 +143,7 @@ def own_settings(values: dict[str, Any], root: str = "") -> RunSettings:
         require(name in allowed, "setting", name, f"allowed are {', '.join(allowed)}")
     own = {name: rest.pop(name) for name in _OWN if name in rest}
     target = target_of(own["method"], rest.pop("target", None), rest.pop("target_kind", None))
-    recipe = checked(RunRecipe, rest)
-    return resolve(params=params, recipe=recipe, target=target, root=root, **own)
+    return resolve(params=params, recipe=RunRecipe(**rest), target=target, root=root, **own)
 
 
 def target_of(method: str, value: Any, kind: str | None = None) -> Target | None:
@@ -153,33 +163,16 @@ def target_of(method: str, value: Any, kind: str | None = None) -> Target | None
 def dense_net(model: str, known: datasets.DatasetInfo) -> torch.nn.Module:
     """The dense net for images as in `known`; on the meta device, for inspection only."""
     with torch.device("meta"):
-        return models.build(model, (known.channels, known.height, known.width), known.num_classes)
+        return models.build(model, known.shape, known.num_classes)
 
 
 @functools.lru_cache(maxsize=64)
 def dense_macs(model: str, known: datasets.DatasetInfo) -> int:
     """MACs of that net, of one image."""
-    image = torch.zeros(1, known.channels, known.height, known.width, device="meta")
-    return measure.macs(dense_net(model, known), image)
+    return measure.macs(dense_net(model, known), torch.zeros(1, *known.shape, device="meta"))
 
 
-def _require_fit(settings: RunSettings, known: datasets.DatasetInfo) -> None:
-    """Refuse a net that cannot take these images, a method that cannot take the net, and so on."""
-    fits = (models.task_of(settings.model) == "segment") == known.masks
-    allowed = f"{known.name} has {'masks' if known.masks else 'one label an image'}"
-    require(fits, "model", settings.model, allowed)
+def method_of(settings: RunSettings) -> methods.Method:
+    """The method of a run, as its settings say."""
     target = (settings.target.value, settings.target.kind) if settings.target else ()
-    method = methods.build(settings.method, settings.params, *target)
-    try:
-        net = dense_net(settings.model, known)
-    except InputError as error:
-        raise InputError(f"model = {settings.model!r}: not for {known.name}: {error}") from None
-    method.check(net)
-    recipe, side = settings.recipe, min(known.height, known.width)
-    total, held_out, size = known.train_images, settings.validation, recipe.batch_size
-    left = total - held_out
-    require(recipe.shift < side, "shift", recipe.shift, f"below {side}, the images' size in pixels")
-    require(left > 0, "validation", held_out, f"below {total}, the training images")
-    require(size <= left, "batch_size", size, f"at most {left}, the training images left")
-    allowed = f"at most {size}, the images of a batch"
-    require(recipe.pieces <= size, "pieces", recipe.pieces, allowed)
+    return methods.build(settings.method, settings.params, *target)
