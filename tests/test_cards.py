@@ -205,6 +205,11 @@ def test_the_rules_of_a_text_are_what_decides():
     ):
         assert old in CARD
         assert (rules_of(CARD.replace(old, new, 1), *place) == first) == same, new
+    strongest = row.replace("PROFILE", "quick").replace("DATASET", "digits")
+    unsearched = [
+        rules_of(text, *place, False) for text in (CARD, CARD.replace("published", strongest))
+    ]
+    assert unsearched == [first, first]  # the claim names its opponent
     texts = [named.replace("[profiles.quick]", sets.replace("NAME", name)) for name in "ab"]
     assert len({first, *(rules_of(text, *place) for text in texts)}) == 3
     assert rules_of("nothing [", *place) == rules_of("a = 1", *place) == ""

@@ -119,7 +119,7 @@ def test_a_seed_counts_with_all_targets_of_the_seeds_that_verdicts_are_made_on(c
     first = CARD.replace("seeds = 1", "seeds = 3").replace("[0.9]", "[0.9, 0.8, 0.7]")
     card_file(first)
     (old,) = compared(papers.card("toy"), plan("quick"))
-    assert (old.targets, list(old.seeds), old.planned) == ((0.7, 0.8, 0.9), [0, 1, 2], False)
+    assert (old.targets, list(old.seeds), old.planned) == ((0.7, 0.8, 0.9), [0, 1, 2], None)
     card_file(first + more)
     (found,) = compared(papers.card("toy"), plan("quick"))
     assert (found.targets, found.planned) == ((0.8, 0.9), True)

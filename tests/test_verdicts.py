@@ -135,6 +135,20 @@ def test_a_difference_is_confirmed_and_its_opposite_contradicted(judge):
     assert outcome(judge(0.8 + NOISE - NOISE.mean())) == "undecided"
 
 
+@pytest.mark.parametrize(
+    ("first", "count", "seed"), [(10, 8, 10), (20, 8, 20), (10, 18, 20), (12, 8, 0), (0, 9, 0)]
+)
+def test_a_verdict_is_made_on_the_first_eight_seeds_or_the_second(judge, first, count, seed):
+    text = CARD.replace("seeds = 1", f"seeds = {count}\n    first_seed = {first}")
+    (row,) = judge(0.85 + NOISE, text=text).to_dict("records")
+    if not seed:
+        assert (row["verdict"], row["n"]) == ("not tested: fewer than eight seeds", count)
+        return
+    assert (row["verdict"], row["n"]) == ("confirmed", 8)
+    ours = {s.settings.run: s.settings.seed for s in plan("quick")}
+    assert ours[row["runs"].partition(" - ")[0]] == seed
+
+
 def test_columns_of_the_file(store, judge):
     table = judge(0.85 + NOISE)
     assert list(tables.verdicts(store, plan("quick")).columns) == (

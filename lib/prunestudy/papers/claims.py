@@ -95,8 +95,11 @@ class Strongest(Strict):
     control: str
 
 
-def rules_of(text: str, profile: str, model: str, dataset: str) -> str:
-    """JSON of the tests and controls by which the card `text` judges a net; "" if it is none."""
+def rules_of(text: str, profile: str, model: str, dataset: str, searched: bool = True) -> str:
+    """JSON of the tests by which the card `text` judges a net; "" if it is none.
+
+    With the control that was `searched` for; a test against what the claim names does not have it.
+    """
     usual = {name: field.default for name, field in Rule.model_fields.items()}
     try:
         values = written_out(tomllib.loads(text))
@@ -108,7 +111,8 @@ def rules_of(text: str, profile: str, model: str, dataset: str) -> str:
             if rule.get("kind") in PRIMARY
         ]
         here = {"profile": profile, "model": model, "dataset": dataset}
-        controls = [row for row in values.get("strongest", []) if here.items() <= row.items()]
+        rows = values.get("strongest", []) if searched else []
+        controls = [row for row in rows if here.items() <= row.items()]
         return json.dumps([sorted(tests, key=lambda t: t["claim"]), controls], sort_keys=True)
     except (tomllib.TOMLDecodeError, InputError, AttributeError, KeyError, TypeError):
         return ""

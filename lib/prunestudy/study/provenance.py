@@ -35,8 +35,8 @@ def commit() -> str:
     return f"{head}-dirty" if dirty else head
 
 
-def rules_commit(checkout: Path, card: Path, *place: str) -> str:
-    """The last commit that changed what the file `card` judges a net by, at (profile, model, data).
+def rules_commit(checkout: Path, card: Path, *place: Any) -> str:
+    """The last commit that changed what the file `card` judges a net by: `rules_of` at `place`.
 
     Empty where that is not known: outside git, and while the rules in the file are not committed.
     """

@@ -13,8 +13,9 @@ from prunestudy.study.settings import Target
 # By label, net and data set, then by target, then by seed and total epochs, which pairs share.
 Index = dict[tuple[str, str, str], dict[Target | None, dict[tuple[int, int], Planned]]]
 Pair = tuple[Planned, ...]  # ours and theirs, or ours alone
-# No search and no run before the rules has used them: verdicts are made on these alone.
-SEEDS = range(10, 18)
+# No search and no run before the rules has used them: verdicts are made on these alone, and on the
+# second eight where a net had used the first before its rules.
+SEEDS, SECOND = range(10, 18), range(20, 28)
 
 
 class Comparison(NamedTuple):
@@ -35,9 +36,11 @@ class Comparison(NamedTuple):
     seeds: dict[int, list[Pair]]
 
     @property
-    def planned(self) -> bool:
-        """Whether a verdict is planned: against a chosen opponent, on all of `SEEDS`."""
-        return self.rule.primary and self.chosen_by != "all" and set(SEEDS) <= self.seeds.keys()
+    def planned(self) -> range | None:
+        """Seeds of the verdict, if one is planned: on all of eight, against a chosen opponent."""
+        if not self.rule.primary or self.chosen_by == "all":
+            return None
+        return next((each for each in (SECOND, SEEDS) if set(each) <= self.seeds.keys()), None)
 
 
 def index(planned: Iterable[Planned]) -> Index:
@@ -102,7 +105,7 @@ def _units(
                     found.setdefault(epochs, {}).setdefault(seed, {})[share] = pair
     for seeds in found.values():
         # The targets of the seeds that verdicts are made on, where these are planned.
-        shares = [share for seed in seeds if seed in SEEDS for share in seeds[seed]]
+        shares = [s for seed in seeds if seed in SEEDS or seed in SECOND for s in seeds[seed]]
         targets = tuple(sorted({*(shares or (s for pairs in seeds.values() for s in pairs))}))
         whole = {seed: seeds[seed] for seed in sorted(seeds) if seeds[seed].keys() >= {*targets}}
         if whole:

@@ -93,7 +93,7 @@ def row_of(store: Store, comparison: Comparison, images: bool = False) -> dict[s
     rule, control, chosen_by, model, dataset, kind, targets, _ = comparison
     found = observed(store, comparison)
     if comparison.planned:
-        found = {seed: found[seed] for seed in SEEDS if seed in found}
+        found = {seed: found[seed] for seed in comparison.planned if seed in found}
     ours = [seed for seed in found if any(fails(pair[0]) for pair in found[seed])]
     theirs = [seed for seed in found if any(fails(r) for pair in found[seed] for r in pair[1:])]
     values = {s: _difference(rule, kind, found[s]) for s in found if s not in (*ours, *theirs)}
@@ -116,7 +116,7 @@ def row_of(store: Store, comparison: Comparison, images: bool = False) -> dict[s
         **{"n": n, "mean": mean, "low": low, "high": high},
         "runs": "; ".join(" - ".join(record["run"] for record in pair) for pair in first),
         "failures": "; ".join(failures),
-        **{"primary": rule.primary, "planned": comparison.planned, "there": bool(found)},
+        **{"primary": rule.primary, "planned": bool(comparison.planned), "there": bool(found)},
     }
     if first and rule.metric == "metric":
         row["scored"] = first[0][0]["metrics"]["metric_name"]
@@ -159,10 +159,11 @@ def _test(rows: list[dict[str, Any]], paper: Card, profile: str) -> None:
     family = [row for row in rows if row.get("planned") and row["dataset"] in there]
     primary = {row["claim"] for row in rows if row.get("primary") and row["there"]}
     tests = [row for row in family if "commits" in row]
-    nets = dict.fromkeys((row["model"], row["dataset"]) for row in tests if checkout)
+    places_of = [(row["model"], row["dataset"], row["chosen_by"] == "search") for row in tests]
+    nets = dict.fromkeys(places_of if checkout else [])
     since = {net: rules_commit(checkout, path_of(paper.id), profile, *net) for net in nets}
-    for row in tests:
-        after = since.get((row["model"], row["dataset"]), "")
+    for row, net in zip(tests, places_of, strict=True):
+        after = since.get(net, "")
         old = checkout and all(is_before(checkout, after, commit) for commit in row["commits"])
         if not old:
             row.update(p=math.nan, p_opposite=math.nan, verdict=YOUNGER)
