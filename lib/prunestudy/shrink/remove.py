@@ -14,7 +14,7 @@ from prunestudy.shrink.fold import fold
 from prunestudy.shrink.groups import PRODUCES, Group, read_groups, signal_remains
 from prunestudy.shrink.narrow import Narrow, require_whole
 from prunestudy.shrink.proof import proven
-from prunestudy.shrink.runs import drawn, outputs_of
+from prunestudy.shrink.runs import drawn, evaluating, outputs_of
 from prunestudy.shrink.trace import trace
 from prunestudy.values import inputs
 
@@ -82,13 +82,9 @@ def remove_groups(
 def folded(model: nn.Module, example: Inputs) -> nn.Module:
     """Return `fold(model)`, compared with `model` in eval mode; `InputError` if they differ."""
     plain = fold(model)
-    batch, modes = drawn(inputs(example), plain), [(m, m.training) for m in model.modules()]
-    try:
-        with torch.no_grad():
-            gap = apart(outputs_of(model.eval(), batch), outputs_of(plain, batch))
-    finally:
-        for module, training in modes:
-            module.training = training
+    batch = drawn(inputs(example), plain)
+    with torch.no_grad(), evaluating(model):
+        gap = apart(outputs_of(model, batch), outputs_of(plain, batch))
     require(not gap, "model", type(model).__name__, f"cannot be folded: {gap}")
     return plain
 

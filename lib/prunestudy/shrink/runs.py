@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -23,6 +24,24 @@ _READS = set(
 def tensors_of(tree: Any) -> list[Tensor]:
     """All tensors of nested tuples, lists and dicts."""
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def device_of(net: nn.Module) -> torch.device:
+    """The device of the first parameter or buffer of `net`; the CPU if it has none."""
+    tensors = chain(net.parameters(), net.buffers())
+    return next((t.device for t in tensors), torch.device("cpu"))
+
+
+@contextmanager
+def evaluating(net: nn.Module) -> Iterator[None]:
+    """Put `net` in eval mode, and afterwards each of its modules back into its former mode."""
+    former = [(module, module.training) for module in net.modules()]
+    net.eval()
+    try:
+        yield
+    finally:
+        for module, training in former:
+            module.training = training
 
 
 @dataclass
@@ -162,14 +181,13 @@ def drawn(example: tuple[Tensor, ...], net: nn.Module) -> tuple[Tensor, ...]:
     Random numbers in 0-1, most of them small; integers and booleans are those of `example`.
     """
     generator = torch.Generator().manual_seed(0)
-    device = next((t.device for t in tensors_of(net.state_dict())), torch.device("cpu"))
     made = []
     for x in example:
         new = torch.cat([x.detach(), x.detach()])[:2]
         if x.is_floating_point():
             new = torch.rand(new.shape, generator=generator, dtype=torch.float64).pow(4)
             new = new.to(dtype_of(net))
-        made.append(new.to(device))
+        made.append(new.to(device_of(net)))
     return tuple(made)
 
 
