@@ -54,12 +54,13 @@ def test_the_latent_of_tdmpc_couples_all_five_components():
 
 
 def test_components_of_ones_own():
-    net = BatchNormNet()
-    parts = {"eyes": ["conv1", "norm1"], "rest": ["conv2", "norm2", "fc"]}
-    found = component_groups(net, IMAGES, parts)
-    assert [(g.name, g.place) for g in found] == [("conv1", "eyes > rest"), ("conv2", "rest")]
+    net = nn.Sequential(BatchNormNet())
+    net.components = ["0.conv1", "0.norm1", "0.conv2", "0.norm2", "0.fc"]
+    assert component_groups(net, IMAGES)[1].components == ("0.conv2", "0.norm2", "0.fc")
     # Without any said, the children of the net are its components.
-    assert component_groups(net, IMAGES)[1].components == ("conv2", "norm2", "fc")
+    del net.components
+    found = [(g.name, g.place) for g in component_groups(net, IMAGES)]
+    assert found == [("0.conv1", "0"), ("0.conv2", "0")]
 
 
 @pytest.mark.parametrize(
@@ -81,20 +82,15 @@ def test_protected_by_group_layer_component_or_coupling(name, protected):
 @pytest.mark.parametrize(
     ("components", "protect", "words"),
     [
-        (None, ["head"], "protect = 'head': protectable are coupling, decoder, .*encoder"),
-        ({"encoder": ["coder"]}, [], "component encoder = 'coder': a module of the model, as"),
-        ({"all": [""]}, [], "component all = '': a module"),
-        (
-            {"encoder": ["encoder"], "first": ["encoder.fc1"]},
-            [],
-            "component first = 'encoder.fc1': overlaps encoder of component encoder",
-        ),
-        ({"encoder": ["encoder"]}, [], "components = .*layer decoder.fc1 is in none"),
+        ([], ["head"], "protect = 'head': protectable are coupling, decoder, .*encoder"),
+        (["encoder"], [], r"components = \['encoder'\]: layer decoder.fc1 is in none"),
     ],
 )
 def test_bad_components_are_refused(components, protect, words):
     with pytest.raises(InputError, match=words) as caught:
-        component_groups(Autoencoder(SMALL, 10, (12, 8), 5), IMAGES, components, protect)
+        net = Autoencoder(SMALL, 10, (12, 8), 5)
+        net.components = components
+        component_groups(net, IMAGES, protect)
     assert one_line(caught)
 
 

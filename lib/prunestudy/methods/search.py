@@ -155,7 +155,7 @@ class Search(Method, ABC):
         self.seen: dict[tuple[int, ...], Point] = {}
         self.channels = Channels(model, context.example, "parameters", norms=True, leave=self.leave)
         found = self.channels.groups
-        self.groups = component_groups(model, context.example, None, self.protect, found)
+        self.groups = component_groups(model, context.example, self.protect, found)
         self.small = Narrow(model, found)
         self.data = context.samples(self.samples)
         self.judged_on = self.passes = sum(len(tree_leaves(x)[0]) for x, _ in self.data)
