@@ -33,23 +33,24 @@ class Gated:
         where it is defined. If their random draws differ there, only shapes are compared.
         `small` must also run without gradients. Its batch-norm statistics may change.
         """
-        gaps = [self._gap(small, kept, batch, False) for batch in self.batches]
-        gaps.append(_fails(small, self.batches[0]))
-        if any(gaps) or not training:
-            return max(gaps)
-        gap = self._gap(small, kept, self.two, True)
-        return self._gap(small, kept, self.two, False) if gap and self.moods is None else gap
-
-    def _gap(self, small: nn.Module, kept: Sequence[Tensor], batch: Batch, train: bool) -> str:
         try:
-            expected = self.outputs(kept, batch, train)
-            with watching(small, "fails"):
-                found = outputs_of(small.train(train), batch, last=True)
-            gap = apart(expected[:-1], found[:-1])
-            free = gap and train and (expected[-1] != found[-1] or self.moods)
-            return apart(expected[:-1], found[:-1], values=False) if free else gap
+            gaps = [self._apart(small, kept, batch) for batch in self.batches]
+            outputs_of(small, self.batches[0], bare=True)
+            if training and not any(gaps):
+                gaps.append(self._apart(small, kept, self.two, train=self.moods is not None))
         except Exception as error:  # whatever a user's net raises
             return first_line(error)
+        return max(gaps)
+
+    def _apart(
+        self, small: nn.Module, kept: Sequence[Tensor], batch: Batch, train: bool = False
+    ) -> str:
+        expected = self.outputs(kept, batch, train)
+        with watching(small, "fails"):
+            found = outputs_of(small.train(train), batch, last=True)
+        gap = apart(expected[:-1], found[:-1])
+        free = gap and train and (expected[-1] != found[-1] or self.moods)
+        return apart(expected[:-1], found[:-1], values=False) if free else gap
 
     def outputs(self, kept: Sequence[Tensor], batch: Batch, train: bool) -> list[Tensor]:
         """What the gated net computes, and `last`; its statistics stay as they are."""
@@ -83,15 +84,6 @@ class Gated:
                 return apart(*(outputs_of(self.net, self.two) for _ in range(2)))
         except Exception:  # a batch norm of one value, or anything of a user's net
             return None
-
-
-def _fails(small: nn.Module, batch: Batch) -> str:
-    """Why `small` fails without hooks and gradients; empty if it does not."""
-    try:
-        outputs_of(small, batch, bare=True)
-        return ""
-    except Exception as error:  # whatever a user's net raises
-        return first_line(error)
 
 
 @contextmanager
@@ -146,21 +138,6 @@ def _training(net: nn.Module) -> Iterator[None]:
         net.eval()
         for name, buffer in buffers.items():
             net.get_buffer(name).copy_(buffer)
-
-
-@contextmanager
-def leaves(net: nn.Module, found: dict[str, Tensor]) -> Iterator[None]:
-    """Collect in `found` the last output of each module without children, in order."""
-    handles = []
-    for name, module in net.named_modules():
-        if not any(module.children()):
-            keep = lambda _, __, out, name=name: found.update({name: out})  # noqa: E731
-            handles.append(module.register_forward_hook(keep))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def inside(whole: object, part: object) -> bool:

@@ -25,8 +25,7 @@ from prunestudy.errors import InputError, path_of, require, written_whole
 from prunestudy.shrink.csr import CsrLinear, csr_arrays
 from prunestudy.shrink.factors import replace
 from prunestudy.shrink.fold import fold
-from prunestudy.shrink.layers import CONVOLUTIONS, TRANSPOSED
-from prunestudy.shrink.narrow import Constant
+from prunestudy.shrink.layers import CONVOLUTIONS, TRANSPOSED, Constant
 
 FORMAT = "prunestudy-sparse-1"
 _OURS = ("format", "structure", "sha256")

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from prunestudy.errors import InputError
-from prunestudy.shrink.compare import Gated, inside, leaves
+from prunestudy.shrink.compare import Gated, inside
 from prunestudy.shrink.groups import CONSUMES, Group, read_groups, signal_remains
-from prunestudy.shrink.narrow import Narrow, require_whole
+from prunestudy.shrink.narrow import Narrow
 from prunestudy.shrink.runs import called, fresh, outputs_of, watching
 from prunestudy.shrink.trace import Trace, trace
 
@@ -31,7 +31,6 @@ def groups(model: nn.Module, example: Tensor | tuple[Tensor, ...]) -> list[Group
     left untouched; gated layers (parametrisations) may be in place. Raises `InputError` naming the
     module where the net cannot be traced, or does not pass the proof.
     """
-    require_whole(model)
     traced = trace(model, example)
     return proven(traced, read_groups(traced))
 
@@ -113,16 +112,15 @@ class _Proof(Gated):
         small = self.narrow(kept)
         passes = [(self.two, False), (self.batches[1], False), (self.two, True)]
         for batch, train in passes[: 2 + (self.moods is not None)]:
-            before, after = {}, {}
-            with leaves(self.net, before):
+            with watching(self.net, fails) as before:
                 self.outputs(kept, batch, train)
             error = None
             try:
-                with leaves(small, after), watching(small, fails):
+                with watching(small, fails) as after:
                     outputs_of(small.train(train), batch)
             except InputError as raised:
                 error = raised
-            wrong = [name for name in after if not inside(before[name], after[name])]
+            wrong = [n for n, found in after.last.items() if not inside(before.last[n], found)]
             if wrong or error:
                 break
         if error and not wrong:

@@ -12,7 +12,7 @@ from prunestudy.errors import require, require_one_of
 from prunestudy.shrink.compare import Gated, apart
 from prunestudy.shrink.fold import fold
 from prunestudy.shrink.groups import PRODUCES, Group, read_groups, signal_remains
-from prunestudy.shrink.narrow import Narrow, require_whole
+from prunestudy.shrink.narrow import Narrow
 from prunestudy.shrink.proof import proven
 from prunestudy.shrink.runs import drawn, evaluating, outputs_of
 from prunestudy.shrink.trace import trace
@@ -30,7 +30,6 @@ def remove(model: nn.Module, keep: Mapping[str, Sequence[int]], example: Inputs)
     that read the removed channels; it is trainable as `model` is. Raises `InputError` for a layer
     or channel that does not exist or cannot go, and as `groups` for what loses channels.
     """
-    require_whole(model)
     traced = trace(model, example)
     every = read_groups(traced)
     require(isinstance(keep, Mapping), "keep", keep, "channels by the name of their layer")

@@ -48,17 +48,21 @@ def evaluating(net: nn.Module) -> Iterator[None]:
 class Watch:
     """`order`: the modules that ran, by name; `stack`: those at work.
 
-    `cut`: the first whose output has no gradient.
+    `last`: the last output of each that has no children; `cut`: the first whose output has no
+    gradient.
     """
 
     order: dict[str, nn.Module] = field(default_factory=dict)
     stack: list[str] = field(default_factory=list)
+    last: dict[str, Any] = field(default_factory=dict)
     cut: str | None = None
 
     def leave(self, module: nn.Module, output: Any) -> None:
         """Called after each forward pass of `module`."""
         name, tensors = self.stack.pop(), tensors_of(output)
         self.order.setdefault(name, module)
+        if not any(module.children()):
+            self.last[name] = output
         if self.cut is None and tensors and not any(t.requires_grad for t in tensors):
             self.cut = name
 

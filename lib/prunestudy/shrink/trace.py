@@ -11,8 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from prunestudy.errors import require
-from prunestudy.shrink.fold import fold, require_untied, with_gradients
-from prunestudy.shrink.layers import FOLLOWERS, LAYERS, channels_of, is_layer, is_one_node
+from prunestudy.shrink.fold import fold, require_net, require_untied, with_gradients
+from prunestudy.shrink.layers import (
+    FOLLOWERS,
+    LAYERS,
+    Constant,
+    channels_of,
+    is_layer,
+    is_one_node,
+)
 from prunestudy.shrink.runs import (
     Watch,
     called,
@@ -51,10 +58,15 @@ class Trace:
 def trace(model: nn.Module, example: Tensor | tuple[Tensor, ...]) -> Trace:
     """Trace `model`, folded, on inputs as `example`: a batch, or a tuple of them.
 
-    Raises `InputError` naming the module if a pass fails there, for tied weights, for a net that
-    reads values of its input, and for layers that run without a gradient or not at all.
+    Raises `InputError` naming the module if a pass fails there, for tied weights, for a branch that
+    was removed, for a net that reads values of its input, and for layers that run without a
+    gradient or not at all.
     """
     example = inputs(example, valued=True)
+    require_net(model)
+    for name, module in model.named_modules():
+        gone = isinstance(module, Constant)
+        require(not gone, "module", name, "a branch was removed here, no more can be")
     require_untied(model)
     # In channels_last some operations go by other names.
     plain = fresh(fold(model).to(memory_format=torch.contiguous_format))
