@@ -96,25 +96,27 @@ class _Proof(Gated):
                 for i, stay in enumerate(chosen)
             ]
 
-        if not self.gap(self.narrow(chosen), chosen, training):
+        def wrong(kept: list[Tensor]) -> bool:
+            return bool(self.gap(self.narrow(kept), kept, training))
+
+        if not wrong(chosen):
             return
         blamed = list(range(len(chosen)))
         while len(blamed) > 1:
             first, rest = blamed[: len(blamed) // 2], blamed[len(blamed) // 2 :]
-            blamed = first if self.gap(self.narrow(only(first)), only(first), training) else rest
+            blamed = first if wrong(only(first)) else rest
         alone = only(blamed)
-        guilty = self.gap(self.narrow(alone), alone, training)
-        self._blame(self.groups[blamed[0]], alone if guilty else chosen)
+        self._blame(self.groups[blamed[0]], alone if wrong(alone) else chosen)
 
     def _blame(self, group: Group, kept: list[Tensor]) -> None:
         """Raise `InputError` naming the first module that does not treat channels one by one."""
         fails = f"cannot be pruned: it does not work on fewer channels of {group.name!r}"
         small = self.narrow(kept)
         passes = [(self.two, False), (self.batches[1], False), (self.two, True)]
+        error, wrong = None, []
         for batch, train in passes[: 2 + (self.moods is not None)]:
             with watching(self.net, fails) as before:
                 self.outputs(kept, batch, train)
-            error = None
             try:
                 with watching(small, fails) as after:
                     outputs_of(small.train(train), batch)
@@ -143,10 +145,8 @@ class _Proof(Gated):
         return may
 
     def _works_without(self, chosen: list[int]) -> set[int]:
-        kept = [
-            torch.arange(0 if i in chosen else group.channels)
-            for i, group in enumerate(self.groups)
-        ]
+        sizes = [group.channels for group in self.groups]
+        kept = [torch.arange(0 if i in chosen else n) for i, n in enumerate(sizes)]
         if not self.gap(self.narrow(kept), kept):
             return set(chosen)
         half = len(chosen) // 2

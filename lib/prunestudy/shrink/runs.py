@@ -46,23 +46,22 @@ def evaluating(net: nn.Module) -> Iterator[None]:
 
 @dataclass
 class Watch:
-    """`order`: the modules that ran, by name; `stack`: those at work.
+    """What a forward pass did.
 
-    `last`: the last output of each that has no children; `cut`: the first whose output has no
-    gradient.
+    `order`: the modules that ran, by name; `last`: the last output of each that has no children;
+    `cut`: the first module whose output has no gradient.
     """
 
     order: dict[str, nn.Module] = field(default_factory=dict)
-    stack: list[str] = field(default_factory=list)
     last: dict[str, Any] = field(default_factory=dict)
     cut: str | None = None
 
-    def leave(self, module: nn.Module, output: Any) -> None:
+    def leave(self, name: str, module: nn.Module, output: Any) -> None:
         """Called after each forward pass of `module`."""
-        name, tensors = self.stack.pop(), tensors_of(output)
         self.order.setdefault(name, module)
         if not any(module.children()):
             self.last[name] = output
+        tensors = tensors_of(output)
         if self.cut is None and tensors and not any(t.requires_grad for t in tensors):
             self.cut = name
 
@@ -73,18 +72,19 @@ def watching(net: nn.Module, failed: str) -> Iterator[Watch]:
 
     Its line names the innermost module at work, says that it `failed` and why.
     """
-    watch, handles = Watch(), []
+    watch, at_work, handles = Watch(), [""], []
     for name, module in net.named_modules():
-        enter = lambda _, __, name=name: watch.stack.append(name)  # noqa: E731
+        enter = lambda _, __, name=name: at_work.append(name)  # noqa: E731
+        leave = lambda module, _, out: watch.leave(at_work.pop(), module, out)  # noqa: E731
         handles.append(module.register_forward_pre_hook(enter))
-        handles.append(module.register_forward_hook(lambda m, _, out: watch.leave(m, out)))
+        handles.append(module.register_forward_hook(leave))
     try:
         yield watch
     except InputError:
         raise
     except Exception as error:
-        name = called(watch.stack[-1] if watch.stack else "")
-        raise InputError(f"module = {name!r}: {failed}: {first_line(error)}") from error
+        why = f"{failed}: {first_line(error)}"
+        raise InputError(f"module = {called(at_work[-1])!r}: {why}") from error
     finally:
         for handle in handles:
             handle.remove()
@@ -223,7 +223,6 @@ def one_node_each(net: nn.Module, copies: Collection[nn.Module]) -> Iterator[set
     Layers in `copies` only copy their input.
     """
     nodes, anchor = set(), torch.zeros((), requires_grad=True)
-    changed = [m for m in net.modules() if is_one_node(m)]
 
     def wrapped(before: Callable) -> Callable:
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -242,6 +241,7 @@ def one_node_each(net: nn.Module, copies: Collection[nn.Module]) -> Iterator[set
 
         return forward
 
+    changed = [m for m in net.modules() if is_one_node(m)]
     for module in changed:
         module.forward = wrapped(Tensor.clone if module in copies else module.forward)
     try:

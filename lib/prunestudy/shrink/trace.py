@@ -37,11 +37,11 @@ from prunestudy.values import inputs
 class Trace:
     """What a forward pass of a net says about its channels.
 
-    `channels`: classes of slots that can only go together, none of the input's or output's.
-    `layers`: those that ran, by name, in order of execution, of `net`.
-    `edges`: for each node of the graph, by number, those that it feeds; `inputs`, `outputs` and
-    `node_of` (by the layer's name) are such numbers. `net`: the model folded, in float64, with
-    random parameters; `example`: random inputs for it, a batch of two; `given`: the user's.
+    `channels`: classes of slots that can only go together, none of the input's or output's;
+    `layers`: those that ran, by name, in order of execution; `edges`: for each node of the graph,
+    by number, those that it feeds; `inputs`, `outputs`, `node_of` (by layer): such numbers; `net`:
+    the model folded, in float64, with random parameters; `example`: two random inputs for it;
+    `given`: the user's.
     """
 
     channels: list[list[Slot]]
@@ -72,9 +72,19 @@ def trace(model: nn.Module, example: Tensor | tuple[Tensor, ...]) -> Trace:
     plain = fresh(fold(model).to(memory_format=torch.contiguous_format))
     with_gradients(plain)
     batch = drawn(example, plain)
+    graph, outputs = Graph(), []
+
+    def run(net: nn.Module, batch: tuple[Tensor, ...]) -> list[Tensor]:
+        outputs.extend(t for t in outputs_of(net, batch) if t.requires_grad)
+        why = "cannot be traced: no gradient passes through it"
+        require(bool(outputs), "module", called(watch.cut or ""), why)
+        return outputs
+
     with torch.enable_grad():
         probe = _Probe(plain, batch, last=_first_pass(plain, batch))
-        graph, outputs, watch, opaque = _build(probe, batch)
+        alone = one_node_each(probe, set(probe.images))
+        with alone as opaque, watching(plain, "cannot be traced") as watch:
+            graph.build_dependency(probe, batch, forward_fn=run, verbose=False)
     _require_all(plain, graph, watch, outputs)
     layers = {n: m for n, m in watch.order.items() if is_layer(m) and m in graph.module2node}
     number = {node: i for i, node in enumerate(graph.module2node.values())}
@@ -136,23 +146,6 @@ class _Probe(nn.Module):
         return self.net(*(image(x) for image, x in zip(self.images, batch, strict=True)))
 
 
-def _build(probe: _Probe, batch: tuple[Tensor, ...]) -> tuple[Any, list[Tensor], Watch, set]:
-    graph, found = Graph(), []
-
-    def run(net: nn.Module, batch: tuple[Tensor, ...]) -> list[Tensor]:
-        found.extend(t for t in outputs_of(net, batch) if t.requires_grad)
-        culprit = called(watch.cut or "")
-        require(bool(found), "module", culprit, "cannot be traced: no gradient passes through it")
-        return found
-
-    with (
-        one_node_each(probe, set(probe.images)) as nodes,
-        watching(probe.net, "cannot be traced") as watch,
-    ):
-        graph.build_dependency(probe, batch, forward_fn=run, verbose=False)
-    return graph, found, watch, nodes
-
-
 def _require_all(net: nn.Module, graph: Any, watch: Watch, outputs: list[Tensor]) -> None:
     """Raise `InputError` for a layer that is not in the graph, unless it is part of another.
 
@@ -173,11 +166,10 @@ def _require_all(net: nn.Module, graph: Any, watch: Watch, outputs: list[Tensor]
 
 def _parameters_of(outputs: list[Tensor]) -> set[int]:
     """The `id` of each parameter that autograd finds behind `outputs`."""
-    waiting, seen, found = [t.grad_fn for t in outputs], set(), set()
+    waiting, seen = [t.grad_fn for t in outputs], {None}
     while waiting:
         step = waiting.pop()
-        if step is not None and step not in seen:
+        if step not in seen:
             seen.add(step)
-            found.add(id(getattr(step, "variable", None)))
             waiting += [before for before, _ in step.next_functions]
-    return found
+    return {id(getattr(step, "variable", None)) for step in seen}
