@@ -102,7 +102,7 @@ methods/channel_controls.py test_channels.py test_slimming_adds_the_sign
 shrink/narrow.py test_channels.py test_the_finished_net and batch_norm-dtype0 and l1_filter
     if cut.dim() and not ( => if cut.dim() and "running" not in name and not (
 shrink/narrow.py test_channels.py test_the_finished_net and batch_norm-dtype0 and l1_filter
-    indices[gone[number]] => indices[gone[number].flip(0)]
+    mask[stay] = 1 => mask[group.channels - 1 - stay] = 1
 shrink/narrow.py test_channels.py test_the_finished_net and batch_norm-dtype0 and l1_filter
     (axis == "in" and name != "weight") => False
 shrink/slots.py test_groups.py test_the_channels_of_one_group_of_a_group_norm

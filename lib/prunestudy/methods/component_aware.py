@@ -137,7 +137,7 @@ class ComponentAware(Search):
         alpha = torch.full((self.coefficients,), start).requires_grad_()
         optimizer = torch.optim.Adam([alpha], lr=self.lr)
         scale = self._width()
-        net, weights = copied(self.small.dense), None
+        net, weights = copied(self.dense), None
         if self.recover:
             with_gradients(net)
             weights = torch.optim.Adam(net.parameters(), lr=self.recover_lr)
@@ -209,7 +209,7 @@ class ComponentAware(Search):
 
     def soft_masks(self, numbers: Tensor, temperature: float) -> list[Tensor]:
         """m_gj = sigmoid((p_gj - alpha_g) / T), one (channels,) per group; ones where protected."""
-        like = real_parameters(self.small.dense)[0]
+        like = real_parameters(self.dense)[0]
         masks = []
         for each, position, number in zip(self.groups, self.budget.positions, numbers, strict=True):
             p = position.to(like)

@@ -22,7 +22,7 @@ from prunestudy.measure.forward import evaluating
 from prunestudy.methods.base import Context, Method, call, mean_loss
 from prunestudy.methods.channel_controls import GroupL2, importance, taylor
 from prunestudy.methods.channels import Channels, become
-from prunestudy.shrink import ComponentGroup, Narrow, component_groups, remove_groups
+from prunestudy.shrink import ComponentGroup, component_groups, fold, narrow, remove_groups
 from prunestudy.shrink.fold import copied, with_gradients
 
 
@@ -132,6 +132,11 @@ class Search(Method, ABC):
     def solve(self) -> tuple[list[float], Point]:
         """Call `order`; return one number per group, and the `Point` that they lead to."""
 
+    @property
+    def dense(self) -> nn.Module:
+        """The folded net that candidates are made of."""
+        return self._dense[0]
+
     def stays(self, group: ComponentGroup) -> bool:
         """Whether no channel of `group` may go."""
         return group.protected
@@ -156,18 +161,18 @@ class Search(Method, ABC):
         self.channels = Channels(model, context.example, "parameters", norms=True, leave=self.leave)
         found = self.channels.groups
         self.groups = component_groups(model, context.example, self.protect, found)
-        self.small = Narrow(model, found)
+        self._dense = [fold(model)]  # a list: a module would be part of the state
         self.data = context.samples(self.samples)
         self.judged_on = self.passes = sum(len(tree_leaves(x)[0]) for x, _ in self.data)
-        self.dense_loss = mean_loss(self.small.dense, context.loss, self.data)
+        self.dense_loss = mean_loss(self.dense, context.loss, self.data)
         alone = lambda net, data: {"loss": mean_loss(net, context.loss, data)}  # noqa: E731
         self.metrics = context.metrics or measure.Metrics(alone)
-        values = self.metrics.values(self.small.dense, self.data)
+        values = self.metrics.values(self.dense, self.data)
         self.goal, self.limits = next(iter(values)), measure.limits(self.constraints, values)
 
     def scores(self) -> list[Tensor]:
         """The importance of each group's channels, mean 1 in each group."""
-        dense, total = self.small.dense, [0.0] * len(self.groups)
+        dense, total = self.dense, [0.0] * len(self.groups)
         if self.importance == "group_l2":
             score = importance(self.channels, dense, GroupL2.measure)
             return list(score.split([group.channels for group in self.channels.groups]))
@@ -187,8 +192,8 @@ class Search(Method, ABC):
         self.budget = _Budget(self.channels, positions, least)
 
     def candidate(self, kept: Sequence[int]) -> nn.Module:
-        """The net with `kept` channels, as it is judged; until the next one."""
-        return self.small(self.budget.indices(kept), own=False)
+        """The net with `kept` channels, as it is judged."""
+        return narrow(self.dense, self.channels.groups, self.budget.indices(kept))
 
     def judge(self, kept: Sequence[int]) -> Point:
         """The point with `kept` channels; each is judged, and its passes counted, once."""
@@ -229,7 +234,7 @@ class Search(Method, ABC):
     def report(self) -> dict[str, Any]:
         """Shares removed; per group what is kept and what it alone loses; the search cost."""
         point, full, rows = self.point, self.budget.full, []
-        nets = self.small.dense, self.small(self.budget.indices(point.kept), own=False)
+        nets = self.dense, self.candidate(point.kept)
         dense, left = (measure.macs(net, self.context.example) for net in nets)
         before = self.judge(full).values
         for i, (each, n, k) in enumerate(zip(self.groups, full, point.kept, strict=True)):
@@ -280,7 +285,7 @@ class Uniform(Search):
         for component in inner if self.aware else ():
             inside = [i for i, each in enumerate(self.groups) if each.components == component]
             layers = {m.layer for i in inside for m in self.channels.groups[i].members}
-            sizes = [measure.parameters(self.small.dense.get_submodule(n)) for n in layers]
+            sizes = [measure.parameters(self.dense.get_submodule(n)) for n in layers]
             share = self.target * (sum(sizes) / self.channels.dense)
             offset = self.budget.offset(numbers, share, inside)
             numbers = [n + offset * (i in inside) for i, n in enumerate(numbers)]

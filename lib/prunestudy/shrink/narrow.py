@@ -6,7 +6,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from prunestudy.shrink.fold import fold
 from prunestudy.shrink.groups import FOLLOWS, Group
 from prunestudy.shrink.layers import (
     TRANSPOSED,
@@ -17,50 +16,27 @@ from prunestudy.shrink.layers import (
 )
 
 
-class Narrow:
-    """Makes copies of `model`, folded, with fewer channels in the given groups.
+def narrow(dense: nn.Module, groups: Sequence[Group], kept: Sequence[Tensor]) -> nn.Module:
+    """A copy of a plain net with only the channels `kept[g]` of each group g.
 
-    `narrow(kept)` has only the channels `kept[g]` of each group g, and computes what `model` does
-    with the other channels' slices at zero in the layers that consume them; a layer norm takes its
-    statistics over the channels left. It is in eval mode, without gradients. `dense` is the folded
-    net that the channels are taken from; `model` is left untouched.
+    It computes what `dense` does with the other channels' slices at zero in the layers that consume
+    them; a layer norm takes its statistics over the channels left.
     """
-
-    def __init__(self, model: nn.Module, groups: Sequence[Group]) -> None:
-        self.dense = fold(model)
-        self._shared: nn.Module | None = None
-        self._full = [group.channels for group in groups]
-        self._axes: dict[str, dict[str, tuple[int, list]]] = {}
-        for number, group in enumerate(groups):
-            for m in group.members:
-                axis = FOLLOWS if m.role == FOLLOWS else m.axis
-                of = self._axes.setdefault(m.layer, {}).setdefault(axis, (m.size, []))
-                of[1].append((number, torch.tensor(m.indices)))
-
-    def __call__(self, kept: Sequence[Tensor], own: bool = True) -> nn.Module:
-        """The smaller net; without `own` the last one is reused, and no group may be emptied."""
-        if own or self._shared is None:
-            # All but the tensors that are cut anew is copied.
-            layers = [self.dense.get_submodule(name) for name in self._axes]
-            cut = [t for layer in layers for t in (*layer.parameters(), *layer.buffers())]
-            self._shared = copy.deepcopy(self.dense, {id(tensor): tensor for tensor in cut})
-        small, gone = self._shared, [torch.ones(n, dtype=torch.bool) for n in self._full]
-        for lost, stay in zip(gone, kept, strict=True):
-            lost[stay] = False
-        for name, axes in self._axes.items():
-            stay = {axis: self._stay(*of, gone) for axis, of in axes.items()}
-            _fit(small.get_submodule(name), self.dense.get_submodule(name), stay)
-        if own:
-            self._shared = None
-            for name in self._axes:
-                _replace_emptied(small, name)
-        return small
-
-    def _stay(self, size: int, parts: list, gone: list[Tensor]) -> Tensor:
-        here = torch.ones(size, dtype=torch.bool)
-        for number, indices in parts:
-            here[indices[gone[number]].flatten()] = False
-        return here.nonzero().flatten()
+    open_: dict[str, dict[str, Tensor]] = {}  # which places of each axis stay, by layer
+    for group, stay in zip(groups, kept, strict=True):
+        mask = torch.zeros(group.channels)
+        mask[stay] = 1
+        for m in group.members:
+            axes, axis = open_.setdefault(m.layer, {}), FOLLOWS if m.role == FOLLOWS else m.axis
+            axes[axis] = axes.get(axis, 1.0) * m.spread(mask)
+    layers = {name: dense.get_submodule(name) for name in open_}
+    cut = [t for layer in layers.values() for t in (*layer.parameters(), *layer.buffers())]
+    small = copy.deepcopy(dense, {id(tensor): tensor for tensor in cut})  # these are cut anew
+    for name, axes in open_.items():
+        places = {axis: mask.nonzero().flatten() for axis, mask in axes.items()}
+        _fit(small.get_submodule(name), layers[name], places)
+        _replace_emptied(small, name)
+    return small
 
 
 def axis_of(layer: nn.Module, axis: str) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from prunestudy.errors import InputError
 from prunestudy.shrink.compare import Gated, inside
 from prunestudy.shrink.groups import CONSUMES, Group, read_groups, signal_remains
-from prunestudy.shrink.narrow import Narrow
+from prunestudy.shrink.narrow import narrow
 from prunestudy.shrink.runs import called, fresh, outputs_of, watching
 from prunestudy.shrink.trace import Trace, trace
 
@@ -49,7 +49,7 @@ class _Proof(Gated):
 
     def __init__(self, traced: Trace, groups: list[Group]) -> None:
         super().__init__(traced.net.eval(), groups, traced.example, traced.given)
-        self.traced, self.narrow = traced, Narrow(self.net, groups)
+        self.traced = traced
         self.generator = torch.Generator().manual_seed(0)
 
     def run(self) -> list[Group]:
@@ -59,7 +59,7 @@ class _Proof(Gated):
             self._require(counts, training=False)
         silent = self.silent()
         for seed in range(1, _DRAWS if silent else 0):
-            self.narrow = Narrow(fresh(self.net, seed), self.groups)
+            fresh(self.net, seed)
             self._require([int(self._draw(g.channels)) for g in self.groups], training=False)
             silent &= self.silent()
         for i, layer in sorted(silent):
@@ -97,7 +97,7 @@ class _Proof(Gated):
             ]
 
         def wrong(kept: list[Tensor]) -> bool:
-            return bool(self.gap(self.narrow(kept), kept, training))
+            return bool(self.gap(narrow(self.net, self.groups, kept), kept, training))
 
         if not wrong(chosen):
             return
@@ -111,7 +111,7 @@ class _Proof(Gated):
     def _blame(self, group: Group, kept: list[Tensor]) -> None:
         """Raise `InputError` naming the first module that does not treat channels one by one."""
         fails = f"cannot be pruned: it does not work on fewer channels of {group.name!r}"
-        small = self.narrow(kept)
+        small = narrow(self.net, self.groups, kept)
         passes = [(self.two, False), (self.batches[1], False), (self.two, True)]
         error, wrong = None, []
         for batch, train in passes[: 2 + (self.moods is not None)]:
@@ -147,7 +147,7 @@ class _Proof(Gated):
     def _works_without(self, chosen: list[int]) -> set[int]:
         sizes = [group.channels for group in self.groups]
         kept = [torch.arange(0 if i in chosen else n) for i, n in enumerate(sizes)]
-        if not self.gap(self.narrow(kept), kept):
+        if not self.gap(narrow(self.net, self.groups, kept), kept):
             return set(chosen)
         half = len(chosen) // 2
         parts = (chosen[:half], chosen[half:]) if half else ()

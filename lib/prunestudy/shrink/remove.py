@@ -12,7 +12,7 @@ from prunestudy.errors import require, require_one_of
 from prunestudy.shrink.compare import Gated, apart
 from prunestudy.shrink.fold import fold
 from prunestudy.shrink.groups import PRODUCES, Group, read_groups, signal_remains
-from prunestudy.shrink.narrow import Narrow
+from prunestudy.shrink.narrow import narrow
 from prunestudy.shrink.proof import proven
 from prunestudy.shrink.runs import drawn, evaluating, outputs_of
 from prunestudy.shrink.trace import trace
@@ -70,7 +70,7 @@ def remove_groups(
     They are compared in eval mode, and in training mode where that gives one answer.
     """
     plain = fold(model)
-    small = Narrow(plain, groups)(kept)
+    small = narrow(plain, groups, kept)
     example = inputs(example)
     batch = drawn(example, plain.double())
     gap = Gated(plain, groups, batch, example).gap(fold(small).double(), kept)
