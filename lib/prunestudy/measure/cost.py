@@ -21,7 +21,7 @@ from torch.utils.flop_counter import flop_registry
 from prunestudy.errors import require
 from prunestudy.measure.forward import Example, evaluating, inputs_for, run
 from prunestudy.shrink import CsrLinear, fold
-from prunestudy.shrink.fold import is_plain
+from prunestudy.shrink.fold import is_rewritten
 from prunestudy.shrink.layers import LAYERS
 
 
@@ -180,4 +180,4 @@ def _plain(model: nn.Module) -> nn.Module:
     # CSR layers have neither parameters nor a weight: every count would silently miss them.
     csr = any(isinstance(module, CsrLinear) for module in model.modules())
     require(not csr, "model", type(model).__name__, "count the net before to_csr")
-    return model if is_plain(model) else fold(model)
+    return fold(model) if any(map(is_rewritten, model.modules())) else model

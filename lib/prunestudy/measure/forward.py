@@ -12,7 +12,6 @@ import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +22,16 @@ from torch.utils._pytree import tree_leaves
 
 from prunestudy.errors import InputError, first_line, require
 from prunestudy.shrink import OnnxNet, export, fold
-from prunestudy.shrink.runs import device_of, evaluating
+from prunestudy.shrink.runs import device_of, dtype_of, evaluating
 from prunestudy.values import inputs
 
 Example = Tensor | tuple[Tensor, ...]
 
 
 def inputs_for(model: nn.Module, example: Example, first: bool = False) -> tuple[Tensor, ...]:
-    """A copy of `inputs(example)` on the device of `model`, floating-point ones in its precision.
-
-    With `first` a batch of the first input alone.
-    """
-    tensors = chain(model.parameters(), model.buffers())
-    dtype = next((t.dtype for t in tensors if t.is_floating_point()), None)
+    """A copy of the example (or its `first` input) on the device, in the precision of `model`."""
     to = partial(Tensor.to, device=device_of(model), copy=True)  # nets may work in place
-    given = [x[:1] if first else x for x in inputs(example)]
+    given, dtype = [x[:1] if first else x for x in inputs(example)], dtype_of(model)
     return tuple(to(x, dtype=dtype if x.is_floating_point() else None) for x in given)
 
 
@@ -81,8 +75,8 @@ def latency(
     """Median milliseconds of each model's forward pass on a batch like `example`, interleaved.
 
     Floating-point inputs are drawn, the same for all models: zeros hide what denormal weights cost.
-    In eval and inference mode, on each model's device, with `threads` of torch's (None: as many as
-    now); modes and threads are put back. Raises `InputError` for a bad example or number.
+    In eval and inference mode, with `threads` of torch's (None: as many as now), which are put
+    back. Raises `InputError` for a bad example or number.
     """
     right = threads is None or (type(threads) is int and threads > 0)
     require(right, "threads", threads, "a positive integer or None")

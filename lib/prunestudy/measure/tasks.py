@@ -73,11 +73,10 @@ class Task:
     ) -> Scores:
         """Score `model` in eval mode on batches of inputs and labels.
 
-        Both go to the model's device; its modes are put back. PSNR is in dB, of the mean MSE (not a
-        mean of PSNRs); macro-F1 and mean IoU are of the classes that occur or are predicted, IoU
-        over all labelled pixels; top-5 is given above five classes. Outputs that are not finite
-        make the loss infinite or NaN. Raises `InputError` for no sample or no label, a label out of
-        range, or logits that are not (batch, num_classes, ...).
+        PSNR is in dB, of the mean MSE (not a mean of PSNRs); macro-F1 and mean IoU are of the
+        classes that occur or are predicted, IoU over all labelled pixels; top-5 is given above five
+        classes. Raises `InputError` for no sample or no label, a label out of range, or logits that
+        are not (batch, num_classes, ...).
         """
         right = num_classes is None or (type(num_classes) is int and num_classes > 0)
         require(right, "num_classes", num_classes, "at least 1")

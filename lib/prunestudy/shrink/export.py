@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunestudy.errors import InputError, first_line, require, writable_file, written_whole
+from prunestudy.errors import InputError, first_line, require, written_whole
 from prunestudy.shrink.compare import apart
 from prunestudy.shrink.fold import fold, require_net
 from prunestudy.shrink.runs import tensors_of
@@ -22,12 +22,10 @@ def export(net: nn.Module, path: str | Path, example: Tensor | tuple[Tensor, ...
     """Write `net`, folded, to `path` as ONNX, for batches of any size.
 
     `example` is an input batch, or a tuple of them; they are called `input`, `input_1`, ..., the
-    outputs `output`, `output_1`, ... The file appears only once ONNX Runtime's outputs for the
-    example equal the net's up to rounding. Raises `InputError` if they do not, and for a path that
-    no file can be written to.
+    outputs `output`, `output_1`, ... Raises `InputError` if ONNX Runtime's outputs for the example
+    are not the net's up to rounding, and for a path that no file can be written to.
     """
     require_net(net)
-    writable_file(path)
     plain, given = fold(net).cpu(), tuple(x.detach().cpu() for x in inputs(example))
     # With a batch of one, the exporter would take its size for constant.
     traced = tuple(torch.cat([x, x])[: max(2, len(x))] for x in given)

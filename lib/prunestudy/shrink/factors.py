@@ -91,10 +91,7 @@ def factorise(model: nn.Module, ranks: Mapping[str, int]) -> nn.Module:
 
 
 def factorise_in_place(model: nn.Module, ranks: Mapping[str, int]) -> None:
-    """Replace the layers named in `ranks` by trainable factors, under every name that they have.
-
-    Raises `InputError` as `require_factorisable` and `factorise_layer`, before any is replaced.
-    """
+    """Replace the layers named in `ranks` by trainable factors; `InputError` before any is."""
     require_factorisable(model, ranks)
     pairs = {n: factorise_layer(model.get_submodule(n), m) for n, m in ranks.items()}
     for name, pair in pairs.items():
@@ -104,8 +101,7 @@ def factorise_in_place(model: nn.Module, ranks: Mapping[str, int]) -> None:
 def require_factorisable(model: nn.Module, names: Iterable[str]) -> None:
     """Raise `InputError` for the first of `names` that factors cannot replace in `model`.
 
-    Such a layer is not there, is read by its owner (`replaceable`), shares a parameter with another
-    one, or its weight is computed (weight norm, parametrisations, pruning masks).
+    It is none of `replaceable`, shares a parameter with another layer, or its weight is computed.
     """
     every = replaceable(model)
     uses = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))

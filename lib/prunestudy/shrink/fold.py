@@ -17,9 +17,8 @@ from prunestudy.errors import InputError, first_line, require
 def fold(model: nn.Module) -> nn.Module:
     """Return a copy of `model` in which every parametrised tensor is a plain parameter.
 
-    The copy is in eval mode without gradients and computes what `model` computes in eval mode:
-    random gates take their value at test time. Hooks of `nn.utils.prune`, `weight_norm` and
-    `spectral_norm` are folded as well. `model` is left untouched.
+    The copy is in eval mode without gradients and computes what `model` computes in eval mode.
+    Hooks of `nn.utils.prune`, `weight_norm` and `spectral_norm` are folded as well.
     """
     require(isinstance(model, nn.Module), "model", type(model).__name__, "a torch module")
     plain = copied(model).eval()
@@ -73,15 +72,11 @@ def require_net(model: object) -> None:
 
 
 def require_ordinary(model: nn.Module) -> None:
-    """Raise `InputError` for a net whose tensors are not each one layer's own parameter.
-
-    That is one parameter in two modules (tied weights), a parametrisation, or a hook of
-    `nn.utils.prune`, `weight_norm` or `spectral_norm`.
-    """
+    """Raise `InputError` for tied weights, and for a weight that is computed from others."""
     require_untied(model)
     for name, module in model.named_modules():
         made = "its weight is computed from others: use fold(net).requires_grad_()"
-        require(not _is_rewritten(module), "module", name, made)
+        require(not is_rewritten(module), "module", name, made)
 
 
 def require_untied(model: nn.Module) -> None:
@@ -95,12 +90,8 @@ def require_untied(model: nn.Module) -> None:
                 require(owner == name, "module", name, shared)
 
 
-def is_plain(model: nn.Module) -> bool:
-    """Whether no tensor of `model` is parametrised or made by such a hook."""
-    return not any(map(_is_rewritten, model.modules()))
-
-
-def _is_rewritten(module: nn.Module) -> bool:
+def is_rewritten(module: nn.Module) -> bool:
+    """Whether a tensor of `module` is parametrised or made by a hook."""
     return parametrize.is_parametrized(module) or any(_rewriting(module))
 
 

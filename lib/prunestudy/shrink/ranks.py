@@ -135,8 +135,8 @@ def _rises(
     """How much the loss rises per MAC saved on the way to ranks 1, 2, ... of the layer.
 
     `costs` are the MACs at these ranks and, last, of the whole layer, which has the loss `base`.
-    The weight `tried` takes the largest rank, half of it, and so on down to 1, and is whole again
-    afterwards; the losses between them are those of the lower convex hull.
+    The weight `tried` takes the largest rank, half of it, and so on; between them, as at ranks off
+    the lower convex hull, the loss is taken as linear.
     """
     from scipy.optimize import isotonic_regression  # late: it takes a while
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from prunestudy.errors import require, require_one_of
-from prunestudy.shrink.compare import Gated, apart
+from prunestudy.shrink.compare import apart
 from prunestudy.shrink.fold import fold
 from prunestudy.shrink.groups import PRODUCES, Group, read_groups, signal_remains
 from prunestudy.shrink.narrow import narrow
-from prunestudy.shrink.proof import proven
+from prunestudy.shrink.proof import Proof, proven
 from prunestudy.shrink.runs import drawn, evaluating, outputs_of
 from prunestudy.shrink.trace import trace
 from prunestudy.values import inputs
@@ -65,15 +65,12 @@ def trainable_as(model: nn.Module, small: nn.Module) -> nn.Module:
 def remove_groups(
     model: nn.Module, groups: Sequence[Group], kept: Sequence[Tensor], example: Inputs
 ) -> nn.Module:
-    """Return `narrow(model, groups, kept)`, compared with the gated net; raise `InputError`.
-
-    They are compared in eval mode, and in training mode where that gives one answer.
-    """
+    """Return `model`, folded and narrowed, compared with the gated net; raise `InputError`."""
     plain = fold(model)
     small = narrow(plain, groups, kept)
     example = inputs(example)
     batch = drawn(example, plain.double())
-    gap = Gated(plain, groups, batch, example).gap(fold(small).double(), kept)
+    gap = Proof(plain, groups, batch, example).gap(fold(small).double(), kept)
     require(not gap, "model", type(model).__name__, f"the smaller net differs: {gap}")
     return small
 

@@ -68,10 +68,7 @@ class Watch:
 
 @contextmanager
 def watching(net: nn.Module, failed: str) -> Iterator[Watch]:
-    """Watch the modules of `net`; any exception becomes `InputError`.
-
-    Its line names the innermost module at work, says that it `failed` and why.
-    """
+    """Watch `net`; any exception becomes `InputError`, which says what module `failed`, and why."""
     watch, at_work, handles = Watch(), [""], []
     for name, module in net.named_modules():
         enter = lambda _, __, name=name: at_work.append(name)  # noqa: E731
@@ -134,7 +131,7 @@ def outputs_of(
     own = tensors_of(net.state_dict()) if strict else []
     known = {t.untyped_storage().data_ptr() for t in own}
     usual = torch.get_default_dtype()
-    torch.set_default_dtype(dtype_of(net))
+    torch.set_default_dtype(dtype_of(net) or usual)
     try:
         mode = torch.no_grad() if bare else _Plain(strict, known)
         with torch.random.fork_rng(devices=[]), mode:
@@ -148,10 +145,10 @@ def outputs_of(
     return found + end
 
 
-def dtype_of(net: nn.Module) -> torch.dtype:
-    """The precision of the first floating-point tensor of `net`."""
-    kinds = (t.dtype for t in tensors_of(net.state_dict()) if t.is_floating_point())
-    return next(kinds, torch.get_default_dtype())
+def dtype_of(net: nn.Module) -> torch.dtype | None:
+    """The precision of the first floating-point parameter or buffer of `net`; None without any."""
+    tensors = chain(net.parameters(), net.buffers())
+    return next((t.dtype for t in tensors if t.is_floating_point()), None)
 
 
 def fresh(net: nn.Module, seed: int = 0) -> nn.Module:
@@ -190,7 +187,7 @@ def drawn(example: tuple[Tensor, ...], net: nn.Module) -> tuple[Tensor, ...]:
         new = torch.cat([x.detach(), x.detach()])[:2]
         if x.is_floating_point():
             new = torch.rand(new.shape, generator=generator, dtype=torch.float64).pow(4)
-            new = new.to(dtype_of(net))
+            new = new.to(dtype_of(net) or torch.get_default_dtype())
         made.append(new.to(device_of(net)))
     return tuple(made)
 
@@ -218,10 +215,7 @@ class _Node(torch.autograd.Function):
 
 @contextmanager
 def one_node_each(net: nn.Module, copies: Collection[nn.Module]) -> Iterator[set]:
-    """Make a call of each layer one node of autograd's graph; gives the set of these nodes.
-
-    Layers in `copies` only copy their input.
-    """
+    """Make a call of each layer a node of autograd's graph (`copies` copy); gives these nodes."""
     nodes, anchor = set(), torch.zeros((), requires_grad=True)
 
     def wrapped(before: Callable) -> Callable:

@@ -111,10 +111,7 @@ def trace(model: nn.Module, example: Tensor | tuple[Tensor, ...]) -> Trace:
 
 
 def _first_pass(net: nn.Module, batch: tuple[Tensor, ...]) -> bool:
-    """Whether the channels of the inputs lie on their last axis; runs `net` on `batch`.
-
-    Raises `InputError` naming the module where the net fails or reads values of a tensor.
-    """
+    """Whether the channels of the inputs lie on their last axis; `InputError` as `trace`."""
     fails = f"cannot be traced on {[tuple(x.shape) for x in batch]}"
     with watching(net, fails) as watch:
         found = outputs_of(net, batch, strict=True)
@@ -127,10 +124,9 @@ def _first_pass(net: nn.Module, batch: tuple[Tensor, ...]) -> bool:
 
 
 class _Probe(nn.Module):
-    """A net behind a layer for each float input, so that the inputs' channels are in the graph.
+    """A net behind a layer for each float input, which stands for the input's channels.
 
-    The layers compute nothing: they only stand for a number of channels. With `last` these lie on
-    the last axis, else on the first after the batch.
+    With `last` these lie on the last axis, else on the first after the batch.
     """
 
     def __init__(self, net: nn.Module, batch: tuple[Tensor, ...], last: bool) -> None:
@@ -147,10 +143,9 @@ class _Probe(nn.Module):
 
 
 def _require_all(net: nn.Module, graph: Any, watch: Watch, outputs: list[Tensor]) -> None:
-    """Raise `InputError` for a layer that is not in the graph, unless it is part of another.
+    """Raise `InputError` for a layer that is not in the graph.
 
-    A layer that is not called, but whose weight the net's own code reads, may be missing too: what
-    that code makes of the channels, the proof shows.
+    Unless it is part of another, or only the net's own code reads its weight.
     """
     inner = {child for m in net.modules() if is_one_node(m) for child in list(m.modules())[1:]}
     read = _parameters_of(outputs)
