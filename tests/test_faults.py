@@ -110,7 +110,7 @@ shrink/slots.py test_groups.py test_the_channels_of_one_group_of_a_group_norm
 shrink/narrow.py test_remove.py test_a_branch_without_inputs_leaves_its_bias
     new.bias = bias => pass
 shrink/layers.py test_remove.py test_places_behind_a_layer_that_is_gone
-    * (kernel - 1) - 1) => * (kernel - 1))
+    2 * pad - reach - 1) => 2 * pad - reach)
 shrink/csr.py test_shrink.py test_csr_equals_dense and lenet300
     pointers[1:] = => pointers[:-1] =
 shrink/files.py test_files.py test_dense_or_rows_is_decided_by_bytes

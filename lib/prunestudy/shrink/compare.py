@@ -38,19 +38,15 @@ def gates(net: nn.Module, groups: Sequence[Group], kept: Sequence[Tensor]) -> It
 
 def _gated_call(layer: nn.Module, call: Callable, gate: Tensor, *args: Any, **named: Any) -> Any:
     x, *rest = args or (named.pop("input"),)
-    if isinstance(layer, nn.LayerNorm):
-        return _norm_gated(layer, gate, x)
+    if isinstance(layer, nn.LayerNorm):  # of the open features alone, zero at the others
+        out, open_ = torch.zeros_like(x), gate.to(x.device) > 0
+        affine = (None if w is None else w[open_] for w in (layer.weight, layer.bias))
+        size = (int(open_.sum()),)
+        out[..., open_] = nn.functional.layer_norm(x[..., open_], size, *affine, layer.eps)
+        return out
     axis = -1 if isinstance(layer, nn.Linear) else x.dim() - len(layer.kernel_size) - 1
     x = x * gate.to(x).view(-1, *[1] * ((x.dim() - 1 - axis) % x.dim()))
     return call(x, *rest, **named)
-
-
-def _norm_gated(layer: nn.LayerNorm, gate: Tensor, x: Tensor) -> Tensor:
-    """What `layer` makes of the open features alone, zero at the others."""
-    out, open_ = torch.zeros_like(x), gate.to(x.device) > 0
-    rest = (None if w is None else w[open_] for w in (layer.weight, layer.bias))
-    out[..., open_] = nn.functional.layer_norm(x[..., open_], (int(open_.sum()),), *rest, layer.eps)
-    return out
 
 
 @contextmanager

@@ -41,10 +41,6 @@ class CsrLinear(nn.Module):
             y = torch.addmm(self.bias[:, None], weight, flat.T).T
         return y.reshape(*x.shape[:-1], self.out_features)
 
-    def extra_repr(self) -> str:
-        """What `print` shows of the layer."""
-        return f"{self.in_features}, {self.out_features}, nonzeros={len(self.values)}"
-
 
 def to_csr(model: nn.Module, min_sparsity: float = 0.0) -> nn.Module:
     """A folded copy of `model` whose linear layers of at least `min_sparsity` are `CsrLinear`.

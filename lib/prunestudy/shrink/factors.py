@@ -52,8 +52,7 @@ def groups_of(layer: Layer) -> int:
 
 def weight_matrix(layer: Layer) -> Tensor:
     """The filters of `layer` as rows, one matrix per group: (G, N / G, D); a view if possible."""
-    weight, groups = layer.weight.detach(), groups_of(layer)
-    return weight.reshape(groups, len(weight) // groups, -1)
+    return layer.weight.detach().unflatten(0, (groups_of(layer), -1)).flatten(2)
 
 
 def full_rank(layer: Layer) -> int:

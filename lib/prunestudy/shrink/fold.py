@@ -24,7 +24,15 @@ def fold(model: nn.Module) -> nn.Module:
     plain = copied(model).eval()
     for module in list(plain.modules()):
         if parametrize.is_parametrized(module):
-            _unparametrise(module)
+            # torch keeps the tensor as a property of a class made for this one module, deepcopy
+            # shares that class, and removal deletes the property: without a class of its own the
+            # copy would take the weight of the original away.
+            cls = type(module)
+            module.__class__ = type(cls.__name__, cls.__bases__, dict(cls.__dict__))
+            # A tensor made of several frozen ones would come back as a buffer.
+            module.parametrizations.requires_grad_(True)
+            for name in list(module.parametrizations):
+                parametrize.remove_parametrizations(module, name, leave_parametrized=True)
         for number, hook in _rewriting(module):
             hook.remove(module)
             del module._forward_pre_hooks[number]
@@ -100,15 +108,3 @@ def _rewriting(module: nn.Module) -> Iterator[tuple[int, object]]:
     for number, hook in list(module._forward_pre_hooks.items()):
         if type(hook).__module__.startswith("torch.nn.utils.") and hasattr(hook, "remove"):
             yield number, hook
-
-
-def _unparametrise(module: nn.Module) -> None:
-    # torch keeps the tensor as a property of a class made for this one module, deepcopy shares
-    # that class, and removal deletes the property: without a class of its own the copy would
-    # take the weight of the original away.
-    cls = type(module)
-    module.__class__ = type(cls.__name__, cls.__bases__, dict(cls.__dict__))
-    # A tensor made of several frozen ones would come back as a buffer.
-    module.parametrizations.requires_grad_(True)
-    for name in list(module.parametrizations):
-        parametrize.remove_parametrizations(module, name, leave_parametrized=True)

@@ -102,18 +102,18 @@ class Constant(nn.Module):
         places = list(x.shape[2:])
         if self.geometry is not None:
             rows = zip(places, *(self.geometry[name] for name in _NUMBERS), strict=True)
-            after = _after_transposed if self.geometry["transposed"][0] else _after
-            places = [after(*row) for row in rows]
+            back = self.geometry["transposed"][0]
+            places = [_after(*row, transposed=back) for row in rows]
         return [x.shape[0], self.channels, *places]  # not len: ONNX keeps the batch open
 
 
-def _after(n: int, kernel: int, stride: int, pad: int, dilation: int, _: int) -> int:
+def _after(
+    n: int, kernel: int, stride: int, pad: int, dilation: int, more: int, *, transposed: int
+) -> int:
     """Places behind a convolution on `n` places."""
-    return (n + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1
-
-
-def _after_transposed(n: int, kernel: int, stride: int, pad: int, dilation: int, more: int) -> int:
-    return (n - 1) * stride - 2 * pad + dilation * (kernel - 1) + more + 1
+    reach = dilation * (kernel - 1)
+    back = (n - 1) * stride - 2 * pad + reach + more + 1
+    return back if transposed else (n + 2 * pad - reach - 1) // stride + 1
 
 
 def geometry_of(layer: nn.Module) -> Geometry:

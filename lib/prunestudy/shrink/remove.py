@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from prunestudy.errors import require, require_one_of
 from prunestudy.shrink.compare import apart
 from prunestudy.shrink.fold import fold
-from prunestudy.shrink.groups import PRODUCES, Group, read_groups, signal_remains
+from prunestudy.shrink.groups import PRODUCES, Group, Member, read_groups, signal_remains
 from prunestudy.shrink.narrow import narrow
 from prunestudy.shrink.proof import Proof, proven
 from prunestudy.shrink.runs import drawn, evaluating, outputs_of
@@ -96,29 +96,26 @@ def _numbers(layer: str, channels: Any) -> set[int]:
 
 def _kept(groups: Sequence[Group], keep: Mapping[str, set[int]]) -> list[Tensor]:
     """The channels kept of each group, from those kept of layers."""
-    sizes: dict[str, int] = {}
-    places: dict[str, dict[int, tuple[int, int]]] = {}  # by layer: group and channel of each place
+    makers: dict[str, dict[int, Member]] = {}  # by layer, and number of the group
     for number, group in enumerate(groups):
         for m in group.having(PRODUCES):
-            sizes[m.layer] = m.size
-            here = {i: (number, c) for c, each in enumerate(m.indices) for i in each}
-            places.setdefault(m.layer, {}).update(here)
-    kept = {number: set(range(group.channels)) for number, group in enumerate(groups)}
-    said: dict[int, str] = {}
+            makers.setdefault(m.layer, {})[number] = m
+    kept, said = [set(range(group.channels)) for group in groups], {}
     for layer, channels in keep.items():
-        require_one_of("keep", layer, places)
-        named, all_, shown = f"keep[{layer!r}]", set(range(sizes[layer])), sorted(channels)
-        require(channels <= all_, named, shown, f"channels of 0..{sizes[layer] - 1}")
-        gone, owner = all_ - channels, places[layer]
-        fixed = sorted(gone - set(owner))
+        require_one_of("keep", layer, makers)
+        members, named, shown = makers[layer], f"keep[{layer!r}]", sorted(channels)
+        every = set(range(next(iter(members.values())).size))
+        require(channels <= every, named, shown, f"channels of 0..{len(every) - 1}")
+        removable = {i for m in members.values() for places in m.indices for i in places}
+        fixed = sorted(every - channels - removable)
         require(not fixed, named, shown, f"channels {fixed} must stay, others need them")
-        lost = {owner[i] for i in gone}
-        half = sorted(i for i in channels if owner.get(i) in lost)
-        require(not half, named, shown, f"channels {half} go with others that are gone")
-        for number in {number for number, _ in owner.values()}:
-            stay = {c for n, c in set(owner.values()) - lost if n == number}
+        for number, m in members.items():
+            stay = {c for c, places in enumerate(m.indices) if channels.issuperset(places)}
+            gone = {i for c, places in enumerate(m.indices) if c not in stay for i in places}
+            half = sorted(gone & channels)
+            require(not half, named, shown, f"channels {half} go with others that are gone")
             other = said.setdefault(number, layer)
             why = f"other channels than {other!r}, which is of the same group"
             require(other == layer or kept[number] == stay, named, shown, why)
             kept[number] = stay
-    return [torch.tensor(sorted(stay), dtype=torch.long) for stay in kept.values()]
+    return [torch.tensor(sorted(stay), dtype=torch.long) for stay in kept]

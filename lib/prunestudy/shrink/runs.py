@@ -56,23 +56,22 @@ class Watch:
     last: dict[str, Any] = field(default_factory=dict)
     cut: str | None = None
 
-    def leave(self, name: str, module: nn.Module, output: Any) -> None:
-        """Called after each forward pass of `module`."""
-        self.order.setdefault(name, module)
-        if not any(module.children()):
-            self.last[name] = output
-        tensors = tensors_of(output)
-        if self.cut is None and tensors and not any(t.requires_grad for t in tensors):
-            self.cut = name
-
 
 @contextmanager
 def watching(net: nn.Module, failed: str) -> Iterator[Watch]:
     """Watch `net`; any exception becomes `InputError`, which says what module `failed`, and why."""
     watch, at_work, handles = Watch(), [""], []
+
+    def leave(module: nn.Module, _: Any, output: Any) -> None:
+        name, tensors = at_work.pop(), tensors_of(output)
+        watch.order.setdefault(name, module)
+        if not any(module.children()):
+            watch.last[name] = output
+        if watch.cut is None and tensors and not any(t.requires_grad for t in tensors):
+            watch.cut = name
+
     for name, module in net.named_modules():
         enter = lambda _, __, name=name: at_work.append(name)  # noqa: E731
-        leave = lambda module, _, out: watch.leave(at_work.pop(), module, out)  # noqa: E731
         handles.append(module.register_forward_pre_hook(enter))
         handles.append(module.register_forward_hook(leave))
     try:
