@@ -132,11 +132,6 @@ class Search(Method, ABC):
     def solve(self) -> tuple[list[float], Point]:
         """Call `order`; return one number per group, and the `Point` that they lead to."""
 
-    @property
-    def dense(self) -> nn.Module:
-        """The folded net that candidates are made of."""
-        return self._dense[0]
-
     def stays(self, group: ComponentGroup) -> bool:
         """Whether no channel of `group` may go."""
         return group.protected
@@ -161,7 +156,7 @@ class Search(Method, ABC):
         self.channels = Channels(model, context.example, "parameters", norms=True, leave=self.leave)
         found = self.channels.groups
         self.groups = component_groups(model, context.example, self.protect, found)
-        self._dense = [fold(model)]  # a list: a module would be part of the state
+        vars(self)["dense"] = fold(model)  # what candidates are made of: no part of the state
         self.data = context.samples(self.samples)
         self.judged_on = self.passes = sum(len(tree_leaves(x)[0]) for x, _ in self.data)
         self.dense_loss = mean_loss(self.dense, context.loss, self.data)
@@ -234,7 +229,7 @@ class Search(Method, ABC):
     def report(self) -> dict[str, Any]:
         """Shares removed; per group what is kept and what it alone loses; the search cost."""
         point, full, rows = self.point, self.budget.full, []
-        nets = self.dense, self.candidate(point.kept)
+        nets = self.dense, Search.candidate(self, point.kept)  # as it is cut, before it is trained
         dense, left = (measure.macs(net, self.context.example) for net in nets)
         before = self.judge(full).values
         for i, (each, n, k) in enumerate(zip(self.groups, full, point.kept, strict=True)):
