@@ -21,7 +21,7 @@ from prunestudy.methods.channels import Channels
 from prunestudy.methods.component_aware import ComponentAware, masked_output
 from prunestudy.methods.search import Uniform, _Budget, placed
 from prunestudy.models import TDMPC, Autoencoder
-from prunestudy.shrink import Narrow, component_groups
+from prunestudy.shrink import component_groups, narrow
 from prunestudy.train import Recipe, prune
 
 IMAGES = torch.zeros(2, 1, 8, 8)
@@ -337,21 +337,21 @@ def test_soft_masks_of_a_layer_norm_are_the_pruned_net():
     x = torch.randn(6, 5, dtype=torch.float64)
     groups = [each.group for each in component_groups(net, x)]
     masks = [(torch.arange(g.channels) % 2).double() for g in groups]
-    small = Narrow(net, groups)([m.nonzero().flatten() for m in masks])
+    small = narrow(net, groups, [m.nonzero().flatten() for m in masks])
     for a, b in zip(masked_output(net, groups, masks, x), small(x), strict=True):
         assert (a - b).abs().max() <= 1e-9 * b.abs().max()
 
 
 def test_the_soft_loss_counts_its_passes_and_has_the_gradient_of_finite_differences(digits):
     method = digits.prune().method
-    method.small.dense.double()
+    method.dense.double()
     x, y = next(method.batches)
     one, before = (x.double(), y), method.passes
     numbers = torch.full((6,), 0.4, dtype=torch.float64, requires_grad=True)
 
     def at(numbers):
         method.batches = iter([one])
-        return method.soft_loss(method.small.dense, numbers, 0.1)
+        return method.soft_loss(method.dense, numbers, 0.1)
 
     loss, removed = at(numbers)
     assert method.passes - before == 3 * 64

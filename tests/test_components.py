@@ -9,7 +9,7 @@ from prunestudy import shrink
 from prunestudy.errors import InputError
 from prunestudy.methods.channels import Channels
 from prunestudy.models import TDMPC, Autoencoder
-from prunestudy.shrink import Narrow, component_groups
+from prunestudy.shrink import component_groups, narrow
 
 SMALL = (1, 8, 8)
 IMAGES = torch.zeros(2, *SMALL)
@@ -54,12 +54,13 @@ def test_the_latent_of_tdmpc_couples_all_five_components():
 
 
 def test_components_of_ones_own():
-    net = BatchNormNet()
-    parts = {"eyes": ["conv1", "norm1"], "rest": ["conv2", "norm2", "fc"]}
-    found = component_groups(net, IMAGES, parts)
-    assert [(g.name, g.place) for g in found] == [("conv1", "eyes > rest"), ("conv2", "rest")]
+    net = nn.Sequential(BatchNormNet())
+    net.components = ["0.conv1", "0.norm1", "0.conv2", "0.norm2", "0.fc"]
+    assert component_groups(net, IMAGES)[1].components == ("0.conv2", "0.norm2", "0.fc")
     # Without any said, the children of the net are its components.
-    assert component_groups(net, IMAGES)[1].components == ("conv2", "norm2", "fc")
+    del net.components
+    found = [(g.name, g.place) for g in component_groups(net, IMAGES)]
+    assert found == [("0.conv1", "0"), ("0.conv2", "0")]
 
 
 @pytest.mark.parametrize(
@@ -81,20 +82,15 @@ def test_protected_by_group_layer_component_or_coupling(name, protected):
 @pytest.mark.parametrize(
     ("components", "protect", "words"),
     [
-        (None, ["head"], "protect = 'head': protectable are coupling, decoder, .*encoder"),
-        ({"encoder": ["coder"]}, [], "component encoder = 'coder': a module of the model, as"),
-        ({"all": [""]}, [], "component all = '': a module"),
-        (
-            {"encoder": ["encoder"], "first": ["encoder.fc1"]},
-            [],
-            "component first = 'encoder.fc1': overlaps encoder of component encoder",
-        ),
-        ({"encoder": ["encoder"]}, [], "components = .*layer decoder.fc1 is in none"),
+        ([], ["head"], "protect = 'head': protectable are coupling, decoder, .*encoder"),
+        (["encoder"], [], r"components = \['encoder'\]: layer decoder.fc1 is in none"),
     ],
 )
 def test_bad_components_are_refused(components, protect, words):
     with pytest.raises(InputError, match=words) as caught:
-        component_groups(Autoencoder(SMALL, 10, (12, 8), 5), IMAGES, components, protect)
+        net = Autoencoder(SMALL, 10, (12, 8), 5)
+        net.components = components
+        component_groups(net, IMAGES, protect)
     assert one_line(caught)
 
 
@@ -108,7 +104,7 @@ def test_parameters_are_those_of_the_small_net(number):
     generator = torch.Generator().manual_seed(number)
     for _ in range(3):
         kept = [int(torch.randint(1, g.channels + 1, (), generator=generator)) for g in groups]
-        small = Narrow(net, groups)([torch.arange(k) for k in kept])
+        small = narrow(net, groups, [torch.arange(k) for k in kept])
         assert channels.cost_at(kept) == sum(p.numel() for p in small.parameters())
         soft = [
             torch.full((g.channels,), k / g.channels) for g, k in zip(groups, kept, strict=True)
@@ -122,7 +118,7 @@ def test_the_small_net_computes_what_the_masked_one_does(number):
     net = randomise(net, number).double().eval()
     groups, generator = plain(net, shape), torch.Generator().manual_seed(number)
     kept = [torch.randperm(g.channels, generator=generator)[: g.channels // 2] for g in groups]
-    small = Narrow(net, groups)([k.sort().values for k in kept])
+    small = narrow(net, groups, [k.sort().values for k in kept])
     masked = copy.deepcopy(net)
     for group, stay in zip(groups, kept, strict=True):
         mask = torch.zeros(group.channels, dtype=torch.float64)
@@ -161,12 +157,12 @@ def flat(output):
     return [output] if torch.is_tensor(output) else list(output)
 
 
-def test_narrow_fits_one_copy_again_and_again_and_leaves_the_net_alone():
+def test_narrow_leaves_the_net_alone():
     net = Autoencoder(SMALL, 10, (6, 4), 3)
     before = copy.deepcopy(net.state_dict())
-    make = Narrow(net, plain(net, SMALL))
-    full = [torch.arange(g.channels) for g in plain(net, SMALL)]
-    x = torch.randn(2, *SMALL)
-    assert make([torch.tensor([0]) for _ in full], own=False)(x).shape == x.shape
-    torch.testing.assert_close(make(full, own=False)(x), net(x), rtol=0, atol=0)
+    groups, x = plain(net, SMALL), torch.randn(2, *SMALL)
+    assert narrow(net, groups, [torch.tensor([0]) for _ in groups])(x).shape == x.shape
+    whole = narrow(net, groups, [torch.arange(g.channels) for g in groups])
+    torch.testing.assert_close(whole(x), net(x), rtol=0, atol=0)
+    whole.encoder.fc1.weight.data.zero_()
     assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())

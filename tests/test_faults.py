@@ -102,14 +102,14 @@ methods/channel_controls.py test_channels.py test_slimming_adds_the_sign
 shrink/narrow.py test_channels.py test_the_finished_net and batch_norm-dtype0 and l1_filter
     if cut.dim() and not ( => if cut.dim() and "running" not in name and not (
 shrink/narrow.py test_channels.py test_the_finished_net and batch_norm-dtype0 and l1_filter
-    indices[gone[number]] => indices[gone[number].flip(0)]
+    mask[stay] = 1 => mask[group.channels - 1 - stay] = 1
 shrink/narrow.py test_channels.py test_the_finished_net and batch_norm-dtype0 and l1_filter
     (axis == "in" and name != "weight") => False
 shrink/slots.py test_groups.py test_the_channels_of_one_group_of_a_group_norm
     channels - channels % => channels %
 shrink/narrow.py test_remove.py test_a_branch_without_inputs_leaves_its_bias
     new.bias = bias => pass
-shrink/narrow.py test_remove.py test_places_behind_a_layer_that_is_gone
+shrink/layers.py test_remove.py test_places_behind_a_layer_that_is_gone
     2 * pad - reach - 1) => 2 * pad - reach)
 shrink/csr.py test_shrink.py test_csr_equals_dense and lenet300
     pointers[1:] = => pointers[:-1] =

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 from prunestudy import models, shrink
 from prunestudy.shrink import files
-from prunestudy.shrink.narrow import geometry_of
+from prunestudy.shrink.layers import geometry_of
 
 
 class Mlp(nn.Sequential):

@@ -50,7 +50,7 @@ def test_the_descent_goes_down_a_loss_of_any_sign(offset):
         method.attach(net(), ps.Context(example=(X,), loss=loss, **each))
         numbers = torch.full((2,), 0.3).requires_grad_()
         method.batches = method.context.stream()
-        found = torch.autograd.grad(method.soft_loss(method.small.dense, numbers, 0.1)[0], numbers)
+        found = torch.autograd.grad(method.soft_loss(method.dense, numbers, 0.1)[0], numbers)
         slopes.append(found[0] / found[0].norm())
     assert torch.allclose(*slopes, atol=1e-4)
 

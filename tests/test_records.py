@@ -150,8 +150,8 @@ def test_metrics_are_those_of_the_net_on_disk(runner, store):
     assert metrics["bytes"] == store.weights(settings.run).stat().st_size
     assert metrics["stored_with_indices"] == 2 * metrics["stored_values"] == 2 * 5430
     assert metrics["peak_memory_mb"] == measure.peak_memory_mb(net, torch.zeros(128, 1, 8, 8))
-    start = {n: w.clone() for n, w in measure.prunable_weights(runner.net(settings.parent))}
-    assert metrics["kept_scale"] == measure.kept_scale(net, start)
+    scale, _ = measure.kept_weights(net, runner.net(settings.parent))
+    assert metrics["kept_scale"] == scale["kept_scale"]
     assert 0.9 < metrics["kept_scale"] < 1.5
     arrays = store.arrays(settings.run)
     assert len(arrays["kept_start"]) == len(arrays["kept_end"]) <= 2000
@@ -159,16 +159,21 @@ def test_metrics_are_those_of_the_net_on_disk(runner, store):
 
 
 def test_kept_scale_by_hand():
-    net = nn.Linear(4, 1)
+    net, start = nn.Linear(4, 1), nn.Linear(4, 1)
     net.weight.data.copy_(torch.tensor([[0.0, -1.0, 2.0, 0.0]]))
-    start = {"weight": torch.tensor([[9.0, 2.0, -4.0, 1.0]])}
-    assert measure.kept_scale(net, start) == 0.5
-    sample = measure.kept_sample(net, start, most=1)
-    assert (sample["kept_start"].tolist(), sample["kept_end"].tolist()) == ([2.0], [-1.0])
-    assert measure.same_shapes(net, start)
-    assert not measure.same_shapes(nn.Linear(3, 1), start)
+    start.weight.data.copy_(torch.tensor([[9.0, 2.0, -4.0, 1.0]]))
+    scale, sample = measure.kept_weights(net, start)
+    assert scale == {"kept_scale": 0.5}
+    assert {name: each.tolist() for name, each in sample.items()} == {
+        "kept_start": [2.0, -4.0],
+        "kept_end": [-1.0, 2.0],
+    }
+    assert measure.kept_weights(nn.Linear(3, 1), start) == ({}, {})
     net.weight.data.zero_()
-    assert math.isnan(measure.kept_scale(net, start))
+    assert math.isnan(measure.kept_weights(net, start)[0]["kept_scale"])
+    wide = nn.Linear(2001, 1)
+    sample = measure.kept_weights(wide, wide)[1]["kept_end"]
+    assert sample.tolist() == wide.weight[0, ::2].tolist()
 
 
 def test_a_search_looks_at_validation_images_only(runner):

@@ -8,7 +8,7 @@ from torch import nn
 from prunestudy import models, shrink
 from prunestudy.methods.channels import Channels
 from prunestudy.shrink import Constant
-from prunestudy.shrink.narrow import geometry_of
+from prunestudy.shrink.layers import geometry_of
 
 BLOCKS = {
     "identity": {"stage1.1.conv1": []},

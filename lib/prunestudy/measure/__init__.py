@@ -3,8 +3,7 @@
 # ruff: noqa: F401  (public names of the package)
 
 from prunestudy.measure.cost import (
-    kept_sample,
-    kept_scale,
+    kept_weights,
     layer_macs,
     layer_sparsity,
     macs,
@@ -13,7 +12,6 @@ from prunestudy.measure.cost import (
     parameters,
     prunable_weights,
     removed_share,
-    same_shapes,
 )
 from prunestudy.measure.forward import interleave, latency, onnx_latency, peak_memory_mb
 from prunestudy.measure.metrics import Metrics, constant_psnr, limits, task_metrics

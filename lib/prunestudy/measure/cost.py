@@ -21,7 +21,7 @@ from torch.utils.flop_counter import flop_registry
 from prunestudy.errors import require
 from prunestudy.measure.forward import Example, evaluating, inputs_for, run
 from prunestudy.shrink import CsrLinear, fold
-from prunestudy.shrink.fold import is_plain
+from prunestudy.shrink.fold import is_rewritten
 from prunestudy.shrink.layers import LAYERS
 
 
@@ -58,37 +58,23 @@ def removed_share(model: nn.Module, dense: nn.Module) -> float:
     return 1 - left / sum(w.numel() for _, w in prunable_weights(dense))
 
 
-def same_shapes(model: nn.Module, start: dict[str, Tensor]) -> bool:
-    """Whether the prunable weights of `model` have the names and shapes of those in `start`."""
-    shapes = {name: w.shape for name, w in prunable_weights(model)}
-    return shapes == {name: w.shape for name, w in start.items()}
+def kept_weights(
+    model: nn.Module, start: nn.Module
+) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """The prunable weights of `start` that `model` kept; two empty dicts if shapes differ.
 
-
-def kept_scale(model: nn.Module, start: dict[str, Tensor]) -> float:
-    """Mean |w| of the weights that `model` kept, over that at the start; NaN where none was kept.
-
-    Below 1 the kept weights were shrunk, as by LASSO; near 1 they were only selected.
+    `kept_scale`: their mean |w| over that at the start, NaN where none was kept (below 1 they were
+    shrunk, as by LASSO); `kept_start`, `kept_end`: at most 2000 of them, evenly spaced.
     """
-    now = then = 0.0
-    for begin, end in _kept(model, start):
-        now += end.abs().sum().item()
-        then += begin.abs().sum().item()
-    return now / then if then else float("nan")
-
-
-def kept_sample(
-    model: nn.Module, start: dict[str, Tensor], most: int = 2000
-) -> dict[str, np.ndarray]:
-    """At most `most` kept weights, evenly spaced, at the start and at the end."""
-    begin, end = (torch.cat(weights) for weights in zip(*_kept(model, start), strict=True))
-    step = -(-len(end) // most) or 1
-    return {"kept_start": begin[::step].numpy(), "kept_end": end[::step].numpy()}
-
-
-def _kept(model: nn.Module, start: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Per layer the weights that `model` kept: at the start, and now."""
-    ends = [(name, w.detach().cpu()) for name, w in prunable_weights(model)]
-    return [(start[name].cpu()[w != 0], w[w != 0]) for name, w in ends]
+    now, then = ({n: w.cpu() for n, w in prunable_weights(net)} for net in (model, start))
+    if {n: w.shape for n, w in now.items()} != {n: w.shape for n, w in then.items()}:
+        return {}, {}
+    begin, end = ([each[n][w != 0] for n, w in now.items()] for each in (then, now))
+    before, after = (sum(w.abs().sum().item() for w in each) for each in (begin, end))
+    step = -(-sum(map(len, end)) // 2000) or 1
+    arrays = {"kept_start": begin, "kept_end": end}
+    samples = {name: torch.cat(each)[::step].numpy() for name, each in arrays.items()}
+    return {"kept_scale": after / before if before else float("nan")}, samples
 
 
 def macs(model: nn.Module, example: Example) -> int:
@@ -113,11 +99,11 @@ def nonzero_macs(model: nn.Module, example: Example) -> int:
     """MACs of one input in a net that skips each zero weight of a convolution or linear layer."""
     plain = _plain(model)
     counts = _count(plain, example)
-    zeros = {
-        name: counts.get(name, 0) // layer.weight.numel() * int((layer.weight == 0).sum())
+    zeros = (
+        counts.get(name, 0) // layer.weight.numel() * int((layer.weight == 0).sum())
         for name, layer in _layers(plain).items()
-    }
-    return counts["Global"] - sum(zeros.values())
+    )
+    return counts["Global"] - sum(zeros)
 
 
 def _count(plain: nn.Module, example: Example) -> dict[str, int]:
@@ -194,4 +180,4 @@ def _plain(model: nn.Module) -> nn.Module:
     # CSR layers have neither parameters nor a weight: every count would silently miss them.
     csr = any(isinstance(module, CsrLinear) for module in model.modules())
     require(not csr, "model", type(model).__name__, "count the net before to_csr")
-    return model if is_plain(model) else fold(model)
+    return fold(model) if any(map(is_rewritten, model.modules())) else model

@@ -9,10 +9,9 @@ import statistics
 import tempfile
 import time
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,40 +20,18 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from prunestudy.errors import InputError, require
+from prunestudy.errors import InputError, first_line, require
 from prunestudy.shrink import OnnxNet, export, fold
+from prunestudy.shrink.runs import device_of, dtype_of, evaluating
 from prunestudy.values import inputs
 
 Example = Tensor | tuple[Tensor, ...]
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put `model` in eval mode, and afterwards each of its modules back into its former mode."""
-    former = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in former:
-            module.training = training
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """The device of the first parameter or buffer of `model`; the CPU if it has none."""
-    tensors = chain(model.parameters(), model.buffers())
-    return next((t.device for t in tensors), torch.device("cpu"))
-
-
 def inputs_for(model: nn.Module, example: Example, first: bool = False) -> tuple[Tensor, ...]:
-    """A copy of `inputs(example)` on the device of `model`, floating-point ones in its precision.
-
-    With `first` a batch of the first input alone.
-    """
-    tensors = chain(model.parameters(), model.buffers())
-    dtype = next((t.dtype for t in tensors if t.is_floating_point()), None)
+    """A copy of the example (or its `first` input) on the device, in the precision of `model`."""
     to = partial(Tensor.to, device=device_of(model), copy=True)  # nets may work in place
-    given = [x[:1] if first else x for x in inputs(example)]
+    given, dtype = [x[:1] if first else x for x in inputs(example)], dtype_of(model)
     return tuple(to(x, dtype=dtype if x.is_floating_point() else None) for x in given)
 
 
@@ -65,9 +42,9 @@ def run(model: nn.Module, args: tuple[Tensor, ...]) -> None:
     except InputError:
         raise
     except Exception as error:  # a net may raise anything
-        shown, why = [tuple(x.shape) for x in args], str(error).partition("\n")[0]
+        shown, line = [tuple(x.shape) for x in args], first_line(error)
         name = type(model).__name__
-        raise InputError(f"example = {shown}: {name} does not take it: {why}") from error
+        raise InputError(f"example = {shown}: {name} does not take it: {line}") from error
 
 
 def interleave(
@@ -98,8 +75,8 @@ def latency(
     """Median milliseconds of each model's forward pass on a batch like `example`, interleaved.
 
     Floating-point inputs are drawn, the same for all models: zeros hide what denormal weights cost.
-    In eval and inference mode, on each model's device, with `threads` of torch's (None: as many as
-    now); modes and threads are put back. Raises `InputError` for a bad example or number.
+    In eval and inference mode, with `threads` of torch's (None: as many as now), which are put
+    back. Raises `InputError` for a bad example or number.
     """
     right = threads is None or (type(threads) is int and threads > 0)
     require(right, "threads", threads, "a positive integer or None")
@@ -142,20 +119,16 @@ def onnx_latency(
 def peak_memory_mb(model: nn.Module, example: Example) -> float:
     """Peak of the bytes that `model`, folded, holds while it infers `example`, in MB (10^6 bytes).
 
-    Weights, buffers, inputs and activations. On CUDA as torch's allocator has them; on CPU a count
-    of live tensors, which misses what an operation allocates and frees inside itself.
+    Weights, buffers, inputs and activations: a count of live tensors, which misses what an
+    operation allocates and frees inside itself.
     """
     plain = fold(model)
     args = inputs_for(plain, example)
-    live, cuda = _LiveBytes([*plain.parameters(), *plain.buffers(), *args]), args[0].is_cuda
-    held = live.peak
-    if cuda:
-        torch.cuda.reset_peak_memory_stats(args[0].device)
-        held -= torch.cuda.memory_allocated(args[0].device)
+    live = _LiveBytes([*plain.parameters(), *plain.buffers(), *args])
     # Not inference_mode: there the mode sees a layer whole, without its intermediate tensors.
     with torch.no_grad(), live:
         run(plain, args)
-    return (held + torch.cuda.max_memory_allocated(args[0].device) if cuda else live.peak) / 1e6
+    return live.peak / 1e6
 
 
 class _LiveBytes(TorchDispatchMode):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from prunestudy.errors import require
 from prunestudy.measure.boundary import IGNORED
-from prunestudy.measure.tasks import Batches, Task
+from prunestudy.measure.tasks import METRICS, Batches, Task
 
 
 @dataclass(frozen=True)
@@ -70,15 +70,6 @@ def limits(constraints: Iterable[str], known: Collection[str]) -> list[_Limit]:
     return made
 
 
-# Metrics of each task, by the names of its scores.
-_METRICS = {
-    "classify": {"accuracy": "top1"},
-    "reconstruct": {"psnr": "psnr"},
-    "reconstruct_and_classify": {"psnr": "psnr", "accuracy": "top1"},
-    "segment": {"miou": "miou", "accuracy": "pixel_accuracy"},
-}
-
-
 def task_metrics(task: Task, num_classes: int | None) -> Metrics:
     """The metrics of `task`, its own first.
 
@@ -86,7 +77,7 @@ def task_metrics(task: Task, num_classes: int | None) -> Metrics:
     Smooth accuracy is the mean probability of the true class, smooth miou that of probabilities
     over the classes that occur.
     """
-    names = _METRICS[task.name]
+    names = METRICS[task.name]
 
     def values(model: nn.Module, batches: Batches) -> dict[str, float]:
         scores = task.evaluate(model, batches, num_classes)

@@ -22,11 +22,11 @@ from prunestudy.measure.forward import device_of, evaluating
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 Counts = dict[str, Any]  # what is added up over batches
-METRICS = {
-    "classify": "top1",
-    "reconstruct": "psnr",
-    "reconstruct_and_classify": "psnr",
-    "segment": "miou",
+METRICS = {  # of each task, its own first: a score by the metric's name
+    "classify": {"accuracy": "top1"},
+    "reconstruct": {"psnr": "psnr"},
+    "reconstruct_and_classify": {"psnr": "psnr", "accuracy": "top1"},
+    "segment": {"miou": "miou", "accuracy": "pixel_accuracy"},
 }
 # Cross-entropy is some ten times an image's mean squared error: so neither drowns the other.
 CLASS_WEIGHT = 0.1
@@ -53,7 +53,7 @@ class Task:
     @property
     def metric_name(self) -> str:
         """The name of the metric: "top1", "psnr" or "miou"."""
-        return METRICS[self.name]
+        return next(iter(METRICS[self.name].values()))
 
     def pixels(self, x: Tensor) -> Tensor:
         """The images (n, C, H, W) of pixels in 0-1 that the inputs `x` stand for."""
@@ -73,11 +73,10 @@ class Task:
     ) -> Scores:
         """Score `model` in eval mode on batches of inputs and labels.
 
-        Both go to the model's device; its modes are put back. PSNR is in dB, of the mean MSE (not a
-        mean of PSNRs); macro-F1 and mean IoU are of the classes that occur or are predicted, IoU
-        over all labelled pixels; top-5 is given above five classes. Outputs that are not finite
-        make the loss infinite or NaN. Raises `InputError` for no sample or no label, a label out of
-        range, or logits that are not (batch, num_classes, ...).
+        PSNR is in dB, of the mean MSE (not a mean of PSNRs); macro-F1 and mean IoU are of the
+        classes that occur or are predicted, IoU over all labelled pixels; top-5 is given above five
+        classes. Raises `InputError` for no sample or no label, a label out of range, or logits that
+        are not (batch, num_classes, ...).
         """
         right = num_classes is None or (type(num_classes) is int and num_classes > 0)
         require(right, "num_classes", num_classes, "at least 1")

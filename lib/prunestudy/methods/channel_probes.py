@@ -103,7 +103,7 @@ class _Pictures(Probe):
         self.x, _ = method.data[0]
         self.pictures: dict[str, np.ndarray] = {}
         if hasattr(method, "coefficients") and hasattr(model, "encode"):
-            self._look(method.small.dense, "dense")
+            self._look(method.dense, "dense")
             self.pictures["shown"] = as_bytes(self.pixels(self.x[:_SHOWN]))
 
     def finished(self, net: nn.Module) -> None:

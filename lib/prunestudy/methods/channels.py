@@ -28,7 +28,6 @@ from prunestudy.errors import InputError, require
 from prunestudy.methods.base import Method
 from prunestudy.shrink.groups import CONSUMES, PRODUCES, read_groups, signal_remains, silent_layers
 from prunestudy.shrink.layers import LAYERS, channels_of, is_follower
-from prunestudy.shrink.narrow import require_whole
 from prunestudy.shrink.proof import proven
 from prunestudy.shrink.remove import remove_groups
 from prunestudy.shrink.trace import trace
@@ -57,7 +56,6 @@ class Channels:
         leave: str = "",
     ) -> None:
         shrink.require_ordinary(model)
-        require_whole(model)
         self.example = inputs(example)
         self.traced = trace(model, self.example)
         found = _without(read_groups(self.traced), leave.split())

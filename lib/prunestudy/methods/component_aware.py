@@ -140,7 +140,7 @@ class ComponentAware(Search):
             quarters = torch.tensor([0.25, 0.75]).double()
             low, high = torch.cat(self.budget.positions).quantile(quarters)
             scale = 2 * float(high - low)
-        net, weights = copied(self.small.dense), None
+        net, weights = copied(self.dense), None
         if self.recover:
             with_gradients(net)
             weights = torch.optim.Adam(net.parameters(), lr=self.recover_lr)
@@ -211,7 +211,7 @@ class ComponentAware(Search):
 
     def soft_masks(self, numbers: Tensor, temperature: float) -> list[Tensor]:
         """m_gj = sigmoid((p_gj - alpha_g) / T), one (channels,) per group; ones where protected."""
-        like = real_parameters(self.small.dense)[0]
+        like = real_parameters(self.dense)[0]
         masks = []
         for each, position, number in zip(self.groups, self.budget.positions, numbers, strict=True):
             p = position.to(like)

@@ -20,7 +20,7 @@ from prunestudy.measure.forward import evaluating
 from prunestudy.methods.base import Batch, Context, Method, mean_loss, samples_in
 from prunestudy.methods.channel_controls import GroupL2, add_gradients, importance, taylor
 from prunestudy.methods.channels import Channels, become
-from prunestudy.shrink import Narrow, component_groups, remove_groups
+from prunestudy.shrink import component_groups, fold, narrow, remove_groups
 from prunestudy.shrink.fold import copied, with_gradients
 from prunestudy.values import Count, Part
 
@@ -149,14 +149,14 @@ class Search(Method, ABC):
         self.seen: dict[tuple[int, ...], Point] = {}
         self.channels = Channels(model, context.example, "parameters", norms=True, leave=self.leave)
         found = self.channels.groups
-        self.groups = component_groups(model, context.example, None, self.protect, found)
-        self.small = Narrow(model, found)
+        self.groups = component_groups(model, context.example, self.protect, found)
+        vars(self)["dense"] = fold(model)  # what candidates are made of: no part of the state
         self.data = context.samples(self.samples)
         self.judged_on = self.passes = sum(samples_in(x) for x, _ in self.data)
-        self.dense_loss = mean_loss(self.small.dense, context.loss, self.data)
+        self.dense_loss = mean_loss(self.dense, context.loss, self.data)
         alone = lambda net, data: {"loss": mean_loss(net, context.loss, data)}  # noqa: E731
         self.metrics = context.metrics or measure.Metrics(alone)
-        values = self.metrics.values(self.small.dense, self.data)
+        values = self.metrics.values(self.dense, self.data)
         self.goal, self.limits = next(iter(values)), measure.limits(self.constraints, values)
 
     def batch(self) -> Batch:
@@ -167,7 +167,7 @@ class Search(Method, ABC):
 
     def scores(self) -> list[Tensor]:
         """The importance of each group's channels, mean 1 in each group."""
-        net, total = with_gradients(copied(self.small.dense)), [0.0] * len(self.groups)
+        net, total = with_gradients(copied(self.dense)), [0.0] * len(self.groups)
         if self.importance == "group_l2":
             score = importance(self.channels, net, GroupL2.measure)
             return list(score.split([group.channels for group in self.channels.groups]))
@@ -187,8 +187,8 @@ class Search(Method, ABC):
         self.budget = _Budget(self.channels, positions, least)
 
     def candidate(self, kept: Sequence[int]) -> nn.Module:
-        """The net with `kept` channels, as it is judged; until the next one."""
-        return self.small(self.budget.indices(kept), own=False)
+        """The net with `kept` channels, as it is judged."""
+        return narrow(self.dense, self.channels.groups, self.budget.indices(kept))
 
     def judge(self, kept: Sequence[int]) -> Point:
         """The point with `kept` channels; each is judged, and its passes counted, once."""
@@ -229,7 +229,7 @@ class Search(Method, ABC):
     def report(self) -> dict[str, Any]:
         """Shares removed; per group what is kept and what it alone loses; the search cost."""
         point, full, rows = self.point, self.budget.full, []
-        nets = self.small.dense, self.small(self.budget.indices(point.kept), own=False)
+        nets = self.dense, Search.candidate(self, point.kept)  # as it is cut, before it is trained
         dense, left = (measure.macs(net, self.context.example) for net in nets)
         before = self.judge(full).values
         for i, (each, n, k) in enumerate(zip(self.groups, full, point.kept, strict=True)):
@@ -275,7 +275,7 @@ class Uniform(Search):
         for component in inner if self.aware else ():
             inside = [i for i, each in enumerate(self.groups) if each.components == component]
             layers = {m.layer for i in inside for m in self.channels.groups[i].members}
-            sizes = [measure.parameters(self.small.dense.get_submodule(n)) for n in layers]
+            sizes = [measure.parameters(self.dense.get_submodule(n)) for n in layers]
             share = self.target * (sum(sizes) / self.channels.dense)
             offset = self.budget.offset(numbers, share, inside)
             numbers = [n + offset * (i in inside) for i, n in enumerate(numbers)]

@@ -9,7 +9,8 @@ from prunestudy.shrink.factors import factorise, factorise_layer, layer_speed_up
 from prunestudy.shrink.files import about, load, save
 from prunestudy.shrink.fold import fold, require_ordinary
 from prunestudy.shrink.groups import Group, find
-from prunestudy.shrink.narrow import Constant, Narrow, axis_of
+from prunestudy.shrink.layers import Constant
+from prunestudy.shrink.narrow import axis_of, narrow
 from prunestudy.shrink.proof import groups
 from prunestudy.shrink.ranks import (
     energy_shares,

@@ -5,7 +5,7 @@ A group whose layers all lie in one component is *internal* to it. One that span
 every component on it outputs or reads.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
@@ -15,14 +15,11 @@ from prunestudy.shrink.groups import Group
 from prunestudy.shrink.proof import groups
 
 INTERNAL, COUPLING = "internal", "coupling"
-Components = Mapping[str, Sequence[str]]
 
 
 @dataclass(frozen=True)
 class ComponentGroup:
-    """A dependency group, the components that it touches in order of execution, and whether it
-    is protected.
-    """
+    """A dependency group, the components that it touches in order, and whether it is protected."""
 
     group: Group
     components: tuple[str, ...]
@@ -53,51 +50,29 @@ class ComponentGroup:
 def component_groups(
     model: nn.Module,
     example: Tensor | tuple[Tensor, ...],
-    components: Components | None = None,
     protect: Collection[str] = (),
     found: Sequence[Group] | None = None,
 ) -> list[ComponentGroup]:
     """The dependency groups of `model` on inputs as `example`, with their components.
 
-    `components` maps names to the modules of each; by default the model's own `components`, else
-    its direct children. `protect` names groups, layers, components (their internal groups) or
-    "coupling": those groups are never touched. `found` are the net's groups, if they are known.
-    Raises `InputError` for a module or a name that is not there, for components that overlap, and
-    for a layer outside all of them.
+    Components are the modules that the model's own `components` names, else its direct children.
+    `protect` names groups, layers, components (their internal groups) or "coupling": those groups
+    are never touched. `found` are the net's groups, if they are known. Raises `InputError` for a
+    name that is not there, and for a layer outside all components.
     """
-    owners, made = _owners(model, components), []
+    names = getattr(model, "components", None) or [name for name, _ in model.named_children()]
+    made = []
     for group in groups(model, example) if found is None else found:
-        touched = tuple(dict.fromkeys(_owner(owners, m.layer) for m in group.members))
-        made.append(ComponentGroup(group, touched))
+        touched = dict.fromkeys(_component(names, m.layer) for m in group.members)
+        made.append(ComponentGroup(group, tuple(touched)))
     known = set().union(*(each.names for each in made))
     for name in protect:
         require(name in known, "protect", name, f"protectable are {', '.join(sorted(known))}")
     return [replace(each, protected=not each.names.isdisjoint(protect)) for each in made]
 
 
-def _owners(model: nn.Module, components: Components | None) -> dict[str, str]:
-    """Component by module name; each module in one component."""
-    if components is None:
-        names = getattr(model, "components", None) or [name for name, _ in model.named_children()]
-        components = {name: (name,) for name in names}
-    modules, owners = dict(model.named_modules()), {}
-    for component, parts in components.items():
-        for part in (parts,) if isinstance(parts, str) else parts:
-            allowed = f"a module of the model, as {', '.join(list(modules)[1:6])}"
-            require(part in modules and part, f"component {component}", part, allowed)
-            clash = next((o for o in owners if _inside(o, part) or _inside(part, o)), None)
-            why = f"overlaps {clash} of component {owners.get(clash)}"
-            require(clash is None, f"component {component}", part, why)
-            owners[part] = component
-    return owners
-
-
-def _owner(owners: Mapping[str, str], layer: str) -> str:
-    for part, component in owners.items():
-        if _inside(layer, part):
-            return component
-    raise InputError(f"components = {sorted(set(owners.values()))}: layer {layer} is in none")
-
-
-def _inside(name: str, part: str) -> bool:
-    return name == part or name.startswith(f"{part}.")
+def _component(names: Collection[str], layer: str) -> str:
+    for name in names:
+        if layer == name or layer.startswith(f"{name}."):
+            return name
+    raise InputError(f"components = {sorted(names)}: layer {layer} is in none")

@@ -41,10 +41,6 @@ class CsrLinear(nn.Module):
             y = torch.addmm(self.bias[:, None], weight, flat.T).T
         return y.reshape(*x.shape[:-1], self.out_features)
 
-    def extra_repr(self) -> str:
-        """What `print` shows of the layer."""
-        return f"{self.in_features}, {self.out_features}, nonzeros={len(self.values)}"
-
 
 def to_csr(model: nn.Module, min_sparsity: float = 0.0) -> nn.Module:
     """A folded copy of `model` whose linear layers of at least `min_sparsity` are `CsrLinear`.
@@ -75,9 +71,6 @@ def csr_arrays(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 @functools.cache
 def _spend_warnings() -> None:
     """Trigger torch's once-per-process warnings about CSR tensors, and suppress them."""
-    with warnings.catch_warnings():
-        for text in ("CSR tensor support is in beta", "invariant checks are implicitly disabled"):
-            warnings.filterwarnings("ignore", f"Sparse {text}", UserWarning)
-        none = torch.zeros(0, dtype=torch.int32)
-        pointers = torch.zeros(2, dtype=torch.int32)
+    with warnings.catch_warnings(action="ignore", category=UserWarning):
+        none, pointers = torch.zeros(0, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
         torch.sparse_csr_tensor(pointers, none, none.float(), (1, 1), check_invariants=False)

@@ -10,16 +10,16 @@ A linear layer is a convolution with one position. Ranks are totals over the gro
 the same.
 """
 
+import fnmatch
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from fnmatch import fnmatchcase
 from math import prod
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
-from prunestudy.errors import InputError, require
+from prunestudy.errors import InputError, first_line, require
 from prunestudy.shrink.fold import fold
 
 Layer = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
@@ -35,30 +35,24 @@ def layers_to_factorise(
     for a pattern that matches no layer that factors can replace, or if no layer is left.
     """
     every = replaceable(model)
+    chosen = {m for m in every if not patterns and prod(getattr(m, "kernel_size", ())) > 1}
     for pattern in patterns:
-        known = any(fnmatchcase(name, pattern) for names in every.values() for name in names)
-        require(known, parameter, pattern, _allowed(every))
-
-    def chosen(layer: Layer, names: list[str]) -> bool:
-        if not patterns:
-            return prod(getattr(layer, "kernel_size", ())) > 1
-        return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
-
-    found = {names[0]: layer for layer, names in every.items() if chosen(layer, names)}
+        matching = {layer for layer, names in every.items() if fnmatch.filter(names, pattern)}
+        require(bool(matching), parameter, pattern, _allowed(every))
+        chosen |= matching
     kind = "a net with convolutions larger than 1x1, or patterns that name layers"
-    require(bool(found), parameter, "", kind)
-    return found
+    require(bool(chosen), parameter, "", kind)
+    return {first: layer for layer, (first, *_) in every.items() if layer in chosen}
 
 
 def groups_of(layer: Layer) -> int:
-    """Number of groups of a convolution; 1 for a linear layer."""
+    """Number of groups of a layer."""
     return getattr(layer, "groups", 1)
 
 
 def weight_matrix(layer: Layer) -> Tensor:
     """The filters of `layer` as rows, one matrix per group: (G, N / G, D); a view if possible."""
-    weight, groups = layer.weight.detach(), groups_of(layer)
-    return weight.reshape(groups, len(weight) // groups, -1)
+    return layer.weight.detach().unflatten(0, (groups_of(layer), -1)).flatten(2)
 
 
 def full_rank(layer: Layer) -> int:
@@ -89,20 +83,14 @@ def factorise_layer(layer: Layer, rank: int) -> nn.Sequential:
 
 
 def factorise(model: nn.Module, ranks: Mapping[str, int]) -> nn.Module:
-    """A copy of `model`, folded, with factors of these `ranks`; in eval mode, without gradients.
-
-    Raises `InputError` as `factorise_in_place`.
-    """
+    """A folded copy of `model` with factors of these `ranks`; see `factorise_in_place`."""
     plain = fold(model)
     factorise_in_place(plain, ranks)
     return plain.requires_grad_(False)
 
 
 def factorise_in_place(model: nn.Module, ranks: Mapping[str, int]) -> None:
-    """Replace the layers named in `ranks` by trainable factors, under every name that they have.
-
-    Raises `InputError` as `require_factorisable` and `factorise_layer`, before any is replaced.
-    """
+    """Replace the layers named in `ranks` by trainable factors; `InputError` before any is."""
     require_factorisable(model, ranks)
     pairs = {n: factorise_layer(model.get_submodule(n), m) for n, m in ranks.items()}
     for name, pair in pairs.items():
@@ -112,8 +100,7 @@ def factorise_in_place(model: nn.Module, ranks: Mapping[str, int]) -> None:
 def require_factorisable(model: nn.Module, names: Iterable[str]) -> None:
     """Raise `InputError` for the first of `names` that factors cannot replace in `model`.
 
-    Such a layer is not there, is read by its owner (`replaceable`), shares a parameter with another
-    one, or its weight is computed (weight norm, parametrisations, pruning masks).
+    It is none of `replaceable`, shares a parameter with another layer, or its weight is computed.
     """
     every = replaceable(model)
     uses = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
@@ -128,10 +115,7 @@ def require_factorisable(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def require_called(model: nn.Module, names: Iterable[str], example: tuple[Tensor, ...]) -> None:
-    """Raise `InputError` for the first of `names` as factors of which `model` fails on `example`.
-
-    It does where forward reads a weight or a size of the layer.
-    """
+    """Raise `InputError` for a layer whose weight or sizes the forward pass of `model` reads."""
     trial = fold(model)
     for name in names:
         matrix = weight_matrix(layer := trial.get_submodule(name))
@@ -140,8 +124,8 @@ def require_called(model: nn.Module, names: Iterable[str], example: tuple[Tensor
             with torch.no_grad():
                 trial(*example)
         except Exception as error:  # whatever a net may raise
-            line = next(iter(str(error).splitlines()), type(error).__name__)
-            raise InputError(f"module = {name!r}: fails as factors: {line}") from error
+            line = f"fails as factors: {first_line(error)}"
+            raise InputError(f"module = {name!r}: {line}") from error
 
 
 def replace(model: nn.Module, name: str, new: nn.Module) -> None:
@@ -173,7 +157,7 @@ def replaceable(model: nn.Module) -> dict[Layer, list[str]]:
     Not those whose weight their owner reads: subclasses (attention's `out_proj`), and the linear
     layers of a TransformerEncoderLayer, in eval mode.
     """
-    owners = [m for m in model.modules() if isinstance(m, nn.TransformerEncoderLayer)]
+    owners = (m for m in model.modules() if isinstance(m, nn.TransformerEncoderLayer))
     read = {layer for owner in owners for layer in owner.children()}
     names: dict[Layer, list[str]] = {}
     for name, layer in model.named_modules(remove_duplicate=False):

@@ -25,8 +25,7 @@ from prunestudy.errors import InputError, path_of, require, written_whole
 from prunestudy.shrink.csr import CsrLinear, csr_arrays
 from prunestudy.shrink.factors import replace
 from prunestudy.shrink.fold import fold
-from prunestudy.shrink.layers import CONVOLUTIONS, TRANSPOSED
-from prunestudy.shrink.narrow import Constant
+from prunestudy.shrink.layers import CONVOLUTIONS, TRANSPOSED, Constant
 
 FORMAT = "prunestudy-sparse-1"
 _OURS = ("format", "structure", "sha256")
@@ -70,7 +69,9 @@ def save(
     require(right and not texts.keys() & set(_OURS), "about", about, allowed)
     csr = any(isinstance(module, CsrLinear) for module in plain.modules())
     require(not csr, "net", name, "save the net before to_csr")
-    log = _log(plain, None if like is None else fold(like))
+    log = _log(
+        plain, {} if like is None else dict(fold(like).named_modules(remove_duplicate=False))
+    )
     if like is not None:
         try:
             rebuilt = _replayed(fold(like), log)
@@ -125,9 +126,8 @@ def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
-def _log(plain: nn.Module, like: nn.Module | None) -> list[Entry]:
-    """An entry for each module of `plain`, or for those that differ from the modules of `like`."""
-    others = dict(like.named_modules(remove_duplicate=False)) if like is not None else {}
+def _log(plain: nn.Module, others: Mapping[str, nn.Module]) -> list[Entry]:
+    """An entry for each module of `plain` that differs from that of its name in `others`."""
     log, whole = [], set()
     for path, module in plain.named_modules(remove_duplicate=False):
         if path.rpartition(".")[0] in whole:
@@ -137,7 +137,7 @@ def _log(plain: nn.Module, like: nn.Module | None) -> list[Entry]:
         if parts and type(other) is type(module) and parts == list(dict(other.named_children())):
             continue  # what differs is inside
         entry = _entry(path, module)
-        if entry[2] is not None and "of" not in entry[2]:
+        if _is_made(entry):
             made = _made(*entry)
             allowed = f"has the tensors {_shapes(module)}, not those of {made}"
             require(_shapes(made) == _shapes(module), "module", path, allowed)
@@ -152,9 +152,8 @@ def _entry(path: str, module: nn.Module) -> Entry:
     kind = type(module)
     if path and kind is nn.Sequential and len(module):
         inner = [_entry(name, part) for name, part in module.named_children()]
-        rebuilt = all(each[2] is not None and "of" not in each[2] for each in inner)
-        rebuilt = rebuilt and len(inner) == len(module)
-        return [path, "Sequential", inner if rebuilt else None]
+        made = len(inner) == len(module) and all(map(_is_made, inner))
+        return [path, "Sequential", inner if made else None]
     of = next((cls for cls in kind.__mro__ if cls in _FIELDS), None)
     if of is None:
         return [path, kind.__name__, None]
@@ -166,6 +165,11 @@ def _entry(path: str, module: nn.Module) -> Entry:
     # As JSON gives it back.
     values = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
     return [path, kind.__name__, values]
+
+
+def _is_made(entry: Entry) -> bool:
+    """Whether `_made` makes the layer: neither the fresh net's module nor a subclass."""
+    return entry[2] is not None and "of" not in entry[2]
 
 
 def _made(path: str, kind: str, arguments: Any) -> nn.Module:
@@ -241,26 +245,19 @@ def _packed(plain: nn.Module) -> tuple[dict[str, Tensor], list[Entry]]:
             ties.append([name, "=", first[id(tensor)]])
             continue
         # The copy: safetensors refuses tensors that share memory.
-        dense = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        packed[name] = dense
+        packed[name] = dense = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         if tensor.dim() > 1 and name.endswith("weight") and name.rpartition(".")[0] in layers:
-            rows, columns, values = csr_arrays(dense.flatten(1))
+            csr = dict(zip(_CSR, csr_arrays(dense.flatten(1)), strict=True))
             if dense.shape[1:].numel() - 1 <= torch.iinfo(torch.int16).max:
-                columns = columns.to(torch.int16)
-            if rows.nbytes + columns.nbytes + values.nbytes < dense.nbytes:
+                csr["columns"] = csr["columns"].to(torch.int16)
+            if sum(array.nbytes for array in csr.values()) < dense.nbytes:
                 del packed[name]
-                packed |= {
-                    f"{name}:rows": rows,
-                    f"{name}:columns": columns,
-                    f"{name}:values": values,
-                }
+                packed |= {f"{name}:{part}": array for part, array in csr.items()}
     return packed, ties
 
 
 def _dense(rows: Tensor, columns: Tensor, values: Tensor, shape: torch.Size) -> Tensor:
     matrix = torch.zeros(shape, dtype=values.dtype).flatten(1)
-    if len(rows) != len(matrix) + 1:
-        raise ValueError(f"{len(rows) - 1} rows, here {len(matrix)}")
     row = torch.repeat_interleave(torch.arange(len(matrix)), rows.diff())
     matrix[row, columns.long()] = values
     return matrix.view(shape)

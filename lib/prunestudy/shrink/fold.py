@@ -17,15 +17,22 @@ from prunestudy.errors import InputError, first_line, require
 def fold(model: nn.Module) -> nn.Module:
     """Return a copy of `model` in which every parametrised tensor is a plain parameter.
 
-    The copy is in eval mode without gradients and computes what `model` computes in eval mode:
-    random gates take their value at test time. Hooks of `nn.utils.prune`, `weight_norm` and
-    `spectral_norm` are folded as well. `model` is left untouched.
+    The copy is in eval mode without gradients and computes what `model` computes in eval mode.
+    Hooks of `nn.utils.prune`, `weight_norm` and `spectral_norm` are folded as well.
     """
     require(isinstance(model, nn.Module), "model", type(model).__name__, "a torch module")
     plain = copied(model).eval()
     for module in list(plain.modules()):
         if parametrize.is_parametrized(module):
-            _unparametrise(module)
+            # torch keeps the tensor as a property of a class made for this one module, deepcopy
+            # shares that class, and removal deletes the property: without a class of its own the
+            # copy would take the weight of the original away.
+            cls = type(module)
+            module.__class__ = type(cls.__name__, cls.__bases__, dict(cls.__dict__))
+            # A tensor made of several frozen ones would come back as a buffer.
+            module.parametrizations.requires_grad_(True)
+            for name in list(module.parametrizations):
+                parametrize.remove_parametrizations(module, name, leave_parametrized=True)
         for number, hook in _rewriting(module):
             hook.remove(module)
             del module._forward_pre_hooks[number]
@@ -73,15 +80,11 @@ def require_net(model: object) -> None:
 
 
 def require_ordinary(model: nn.Module) -> None:
-    """Raise `InputError` for a net whose tensors are not each one layer's own parameter.
-
-    That is one parameter in two modules (tied weights), a parametrisation, or a hook of
-    `nn.utils.prune`, `weight_norm` or `spectral_norm`.
-    """
+    """Raise `InputError` for tied weights, and for a weight that is computed from others."""
     require_untied(model)
     for name, module in model.named_modules():
         made = "its weight is computed from others: use fold(net).requires_grad_()"
-        require(not _is_rewritten(module), "module", name, made)
+        require(not is_rewritten(module), "module", name, made)
 
 
 def require_untied(model: nn.Module) -> None:
@@ -95,12 +98,8 @@ def require_untied(model: nn.Module) -> None:
                 require(owner == name, "module", name, shared)
 
 
-def is_plain(model: nn.Module) -> bool:
-    """Whether no tensor of `model` is parametrised or made by such a hook."""
-    return not any(map(_is_rewritten, model.modules()))
-
-
-def _is_rewritten(module: nn.Module) -> bool:
+def is_rewritten(module: nn.Module) -> bool:
+    """Whether a tensor of `module` is parametrised or made by a hook."""
     return parametrize.is_parametrized(module) or any(_rewriting(module))
 
 
@@ -109,15 +108,3 @@ def _rewriting(module: nn.Module) -> Iterator[tuple[int, object]]:
     for number, hook in list(module._forward_pre_hooks.items()):
         if type(hook).__module__.startswith("torch.nn.utils.") and hasattr(hook, "remove"):
             yield number, hook
-
-
-def _unparametrise(module: nn.Module) -> None:
-    # torch keeps the tensor as a property of a class made for this one module, deepcopy shares
-    # that class, and removal deletes the property: without a class of its own the copy would
-    # take the weight of the original away.
-    cls = type(module)
-    module.__class__ = type(cls.__name__, cls.__bases__, dict(cls.__dict__))
-    # A tensor made of several frozen ones would come back as a buffer.
-    module.parametrizations.requires_grad_(True)
-    for name in list(module.parametrizations):
-        parametrize.remove_parametrizations(module, name, leave_parametrized=True)

@@ -12,6 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from operator import itemgetter
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +31,7 @@ class Member:
 
     `layer` is its module's name, `kind` its class, `order` its number in order of execution,
     `role` "produces", "consumes" or "follows", `axis` "out" or "in". Channel i of the group is at
-    places `indices[i]` among the `size` channels (features) of that axis; in a convolution of
-    several groups, as the activation counts them.
+    places `indices[i]` among the `size` channels (features) of that axis, as activations count.
     """
 
     layer: str
@@ -49,23 +49,18 @@ class Member:
         found[torch.tensor(self.indices)] = torch.arange(len(self.indices))[:, None]
         return found
 
-    def spread(self, values: Tensor, elsewhere: float = 1.0) -> Tensor:
-        """`values` (channels,) at their places of the axis (size,), `elsewhere` at all others.
-
-        Differentiable in `values`.
-        """
-        rest = values.new_full((1,), elsewhere)
-        return torch.cat([values, rest])[self.channel_of.to(values.device)]
+    def spread(self, values: Tensor) -> Tensor:
+        """`values` (channels,) at their places of the axis (size,), 1 elsewhere; differentiable."""
+        return torch.cat([values, values.new_ones(1)])[self.channel_of.to(values.device)]
 
 
 @dataclass(frozen=True)
 class Group:
     """Channels that go together: `channels` of them, each a slice of every member.
 
-    `name` is the first producer's, in order of execution; where channels of one producer are in
-    several groups, the later ones are called `name:1`, `name:2`, ... `skippable`: were all its
-    channels removed, the input would still reach the output (over a skip connection or a parallel
-    branch).
+    `name` is the first producer's; later groups of the same producer are called `name:1`, ...
+    `skippable`: were all its channels removed, the input would still reach the output (over a skip
+    connection or a parallel branch).
     """
 
     name: str
@@ -84,16 +79,18 @@ def read_groups(traced: Trace) -> list[Group]:
     for slots in traced.channels:
         counted = Counter((layer, side) for layer, side, _ in slots)
         gathered[frozenset(counted.items())].append(slots)
-    found = [_members(traced, channels) for channels in gathered.values()]
-    producer = {members: next(m for m in members if m.role == PRODUCES) for members in found}
-    found.sort(key=lambda members: (producer[members].order, min(members[0].indices)))
+    found = []
+    for channels in gathered.values():
+        members = _members(traced, channels)
+        first = next(m for m in members if m.role == PRODUCES)
+        group = Group(first.layer, len(channels), members, skippable=False)
+        group = replace(group, skippable=signal_remains(traced, [group]))
+        found.append((first.order, min(members[0].indices), group))
     made, used = [], Counter()
-    for members in found:
-        name = producer[members].layer
-        label = f"{name}:{used[name]}" if used[name] else name
-        used[name] += 1
-        group = Group(label, len(members[0].indices), members, skippable=False)
-        made.append(replace(group, skippable=signal_remains(traced, [group])))
+    for *_, group in sorted(found, key=itemgetter(0, 1)):
+        number = used[group.name]
+        made.append(replace(group, name=f"{group.name}:{number}") if number else group)
+        used[group.name] += 1
     return made
 
 
@@ -118,13 +115,10 @@ def signal_remains(traced: Trace, emptied: Iterable[Group]) -> bool:
 
 def silent_layers(layers: Mapping[str, nn.Module], emptied: Iterable[Group]) -> set[str]:
     """Layers without inputs or outputs once all channels of the groups `emptied` are removed."""
-    left = {}
-    for group in emptied:
-        for m in group.members:
-            key = (m.layer, m.axis)
-            left[key] = left.get(key, channels_of(layers[m.layer], m.axis))
-            left[key] -= sum(map(len, m.indices))
-    return {layer for (layer, _), count in left.items() if count == 0}
+    gone = Counter()
+    for m in (m for group in emptied for m in group.members):
+        gone[m.layer, m.axis] += sum(map(len, m.indices))
+    return {layer for (layer, axis), n in gone.items() if n == channels_of(layers[layer], axis)}
 
 
 def _members(traced: Trace, channels: list[list[Slot]]) -> tuple[Member, ...]:

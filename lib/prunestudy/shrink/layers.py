@@ -1,6 +1,12 @@
-"""Which modules have channels that can be removed, and how many."""
+"""Which modules have channels that can be removed, how many, and what is left without any."""
 
-from torch import nn
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+Geometry = Mapping[str, Sequence[int]] | str | None
+_NUMBERS = ("kernel_size", "stride", "padding", "dilation", "output_padding")
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -52,3 +58,72 @@ def is_one_node(module: nn.Module) -> bool:
         p is not None for p in module._parameters.values()
     )
     return own or isinstance(module, (*LAYERS, *FOLLOWERS))
+
+
+class Constant(nn.Module):
+    """In place of a layer that lost all inputs or outputs: a bias (channels,), zeros, or nothing.
+
+    Maps (batch, any, *places) to (batch, channels, *places of the layer's output). `geometry` is
+    as in `geometry_of`: None for a layer that keeps the places (batch norm), "linear" for a linear
+    one, which has the channels last.
+
+    What is left of a residual branch is the bias of its last convolution, of which a batch norm
+    after it makes beta + gamma (b - mean) / sqrt(var + eps): no multiplication.
+    """
+
+    def __init__(self, channels: int, geometry: Geometry, bias: bool = True) -> None:
+        super().__init__()
+        if geometry not in (None, "linear") and set(geometry) != {*_NUMBERS, "transposed"}:
+            raise ValueError(f"geometry = {geometry!r}: what geometry_of gives")
+        self.channels, self.geometry = channels, geometry
+        self.bias = nn.Parameter(torch.zeros(channels)) if bias else None
+
+    def reset_parameters(self) -> None:
+        """Set the bias to zero."""
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The constant at every place; see the class."""
+        shape = self._shape(x)
+        if self.bias is None:
+            return x.new_zeros(shape)
+        places = 0 if self.geometry == "linear" else len(shape) - 2
+        # A copy: what follows may work in place.
+        return self.bias.view(-1, *[1] * places).expand(shape).clone()
+
+    def extra_repr(self) -> str:
+        """What `print` shows of it."""
+        return f"{self.channels}, bias={self.bias is not None}, {self.geometry}"
+
+    def _shape(self, x: Tensor) -> list[int]:
+        if self.geometry == "linear":
+            return [*x.shape[:-1], self.channels]
+        places = list(x.shape[2:])
+        if self.geometry is not None:
+            rows = zip(places, *(self.geometry[name] for name in _NUMBERS), strict=True)
+            back = self.geometry["transposed"][0]
+            places = [_after(*row, transposed=back) for row in rows]
+        return [x.shape[0], self.channels, *places]  # not len: ONNX keeps the batch open
+
+
+def _after(
+    n: int, kernel: int, stride: int, pad: int, dilation: int, more: int, *, transposed: int
+) -> int:
+    """Places behind a convolution on `n` places."""
+    reach = dilation * (kernel - 1)
+    back = (n - 1) * stride - 2 * pad + reach + more + 1
+    return back if transposed else (n + 2 * pad - reach - 1) // stride + 1
+
+
+def geometry_of(layer: nn.Module) -> Geometry:
+    """How the places of the output of `layer` follow from those of its input, as plain values."""
+    if isinstance(layer, nn.Linear):
+        return "linear"
+    if not hasattr(layer, "kernel_size") or layer.padding == "same":
+        return None
+    values = {name: getattr(layer, name) for name in _NUMBERS}
+    if values["padding"] == "valid":
+        values["padding"] = (0,) * len(layer.kernel_size)
+    numbers = {name: list(value) for name, value in values.items()}
+    return numbers | {"transposed": [int(isinstance(layer, TRANSPOSED))]}

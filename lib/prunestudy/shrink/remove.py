@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from prunestudy.errors import require, require_one_of
-from prunestudy.shrink.compare import Gated, apart
+from prunestudy.shrink.compare import apart
 from prunestudy.shrink.fold import fold
-from prunestudy.shrink.groups import PRODUCES, Group, read_groups, signal_remains
-from prunestudy.shrink.narrow import Narrow, require_whole
-from prunestudy.shrink.proof import proven
-from prunestudy.shrink.runs import drawn, outputs_of
+from prunestudy.shrink.groups import PRODUCES, Group, Member, read_groups, signal_remains
+from prunestudy.shrink.narrow import narrow
+from prunestudy.shrink.proof import Proof, proven
+from prunestudy.shrink.runs import drawn, evaluating, outputs_of
 from prunestudy.shrink.trace import trace
 from prunestudy.values import inputs
 
@@ -30,7 +30,6 @@ def remove(model: nn.Module, keep: Mapping[str, Sequence[int]], example: Inputs)
     that read the removed channels; it is trainable as `model` is. Raises `InputError` for a layer
     or channel that does not exist or cannot go, and as `groups` for what loses channels.
     """
-    require_whole(model)
     traced = trace(model, example)
     every = read_groups(traced)
     require(isinstance(keep, Mapping), "keep", keep, "channels by the name of their layer")
@@ -66,15 +65,12 @@ def trainable_as(model: nn.Module, small: nn.Module) -> nn.Module:
 def remove_groups(
     model: nn.Module, groups: Sequence[Group], kept: Sequence[Tensor], example: Inputs
 ) -> nn.Module:
-    """Return `narrow(model, groups, kept)`, compared with the gated net; raise `InputError`.
-
-    They are compared in eval mode, and in training mode where that gives one answer.
-    """
+    """Return `model`, folded and narrowed, compared with the gated net; raise `InputError`."""
     plain = fold(model)
-    small = Narrow(plain, groups)(kept)
+    small = narrow(plain, groups, kept)
     example = inputs(example)
     batch = drawn(example, plain.double())
-    gap = Gated(plain, groups, batch, example).gap(fold(small).double(), kept)
+    gap = Proof(plain, groups, batch, example).gap(fold(small).double(), kept)
     require(not gap, "model", type(model).__name__, f"the smaller net differs: {gap}")
     return small
 
@@ -82,13 +78,9 @@ def remove_groups(
 def folded(model: nn.Module, example: Inputs) -> nn.Module:
     """Return `fold(model)`, compared with `model` in eval mode; `InputError` if they differ."""
     plain = fold(model)
-    batch, modes = drawn(inputs(example), plain), [(m, m.training) for m in model.modules()]
-    try:
-        with torch.no_grad():
-            gap = apart(outputs_of(model.eval(), batch), outputs_of(plain, batch))
-    finally:
-        for module, training in modes:
-            module.training = training
+    batch = drawn(inputs(example), plain)
+    with torch.no_grad(), evaluating(model):
+        gap = apart(outputs_of(model, batch), outputs_of(plain, batch))
     require(not gap, "model", type(model).__name__, f"cannot be folded: {gap}")
     return plain
 
@@ -104,29 +96,26 @@ def _numbers(layer: str, channels: Any) -> set[int]:
 
 def _kept(groups: Sequence[Group], keep: Mapping[str, set[int]]) -> list[Tensor]:
     """The channels kept of each group, from those kept of layers."""
-    sizes: dict[str, int] = {}
-    places: dict[str, dict[int, tuple[int, int]]] = {}  # by layer: group and channel of each place
+    makers: dict[str, dict[int, Member]] = {}  # by layer, and number of the group
     for number, group in enumerate(groups):
         for m in group.having(PRODUCES):
-            sizes[m.layer] = m.size
-            here = {i: (number, c) for c, each in enumerate(m.indices) for i in each}
-            places.setdefault(m.layer, {}).update(here)
-    kept = {number: set(range(group.channels)) for number, group in enumerate(groups)}
-    said: dict[int, str] = {}
+            makers.setdefault(m.layer, {})[number] = m
+    kept, said = [set(range(group.channels)) for group in groups], {}
     for layer, channels in keep.items():
-        require_one_of("keep", layer, places)
-        named, all_, shown = f"keep[{layer!r}]", set(range(sizes[layer])), sorted(channels)
-        require(channels <= all_, named, shown, f"channels of 0..{sizes[layer] - 1}")
-        gone, owner = all_ - channels, places[layer]
-        fixed = sorted(gone - set(owner))
+        require_one_of("keep", layer, makers)
+        members, named, shown = makers[layer], f"keep[{layer!r}]", sorted(channels)
+        every = set(range(next(iter(members.values())).size))
+        require(channels <= every, named, shown, f"channels of 0..{len(every) - 1}")
+        removable = {i for m in members.values() for places in m.indices for i in places}
+        fixed = sorted(every - channels - removable)
         require(not fixed, named, shown, f"channels {fixed} must stay, others need them")
-        lost = {owner[i] for i in gone}
-        half = sorted(i for i in channels if owner.get(i) in lost)
-        require(not half, named, shown, f"channels {half} go with others that are gone")
-        for number in {number for number, _ in owner.values()}:
-            stay = {c for n, c in set(owner.values()) - lost if n == number}
+        for number, m in members.items():
+            stay = {c for c, places in enumerate(m.indices) if channels.issuperset(places)}
+            gone = {i for c, places in enumerate(m.indices) if c not in stay for i in places}
+            half = sorted(gone & channels)
+            require(not half, named, shown, f"channels {half} go with others that are gone")
             other = said.setdefault(number, layer)
             why = f"other channels than {other!r}, which is of the same group"
             require(other == layer or kept[number] == stay, named, shown, why)
             kept[number] = stay
-    return [torch.tensor(sorted(stay), dtype=torch.long) for stay in kept.values()]
+    return [torch.tensor(sorted(stay), dtype=torch.long) for stay in kept]

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -25,43 +26,61 @@ def tensors_of(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
+def device_of(net: nn.Module) -> torch.device:
+    """The device of the first parameter or buffer of `net`; the CPU if it has none."""
+    tensors = chain(net.parameters(), net.buffers())
+    return next((t.device for t in tensors), torch.device("cpu"))
+
+
+@contextmanager
+def evaluating(net: nn.Module) -> Iterator[None]:
+    """Put `net` in eval mode, and afterwards each of its modules back into its former mode."""
+    former = [(module, module.training) for module in net.modules()]
+    net.eval()
+    try:
+        yield
+    finally:
+        for module, training in former:
+            module.training = training
+
+
 @dataclass
 class Watch:
-    """`order`: the modules that ran, by name; `stack`: those at work.
+    """What a forward pass did.
 
-    `cut`: the first whose output has no gradient.
+    `order`: the modules that ran, by name; `last`: the last output of each that has no children;
+    `cut`: the first module whose output has no gradient.
     """
 
     order: dict[str, nn.Module] = field(default_factory=dict)
-    stack: list[str] = field(default_factory=list)
+    last: dict[str, Any] = field(default_factory=dict)
     cut: str | None = None
-
-    def leave(self, module: nn.Module, output: Any) -> None:
-        """Called after each forward pass of `module`."""
-        name, tensors = self.stack.pop(), tensors_of(output)
-        self.order.setdefault(name, module)
-        if self.cut is None and tensors and not any(t.requires_grad for t in tensors):
-            self.cut = name
 
 
 @contextmanager
 def watching(net: nn.Module, failed: str) -> Iterator[Watch]:
-    """Watch the modules of `net`; any exception becomes `InputError`.
+    """Watch `net`; any exception becomes `InputError`, which says what module `failed`, and why."""
+    watch, at_work, handles = Watch(), [""], []
 
-    Its line names the innermost module at work, says that it `failed` and why.
-    """
-    watch, handles = Watch(), []
+    def leave(module: nn.Module, _: Any, output: Any) -> None:
+        name, tensors = at_work.pop(), tensors_of(output)
+        watch.order.setdefault(name, module)
+        if not any(module.children()):
+            watch.last[name] = output
+        if watch.cut is None and tensors and not any(t.requires_grad for t in tensors):
+            watch.cut = name
+
     for name, module in net.named_modules():
-        enter = lambda _, __, name=name: watch.stack.append(name)  # noqa: E731
+        enter = lambda _, __, name=name: at_work.append(name)  # noqa: E731
         handles.append(module.register_forward_pre_hook(enter))
-        handles.append(module.register_forward_hook(lambda m, _, out: watch.leave(m, out)))
+        handles.append(module.register_forward_hook(leave))
     try:
         yield watch
     except InputError:
         raise
     except Exception as error:
-        name = called(watch.stack[-1] if watch.stack else "")
-        raise InputError(f"module = {name!r}: {failed}: {first_line(error)}") from error
+        why = f"{failed}: {first_line(error)}"
+        raise InputError(f"module = {called(at_work[-1])!r}: {why}") from error
     finally:
         for handle in handles:
             handle.remove()
@@ -111,7 +130,7 @@ def outputs_of(
     own = tensors_of(net.state_dict()) if strict else []
     known = {t.untyped_storage().data_ptr() for t in own}
     usual = torch.get_default_dtype()
-    torch.set_default_dtype(dtype_of(net))
+    torch.set_default_dtype(dtype_of(net) or usual)
     try:
         mode = torch.no_grad() if bare else _Plain(strict, known)
         with torch.random.fork_rng(devices=[]), mode:
@@ -125,10 +144,10 @@ def outputs_of(
     return found + end
 
 
-def dtype_of(net: nn.Module) -> torch.dtype:
-    """The precision of the first floating-point tensor of `net`."""
-    kinds = (t.dtype for t in tensors_of(net.state_dict()) if t.is_floating_point())
-    return next(kinds, torch.get_default_dtype())
+def dtype_of(net: nn.Module) -> torch.dtype | None:
+    """The precision of the first floating-point parameter or buffer of `net`; None without any."""
+    tensors = chain(net.parameters(), net.buffers())
+    return next((t.dtype for t in tensors if t.is_floating_point()), None)
 
 
 def fresh(net: nn.Module, seed: int = 0) -> nn.Module:
@@ -162,14 +181,13 @@ def drawn(example: tuple[Tensor, ...], net: nn.Module) -> tuple[Tensor, ...]:
     Random numbers in 0-1, most of them small; integers and booleans are those of `example`.
     """
     generator = torch.Generator().manual_seed(0)
-    device = next((t.device for t in tensors_of(net.state_dict())), torch.device("cpu"))
     made = []
     for x in example:
         new = torch.cat([x.detach(), x.detach()])[:2]
         if x.is_floating_point():
             new = torch.rand(new.shape, generator=generator, dtype=torch.float64).pow(4)
-            new = new.to(dtype_of(net))
-        made.append(new.to(device))
+            new = new.to(dtype_of(net) or torch.get_default_dtype())
+        made.append(new.to(device_of(net)))
     return tuple(made)
 
 
@@ -196,12 +214,8 @@ class _Node(torch.autograd.Function):
 
 @contextmanager
 def one_node_each(net: nn.Module, copies: Collection[nn.Module]) -> Iterator[set]:
-    """Make a call of each layer one node of autograd's graph; gives the set of these nodes.
-
-    Layers in `copies` only copy their input.
-    """
+    """Make a call of each layer a node of autograd's graph (`copies` copy); gives these nodes."""
     nodes, anchor = set(), torch.zeros((), requires_grad=True)
-    changed = [m for m in net.modules() if is_one_node(m)]
 
     def wrapped(before: Callable) -> Callable:
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -220,6 +234,7 @@ def one_node_each(net: nn.Module, copies: Collection[nn.Module]) -> Iterator[set
 
         return forward
 
+    changed = [m for m in net.modules() if is_one_node(m)]
     for module in changed:
         module.forward = wrapped(Tensor.clone if module in copies else module.forward)
     try:

@@ -63,9 +63,8 @@ def _interleaved(channels: int, times: int, reverse: bool, pairs: list) -> list:
 class Slots:
     """Which slots of a dependency graph depend on each other: each a channel at a node's side.
 
-    The channels of the nodes `images` and `outputs` stay, and those of what is `fixed`: parameters
-    of the net's own, embeddings, attention, recurrent layers. torch-pruning's own groups keep one
-    root where several channels meet in one slot (unflatten), so its edges and index maps are
+    The channels of the nodes `images`, `outputs` and `fixed` stay. torch-pruning's own groups keep
+    one root where several channels meet in one slot (unflatten), so its edges and index maps are
     followed here, each slot once.
     """
 
@@ -88,7 +87,11 @@ class Slots:
         """Classes of the layers' slots that can only go together; each has a producer."""
         if not self.ties:
             return []
-        label = dict(zip(self.seen, self._labels(), strict=True))
+        a, b = (np.concatenate(ends) for ends in zip(*self.ties, strict=True))
+        size = len(self.seen) * self.most
+        graph = coo_array((np.ones(len(a), bool), (a, b)), (size, size))
+        classes = connected_components(graph, directed=False)[1].reshape(-1, self.most)
+        label = dict(zip(self.seen, classes, strict=True))
         ends = {(node, "out") for node in (*self.images, *self.outputs)}
         ends |= {(node, side) for node in self.fixed for side in ("in", "out")}
         kept = {int(i) for key in ends & set(label) for i in label[key][self.seen[key]]}
@@ -98,8 +101,8 @@ class Slots:
                 found[int(labels[i])].append((self.name_of[node], side, int(i)))
                 if side == "out" and self._produces(node):
                     made.add(int(labels[i]))
-        made -= kept
-        return [slots for number, slots in found.items() if number in made]
+        free = made - kept
+        return [slots for number, slots in found.items() if number in free]
 
     def _follow(self, node: Any) -> None:
         """Tie what depends on the outputs of `node`, and so on."""
@@ -128,19 +131,8 @@ class Slots:
         seen[new] = True
         return new
 
-    def _labels(self) -> np.ndarray:
-        """The class of each slot, (nodes and sides, most)."""
-        a, b = (np.concatenate(ends) for ends in zip(*self.ties, strict=True))
-        size = len(self.seen) * self.most
-        graph = coo_array((np.ones(len(a), bool), (a, b)), (size, size))
-        return connected_components(graph, directed=False)[1].reshape(-1, self.most)
-
     def _tie_groups(self, node: Any) -> None:
-        """Tie the channels that grouped layers need together.
-
-        Convolution groups must keep one size: ties the same place in all groups. The statistics of
-        a group norm are per group: ties all channels of a group.
-        """
+        """Tie the same place in all groups of a convolution, and all channels of a norm's group."""
         groups, norm = getattr(node.module, "groups", 1), isinstance(node.module, nn.GroupNorm)
         if norm or (groups > 1 and not is_depthwise(node.module)):
             for side in ("in", "out"):

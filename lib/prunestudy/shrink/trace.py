@@ -11,8 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from prunestudy.errors import require
-from prunestudy.shrink.fold import fold, require_untied, with_gradients
-from prunestudy.shrink.layers import FOLLOWERS, LAYERS, channels_of, is_layer, is_one_node
+from prunestudy.shrink.fold import fold, require_net, require_untied, with_gradients
+from prunestudy.shrink.layers import (
+    FOLLOWERS,
+    LAYERS,
+    Constant,
+    channels_of,
+    is_layer,
+    is_one_node,
+)
 from prunestudy.shrink.runs import (
     Watch,
     called,
@@ -30,11 +37,11 @@ from prunestudy.values import inputs
 class Trace:
     """What a forward pass of a net says about its channels.
 
-    `channels`: classes of slots that can only go together, none of the input's or output's.
-    `layers`: those that ran, by name, in order of execution, of `net`.
-    `edges`: for each node of the graph, by number, those that it feeds; `inputs`, `outputs` and
-    `node_of` (by the layer's name) are such numbers. `net`: the model folded, in float64, with
-    random parameters; `example`: random inputs for it, a batch of two; `given`: the user's.
+    `channels`: classes of slots that can only go together, none of the input's or output's;
+    `layers`: those that ran, by name, in order of execution; `edges`: for each node of the graph,
+    by number, those that it feeds; `inputs`, `outputs`, `node_of` (by layer): such numbers; `net`:
+    the model folded, in float64, with random parameters; `example`: two random inputs for it;
+    `given`: the user's.
     """
 
     channels: list[list[Slot]]
@@ -51,18 +58,33 @@ class Trace:
 def trace(model: nn.Module, example: Tensor | tuple[Tensor, ...]) -> Trace:
     """Trace `model`, folded, on inputs as `example`: a batch, or a tuple of them.
 
-    Raises `InputError` naming the module if a pass fails there, for tied weights, for a net that
-    reads values of its input, and for layers that run without a gradient or not at all.
+    Raises `InputError` naming the module if a pass fails there, for tied weights, for a branch that
+    was removed, for a net that reads values of its input, and for layers that run without a
+    gradient or not at all.
     """
     example = inputs(example, valued=True)
+    require_net(model)
+    for name, module in model.named_modules():
+        gone = isinstance(module, Constant)
+        require(not gone, "module", name, "a branch was removed here, no more can be")
     require_untied(model)
     # In channels_last some operations go by other names.
     plain = fresh(fold(model).to(memory_format=torch.contiguous_format))
     with_gradients(plain)
     batch = drawn(example, plain)
+    graph, outputs = Graph(), []
+
+    def run(net: nn.Module, batch: tuple[Tensor, ...]) -> list[Tensor]:
+        outputs.extend(t for t in outputs_of(net, batch) if t.requires_grad)
+        why = "cannot be traced: no gradient passes through it"
+        require(bool(outputs), "module", called(watch.cut or ""), why)
+        return outputs
+
     with torch.enable_grad():
         probe = _Probe(plain, batch, last=_first_pass(plain, batch))
-        graph, outputs, watch, opaque = _build(probe, batch)
+        alone = one_node_each(probe, set(probe.images))
+        with alone as opaque, watching(plain, "cannot be traced") as watch:
+            graph.build_dependency(probe, batch, forward_fn=run, verbose=False)
     _require_all(plain, graph, watch, outputs)
     layers = {n: m for n, m in watch.order.items() if is_layer(m) and m in graph.module2node}
     number = {node: i for i, node in enumerate(graph.module2node.values())}
@@ -89,10 +111,7 @@ def trace(model: nn.Module, example: Tensor | tuple[Tensor, ...]) -> Trace:
 
 
 def _first_pass(net: nn.Module, batch: tuple[Tensor, ...]) -> bool:
-    """Whether the channels of the inputs lie on their last axis; runs `net` on `batch`.
-
-    Raises `InputError` naming the module where the net fails or reads values of a tensor.
-    """
+    """Whether the channels of the inputs lie on their last axis; `InputError` as `trace`."""
     fails = f"cannot be traced on {[tuple(x.shape) for x in batch]}"
     with watching(net, fails) as watch:
         found = outputs_of(net, batch, strict=True)
@@ -105,10 +124,9 @@ def _first_pass(net: nn.Module, batch: tuple[Tensor, ...]) -> bool:
 
 
 class _Probe(nn.Module):
-    """A net behind a layer for each float input, so that the inputs' channels are in the graph.
+    """A net behind a layer for each float input, which stands for the input's channels.
 
-    The layers compute nothing: they only stand for a number of channels. With `last` these lie on
-    the last axis, else on the first after the batch.
+    With `last` these lie on the last axis, else on the first after the batch.
     """
 
     def __init__(self, net: nn.Module, batch: tuple[Tensor, ...], last: bool) -> None:
@@ -124,28 +142,10 @@ class _Probe(nn.Module):
         return self.net(*(image(x) for image, x in zip(self.images, batch, strict=True)))
 
 
-def _build(probe: _Probe, batch: tuple[Tensor, ...]) -> tuple[Any, list[Tensor], Watch, set]:
-    graph, found = Graph(), []
-
-    def run(net: nn.Module, batch: tuple[Tensor, ...]) -> list[Tensor]:
-        found.extend(t for t in outputs_of(net, batch) if t.requires_grad)
-        culprit = called(watch.cut or "")
-        require(bool(found), "module", culprit, "cannot be traced: no gradient passes through it")
-        return found
-
-    with (
-        one_node_each(probe, set(probe.images)) as nodes,
-        watching(probe.net, "cannot be traced") as watch,
-    ):
-        graph.build_dependency(probe, batch, forward_fn=run, verbose=False)
-    return graph, found, watch, nodes
-
-
 def _require_all(net: nn.Module, graph: Any, watch: Watch, outputs: list[Tensor]) -> None:
-    """Raise `InputError` for a layer that is not in the graph, unless it is part of another.
+    """Raise `InputError` for a layer that is not in the graph.
 
-    A layer that is not called, but whose weight the net's own code reads, may be missing too: what
-    that code makes of the channels, the proof shows.
+    Unless it is part of another, or only the net's own code reads its weight.
     """
     inner = {child for m in net.modules() if is_one_node(m) for child in list(m.modules())[1:]}
     read = _parameters_of(outputs)
@@ -161,11 +161,10 @@ def _require_all(net: nn.Module, graph: Any, watch: Watch, outputs: list[Tensor]
 
 def _parameters_of(outputs: list[Tensor]) -> set[int]:
     """The `id` of each parameter that autograd finds behind `outputs`."""
-    waiting, seen, found = [t.grad_fn for t in outputs], set(), set()
+    waiting, seen = [t.grad_fn for t in outputs], {None}
     while waiting:
         step = waiting.pop()
-        if step is not None and step not in seen:
+        if step not in seen:
             seen.add(step)
-            found.add(id(getattr(step, "variable", None)))
             waiting += [before for before, _ in step.next_functions]
-    return found
+    return {id(getattr(step, "variable", None)) for step in seen}

@@ -110,10 +110,9 @@ class Runner:
             work.mkdir(parents=True, exist_ok=True)
             made = yield from job.training(model, work / "checkpoint.pt", self.show)
             metrics, arrays = job.metrics(made), made.probe.arrays()
-            start = {name: w.detach() for name, w in measure.prunable_weights(model)}
-            if made.status == "done" and settings.parent and measure.same_shapes(made.model, start):
-                metrics["kept_scale"] = measure.kept_scale(made.model, start)
-                arrays |= measure.kept_sample(made.model, start)
+            if made.status == "done" and settings.parent:
+                scale, sample = measure.kept_weights(made.model, model)
+                metrics, arrays = metrics | scale, arrays | sample
         weights = work / "weights.safetensors"
         about = {"factory": settings.model, "sizes": " ".join(map(str, (*shape, num_classes)))}
         shrink.save(made.model, weights, like=job.dense, about=about)
