@@ -1,6 +1,8 @@
 """A whole study as a batch, on a card of four runs: any path, a second call, Ctrl-C, damage."""
 
 import signal
+import subprocess
+import sys
 import time
 
 import matplotlib as mpl
@@ -111,6 +113,28 @@ def test_ctrl_c_ends_all_and_says_how_to_go_on(start, tmp_path, command, number)
     )
     assert "Traceback" not in err
     assert not [child for child in children if child.is_running()]
+
+
+FORKS = """
+import os, signal
+from multiprocessing import get_context
+from prunestudy.study import batch
+fork = get_context("fork").Process(target=print, args=("worked",), daemon=True)
+os.register_at_fork(after_in_parent=lambda: os.kill(os.getpid(), signal.SIGINT))
+try:
+    with batch._held_back():
+        fork.start()
+    print("not stopped")
+except KeyboardInterrupt:
+    fork.join()
+    print(fork.exitcode, signal.getsignal(signal.SIGINT) is signal.default_int_handler)
+"""
+
+
+def test_a_ctrl_c_that_comes_while_a_fork_begins_counts():
+    words = [sys.executable, "-c", FORKS]
+    made = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert made.stdout.split("\n")[:2] == ["worked", "0 True"]
 
 
 STATE = """

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
@@ -115,12 +115,29 @@ def _locally(stage: Path, batch: dict[str, Any], count: int) -> bool:
         jobs = min(1 if batch["gpu"] and kind == "train" else count, len(batch[kind]))
         words = (kind, _untaken(batch[kind], stage), stage)
         forks = [context.Process(target=do_job, args=words) for _ in range(jobs)]
-        for fork in forks:
-            fork.start()
+        with _held_back():
+            for fork in forks:
+                fork.start()
         _show_ready(stage, batch, lambda forks=forks: any(fork.is_alive() for fork in forks))
         if any(fork.exitcode for fork in forks):
             return True
     return False
+
+
+@contextmanager
+def _held_back() -> Iterator[None]:
+    """Raise a Ctrl-C at the end: within `os.fork` Python runs hooks, and drops what they raise."""
+    came: list[int] = []
+    usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in usual:
+        signal.signal(number, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
+    if came:
+        raise KeyboardInterrupt
 
 
 def _snakemake(stage: Path, batch: dict[str, Any], count: int, executor: str) -> bool:
@@ -169,6 +186,7 @@ def do_job(kind: str, names: Iterable[str], stage: Path) -> None:
     """Do `names` of `kind` (train, latency or notebooks); exit with 1 if one failed."""
     # A kernel is ended only if this process exits in order.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with (stage / "log").open("a") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
