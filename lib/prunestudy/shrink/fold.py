@@ -1,7 +1,7 @@
 """Parametrised nets as ordinary ones, and what no method can work on."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import Any
 
@@ -51,11 +51,14 @@ def real_parameters(net: nn.Module) -> list[nn.Parameter]:
     return [p for p in net.parameters() if p.is_floating_point() or p.is_complex()]
 
 
-def copied(model: nn.Module) -> nn.Module:
-    """A deep copy without autograd history; `InputError` for a net that cannot be copied."""
+def copied(model: nn.Module, shared: Iterable[Tensor] = ()) -> nn.Module:
+    """A deep copy without autograd history, but for tensors that are `shared`.
+
+    Raises `InputError` for a net that cannot be copied.
+    """
     try:
         with _Detached():
-            return copy.deepcopy(model)
+            return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
     except Exception as error:  # whatever a net may hold
         line = f"cannot be copied: {first_line(error)}"
         raise InputError(f"model = {type(model).__name__!r}: {line}") from error

@@ -1,11 +1,11 @@
 """Removing channels for good: a smaller net in plain layers."""
 
-import copy
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from prunestudy.shrink.fold import copied
 from prunestudy.shrink.groups import FOLLOWS, Group
 from prunestudy.shrink.layers import (
     TRANSPOSED,
@@ -31,7 +31,7 @@ def narrow(dense: nn.Module, groups: Sequence[Group], kept: Sequence[Tensor]) ->
             axes[axis] = axes.get(axis, 1.0) * m.spread(mask)
     layers = {name: dense.get_submodule(name) for name in open_}
     cut = [t for layer in layers.values() for t in (*layer.parameters(), *layer.buffers())]
-    small = copy.deepcopy(dense, {id(tensor): tensor for tensor in cut})  # these are cut anew
+    small = copied(dense, cut)  # these are cut anew
     for name, axes in open_.items():
         places = {axis: mask.nonzero().flatten() for axis, mask in axes.items()}
         _fit(small.get_submodule(name), layers[name], places)
