@@ -84,6 +84,8 @@ def test_protected_by_group_layer_component_or_coupling(name, protected):
     [
         ([], ["head"], "protect = 'head': protectable are coupling, decoder, .*encoder"),
         (["encoder"], [], r"components = \['encoder'\]: layer decoder.fc1 is in none"),
+        (["encoder", "decodr"], [], "components = 'decodr': allowed are modules, as encoder, "),
+        (nn.ModuleList([nn.ReLU()]), [], r"components = ReLU\(\): allowed are modules, as "),
     ],
 )
 def test_bad_components_are_refused(components, protect, words):

@@ -304,6 +304,22 @@ def test_ranks_by_loss_of_three_layers_by_hand():
         assert shrink.ranks_by_macs(net, macs, budget / 75, ("*",), loss) == wanted
 
 
+def test_a_rank_at_which_the_loss_is_not_finite_is_passed_over():
+    """At ranks 7, 3 and 1 layer 0 loses inf, 4.5 and 5.5, layer 1 next to nothing."""
+    net = nn.Sequential(*(nn.Linear(16, 16, bias=False) for _ in range(2)))
+    whole = [layer.weight.detach().clone() for layer in net]
+    lost = ({7: math.inf, 3: 4.5, 1: 5.5}, {7: 0.01, 3: 0.1, 1: 0.2})
+
+    def loss(other):
+        ranks = [int(torch.linalg.matrix_rank(layer.weight)) for layer in other]
+        same = [torch.equal(a.weight, b) for a, b in zip(other, whole, strict=True)]
+        rows = zip(same, lost, ranks, strict=True)
+        return 0.5 + sum(0.0 if each else table[rank] for each, table, rank in rows)
+
+    macs = {"0.weight": 256, "1.weight": 256}
+    assert shrink.ranks_by_macs(net, macs, 0.6, ("*",), loss) == {"1": 1}
+
+
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.65, 0.8, 0.99])
 def test_a_budget_by_loss_is_kept_to_one_rank(share):
     torch.manual_seed(0)

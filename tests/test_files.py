@@ -374,6 +374,20 @@ def another_sound(**layers):
     return net
 
 
+@pytest.mark.parametrize("nonzeros", [0, 1])
+def test_a_sparse_row_does_not_fill_ten(nonzeros, tmp_path):
+    def linear(outputs):
+        return nn.Sequential(nn.Linear(100, outputs, bias=False))
+
+    net = linear(1)
+    with torch.no_grad():
+        net[0].weight[:, nonzeros:] = 0
+    path = tmp_path / "net"
+    shrink.save(net, path, like=linear(1))
+    line = f"net = 'Sequential': does not fit {path}: 1 rows, here 10"
+    assert refusal(lambda: shrink.load(path, linear(10))) == line
+
+
 @pytest.mark.parametrize(
     ("net", "says"),
     [

@@ -41,7 +41,7 @@ class Probe:
         """Look at the model at the end of an epoch."""
 
     def finished(self, net: nn.Module) -> None:
-        """Look at the finished net; the model is as the training left it."""
+        """Look at the finished net."""
 
     def measures(self) -> dict[str, Any]:
         """Numbers for the record."""

@@ -61,7 +61,12 @@ def component_groups(
     name that is not there, and for a layer outside all components.
     """
     names = getattr(model, "components", None) or [name for name, _ in model.named_children()]
-    made = []
+    modules, made = dict(model.named_modules()), []
+    for name in names:
+        known = isinstance(name, str) and name in modules
+        require(
+            known, "components", name, f"allowed are modules, as {', '.join(list(modules)[1:6])}"
+        )
     for group in groups(model, example) if found is None else found:
         touched = dict.fromkeys(_component(names, m.layer) for m in group.members)
         made.append(ComponentGroup(group, tuple(touched)))

@@ -258,6 +258,8 @@ def _packed(plain: nn.Module) -> tuple[dict[str, Tensor], list[Entry]]:
 
 def _dense(rows: Tensor, columns: Tensor, values: Tensor, shape: torch.Size) -> Tensor:
     matrix = torch.zeros(shape, dtype=values.dtype).flatten(1)
+    if len(rows) != len(matrix) + 1:
+        raise ValueError(f"{len(rows) - 1} rows, here {len(matrix)}")
     row = torch.repeat_interleave(torch.arange(len(matrix)), rows.diff())
     matrix[row, columns.long()] = values
     return matrix.view(shape)

@@ -3,12 +3,12 @@
 Ours: a layer whose factors would cost as many MACs as the layer does stays whole.
 """
 
+import math
 from collections.abc import Callable, Mapping
-from functools import partial
+from itertools import pairwise
 from operator import itemgetter
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -90,13 +90,18 @@ def ranks_by_macs(
     least, budget, steps, ranks = least_share(macs, chosen), share * cost, [], {}
     require(least <= share, "share", share, f"at least {least:.4f}, that of rank 1 everywhere")
     trial = fold(model)
-    base = loss(trial) if loss else 0.0
+
+    def measured() -> float:
+        found = loss(trial)
+        return found if math.isfinite(found) else 1e30
+
+    base = measured() if loss else 0.0
     for name, layer in chosen.items():
         whole, unit = _whole_and_unit(macs, name, layer)
         costs = [*range(unit, whole, unit or 1), whole]
         if loss:
             tried = trial.get_submodule(name).weight
-            rates = _rises(layer, costs, tried, partial(loss, trial), base)
+            rates = _rises(layer, costs, tried, measured, base)
         else:
             rates = (1 - energy_shares(layer)).tolist()
         for i in reversed(range(len(costs) - 1)):
@@ -130,27 +135,39 @@ def _whole_and_unit(macs: Mapping[str, int], name: str, layer: Layer) -> tuple[i
 
 @torch.no_grad()
 def _rises(
-    layer: Layer, costs: list[int], tried: Tensor, loss: Callable[[], float], base: float
+    layer: Layer, costs: list[int], tried: Tensor, measured: Callable[[], float], base: float
 ) -> list[float]:
     """How much the loss rises per MAC saved on the way to ranks 1, 2, ... of the layer.
 
     `costs` are the MACs at these ranks and, last, of the whole layer, which has the loss `base`.
-    The weight `tried` takes the largest rank, half of it, and so on; between them, as at ranks off
-    the lower convex hull, the loss is taken as linear.
+    The weight `tried` takes the largest rank, half of it, and so on down to 1, and is whole again
+    afterwards; between them the curve of losses is the convex one below.
     """
-    from scipy.optimize import isotonic_regression  # late: it takes a while
-
-    rank, at, losses = len(costs) - 1, [costs[-1]], [base]
+    points, rank = [(costs[-1], base)], len(costs) - 1
     while rank:
         tried.copy_(merged(factorise_layer(layer, rank * groups_of(layer))))
-        at.append(costs[rank - 1])
-        losses.append(loss())
+        points.append((costs[rank - 1], measured()))
         rank //= 2
     tried.copy_(layer.weight)
-    saved, rises = -np.diff(at), np.diff(np.where(np.isfinite(losses), losses, 1e30))
-    slopes = isotonic_regression(rises / saved, weights=saved).x if len(saved) else []
-    ends = list(zip(at[1:], slopes, strict=True))
-    return [next(slope for low, slope in ends if low <= cost) for cost in costs[:-1]]
+    slopes = _slopes(points)
+    return [next(rate for low, rate in slopes if low <= cost) for cost in costs[:-1]]
+
+
+def _slopes(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    """The rise of the loss per MAC saved, on the lower convex hull of `points` (MACs, loss).
+
+    From most MACs to fewest: the MACs at which a piece of the curve ends, and its slope.
+    """
+
+    def slope(a: tuple[int, float], b: tuple[int, float]) -> float:
+        return (b[1] - a[1]) / (a[0] - b[0])
+
+    hull: list[tuple[int, float]] = []
+    for point in points:
+        while len(hull) > 1 and slope(*hull[-2:]) >= slope(hull[-1], point):
+            hull.pop()
+        hull.append(point)
+    return [(b[0], slope(a, b)) for a, b in pairwise(hull)]
 
 
 def _require_share(parameter: str, value: float) -> None:

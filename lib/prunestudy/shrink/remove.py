@@ -67,7 +67,7 @@ def remove_groups(
 ) -> nn.Module:
     """Return `model`, folded and narrowed, compared with the gated net; raise `InputError`."""
     plain = fold(model)
-    small = narrow(plain, groups, kept)
+    small = narrow(fold(plain), groups, kept)  # a net may hold its tensors in lists, too
     example = inputs(example)
     batch = drawn(example, plain.double())
     gap = Proof(plain, groups, batch, example).gap(fold(small).double(), kept)
