@@ -137,6 +137,16 @@ def test_a_ctrl_c_that_comes_while_a_fork_begins_counts():
     assert made.stdout.split("\n")[:2] == ["worked", "0 True"]
 
 
+def test_a_ctrl_c_that_the_shell_has_off_stays_off():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with batch._held_back():
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 STATE = """
 import os
 import matplotlib as mpl, matplotlib.pyplot as plt, torch

@@ -129,6 +129,7 @@ def _held_back() -> Iterator[None]:
     """Raise a Ctrl-C at the end: within `os.fork` Python runs hooks, and drops what they raise."""
     came: list[int] = []
     usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    usual = {number: handler for number, handler in usual.items() if callable(handler)}
     for number in usual:
         signal.signal(number, lambda number, _: came.append(number))
     try:
@@ -186,7 +187,8 @@ def do_job(kind: str, names: Iterable[str], stage: Path) -> None:
     """Do `names` of `kind` (train, latency or notebooks); exit with 1 if one failed."""
     # A kernel is ended only if this process exits in order.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if callable(signal.getsignal(signal.SIGINT)):  # that of the fork's beginning; else ignored
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     with (stage / "log").open("a") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)

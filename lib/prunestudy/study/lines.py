@@ -78,6 +78,7 @@ def read_lines(path: Path) -> dict[str, Record]:
 def _read_lines(path: Path, _state: tuple[int, ...]) -> dict[str, Record]:
     records: dict[str, Record] = {}
     text = path.read_bytes().decode("utf-8", errors="replace")
+    collects = gc.isenabled()
     gc.disable()  # it would look at all that is read so far again and again, half of the time
     try:
         for number, line in enumerate(text.removesuffix("\n").split("\n") if text else (), 1):
@@ -85,7 +86,8 @@ def _read_lines(path: Path, _state: tuple[int, ...]) -> dict[str, Record]:
             if records.setdefault(place(record), record) is not record:
                 raise refusal(record["run"], "is there twice", path)
     finally:
-        gc.enable()
+        if collects:
+            gc.enable()
     return records
 
 

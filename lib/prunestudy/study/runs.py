@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import re
 import shutil
 import time
 from collections.abc import Iterable
@@ -35,8 +36,9 @@ def stored_net(path: Path) -> tuple[nn.Module, tuple[int, int, int]]:
     Raises `InputError` for a file that `shrink.load` refuses, or that no run wrote.
     """
     about = shrink.about(path)
-    require({"factory", "sizes"} <= about.keys(), "path", str(path), "the net of a run")
-    *shape, num_classes = map(int, about["sizes"].split())
+    sizes = re.fullmatch(r"(\d{1,9}) (\d{1,9}) (\d{1,9}) (\d{1,9})", about.get("sizes", ""))
+    require(bool(sizes) and "factory" in about, "path", str(path), "the net of a run")
+    *shape, num_classes = map(int, sizes.groups())
     with torch.random.fork_rng(devices=[]):  # reading a file changes no draw
         fresh = models.build(about["factory"], tuple(shape), num_classes)
     return shrink.load(path, fresh), tuple(shape)

@@ -13,8 +13,8 @@ from prunestudy.study.settings import Target
 # By label, net and data set, then by target, then by seed and total epochs, which pairs share.
 Index = dict[tuple[str, str, str], dict[Target | None, dict[tuple[int, int], Planned]]]
 Pair = tuple[Planned, ...]  # ours and theirs, or ours alone
-# No search and no run before the rules has used them: verdicts are made on these alone, and on the
-# second eight where a net had used the first before its rules.
+# No search and no run before the rules has used them: verdicts are made on these alone; on the
+# second eight where the first had been run before one of a net's rules.
 SEEDS, SECOND = range(10, 18), range(20, 28)
 
 
@@ -40,7 +40,7 @@ class Comparison(NamedTuple):
         """Seeds of the verdict, if one is planned: on all of eight, against a chosen opponent."""
         if not self.rule.primary or self.chosen_by == "all":
             return None
-        return next((each for each in (SECOND, SEEDS) if set(each) <= self.seeds.keys()), None)
+        return next((each for each in (SEEDS, SECOND) if set(each) <= self.seeds.keys()), None)
 
 
 def index(planned: Iterable[Planned]) -> Index:
@@ -105,8 +105,9 @@ def _units(
                     found.setdefault(epochs, {}).setdefault(seed, {})[share] = pair
     for seeds in found.values():
         # The targets of the seeds that verdicts are made on, where these are planned.
-        shares = [s for seed in seeds if seed in SEEDS or seed in SECOND for s in seeds[seed]]
-        targets = tuple(sorted({*(shares or (s for pairs in seeds.values() for s in pairs))}))
+        judged = [[seed for seed in seeds if seed in block] for block in (SEEDS, SECOND)]
+        first = max(judged, key=len) or list(seeds)
+        targets = tuple(sorted({share for seed in first for share in seeds[seed]}))
         whole = {seed: seeds[seed] for seed in sorted(seeds) if seeds[seed].keys() >= {*targets}}
         if whole:
             yield targets, {seed: [pairs[t] for t in targets] for seed, pairs in whole.items()}

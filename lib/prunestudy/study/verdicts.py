@@ -56,7 +56,8 @@ def fails(record: Record) -> bool:
 def observed(store: Store, comparison: Comparison) -> Pairs:
     """The records of `comparison` of those seeds that have all, on the device that has most."""
     by_device: dict[str, Pairs] = {}
-    for seed, pairs in comparison.seeds.items():
+    for seed in comparison.planned or comparison.seeds:
+        pairs = comparison.seeds[seed]
         found = [side_by_side(store, pair) for pair in pairs]
         for device in set.intersection(*map(set, found)):
             by_device.setdefault(device, {})[seed] = [pair[device] for pair in found]
@@ -83,7 +84,8 @@ def verdicts_table(
                 rows.append(said | {"why": rule.why, "verdict": BY_CONSTRUCTION})
                 continue
             found = [row_of(store, each, images) for each in comparisons(rule, runs, best)]
-            rows += [said | row for row in found or [{"control": rule.against, "verdict": NO_RUNS}]]
+            none = {"control": "" if rule.controls else rule.against, "verdict": NO_RUNS}
+            rows += [said | row for row in found or [none]]
     _test(rows, paper, store.folder.name)
     return pd.DataFrame([_BLANK | row for row in rows], columns=[*_BLANK])
 
@@ -92,8 +94,6 @@ def row_of(store: Store, comparison: Comparison, images: bool = False) -> dict[s
     """What the records say of `comparison`; with its `p` if it is a test that can be made."""
     rule, control, chosen_by, model, dataset, kind, targets, _ = comparison
     found = observed(store, comparison)
-    if comparison.planned:
-        found = {seed: found[seed] for seed in comparison.planned if seed in found}
     ours = [seed for seed in found if any(fails(pair[0]) for pair in found[seed])]
     theirs = [seed for seed in found if any(fails(r) for pair in found[seed] for r in pair[1:])]
     values = {s: _difference(rule, kind, found[s]) for s in found if s not in (*ours, *theirs)}

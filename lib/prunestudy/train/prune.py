@@ -239,7 +239,8 @@ def _on_device(model: nn.Module, device: torch.device, example: tuple[Tensor, ..
 
 def _batches(name: str, given: Any, seed: int, device: torch.device) -> Any:
     """Batches as the loop reads them: those of this library, or any by a `Loader`."""
-    found = given if hasattr(given, "ordered") else Loader(given, seed, device, name)
+    ours = hasattr(given, "epoch") and hasattr(given, "ordered")
+    found = given if ours else Loader(given, seed, device, name)
     there = torch.device(getattr(found, "device", device)).type
     require(there == device.type, name, f"batches on {there}", f"on {device.type}, as the net")
     return found
