@@ -83,6 +83,8 @@ def test_protected_by_group_layer_component_or_coupling(name, protected):
     ("components", "protect", "words"),
     [
         ([], ["head"], "protect = 'head': protectable are coupling, decoder, .*encoder"),
+        (5, [], "components = 5: a list of names of modules"),
+        ("encoder", [], "components = 'encoder': a list of names of modules"),
         (["encoder"], [], r"components = \['encoder'\]: layer decoder.fc1 is in none"),
         (["encoder", "decodr"], [], "components = 'decodr': allowed are modules, as encoder, "),
         (nn.ModuleList([nn.ReLU()]), [], r"components = ReLU\(\): allowed are modules, as "),

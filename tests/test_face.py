@@ -297,6 +297,10 @@ class Endless(IterableDataset):
         ({"train": [({"y": torch.zeros(2, 1, 8, 8)}, 0)]}, "train = ['y']: not what forward takes"),
         ({"train": [(torch.zeros(2, 1, 8, 8), torch.zeros(2))]}, "y = (2,): the shape of the"),
         ({"example": torch.zeros(2, 3)}, "example = [(2, 3)]: MyNet does not take it"),
+        (
+            {"train": [(PAIR[0][:, :, :2], PAIR[1])], "example": torch.zeros(2, 1, 8, 8)},
+            "train = (2, 1, 2, 8): the net does not take a batch: ",
+        ),
         ({"metric": lambda net, batches: "good"}, "metric = '<lambda>': fails on a batch: could"),
         ({"metric": lambda net, batches: {}}, "metric = '<lambda>': fails on a batch: gives no"),
         ({"metric": 3}, "metric = 3: a function of (model, batches)"),

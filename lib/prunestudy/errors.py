@@ -43,7 +43,7 @@ def first_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def refused(parameter: str, value: str, how: str = "cannot be used") -> Iterator[None]:
+def refused(parameter: str, value: Any, how: str = "cannot be used") -> Iterator[None]:
     """Turn what torch or a user's code raises inside into `InputError` on `value`."""
     try:
         yield

@@ -5,7 +5,7 @@ A group whose layers all lie in one component is *internal* to it. One that span
 every component on it outputs or reads.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
@@ -61,6 +61,8 @@ def component_groups(
     name that is not there, and for a layer outside all components.
     """
     names = getattr(model, "components", None) or [name for name, _ in model.named_children()]
+    listed = isinstance(names, Iterable) and not isinstance(names, str)
+    require(listed, "components", names, "a list of names of modules")
     modules, made = dict(model.named_modules()), []
     for name in names:
         known = isinstance(name, str) and name in modules

@@ -48,8 +48,8 @@ def page(store: Store, planned: list[Planned]) -> Iterator[str]:
     where = "".join(f"{device}, torch {version}. " for device, version in sorted(where))
     text = f"# CIFAR-10 on one GPU\n\n{where}{done}. Settings are those of the searches on the CPU;"
     text += " none was made on a GPU.\n\n"
-    if made:
-        text += tables.markdown(tables.by_share(tables.build(store, planned)[1]))
+    shown = tables.by_share(tables.build(store, planned)[1]) if made else ()
+    text += tables.markdown(shown) if len(shown) else ""
     write_text(path, text)
     yield done
     yield str(path)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from prunestudy.errors import InputError, refused, require
 from prunestudy.measure import Metrics
@@ -109,6 +110,10 @@ def _name(function: Any) -> str:
     return getattr(function, "__name__", type(function).__name__)
 
 
+def _shapes(x: Any) -> Any:
+    return tree_map(lambda t: tuple(t.shape) if isinstance(t, Tensor) else t, x)
+
+
 def _squared(output: Tensor, y: Any) -> Tensor:
     """Mean squared error, of equal shapes only: torch would repeat the smaller."""
     shapes = tuple(output.shape), tuple(y.shape)
@@ -134,8 +139,11 @@ def checked_loss(loss: Any, net: nn.Module, x: Any, y: Any) -> Callable[[Any, An
     if sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in needed) < 3:
         function = lambda output, _, y: loss(output, y)  # noqa: E731
         function.__name__ = name
-    with evaluating(net), torch.no_grad(), _tried("loss", loss):
-        value = function(call(net, x), x, y)
+    with evaluating(net), torch.no_grad():
+        with refused("train", _shapes(x), "the net does not take a batch"):
+            output = call(net, x)
+        with _tried("loss", loss):
+            value = function(output, x, y)
     scalar = isinstance(value, Tensor) and value.dim() == 0
     require(scalar, "loss", name, "a function that gives one number, a 0-d tensor")
     return function
