@@ -14,7 +14,7 @@ from prunestudy.study import tables
 from prunestudy.study.plan import plan
 from prunestudy.study.records import Store
 from prunestudy.study.statistics import OUTCOMES
-from prunestudy.study.verdicts import claims_table, verdicts_table
+from prunestudy.study.verdicts import called, claims_table, verdicts_table
 
 BEGIN = "<!-- results: made by `python docs/readme.py` -->\n"
 END = "<!-- end of results -->"
@@ -51,8 +51,7 @@ def came_out(rows: pd.DataFrame) -> str:
     tested = rows[rows.verdict.isin(OUTCOMES)]
     if len(tested) or seen.empty:
         text = claims_table(rows).verdict[0] + sizes(tested)
-        by_search = len(tested) and (tested.chosen_by == "search").all()
-        found = f"{text}, against the strongest control" if by_search else text
+        found = text + against(tested)
         judged_on = {*zip(tested.model, tested.dataset, strict=True)}
         pairs = zip(seen.model, seen.dataset, strict=True)
         others = seen[[pair not in judged_on for pair in pairs]]
@@ -65,8 +64,17 @@ def came_out(rows: pd.DataFrame) -> str:
     ways = ["ahead"] * int((hardest.low > 0).sum()) + ["behind"] * int((hardest.high < 0).sum())
     ways += ["not told apart"] * (len(hardest) - len(ways))
     counts = ", ".join(f"{way} on {ways.count(way)}" for way in dict.fromkeys(ways))
-    many = f"{len(hardest)} net{'s' * (len(hardest) > 1)}"
-    return f"{_SO_FAR}{counts} of {many}, against {other}."
+    if len(ways) == 1:
+        return f"{_SO_FAR}{ways[0]} on {nets(hardest)[3:]}, against {other}."
+    return f"{_SO_FAR}{counts} of {len(hardest)} nets, against {other}."
+
+
+def against(tested: pd.DataFrame) -> str:
+    """What the claim was tested against, if that is one thing: ", against the dense net"."""
+    if len(tested) and (tested.chosen_by == "search").all():
+        return ", against the strongest control"
+    names = {called(name).replace("dense", "the dense net") for name in tested.control if name}
+    return f", against {names.pop()}" if len(names) == 1 else ""
 
 
 def _failed(rows: pd.DataFrame) -> str:
@@ -125,12 +133,12 @@ def in_all(found: dict[str, pd.DataFrame]) -> str:
     """What came out of all claims of all papers together, and which are contradicted."""
     rows = pd.concat(found.values(), ignore_index=True)
     worst = {word: [] for word in ("contradicted", "undecided", "confirmed")}
-    for (paper, _), claim in rows.groupby(["paper", "claim"], sort=False):
+    for (paper, claim_id), claim in rows.groupby(["paper", "claim"], sort=False):
         verdicts, name = {*claim.verdict}, card(paper).short or card(paper).title
         if word := next((word for word in worst if word in verdicts), ""):
             of = claim[claim.verdict == word]
             where = ", ".join(net(*pair) for pair in zip(of.model, of.dataset, strict=True))
-            worst[word].append(f"{name}: *{of.says.iloc[0].strip('. ')}*, on {where}{sizes(of)}")
+            worst[word].append(f"{name}, *{claim_id.replace('_', ' ')}*, on {where}{sizes(of)}")
     several = rows.groupby(["paper", "claim"]).ngroups
     against = f" ({'; '.join(worst['contradicted'])})" if worst["contradicted"] else ""
     return (

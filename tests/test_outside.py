@@ -79,7 +79,7 @@ REFUSED = [
     (
         {"method": "gdp", "target": 0.5, "params.lr": 1},
         "params.lr = 1: allowed are "
-        "average, eps_end, eps_share, eps_start, gate_lr, groups, leave, pace, ramp, steer",
+        "average, bound, eps_end, eps_share, eps_start, gate_lr, groups, leave, pace, ramp, steer",
     ),
     (
         {"method": "force", "target": 0.5, "params.strengths": {"fc1": "a"}},

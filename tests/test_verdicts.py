@@ -158,7 +158,7 @@ def test_columns_of_the_file(store, judge):
     (row,) = tables.readable_verdicts(table).to_dict("records")
     assert row["compared"] == "one-shot magnitude - random"
     assert row["where"] == "LeNet-300-100 on Digits"
-    assert row["mean, over seeds"].startswith("+0.0505 [")
+    assert row["mean, over seeds"].startswith("+5.05 [")
     assert not {"over seeds and images", "failures"} & row.keys()  # nothing stands there
 
 
@@ -584,5 +584,5 @@ def test_people_see_both_intervals(store, judge, monkeypatch):
     table = verdicts.verdicts_table(store, plan("quick"), card, images=True)
     assert table.images_low[0] < table.low[0] < table.high[0] < table.images_high[0]
     (text,) = tables.readable_verdicts(table)["over seeds and images"]
-    assert text.startswith("+0.0505 [")
+    assert text.startswith("+5.05 [")
     assert np.isnan(verdicts.verdicts_table(store, plan("quick"), card).images_low[0])

@@ -32,8 +32,12 @@ Ours ([O], ablated where the card says so):
   the target is met, lambda is 0 and t is frozen: before a batch norm the sum of g dL/dg over a
   layer is 0, no gate has a resting point, and all would fall ([D]). The step that meets the target
   closes the smallest gates first, and no more than needed.
-- After the ramp the closed channels alone count for the steering (`steer` "closed"), or still the
-  gates ("gates"). With `average` above 0, t follows a running mean of its gradients.
+- After the ramp the closed channels alone count for the steering. With `average` above 0, t
+  follows a running mean of its gradients; with `bound` above 0, no gate moves by more than that in
+  one step.
+- `steer` "decided": g' is largest at g = 1/4, and below that no gate can hold itself. As soon as
+  the gates below 1/4 are enough for the target, they alone go on falling, by the threshold alone,
+  the smallest first and no more than needed; the others are free of it and rise.
 - Each gate's learning rate is divided by its share c of the dense net (`pace` "equal"), so that
   benefit per cost decides. With one rate for all ("by_share") the expensive channels are gone
   before a cheap one has moved.
@@ -86,7 +90,7 @@ class GDP(Channelled):
     `gate_lr`: the learning rate of t; `eps_start`, `eps_end`: eps falls geometrically between them
     over `eps_share` of the steps; `average`: share of the running mean of the gradients that a step
     keeps; `ramp`, `steer`, `pace`: see above; `groups`: names of the dependency groups to gate,
-    separated by spaces, all if empty.
+    separated by spaces, all if empty; `bound`: the largest move of a gate in one step, 0 for any.
     """
 
     name, title, part = "gdp", "GDP (ours)", "gates"
@@ -96,9 +100,10 @@ class GDP(Channelled):
     eps_share: Share = 0.5
     average: Annotated[float, Field(ge=0, lt=1)] = 0.0
     ramp: Share = 0.3
-    steer: Literal["closed", "gates"] = "closed"
+    steer: Literal["closed", "decided"] = "closed"
     pace: Literal["equal", "by_share"] = "equal"
     groups: str = ""
+    bound: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
     def __init__(self, target: float | None = None, of: str | None = None, **settings: Any) -> None:
         super().__init__(target, of, **settings)
@@ -123,6 +128,8 @@ class GDP(Channelled):
         self.register_buffer("rate", rate.to(like))
         self.register_buffer("steps_left", place.to(like))
         self.register_buffer("mean_gradient", torch.zeros_like(self.gates.t))
+        self.register_buffer("before", self.gates.t.detach().clone())
+        self.register_buffer("falling", torch.ones_like(share, dtype=torch.bool))
         self.register_buffer("reached", torch.zeros_like(share, dtype=torch.bool))
         self.register_buffer("frozen", torch.zeros((), dtype=torch.bool, device=like.device))
         for name, value in {"met_at": math.nan, "closed_late": 0.0, "lifted": 0.0}.items():
@@ -137,8 +144,10 @@ class GDP(Channelled):
         """Give each gate its own learning rate; those frozen, closed or to be closed have none."""
         if (gradient := self.gates.t.grad) is not None:
             self.mean_gradient.lerp_(gradient, 1 - self.average)
-            still = self.frozen | self.reached | (self.gates.t == 0)
+            settled = self.falling & ~self.falling.all()  # of these the threshold decides
+            still = self.frozen | self.reached | (self.gates.t == 0) | settled
             gradient.copy_(self.mean_gradient).mul_(self.rate).masked_fill_(still, 0)
+            self.before.copy_(self.gates.t)
 
     @torch.no_grad()
     def after_step(self, at: At) -> None:
@@ -149,7 +158,11 @@ class GDP(Channelled):
         falls = self.gate_lr * self.rate * self.channels.shares(self.gates()).to(t)
         # With this lambda the fastest gate reaches 0 at the end of the ramp, if nothing holds it.
         self.steering.start(1 / (falls.max().double() * self.ramp * at.steps))
-        after = torch.sign(t) * (t.abs() - self.steering.strength * falls).clamp(min=0)
+        threshold = torch.where(self.falling, self.steering.strength * falls, 0)
+        after = torch.sign(t) * (t.abs() - threshold).clamp(min=0)
+        if self.bound:
+            after = self._bounded(after)
+            t.copy_(self.before)
         self.steps_left.copy_(torch.where(self.reached, self.steps_left, t.abs() / falls))
         self.reached.logical_or_((t != 0) & (after == 0))
         t.copy_(torch.where(self.frozen | self.reached, t, after))
@@ -159,6 +172,8 @@ class GDP(Channelled):
     def update(self, at: At) -> None:
         """Close gates that reached 0, up to the target; steer lambda, shrink eps, freeze."""
         if not self.frozen:
+            if self.steer == "decided" and self.falling.all():
+                self._decide()
             late = at.step >= self.eps_share * at.steps
             before = self.gates.t.clone()
             removed = self._close(late)
@@ -168,7 +183,7 @@ class GDP(Channelled):
             if late or removed >= min(self.target, self.reach) - 1e-12:
                 self._freeze()
                 self.met_at.fill_(at.step / at.steps)
-            elif self.steer == "gates" or at.step <= self.ramp * at.steps:  # these answer at once
+            elif at.step <= self.ramp * at.steps:  # these answer at once
                 self.steering.update(lambda: self._soft_cost() / self.first_cost, at)
             else:  # in the end only closed ones count
                 self.steering.update(lambda: 1 - removed, at)
@@ -204,6 +219,22 @@ class GDP(Channelled):
 
     def _soft_cost(self) -> float:
         return float(self.channels.cost(self.gates().detach().cpu()))
+
+    def _bounded(self, after: Tensor) -> Tensor:
+        """t (N,) between `before` and `after`, where no gate has moved too far or passed zero."""
+        eps, g = self.gates.eps, gate(self.before, self.gates.eps)
+        wanted = torch.where(after * self.before > 0, gate(after, eps), 0)
+        most = torch.minimum(torch.maximum(wanted, g - self.bound), g + self.bound)
+        there = torch.sign(self.before) * (eps * most / (1 - most)).sqrt()
+        return torch.where((most == wanted) & (wanted > 0), after, there)
+
+    def _decide(self) -> None:
+        """Let only gates below 1/4 fall on, once they meet the target."""
+        g, kept = self.gates().detach().cpu(), self.open()
+        order = g.argsort(stable=True)
+        kept = self.channels.close(order[(kept & (g < 0.25))[order]], kept, self.target)
+        if self.channels.removed(kept) >= min(self.target, self.reach) - 1e-12:
+            self.falling.copy_(~kept)
 
     def _close(self, late: bool) -> float:
         """Close gates that reached 0 and, if `late`, more up to target; return removed share."""

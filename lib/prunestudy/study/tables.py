@@ -174,16 +174,20 @@ def readable_verdicts(table: pd.DataFrame) -> pd.DataFrame:
     """Rows of `verdicts_table` for people, without columns in which nothing stands."""
     rows = []
     for row in table.to_dict("records"):
-        spans = [(row["mean"], row[f"{of}low"], row[f"{of}high"]) for of in ("", "images_")]
-        digits = 0 if abs(row["mean"]) > 1000 else 4
-        seeds, images = (bracket(*span, digits=digits) for span in spans)
+        factor, unit = UNITS.get(row["scored"], (1, ""))
+        ends = [("mean", f"{of}low", f"{of}high") for of in ("", "images_")]
+        digits = 2 if unit else 0 if abs(row["mean"]) > 1000 else 4
+        spans = [bracket(*(factor * row[name] for name in each), digits=digits) for each in ends]
+        unit = unit.replace("%", " points")
+        seeds, images = (f"{span}{unit}" if span else "" for span in spans)
+        within = f", to within {factor * row['margin']:g}{unit}" if row["margin"] else ""
         p, opposite = (f"{row[name]:.2g}" for name in ("p_adjusted", "p_opposite_adjusted"))
         metric = "" if row["metric"] in ("", "metric") else f" ({row['metric'].replace('_', ' ')})"
         where = {models.title: row["model"], datasets_title: row["dataset"]}
         pair = " - ".join(called(x) for x in (row["method"], row["control"]) if x)
         shown = {
-            "claim": row["claim"],
-            "test": row["kind"].replace("_", " "),
+            "claim": row["claim"].replace("_", " "),
+            "test": row["kind"].replace("n_i", "n-i").replace("_", " ") + within,
             "compared": pair + metric,
             "where": " on ".join(of(name) for of, name in where.items() if name),
             **{name: row[name] for name in ("targets", "n")},

@@ -34,7 +34,7 @@ COLUMNS = (
     "paper claim kind model dataset method control chosen_by targets n mean low high "
     "p p_adjusted p_opposite p_opposite_adjusted verdict runs"
 ).split()
-_WORDS = [*COLUMNS, *"says mark why metric scored failures".split()]
+_WORDS = [*COLUMNS, *"says mark why metric scored margin failures".split()]
 _NUMBERS = [*COLUMNS[10:17], "images_low", "images_high"]
 _BLANK = dict.fromkeys(_WORDS, "") | dict.fromkeys(_NUMBERS, math.nan) | {"n": 0}
 
@@ -126,7 +126,7 @@ def row_of(store: Store, comparison: Comparison, images: bool = False) -> dict[s
     margin: float | None = 0.0  # None: nothing is agreed on
     if rule.kind == "non_inferiority":
         names = {record["metrics"].get("metric_name") for record in records}
-        margin = PSNR_MARGIN if "psnr" in names else MARGINS.get(dataset)
+        margin = row["margin"] = PSNR_MARGIN if "psnr" in names else MARGINS.get(dataset)
     if why := _why_not(comparison, margin, n, len(ours), len(theirs)):
         return row | {"kind": "description", "verdict": f"not tested: {why}"}
     if sd < _EQUAL and not ours:
