@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import re
+import symtable
 from functools import partial
 
 import nbformat
@@ -150,6 +151,71 @@ def test_current_copies_show_whole_tables_and_names_for_people(path):
                 text = re.sub(r"base64,[^\"]*|https?://\S+", "", "".join(data.get(kind, "")))
                 cut = re.search(rf"…|<t[dh][^>]*>[^<]*\.\.\.<|\b({raw})\b|-[0-9a-f]{{12}}\b", text)
                 assert not cut, (cell["id"], text[max(0, cut.start() - 60) : cut.end() + 20])
+
+
+def _reads(tables):
+    """Names of the notebook that code in the scopes `tables` reads, or in scopes inside them."""
+    found, left = set(), [*tables]
+    while left:
+        table = left.pop()
+        top = table.get_type() == "module"
+        symbols = (s for s in table.get_symbols() if s.is_referenced() and (top or s.is_global()))
+        found |= {s.get_name() for s in symbols}
+        left += table.get_children()
+    return found
+
+
+def _rebound(cells):
+    """(cell, name, later cell) where the later cell changes what running the first again finds.
+
+    Cells of tag "loop" or "exercise" need what they, and the functions that they call, read but do
+    not set. A slider's functions are called after the last cell, so they need all that they read.
+    """
+    tables = [symtable.symtable(cell.source, cell.id, "exec") for cell in cells]
+    symbols = [table.get_symbols() for table in tables]
+    sets = [{s.get_name() for s in each if s.is_assigned() or s.is_imported()} for each in symbols]
+    bodies, found = {}, []  # bodies: what functions of this or an earlier cell read
+    for i, (cell, table) in enumerate(zip(cells, tables, strict=True)):
+        bodies |= {child.get_name(): _reads([child]) for child in table.get_children()}
+        needs, left, own = set(), set(), set()
+        if "slide(" in cell.source:
+            called = {s.get_name() for s in symbols[i] if s.is_referenced()} & bodies.keys()
+            left = _reads(table.get_children()).union(*(bodies[name] for name in called))
+        elif {"loop", "exercise"} & {*cell.metadata.get("tags", ())}:
+            left, own = _reads([table]), sets[i]
+        while left:
+            needs |= left
+            left = set().union(*(bodies.get(name, ()) for name in left)) - needs
+        for later, names in zip(cells[i + 1 :], sets[i + 1 :], strict=True):
+            found += [(cell.id, name, later.id) for name in sorted(names & needs - own)]
+    return found
+
+
+def _cells(*sources):
+    """Code cells; of a first line "# TAG" with that tag."""
+    new = nbformat.v4.new_code_cell
+    return [new(s, metadata={"tags": re.findall(r"^# (\w+)", s)}) for s in sources]
+
+
+def test_names_that_a_later_cell_takes_are_found():
+    loop, used = "# loop\nimport torch\nfor x in data: y = f(x)", "def f(x): return g(x)"
+    cells = _cells("def g(x): return x + seen", used, loop, "y = torch = x = 1", "seen, d = 1, 2")
+    assert [name for _, name, _ in _rebound(cells)] == ["seen"]
+    assert [name for _, name, _ in _rebound(cells[:3] + _cells("data, h = f, 2"))] == ["data"]
+    assert [name for _, name, _ in _rebound(cells[:3] + _cells("def g(): pass"))] == ["g"]
+    assert not _rebound(cells[:3] + _cells("[seen for seen in x]", "def h(g): data = g"))
+    slider = _cells("axes = 1", "def show(a, s): a.plot(s)", "slide(lambda s: show(axes, s))")
+    assert [name for _, name, _ in _rebound(slider + _cells("fig, axes = 1, 2"))] == ["axes"]
+    assert [name for _, name, _ in _rebound(slider + _cells("import show"))] == ["show"]
+    drawn = _cells("def draw(s): axes.plot(s)", "axes = 1\nslide(draw)", "def draw(): pass")
+    assert not _rebound(drawn)
+    assert [name for _, name, _ in _rebound(drawn + _cells("axes = 2"))] == ["axes"]
+
+
+@pytest.mark.parametrize("paper", PAPERS, ids=STEMS)
+def test_loops_exercises_and_sliders_work_after_the_last_cell(paper):
+    cells = nbformat.read(notebooks.source_of(paper), as_version=4).cells
+    assert _rebound([cell for cell in cells if cell.cell_type == "code"]) == []
 
 
 @pytest.mark.filterwarnings("ignore")
