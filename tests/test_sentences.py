@@ -162,6 +162,18 @@ def test_what_is_not_there_is_said(words, what, says):
     assert made.lower() == says.lower() and made.direction == ""
 
 
+def test_a_cell_shows_one_line_for_all_that_has_no_runs(monkeypatch):
+    cells, shown = iter([SimpleNamespace(execution_count=c) for c in (1, 1, 1, 1, 2)]), []
+    monkeypatch.setattr("IPython.get_ipython", lambda: next(cells))
+    monkeypatch.setattr("IPython.display.display", lambda data, raw: shown.append(data))
+    store = _Store(LOSES)
+    there, unpublished = _says(store, "magnitude"), _says(store, "magnitude", than="published")
+    for made in (_says(store, "gdp"), there, unpublished, _says(store, "l1"), _says(store, "gdp")):
+        made._ipython_display_()
+    quiet = "*Not shown: what this profile did not run.*"
+    assert [data["text/markdown"] for data in shown] == [quiet, there, unpublished, quiet]
+
+
 @pytest.mark.parametrize("wrong", [{"than": "x"}, {"modell": "lenet5"}])
 def test_what_cannot_be_asked_is_refused_in_one_line(wrong):
     with pytest.raises(InputError, match=r"x|modell") as refused:

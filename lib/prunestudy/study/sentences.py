@@ -71,12 +71,22 @@ def when_trained(column: str, name: str, phase: str, unit: str = "", factor: flo
 
 
 class Sentence(str):
-    """Text, and the `direction` that the records gave: above, below, level, mixed, or "" (none)."""
+    """Text, and the `direction` that the records gave: above, below, level, mixed, or "" (none).
 
-    direction = ""
+    A notebook shows it, or for all of a cell that have no `runs` in this profile one line.
+    """
 
-    def _repr_markdown_(self) -> str:
-        return str(self)
+    direction, runs, _quiet = "", True, 0
+
+    def _ipython_display_(self) -> None:
+        from IPython import display, get_ipython  # late: notebooks alone show it
+
+        shown, cell = str(self), get_ipython().execution_count
+        if not self.runs:
+            shown = "*Not shown: what this profile did not run.*" * (Sentence._quiet != cell)
+            Sentence._quiet = cell
+        if shown:
+            display.display({"text/markdown": shown, "text/plain": shown}, raw=True)
 
 
 class _Seen(NamedTuple):
@@ -113,7 +123,8 @@ def says(
         require_one_of("where", name, ("model", "dataset", "target", "kind"))
     right = than in (None, "published") or isinstance(than, int | float)
     require(right, "than", than, 'a number or "published"')
-    runs, seen, wanting = index(planned), [], "This profile has no runs for"
+    none = wanting = "This profile has no runs for"
+    runs, seen = index(planned), []
     for (label, model, dataset), targets in runs.items():
         opponents = runs.get((against, model, dataset), {})
         for target, ours in targets.items() if label == method else ():
@@ -158,7 +169,7 @@ def says(
         some = f"In {count} of {len(ways)} settings"
         added = f"{some} {added[0].lower()}{added[1:]}; the others leave it open."
     sentence = Sentence(f"{text} {added}".strip())
-    sentence.direction = way
+    sentence.direction, sentence.runs = way, wanting != none
     return sentence
 
 
