@@ -101,7 +101,7 @@ def test_every_sentence_holds_for_the_committed_records(said):
     assert len(found) >= 3
     assert sum(bool(made.direction) for _, made, _ in found) >= 3
     table = tables.readable(study.summary)
-    counted = table.n.astype(str).str.split(",").str[0]  # without those that diverged
+    counted = table.n.astype(str).str.split().str[0]  # without those that diverged
     known = {*(table["minus dense"] + ", n = " + counted)}
     for words, made, _ in found:
         assert made.endswith((".", ")")) and "nan" not in made, made

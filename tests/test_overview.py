@@ -117,7 +117,7 @@ def test_what_did_not_finish_is_left_out(runs):
     left = (runs.method == "sparse_gates") & (runs.seed == 1)
     runs.loc[left, "status"] = "diverged"
     gates = overview.readable(overview.settings_table(runs).query("method == 'sparse_gates'"))
-    assert gates.n.tolist()[0] == "1, 1 diverged"
+    assert gates.n.tolist()[0] == "1 (1 diverged)"
     with pytest.raises(InputError) as caught:
         overview.settings_table(runs.assign(status="diverged"))
     assert one_line(caught) == "overview: no run is done yet"

@@ -214,7 +214,7 @@ def test_a_diverged_seed_is_counted_beside_n(store, filled):
     row = summary[summary.method == "random"].iloc[0]
     assert (row.n, row.diverged, row.metric) == (2, 1, pytest.approx(0.55))
     assert (summary[summary.method != "random"].diverged == 0).all()
-    assert "2, 1 diverged" in set(tables.readable(summary).n)
+    assert "2 (1 diverged)" in set(tables.readable(summary).n)
 
 
 def test_published_numbers_stand_beside_our_setting_only(store, card_file):

@@ -133,7 +133,7 @@ def readable(summary: pd.DataFrame) -> pd.DataFrame:
             "data": datasets_title(row["dataset"]),
             "method": f"{method}, {row['variant']}" if row["variant"] else method,
             "removed": row["target_kind"] and removed(row["target"], row["target_kind"]),
-            "n": f"{n}, {row['diverged']} diverged" if row["diverged"] else n,
+            "n": f"{n} ({row['diverged']} diverged)" if row["diverged"] else n,
             "result": f"{factor * row['metric']:.2f}{sd}{unit}",
             "minus dense": bracket(*difference),
             "published": "" if math.isnan(row["published"]) else published,
