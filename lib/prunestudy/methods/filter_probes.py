@@ -102,7 +102,7 @@ def angle_histogram(layer: Layer) -> Tensor:
 def portraits(layers: Mapping[str, Layer], when: str) -> dict[str, Tensor]:
     """Arrays for figures of `layers`: `energy_WHEN.LAYER` and `angles_WHEN.LAYER`.
 
-    The share of the squared energy in the first 1, 2, ... directions, and the angle histogram.
+    The share of the energy in the first 1, 2, ... directions, and the angle histogram.
     """
     energy = {f"energy_{when}.{name}": energy_shares(layer) for name, layer in layers.items()}
     angles = {f"angles_{when}.{name}": angle_histogram(layer) for name, layer in layers.items()}

@@ -5,7 +5,7 @@ The net is trained; then each convolution becomes a few basis filters and a 1x1 
 may be fine-tuned. Batch norm amplifies small differences between aligned filters, so directions
 with little energy may matter much.
 
-The target is the share removed: of each layer's squared energy (0.05: "at most 5% reconstruction
+The target is the share removed: of each layer's energy (0.05: "at most 5% reconstruction
 error"), of each layer's full rank (equal ranks for every method), or of the net's MACs. For MACs,
 all layers lose the same share of energy, or ranks are chosen by the loss on validation images
 (ours). Ours: a layer whose factors would cost as many MACs as the layer stays whole.

@@ -29,7 +29,7 @@ Variant = Literal["pca", "svd"]
 
 
 def energy_shares(layer: Layer) -> Tensor:
-    """Share of the squared energy in the first 1, 2, ... directions of each group; ends at 1.
+    """Share of the energy in the first 1, 2, ... directions of each group; ends at 1.
 
     All ones for a layer of zeros. Raises `InputError` if a weight is not finite.
     """
@@ -41,7 +41,7 @@ def energy_shares(layer: Layer) -> Tensor:
 
 
 def rank_at(layer: Layer, ratio: float, variant: Variant = "pca") -> int:
-    """Smallest rank that keeps `ratio` of the squared energy (0.95: 5% error); at 1 the full one.
+    """Smallest rank that keeps `ratio` of the energy (0.95: 5% error); at 1 the full one.
 
     With the variant "svd", of the norm instead. Raises `InputError` for a ratio outside (0, 1].
     """

@@ -157,7 +157,8 @@ def says(
         versus = "" if wanting.endswith("beside") else versus
         text = f"{wanting} the {of.name if of else 'score'} of {called(method)}{versus}{place}."
     elif len(seen) == 1:
-        verb = f" is {_WAYS[way]} {'that of ' * bool(against)}{other}:" if way else f"{versus} is"
+        alone = f" minus that of {other} is" if against else f"{versus} is"
+        verb = f" is {_WAYS[way]} {'that of ' * bool(against)}{other}:" if way else alone
         place, name, _, told, _ = seen[0]
         text = f"{place[0].upper()}{place[1:]}: the {name} of {called(method)}{verb} {told}."
     else:

@@ -189,7 +189,8 @@ def metric_against_target(
     dense = factor * rows.dense_metric[rows.n.idxmax()]  # of the setting of most seeds
     axes.axhline(dense, color=COLOURS["dense"], ls="--", lw=1, label="dense")
     # Random pruning, where it fails, would flatten the others.
-    values, least = [*rows.value[rows.method != "random"], dense], rows.loc[rows.value.idxmin()]
+    shown, least = rows[rows.method != "random"], rows.loc[rows.value.idxmin()]
+    values = [*(shown.value - shown.sd), *(shown.value + shown.sd), dense]
     margin = max(0.1 * (max(values) - min(values)), 0.05)
     axes.set_ylim(min(values) - margin, max(values) + min(margin, 0.5))
     if least.value < min(values) - margin:
@@ -199,7 +200,9 @@ def metric_against_target(
         place = (number.model, number.dataset, number.target_kind, number.metric)
         if place == (model, dataset, kind, metric) and number.kept:
             name = number.method
-            name = title_of(name) if name in _LOOK else name.replace("_", " ")
+            name = (
+                title_of(name).removesuffix(" (ours)") if name in _LOOK else name.replace("_", " ")
+            )
             star = {"ms": 14, "color": "black", "label": f"{name}, published [{number.mark}]"}
             axes.plot(100 * number.kept, factor * number.value, "*", zorder=5, **star)
     ticks = sorted({round(100 * (1 - target), 3) for target in rows.target})
