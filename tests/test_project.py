@@ -210,16 +210,16 @@ def test_a_row_of_readme_says_on_how_many_nets(readme):
     assert readme.came_out(rows) == f"{said}controls."
     assert readme.nets(rows).startswith("3: LeNet-5 on MNIST, LeNet-5 on Fashion-MNIST, ResNet-20")
     one = rows[rows.model == "resnet20"]
-    assert readme.came_out(one) == "So far ahead on 1 of 1 net, against group L2, one shot."
+    assert readme.came_out(one) == "So far ahead on ResNet-20 on CIFAR-10, against group L2, one shot."
     rows = rows.assign(chosen_by="claim")
     rows.loc[4, "verdict"] = "confirmed"
     assert (
         readme.came_out(rows[rows.model == "resnet20"])
-        == "Confirmed on 1 of 1 net (+20.00 points)."
+        == "Confirmed on 1 of 1 net (+20.00 points), against group L2, one shot."
     )
     assert (
         readme.came_out(rows[rows.model == "resnet20"].assign(scored=""))
-        == "Confirmed on 1 of 1 net."
+        == "Confirmed on 1 of 1 net, against group L2, one shot."
     )
     assert readme.nets(rows[rows.model == "resnet20"]) == "1: ResNet-20 on CIFAR-10"
     rows.loc[4, "chosen_by"] = "search"

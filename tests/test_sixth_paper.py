@@ -85,6 +85,6 @@ def test_a_paper_is_its_method_card_and_notebook(sixth, start, tmp_path):
     assert toy["nets"] == "none"
     assert row["paper"] == "Half-way pruning (2000)"
     assert row["nets"] == "1: LeNet-300-100 on Digits"
-    assert re.search(r"So far .* on 1 of 1 net, against random\.$", row["came out"])
+    assert re.search(r"So far .* on .* on Digits, against random\.$", row["came out"])
     assert "[The notebook, executed](../notebooks/06_halfway.ipynb)" in page
     assert table.count('data-paper="Half-way pruning"') == 1
