@@ -419,11 +419,15 @@ def test_the_last_commit_that_changed_the_rules(repository):
     assert before == [False, True, True]
     assert provenance.is_before(folder, changed, f"{later}-dirty")
     unknown = ("unknown", "", "0" * 40)
-    assert not any(provenance.is_before(folder, changed, commit) for commit in unknown)
+    assert {provenance.is_before(folder, changed, commit) for commit in unknown} == {None}
+    shallow = folder.with_name("shallow")
+    git(folder, "clone", "-q", "--depth=1", f"file://{folder}", str(shallow))
+    for place in (shallow, folder.parent, folder / "nowhere"):
+        assert provenance.is_before(place, changed, later) is None
     # what is not committed is younger than everything
     card.write_text(CARD.replace('against = "random"', 'against = "l1"'))
     assert provenance.rules_commit(folder, card, "quick", "lenet300", "digits") == ""
-    assert not provenance.is_before(folder, "", later)
+    assert provenance.is_before(folder, "", later) is False
 
 
 def test_outside_git_nothing_is_known(tmp_path, repository):
@@ -460,10 +464,11 @@ def test_runs_that_are_older_than_the_rule_give_no_verdict(store, judge, reposit
     assert made_at(changed)["verdict"] == "confirmed"
     for commit in (first, "mixed", "unknown"):
         row = made_at(commit)
-        assert (row["verdict"], row["n"]) == ("rule younger than its runs", 8)
+        verdict = verdicts.NO_AGE if commit == "unknown" else "rule younger than its runs"
+        assert (row["verdict"], row["n"]) == (verdict, 8)
         assert np.isnan([row["p"], row["p_adjusted"], row["p_opposite_adjusted"]]).all()
     monkeypatch.setattr(places, "checkout", lambda: None)
-    assert made_at(changed)["verdict"] == "rule younger than its runs"
+    assert made_at(changed)["verdict"] == verdicts.NO_AGE == verdict
 
 
 # --- claims

@@ -9,7 +9,7 @@ def checkout() -> Path | None:
     """Folder of the checkout, None where the package was installed without one."""
     folder = _PACKAGE.parents[1]
     inside = (folder / "pyproject.toml").is_file() and (folder / "notebooks").is_dir()
-    return folder if inside else None
+    return folder if inside and _PACKAGE.parent.name == "lib" else None
 
 
 def home() -> Path:

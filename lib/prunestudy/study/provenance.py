@@ -23,7 +23,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         **{name: version(name) for name in packages},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "commit": commit(),
-        "tree": _git(places.checkout(), "rev-parse", "HEAD:lib/prunestudy"),
+        "tree": _git(places.checkout(), "rev-parse", "HEAD:lib/prunestudy") or "",
     }
 
 
@@ -44,25 +44,37 @@ def rules_commit(checkout: Path, card: Path, *place: Any) -> str:
     if not card.is_relative_to(checkout):
         return ""
     path, today = card.relative_to(checkout).as_posix(), rules_of(card.read_text("utf-8"), *place)
-    for commit in _git(checkout, "log", "--format=%H", "--", path).split():
-        if rules_of(_git(checkout, "show", f"{commit}:{path}"), *place) != today:
+    for commit in (_git(checkout, "log", "--format=%H", "--", path) or "").split():
+        if rules_of(_git(checkout, "show", f"{commit}:{path}") or "", *place) != today:
             break
         last = commit
     return last
 
 
 @cache
-def is_before(checkout: Path, old: str, new: str) -> bool:
-    """Whether commit `old` is an ancestor of the commit `new` of a record, or the same."""
-    return bool(old) and _git(checkout, "merge-base", old, new.removesuffix("-dirty")) == old
+def is_before(checkout: Path | None, old: str, new: str) -> bool | None:
+    """Whether commit `old` is an ancestor of the commit `new` of a record, or the same.
+
+    None where that cannot be told: `new` is not known here, or the history is not whole.
+    """
+    new = new.removesuffix("-dirty")
+    whole = _git(checkout, "rev-parse", "--is-shallow-repository") == "false"
+    if not whole or _git(checkout, "cat-file", "-e", f"{new}^{{commit}}") is None:
+        return None
+    return bool(old) and _git(checkout, "merge-base", old, new) == old
 
 
-def _git(checkout: Path | None, *words: str) -> str:
-    """What git prints; "" where it fails, or there is no git or checkout."""
+def _git(checkout: Path | None, *words: str) -> str | None:
+    """What git prints of the checkout itself; None where it fails, or there is no git or checkout.
+
+    Neither a repository around the checkout nor one that the environment names counts.
+    """
     if not checkout:
-        return ""
-    command = ["git", "-C", str(checkout), *words]
+        return None
+    command = ["git", "-C", str(checkout), "--git-dir=.git", *words]
+    env = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    options = {"capture_output": True, "text": True, "env": env}
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(command, check=True, **options).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return ""
+        return None

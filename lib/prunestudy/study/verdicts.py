@@ -30,6 +30,7 @@ _EQUAL = 1e-12  # a smaller deviation is that of rounding
 MANY = 3  # seeds on which ours fails contradict a claim
 BY_CONSTRUCTION, NOT_TESTABLE = "by construction", "not testable here"
 NO_RUNS, YOUNGER = "no runs in this profile", "rule younger than its runs"
+NO_AGE = "age of the rule not known: no full git history"
 COLUMNS = (
     "paper claim kind model dataset method control chosen_by targets n mean low high "
     "p p_adjusted p_opposite p_opposite_adjusted verdict runs"
@@ -163,10 +164,10 @@ def _test(rows: list[dict[str, Any]], paper: Card, profile: str) -> None:
     nets = dict.fromkeys(places_of if checkout else [])
     since = {net: rules_commit(checkout, path_of(paper.id), profile, *net) for net in nets}
     for row, net in zip(tests, places_of, strict=True):
-        after = since.get(net, "")
-        old = checkout and all(is_before(checkout, after, commit) for commit in row["commits"])
-        if not old:
-            row.update(p=math.nan, p_opposite=math.nan, verdict=YOUNGER)
+        old = {is_before(checkout, since.get(net, ""), commit) for commit in row["commits"]}
+        if old != {True}:
+            verdict = YOUNGER if False in old else NO_AGE
+            row.update(p=math.nan, p_opposite=math.nan, verdict=verdict)
     left_out = [math.nan] * len(primary - {row["claim"] for row in family})
     for name in ("p", "p_opposite"):
         values = [*(row.get(name, math.nan) for row in family), *left_out]
@@ -193,7 +194,7 @@ def _on_top(rows: pd.DataFrame) -> str:
         counts = [f"{word} on {k}" for word in OUTCOMES if (k := int((tested == word).sum()))]
         return f"{', '.join(counts)} of {n} net{'s' * (n > 1)}"
     # The reason why a test was not made comes first, what needs none second.
-    for begins in (YOUNGER, "not tested", BY_CONSTRUCTION, NOT_TESTABLE):
+    for begins in (YOUNGER, NO_AGE, "not tested", BY_CONSTRUCTION, NOT_TESTABLE):
         for verdict, why in rows[["verdict", "why"]].itertuples(index=False):
             if verdict.startswith(begins):
                 return f"{verdict}: {why}" if why else verdict
