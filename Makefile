@@ -13,8 +13,11 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 # Dozens of processes start: each would compile the library anew.
 unexport PYTHONDONTWRITEBYTECODE
-FOLDER := $(RESULTS)/$(PROFILE)
-papers := $(foreach paper,$(PAPER),--paper '$(paper)')
+# Recipes read what the user sets from the environment: whatever it holds, it is no shell code.
+export PROFILE RESULTS PAPER JOBS EXECUTOR MINUTES
+FOLDER := $$RESULTS/$$PROFILE
+papers := set -f; for paper in $$PAPER; do set -- "$$@" --paper "$$paper"; done;
+chosen := --profile "$$PROFILE" --results "$$RESULTS" "$$@"
 
 .PHONY: help study test lab report slides pages bench gpu status lint clean
 
@@ -23,7 +26,7 @@ help:  ## list the targets
 	@echo "variables: PROFILE=quick|cpu|cpu-long|gpu|paper  PAPER='name ...'  JOBS=2  EXECUTOR=local  LOCKED=1  MINUTES=15"
 
 study: .venv/ready  ## run what is missing of the study, then print the summary
-	@prunestudy study --profile '$(PROFILE)' $(papers) --jobs '$(JOBS)' --executor '$(EXECUTOR)'
+	@$(papers) prunestudy study $(chosen) --jobs "$$JOBS" --executor "$$EXECUTOR"
 
 test: .venv/ready  ## run the tests, in two processes
 	@$(BIN)/python -m pytest -n 2 --dist worksteal
@@ -44,18 +47,18 @@ slides: pages  ## write the executed notebooks as slides that need no network
 
 # What both are made of.
 pages: .venv/ready
-	@$(BIN)/python docs/arrange.py "$(PROFILE)" "$(RESULTS)"
+	@$(BIN)/python docs/arrange.py "$$PROFILE" "$$RESULTS"
 
 bench: .venv/ready  ## measure ratios side by side, write results/bench.md
 	@$(BIN)/python bench
 
 gpu: .venv/ready  ## test on a CUDA device, time it, study for the rest of MINUTES
-	@end=$$(($$(date +%s) + 60 * $(MINUTES))); \
-	$(BIN)/python -m pytest -m cuda -rs -x && $(BIN)/python bench/gpu.py "$(RESULTS)/gpu" && \
-	prunestudy study --profile gpu --minutes "$$(((end - $$(date +%s)) / 60))"
+	@end=$$(($$(date +%s) + 60 * $$MINUTES)); \
+	$(BIN)/python -m pytest -m cuda -rs -x && $(BIN)/python bench/gpu.py "$$RESULTS/gpu" && \
+	prunestudy study --profile gpu --results "$$RESULTS" --minutes "$$(((end - $$(date +%s)) / 60))"
 
 status: .venv/ready  ## say what is done and what is missing
-	@prunestudy status --profile '$(PROFILE)' $(papers)
+	@$(papers) prunestudy status $(chosen)
 
 lint: .venv/ready  ## check and format code and notebooks
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
