@@ -70,6 +70,10 @@ EXTRA = "extra inputs are not permitted"
     [
         ("[claims]", "[claims", "", "not valid TOML ("),
         ('id = "toy"', 'id = "toy"\n    tittle = "x"', "tittle", EXTRA),
+        ('id = "toy"', 'id = "../toy"', "", "id = '../toy': the name of the file, 'toy'"),
+        ("year = 2000", "year = 2000-01-01", "", "not valid TOML ("),
+        ("year = 2000", f"year = {'9' * 5000}", "", "not valid TOML ("),
+        ("year = 2000", f"year = {'[' * 100_000}", "", "not valid TOML ("),
         ('title = "A toy"', "", "title", "field required"),
         ("year = 2000", 'year = "2000"', "year", "valid integer"),
         ('mark = "O"', 'mark = "O"\n    marc = "O"', "claims.0.marc", EXTRA),
@@ -153,6 +157,17 @@ def test_a_wrong_card_is_refused_in_one_line(card_file, old, new, where, what):
     start = f"card toy.toml: {where}: " if where else "card"
     assert one_line(caught).startswith(start)
     assert what in one_line(caught)
+
+
+def test_files_beside_the_cards_that_are_none(card_file):
+    path = card_file()
+    for name in ("._toy", ".#toy"):  # of macOS and Emacs
+        path.with_name(f"{name}.toml").symlink_to("nothing")
+    assert ids(papers.cards()) == ["toy"]
+    path.with_name("toy (copy).toml").write_text(path.read_text())
+    refused(papers.cards, "card toy (copy).toml: id = 'toy': the name of the file")
+    path.write_bytes(b"\xff")
+    refused(lambda: papers.read_card(path), "card = 'toy.toml': not valid TOML (")
 
 
 def test_a_claim_that_cannot_be_tested(card_file):

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, ValidationError, model_validator
 
-from prunestudy.errors import InputError, require_one_of
+from prunestudy.errors import InputError, require, require_one_of
 from prunestudy.papers.claims import Claim, Mark, ProfileName, Strict, Strongest, TargetKind
 from prunestudy.papers.shorthand import written_out
 from prunestudy.train import Recipe
@@ -191,7 +191,7 @@ def path_of(name: str) -> Path:
 
 def cards() -> tuple[Card, ...]:
     """All cards: the papers in the order of their notebooks, then the overview."""
-    found = map(read_card, Path(str(files(__name__))).glob("*.toml"))
+    found = map(read_card, Path(str(files(__name__))).glob("[!.]*.toml"))
     return tuple(sorted(found, key=lambda card: (not card.is_paper, card.notebook)))
 
 
@@ -215,12 +215,14 @@ def _read(path: Path, _changed: int, _size: int) -> Card:
         with suppress(AttributeError, KeyError, TypeError):  # not a card's form: refused below
             values = written_out(values)
         # Strict validation takes a list for a tuple only from JSON.
-        return Card.model_validate_json(json.dumps(values))
-    except tomllib.TOMLDecodeError as error:
-        raise InputError(f"card = {path.name!r}: not valid TOML ({error})") from None
+        made = Card.model_validate_json(json.dumps(values))
+        require(made.id == path.stem, "id", made.id, f"the name of the file, {path.stem!r}")
+        return made
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise InputError(f"card {path.name}: {where}: {first['msg'].lower()}") from None
     except InputError as error:
         raise InputError(f"card {path.name}: {error}") from None
+    except (ValueError, TypeError, RecursionError) as error:
+        raise InputError(f"card = {path.name!r}: not valid TOML ({error})") from None
