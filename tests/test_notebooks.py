@@ -6,6 +6,7 @@ import json
 import re
 import symtable
 from functools import partial
+from types import SimpleNamespace
 
 import nbformat
 import pandas as pd
@@ -236,6 +237,8 @@ def test_parameters_are_refused_by_name_and_by_type():
     assert Session.of(PAPERS[0], space | names).seeds == 1
     with pytest.raises(InputError, match="parameter = 'sedes': allowed are data, device"):
         Session.of(PAPERS[0], space | {"sedes": 1})
+    shell = SimpleNamespace(user_ns_hidden={"sedes": 1})  # of the user's startup file
+    assert Session.of(PAPERS[0], space | {"sedes": 1, "get_ipython": lambda: shell}).seeds == 1
     with pytest.raises(InputError, match=r"parameter seeds = 1\.5: of type int"):
         Session.of(PAPERS[0], space | {"seeds": 1.5})
     with pytest.raises(InputError, match=r"parameter seeds = None: of type int"):

@@ -34,7 +34,8 @@ def exercise(
             return print(f"{name}: not answered yet")
         given, wanted = (torch.as_tensor(value, dtype=torch.float64) for value in (got, expected))
         right = given.shape == wanted.shape and torch.allclose(given, wanted, atol=1e-6, rtol=1e-6)
-        assert right, f"{name}{arguments}: got {got}, expected {expected}"
+        if not right:  # an `assert` counts for nothing with PYTHONOPTIMIZE
+            raise AssertionError(f"{name}{arguments}: got {got}, expected {expected}")
     return print(f"{name}: right")
 
 

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -62,12 +63,17 @@ def _serve(connection_file: str, parent: int) -> None:
     mpl.rcdefaults()
     backend = "module://matplotlib_inline.backend_inline"
     mpl.rcParams["backend"] = os.environ["MPLBACKEND"] = backend
-    IPKernelApp.launch_instance(["-f", connection_file], parent_handle=parent)
+    os.environ.pop("PYTHONSTARTUP", None)  # nothing of the user's own
+    words = ["-f", connection_file, f"--ipython-dir={Path(connection_file).parent}"]
+    IPKernelApp.launch_instance(words, parent_handle=parent)
 
 
 def run_cells(notebook: Any) -> None:
     """Execute `notebook` in place; `InputError` where a cell fails or the kernel dies."""
-    with tempfile.TemporaryDirectory() as folder:
+    near = (
+        "/tmp" if len(os.fsencode(tempfile.gettempdir())) > 80 else None
+    )  # a socket's path is short
+    with tempfile.TemporaryDirectory(dir=near) as folder:
         client = NotebookClient(notebook, km=_Kernel(folder))
         try:
             client.execute()

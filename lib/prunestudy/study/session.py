@@ -11,7 +11,7 @@ import torch
 from tqdm.auto import tqdm
 
 from prunestudy import datasets, measure, models, shrink
-from prunestudy.errors import InputError, require, require_one_of
+from prunestudy.errors import InputError, require, require_one_of, written_whole
 from prunestudy.papers import card
 from prunestudy.study import sentences, tables, verdicts
 from prunestudy.study.plan import Planned, plan
@@ -62,8 +62,10 @@ class Session:
         Parameters are the plain values among the notebook's names. Raises `InputError` with one
         line for one that there is not, and for a value of another type.
         """
-        plain = {name for name, value in space.items() if type(value) in _PLAIN}
-        for name in sorted(name for name in plain - {"In", "Out"} if not name.startswith("_")):
+        shell = space.get("get_ipython", dict)()  # it knows what the user's startup files left
+        hidden = {"In", "Out", *getattr(shell, "user_ns_hidden", ())}
+        plain = {name for name, value in space.items() if type(value) in _PLAIN} - hidden
+        for name in sorted(name for name in plain if not name.startswith("_")):
             require_one_of("parameter", name, _PARAMETERS)
         for name, kind in _PARAMETERS.items():
             value = space.get(name)
@@ -113,7 +115,8 @@ class Session:
 
         path = self.store.folder / "figures" / f"{self.paper}_{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(figures.as_png(drawn))
+        with written_whole(path) as part:
+            part.write_bytes(figures.as_png(drawn))
         return drawn
 
     def find(self, method: str, target: float | None, **where: Any) -> RunSettings:
