@@ -141,7 +141,7 @@ def checkout(tmp_path, library):
 def start(checkout, tmp_path):
     """Start `prunestudy WORD ...` of that checkout; whatever still runs afterwards is ended."""
     env = os.environ | {"PYTHONPATH": str(checkout / "lib")}
-    env |= {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    env |= {"XDG_CACHE_HOME": str(tmp_path / "my cache")}
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     streams |= {"start_new_session": True}

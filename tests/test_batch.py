@@ -1,8 +1,10 @@
 """A whole study as a batch, on a card of four runs: any path, a second call, Ctrl-C, damage."""
 
+import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 import matplotlib as mpl
@@ -32,7 +34,7 @@ def test_any_path_is_a_path_and_a_second_study_does_nothing(start, checkout, tmp
     data.mkdir()
     out, err = study(start, f"--results={results}", f"--data={data.name}")
     there = {path.name for path in tmp_path.iterdir()}
-    assert there == {"checkout", "cards", "cache", results.name, data.name}
+    assert there == {"checkout", "cards", "my cache", results.name, data.name}
     store = Store("quick", results)
     names = [item.settings.run for item in plan("quick")]
     assert store.names() == sorted(names)
@@ -48,7 +50,7 @@ def test_any_path_is_a_path_and_a_second_study_does_nothing(start, checkout, tmp
     seconds = out.splitlines()[-1].split()
     assert seconds[0] == "seconds:"
     assert seconds[1::2] == ["train", "latency", "notebooks", "tables", "total"]
-    assert list((tmp_path / "cache/prunestudy").iterdir()) == []
+    assert list((tmp_path / "my cache/prunestudy").iterdir()) == []
 
     before = tree(results / "quick/runs"), notebooks.executed(store, "toy").stat().st_mtime_ns
     out, err = study(start, f"--results={results.name}", f"--data={data}")
@@ -71,6 +73,27 @@ def test_any_path_is_a_path_and_a_second_study_does_nothing(start, checkout, tmp
     )
     now = tree(results / "quick/runs"), notebooks.executed(store, "toy").stat().st_mtime_ns
     assert now == before
+
+
+def test_a_job_that_cannot_write_says_one_line(start, tmp_path):
+    (tmp_path / "r/quick").mkdir(parents=True)
+    (tmp_path / "r/quick/work").write_text("")
+    process = start("study", "--results", "r")
+    *lines, last = process.communicate(timeout=300)[1].splitlines()
+    assert process.returncode == 2
+    assert all(": file = " in line for line in lines), lines
+    assert last.startswith("prunestudy: study = quick: a job failed, see above")
+
+
+def test_a_user_without_a_home(tmp_path, monkeypatch):
+    store, started = Store("quick", tmp_path), []
+    monkeypatch.setattr(os.path, "expanduser", str)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(batch, "_locally", lambda stage, *_: started.append(stage))
+    with pytest.raises(ValueError, match="max"):
+        batch.run(store, "quick", plan("quick"), 1, "", "local")
+    assert started[0].parent == tmp_path / "prunestudy"
 
 
 @pytest.mark.usefixtures("toy_card")
@@ -106,6 +129,8 @@ def test_ctrl_c_ends_all_and_says_how_to_go_on(start, tmp_path, command, number)
     children = alive(process)
     assert bool(children) is (command == "study")
     process.send_signal(number)
+    time.sleep(0.3)
+    process.send_signal(number)  # an impatient one changes nothing
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert err.splitlines()[-1] == (
@@ -171,11 +196,20 @@ def outputs_of(text, run):
 
 
 @pytest.mark.filterwarnings("ignore")  # of the kernel's own
-def test_a_notebooks_kernel_is_as_new_as_one_of_its_own(monkeypatch):
+def test_a_notebooks_kernel_is_as_new_as_one_of_its_own(monkeypatch, tmp_path):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     alone = outputs_of(STATE, lambda notebook: NotebookClient(notebook).execute())
     assert [output.output_type for output in alone] == ["stream", "display_data"]
     drawn = []
+    # the user's own startup files do not count, nor does a long path of the temporary folder
+    startup, far = tmp_path / "startup.py", tmp_path / ("x" * 90)
+    startup.write_text("histfile = 1")
+    far.mkdir()
+    (tmp_path / "profile_default/startup").mkdir(parents=True)
+    (tmp_path / "profile_default/startup/a.py").write_text("histfile = 2")
+    monkeypatch.setenv("PYTHONSTARTUP", str(startup))
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(far))
     for seed in (1, 2):
         assert outputs_of(SPOILT, kernel.run_cells) == []
         with torch.random.fork_rng(), mpl.rc_context({"lines.linewidth": 5}):

@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from conftest import put_record, small_run, tree
 import prunestudy
 from prunestudy import shrink
 from prunestudy.study import batch, cli, commands, kernel, runs
+from prunestudy.study.lines import line_of
 from prunestudy.study.plan import plan
 from prunestudy.study.records import Store
 from prunestudy.study.runs import stored_net
@@ -82,7 +84,12 @@ def names_of(*labels):
         (["run", "magnitude", "nope"], "run = 'nope': no such run"),
         (["run", "magnitude", "--device", "tpu"], "device = 'tpu': allowed are auto, cpu, cuda"),
         (["run", "magnitude", "--device", "cuda"], "device = 'cuda': no CUDA device here"),
-        (["status", "--data", "a\udcff"], "unrecognized arguments: --data"),
+        (["plan", "--data", "a\udcff"], "unrecognized arguments: --data"),
+        (["export", "x", "a\udcff.onnx"], "file = 'a\\udcff.onnx': a path in UTF-8"),
+        (["list", "models", "nope"], "list = 'nope': models, datasets, methods, papers, profiles"),
+        (["list", "models", "--profile", "x"], "profile = 'x': not with list models"),
+        (["study", "--gang", "99"], "gang = 99: for profile gpu only"),
+        (["study", "--profile", "gpu", "--jobs", "-5"], "jobs = -5: not for profile gpu"),
         (["train", "--data", "a\udcff"], "data = 'a\\udcff': a path in UTF-8"),
         (["export", "x"], "the following arguments are required: FILE"),
         (["show", "nope"], "run = 'nope': no such run"),
@@ -163,6 +170,23 @@ def test_a_file_in_the_place_of_the_results(refused, tmp_path, words):
     assert str(place) in said
 
 
+def test_records_of_another_version_are_named(call, refused, results):
+    path = results / "custom/runs" / own(call) / "record.json"
+    record = json.loads(path.read_text())
+    record["settings"]["recipe"]["colour"] = "red"
+    path.write_text(line_of(record) + "\n")
+    for words in (["list"], ["status"], ["run", "dense"]):
+        said = refused(*words, "--profile", "custom")
+        assert said.startswith(f"record = {path.parent.name}: is of another version in ")
+
+
+def test_a_place_for_the_last_runs_name_that_is_none(call, refused, results):
+    own(call)
+    (results / "custom/latest").unlink()
+    (results / "custom/latest").symlink_to("nothing")
+    assert "a regular file, or a name" in refused("train", "--set", "epochs=1", "--set", "seed=3")
+
+
 def test_a_disk_without_space(call, results, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device", "the/file")
@@ -183,6 +207,15 @@ def test_exit_code_and_line_of_the_real_command(tmp_path):
     why = "at least 1 for a run without a parent or pretrained weights"
     assert done.stderr == f"prunestudy: epochs = 0: {why}\n"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_terminal_that_cannot_show_it_and_none_at_all():
+    code = "from prunestudy.study import cli, commands; commands.do_plan = lambda _: print('±')"
+    words = [sys.executable, "-c", f"import sys; {code}; sys.exit(cli.main())", "plan"]
+    env = os.environ | {"PYTHONIOENCODING": "ascii"}
+    words = ["sh", "-c", '"$@" 2>&-', "sh", *words]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, env=env)
+    assert (done.returncode, done.stdout) == (0, "\\xb1\n")
 
 
 # --- what works
@@ -275,7 +308,7 @@ def test_collect_says_what_it_left_out(call, results, tmp_path):
     assert out.splitlines()[0] == f"{settings.run}: {why}"
 
 
-def test_export(call, results, tmp_path):
+def test_export(call, refused, results, tmp_path):
     call("run", "magnitude")
     (name,) = names_of("magnitude")
     file, weights = tmp_path / "net.onnx", Store("quick", results).weights(name)
@@ -289,6 +322,7 @@ def test_export(call, results, tmp_path):
     assert not weights.exists()
     call("run", name, "--weights")
     assert torch.equal(stored_net(weights)[0](x), expected)
+    assert refused("export", name, f"{tmp_path}/no/net").startswith(f"file = '{tmp_path}/no/net': ")
 
 
 def test_export_of_a_run_without_its_own_net(call, refused, results, tmp_path):
@@ -329,11 +363,13 @@ def test_train_a_run_of_ones_own(call, results):
     assert call("show", "sparse", "--profile", "custom")[0] == 0
 
 
-def test_train_says_when_a_run_diverged(call):
+def test_train_says_when_a_run_diverged(call, refused):
     code, out, err = call("train", "--set", "epochs=2", "--set", "lr=1e20")
     name, status = out.split()
     assert (code, status) == (1, "diverged")
     assert err == f"prunestudy: run = {name}: diverged; a smaller lr may help\n"
+    said = refused("export", name, "net.onnx", "--profile", "custom")
+    assert said == f"run = {name!r}: is diverged; only finished nets are exported"
 
 
 def own(call, *pairs):
@@ -398,3 +434,5 @@ def test_numbers_and_text_of_settings():
     assert [commands.value_of(text) for text in values] == [
         *(0.5, 3, True, None, "relu", [1, 2], "3", 1e-3, "")
     ]
+    for text in ("9" * 5000, "[" * 100_000):
+        assert commands.value_of(text) == text

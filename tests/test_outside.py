@@ -15,6 +15,7 @@ from prunestudy import datasets, models, shrink
 from prunestudy.datasets import sources
 from prunestudy.errors import InputError, writable_file, written_whole
 from prunestudy.study import settings
+from prunestudy.study.records import Store
 from prunestudy.study.settings import own_settings
 
 RANGE = "a number from 1e-18 to 1e+30, or 0 where that is allowed"
@@ -97,6 +98,7 @@ BEGIN = [
     ({"method": "lasso"}, "method = 'lasso': allowed are component_aware, dense"),
     ({"dataset": "cifar"}, "dataset = 'cifar': allowed are digits"),
     ({"dataset": "folder:caf\udce9"}, "dataset = 'folder:caf\\udce9': "),
+    ({"dataset": "folder:a\0b"}, "dataset = 'folder:a\\x00b': folder: is followed by the path"),
 ]
 
 
@@ -320,6 +322,9 @@ def test_only_files_are_written_to(make, tmp_path):
 
 
 def test_paths_that_no_file_can_have(tmp_path):
+    why = "the path of a file, as text or a Path"
+    says(lambda: Store("quick", "a\0"), f"results = 'a\\x00': {why}")
+    says(lambda: datasets.load("mnist", "a\0"), f"data = 'a\\x00': {why}")
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "none/net", tmp_path / "file/net"):
         says(lambda path=path: writable_file(path), f"path = {str(path)!r}: " + IN_A_FOLDER)

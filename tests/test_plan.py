@@ -321,10 +321,11 @@ def test_tiny_is_smaller_than_the_card(card_file):
 
 
 @pytest.mark.parametrize("key", ["seeds", "epochs"])
-def test_tiny_refuses_negative_numbers(key):
+@pytest.mark.parametrize("value", [-1, 10**30])
+def test_tiny_refuses_negative_and_giant_numbers(key, value):
     with pytest.raises(InputError) as caught:
-        plan("quick", **{key: -1})
-    assert one_line(caught) == f"{key} = -1: 0 (as the card says) or more"
+        plan("quick", **{key: value})
+    assert one_line(caught) == f"{key} = {value}: 0 (as the card says) to 100000"
 
 
 # --- names of runs

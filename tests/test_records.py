@@ -3,6 +3,7 @@
 import errno
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
@@ -17,11 +18,12 @@ import torch
 from conftest import child_run, one_line, put_record, small_run, tree
 from PIL import Image
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import save_file as save_torch
 from torch import nn
 
 from prunestudy import datasets, measure
 from prunestudy.errors import InputError
-from prunestudy.study import lines, provenance, records, runs
+from prunestudy.study import cli, lines, provenance, records, runs
 from prunestudy.study.commands import differences
 from prunestudy.study.lines import line_of, parse
 from prunestudy.study.records import Store, name_of
@@ -81,13 +83,13 @@ def refused(ask, *words):
 # --- lines
 
 
-def test_a_line_and_back():
-    record = dict.fromkeys(KEYS, (1, 2.5)) | {"run": "r", "format": 2}
+def test_a_line_and_back(store):
+    record = put_record(store, small_run(), folder=False) | {"more": (1, 2.5)}
     record |= {"metrics": {"b": math.nan, "a": [-math.inf, "ä"]}}
     text = line_of(record)
     assert line_of(dict(reversed(record.items()))) == text
     read = parse(text, Path("x"))
-    assert (read["metrics"], read["cost"]) == ({"a": [None, "ä"], "b": None}, [1, 2.5])
+    assert (read["metrics"], read["more"]) == ({"a": [None, "ä"], "b": None}, [1, 2.5])
     assert list(read)[:2] == ["run", "checksum"]
     assert list(read)[2:] == sorted(list(read)[2:])
     assert line_of(read) == text
@@ -298,6 +300,7 @@ def better(record):
 
 CHECKSUM, FORMAT = "was edited or cut off (checksum)", "is not of format 2"
 SETTINGS, DATA = "was made with other settings", "was made from other data"
+VERSION = "is of another version"
 
 
 @pytest.mark.parametrize(
@@ -310,7 +313,12 @@ SETTINGS, DATA = "was made with other settings", "was made from other data"
         (FORMAT, True, lambda r: r.pop("format")),
         (SETTINGS, True, lambda r: r["settings"]["recipe"].update(lr=0.06)),
         (SETTINGS, True, lambda r: r["settings"].update(colour="red")),
-        (SETTINGS, True, lambda r: r.update(settings=None)),
+        (VERSION, True, lambda r: r.update(settings=None)),
+        (VERSION, True, lambda r: r.pop("environment")),
+        (VERSION, True, lambda r: r["files"].pop("arrays")),
+        (VERSION, True, lambda r: r.update(metrics=None)),
+        (VERSION, True, lambda r: r.update(latency="<script>")),
+        (VERSION, True, lambda r: r["history"].update(epoch=[1, 2])),
         (DATA, True, lambda r: r["data"].update(fingerprint="0")),
     ],
 )
@@ -381,6 +389,17 @@ def test_damaged_lines_are_refused_by_name(store, runner, count, damage, what):
         assert what in line
         assert line.endswith(f"in {store.collected}; delete that line to train the run again")
     assert (count, tree(store.folder)) == ([], before)
+
+
+def test_what_is_no_file_is_not_read(store):
+    store.folder.mkdir(parents=True)
+    os.mkfifo(store.collected)
+    line = f"file = {str(store.collected)!r}: a regular file"
+    assert refused(store.read, small_run()) == line
+    store.collected.unlink()
+    own(store, small_run().run).parent.mkdir(parents=True)
+    os.mkfifo(own(store, small_run().run))
+    assert "record.json': a regular file" in refused(store.read, small_run())
 
 
 def test_an_empty_file_has_no_records_and_a_last_line_may_be_unfinished(store):
@@ -552,6 +571,33 @@ def test_a_full_disk_leaves_earlier_results_and_no_half_folder(
     assert not store.work(settings.run).exists()
 
 
+def test_runs_may_be_on_another_disk_than_work(runner, store, monkeypatch):
+    real = os.rename
+
+    def rename(old, new):
+        if Path(old).parts[:-2] != Path(new).parts[:-2] and Path(old).parent != Path(new).parent:
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        real(old, new)
+
+    monkeypatch.setattr(os, "rename", rename)
+    monkeypatch.setattr(os, "replace", rename)
+    settings = small_run()
+    runner.ensure(settings)
+    store.require_weights(settings.run)
+    assert [path.name for path in store.runs.iterdir()] == [settings.run]
+
+
+def test_numpy_cannot_read_bfloat16(tmp_path):
+    save_torch({"a": torch.ones(2, dtype=torch.bfloat16)}, tmp_path / "a")
+    assert lines.read_arrays(tmp_path / "a") == {}
+
+
+def test_a_run_that_is_refused_late_leaves_no_folder(runner, store):
+    settings = small_run("gdp", 0.5, p_leave="nope")
+    assert refused(runner.ensure, settings).startswith("leave = 'nope': patterns of ")
+    assert not store.work(settings.run).exists()
+
+
 def test_arrays_keep_their_order_of_axes(store):
     settings = small_run()
     weights = store.work(settings.run) / "weights.safetensors"
@@ -642,14 +688,18 @@ def test_a_run_on_cuda_is_a_record_of_its_own(store):
         assert found["metrics"]["metric"] == metric
 
 
-def test_the_commit_is_that_of_the_checkout(monkeypatch):
+def test_the_commit_is_that_of_the_checkout(monkeypatch, tmp_path):
     command = ["git", "-C", str(records.repository()), "rev-parse", "HEAD"]
     head = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     if not head:
         pytest.skip("no git checkout")
     assert provenance.commit() in (head, f"{head}-dirty")
-    monkeypatch.setattr(provenance.places, "checkout", lambda: None)
-    assert provenance.commit() == "unknown"
+    # neither a repository that the environment names nor one around the files counts
+    monkeypatch.setenv("GIT_DIR", str(tmp_path))
+    assert provenance.commit() in (head, f"{head}-dirty")
+    for folder in (records.repository() / "lib", None):
+        monkeypatch.setattr(provenance.places, "checkout", lambda folder=folder: folder)
+        assert provenance.commit() == "unknown"
 
 
 FOLDER = {"validation": 8, "batch_size": 8}
@@ -668,7 +718,13 @@ def pictures(folder, count, seed=0):
     return f"folder:{folder}"
 
 
-def test_an_image_folder_overwritten_with_others_of_the_same_sizes_is_refused(tmp_path, store):
+def status_of(store, capsys):
+    words = ["status", "--profile", "custom", "--results", str(store.folder.parent)]
+    assert cli.main(words) == 0
+    return capsys.readouterr().out.splitlines()
+
+
+def test_an_image_folder_overwritten_with_others_of_the_same_sizes(tmp_path, store, capsys):
     """Names and sizes are in the run's name; what the images show is in the record."""
     dataset = pictures(tmp_path / "images", 20)
     settings, runner = small_run(dataset=dataset, **FOLDER), Runner(store, device="cpu")
@@ -676,7 +732,12 @@ def test_an_image_folder_overwritten_with_others_of_the_same_sizes_is_refused(tm
     counts = {k: record["data"][k] for k in ("train", "validation", "test")}
     assert counts == {"train": 32, "validation": 8, "test": 40}
     assert runner.ensure(settings) == record
+    assert status_of(store, capsys) == ["done      1", "missing   0"]
     pictures(tmp_path / "images", 20, seed=1)
+    assert status_of(store, capsys) == ["missing   0", "other data 1"]
+    (tmp_path / "images").rename(tmp_path / "away")
+    assert status_of(store, capsys) == ["data not here 1", "missing   0"]
+    (tmp_path / "away").rename(tmp_path / "images")
     assert small_run(dataset=dataset, **FOLDER) == settings
     for each in (runner, Runner(store, device="cpu")):
         assert refused(each.ensure, settings) == (

@@ -482,7 +482,7 @@ def test_bad_checkpoints_are_refused_in_one_line(damage, run, why, tmp_path):
     with pytest.raises(InputError) as caught:
         fit(checkpoint=path, run=run, batches=Fragile(0))
     way_out = "delete it to start this run again"
-    assert one_line(caught) == f"checkpoint = 'checkpoint.pt' of {run}: {why}; {way_out}"
+    assert one_line(caught) == f"checkpoint = {str(path)!r} of {run}: {why}; {way_out}"
     assert path.read_bytes() == before
 
 

@@ -1,6 +1,7 @@
 """The one error that a user's input can cause, and the checks that many places share."""
 
 import contextlib
+import errno
 import os
 import stat
 from collections.abc import Iterable, Iterator
@@ -40,6 +41,12 @@ def quoted(value: Any) -> str:
 def first_line(error: BaseException) -> str:
     """The first line of what `error` says, or its kind."""
     return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def file_line(error: OSError) -> str:
+    """One line on a file that cannot be read or written."""
+    gone = "." if error.errno == errno.ENOENT else "?"  # without a name: the current folder
+    return f"file = {error.filename or gone}: {error.strerror or error}"
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prunestudy.datasets import folders
-from prunestudy.errors import require
+from prunestudy.errors import path_of, require
 from prunestudy.places import home
 
 FOLDER = "folder:"
@@ -82,7 +82,8 @@ def names() -> tuple[str, ...]:
 def data_root(root: str | Path | None = None) -> Path:
     """Folder of the data sets: `root`, else `PRUNESTUDY_DATA`, else the study's `data/`."""
     place = root or os.environ.get("PRUNESTUDY_DATA") or home() / "data"
-    return Path(os.path.expanduser(place))  # noqa: PTH111  (pathlib's raises for "~nobody")
+    place = os.path.expanduser(path_of(place, "data"))  # noqa: PTH111
+    return Path(place)  # pathlib's own raises for "~nobody"
 
 
 def info(name: str, root: str | Path | None = None) -> DatasetInfo:
@@ -107,7 +108,7 @@ def info(name: str, root: str | Path | None = None) -> DatasetInfo:
 def folder_path(name: str, root: str | Path | None) -> Path:
     """Path of the image folder `folder:PATH`; `InputError` for an empty or undecodable PATH."""
     path = name.removeprefix(FOLDER)
-    right = path.strip() != "" and path == path.encode(errors="ignore").decode()
+    right = path.strip() != "" and path == path.replace("\0", "").encode(errors="ignore").decode()
     require(right, "dataset", name, "folder: is followed by the path of an image folder, in UTF-8")
     return data_root(root) / os.path.expanduser(path)  # noqa: PTH111
 

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from prunestudy import datasets, places
-from prunestudy.errors import InputError, require
+from prunestudy.errors import InputError, file_line, require
 from prunestudy.study import notebooks
 from prunestudy.study.plan import Planned, plan
 from prunestudy.study.records import Store
@@ -53,8 +53,10 @@ def run(
         return {}
     # In the user's cache, beside Snakemake's own: executors paste its path into command lines, so
     # that it cannot be below a results folder of any name.
-    stages = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "prunestudy"
-    plain = bool(re.fullmatch(r"[\w./+-]+", str(stages), re.ASCII))
+    cache = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")  # noqa: PTH111
+    cache = tempfile.gettempdir() if cache[0] == "~" else cache  # a user without a home
+    stages = Path(cache) / "prunestudy"
+    plain = local or bool(re.fullmatch(r"[\w./+-]+", str(stages), re.ASCII))
     require(plain, "XDG_CACHE_HOME", str(stages), "a path of letters, digits and ._/+- only")
     # Data is looked at (and downloaded) once here, not by each job.
     for name in batch["datasets"]:
@@ -206,9 +208,9 @@ def do_job(kind: str, names: Iterable[str], stage: Path) -> None:
     for name in names:
         try:
             (stage / f"{kind}.{name}.ready").write_text(do(name), encoding="utf-8")
-        except InputError as error:
-            failed = True
-            print(f"{name}: {error}", file=sys.stderr)
+        except (InputError, OSError) as error:
+            failed, said = True, error if isinstance(error, InputError) else file_line(error)
+            print(f"{name}: {said}", file=sys.stderr)
     sys.exit(failed)
 
 

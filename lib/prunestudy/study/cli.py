@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 
 import prunestudy
-from prunestudy.errors import InputError, require
+from prunestudy.errors import InputError, file_line, require
 
 _STOPPED = "stopped; finished work is kept: run the same command again to continue"
 
@@ -21,6 +21,10 @@ def main(words: list[str] | None = None) -> int:
     if words is None:
         # A request to end counts as Ctrl-C; a log file gets a line of progress now and then.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+        for name in ("stdout", "stderr"):
+            stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: PTH123, SIM115
+            stream.reconfigure(errors="backslashreplace")
+            setattr(sys, name, stream)
         if not sys.stderr.isatty():
             os.environ |= {"TQDM_DELAY": "15", "TQDM_MININTERVAL": "15"}
     try:
@@ -29,7 +33,7 @@ def main(words: list[str] | None = None) -> int:
         if not arguments.command:
             parser.print_help()
             return 0
-        for name in ("results", "data"):
+        for name in ("results", "data", "file"):
             text = getattr(arguments, name, "")
             right = text == text.encode(errors="ignore").decode()  # safetensors opens no others
             require(right, name, text, "a path in UTF-8")
@@ -39,6 +43,8 @@ def main(words: list[str] | None = None) -> int:
     except InputError as error:
         return _refuse(" ".join(str(error).split()))
     except KeyboardInterrupt:
+        for number in (signal.SIGINT, signal.SIGTERM):  # once is enough
+            signal.signal(number, signal.SIG_IGN)
         _end_children()
         print(file=sys.stderr)  # ends the line of a progress bar
         return _refuse(_STOPPED, 130)
@@ -46,7 +52,7 @@ def main(words: list[str] | None = None) -> int:
         # The reader (head, less) has gone; Python would complain when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        return _refuse(f"file = {error.filename or '?'}: {error.strerror or error}")
+        return _refuse(file_line(error))
     return 0
 
 
@@ -76,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, (text, takes) in _COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         for argument in f"{takes} --results".split():
-            command.add_argument(argument, **_ARGUMENTS[argument])
+            command.add_argument(argument, **ARGUMENTS[argument])
     return parser
 
 
@@ -88,7 +94,7 @@ _COMMANDS = {
     ),
     "plan": ("say what the runs would cost", "--profile --paper"),
     "list": ("list the runs, or the names that settings take", "--profile --paper what name"),
-    "status": ("say what is done and what is missing", "--profile --paper"),
+    "status": ("say what is done and what is missing", "--profile --paper --data"),
     "search": ("say which settings are the best of a search", "--profile --paper --check"),
     "latency": ("time the finished nets (keep the machine otherwise idle)", "--profile --paper"),
     "run": ("train runs by name", "--profile --paper --data --device --weights runs"),
@@ -100,7 +106,7 @@ _COMMANDS = {
 }
 LISTS = ("models", "datasets", "methods", "papers", "profiles")
 _RUN = {"metavar": "RUN", "help": "a run's name or its beginning"}
-_ARGUMENTS: dict[str, dict[str, Any]] = {
+ARGUMENTS: dict[str, dict[str, Any]] = {
     "--results": {"default": "", "help": "results folder (default: results/)"},
     "--profile": {"default": "quick", "help": "see `prunestudy list profiles`; custom: your own"},
     "--paper": {"action": "append", "default": [], "help": "one of several papers (default: all)"},

@@ -33,8 +33,7 @@ def collect(
     store, drawn = Store(profile, results), drawn_arrays(profile)
     sources = [_source(profile, Path(folder)) for folder in folders]
     with store.lock("collect"):
-        here = sorted(path.parent.name for path in store.runs.glob("*/record.json"))
-        news = [(store, name, store.trained(name)) for name in here]
+        news = [(store, name, store.trained(name)) for name in store.here()]
         news += [(source, name, source.at(name)) for source in sources for name in source.places()]
         records, left = dict(read_lines(store.collected)), []
         for source, name, record in news:

@@ -5,7 +5,6 @@ Each prints its output and returns the exit code or None. They raise `InputError
 # ruff: noqa: D103
 
 import json
-import math
 import os
 import sys
 import time
@@ -16,10 +15,10 @@ import pandas as pd
 import torch
 
 from prunestudy import datasets, methods, models, shrink
-from prunestudy.errors import InputError, require, require_one_of
+from prunestudy.errors import InputError, require, require_one_of, writable_file
 from prunestudy.papers import PROFILES, cards
-from prunestudy.study import batch, minutes, search, session, tables
-from prunestudy.study.cli import LISTS
+from prunestudy.study import batch, minutes, search, session, tables, verdicts
+from prunestudy.study.cli import ARGUMENTS, LISTS
 from prunestudy.study.collect import collect
 from prunestudy.study.lines import write_text
 from prunestudy.study.plan import RATE, Planned, forecast, plan
@@ -38,9 +37,14 @@ def _planned(a: Namespace) -> list[Planned]:
         return plan(a.profile, tuple(a.paper))
     require(not a.paper, "paper", "".join(a.paper[:1]), "none with --profile custom")
     store = _store(a)
-    found = (json.dumps(store.require(name)["settings"]) for name in store.names())
-    own = map(RunSettings.model_validate_json, found)
+    own = map(store.settings, store.names())
     return [Planned("custom", "train", "results", settings) for settings in own]
+
+
+def _require_unused(a: Namespace, why: str, *names: str) -> None:
+    for name in names:
+        value = getattr(a, name)
+        require(value == ARGUMENTS[f"--{name}"]["default"], name, value, why)
 
 
 def _choose(begins: str, names: Iterable[str], store: Store) -> str:
@@ -60,10 +64,11 @@ def _choose(begins: str, names: Iterable[str], store: Store) -> str:
 
 def do_study(a: Namespace) -> None:
     if a.profile == "gpu":
+        _require_unused(a, "not for profile gpu", "jobs", "executor", "searches")
         for line in minutes.study(_store(a), _planned(a), a.data, a.minutes, a.gang):
             print(line)
         return
-    require(a.minutes == math.inf, "minutes", a.minutes, "for profile gpu only")
+    _require_unused(a, "for profile gpu only", "minutes", "gang")
     started, store, planned = time.monotonic(), _store(a), _planned(a)
     if not a.searches:
         planned = [item for item in planned if item.purpose != "search"]
@@ -72,6 +77,8 @@ def do_study(a: Namespace) -> None:
     for line in collect(a.profile, results=a.results):
         print(line)
     summary = tables.write(store, plan(a.profile))
+    if verdicts.NO_AGE in (store.folder / "tables/verdicts.csv").read_text("utf-8"):
+        print(f"verdicts: {verdicts.NO_AGE}", file=sys.stderr)
     ours = summary.paper.isin({item.paper for item in planned}) & (summary.variant == "")
     print(tables.readable(summary[ours]).to_string(index=False))
     folder = store.folder if a.results else os.path.relpath(store.folder)
@@ -98,7 +105,9 @@ def do_plan(a: Namespace) -> None:
 
 def do_list(a: Namespace) -> None:
     if a.what:
-        require(a.what in LISTS or a.name, "list", a.what, f"{', '.join(LISTS)} or method NAME")
+        right = (a.what == "method") == bool(a.name)
+        require(right, "list", a.name or a.what, f"{', '.join(LISTS)} or method NAME")
+        _require_unused(a, f"not with list {a.what}", "profile", "paper")
         print(*(f"{k:22} {text}" for k, text in _named(a.what, a.name).items()), sep="\n")
         return
     for item in _planned(a):
@@ -130,17 +139,26 @@ def _named(what: str, method: str) -> dict[str, str]:
 
 def do_status(a: Namespace) -> None:
     store, planned = _store(a), _planned(a)
-    needed = [item for item in planned if item.purpose != "search"]
-    records = {item.settings.run: store.read(item.settings) for item in needed}
-    states = sorted(record["status"] if record else "missing" for record in records.values())
-    for state in sorted({*states, "missing"}):
-        print(f"{state:9} {states.count(state)}")
-    for name in (name for name, record in records.items() if not record):
+    needed = {item.settings.run: item.settings for item in planned if item.purpose != "search"}
+    states = {name: _state(store, settings, a.data) for name, settings in needed.items()}
+    for state in sorted({*states.values(), "missing"}):
+        print(f"{state:9} {[*states.values()].count(state)}")
+    for name in (name for name, state in states.items() if state == "missing"):
         print(f"  {name}" + ("  (begun)" if store.work(name).exists() else ""))
-    searches = {item.settings.run: item.settings for item in planned if item not in needed}
-    left = sum(store.read(each) is None for name, each in searches.items() if name not in records)
+    searches = {item.settings.run: item.settings for item in planned if item.purpose == "search"}
+    left = sum(store.read(each) is None for name, each in searches.items() if name not in needed)
     if left:
         print(f"searches  {left} runs missing: prunestudy study --searches trains them as well")
+
+
+def _state(store: Store, settings: RunSettings, data: str) -> str:
+    if not (record := store.read(settings)):
+        return "missing"
+    try:
+        found = datasets.fingerprint(settings.dataset, data)
+    except InputError:
+        return "data not here"
+    return record["status"] if found in ("", record["data"]["fingerprint"]) else "other data"
 
 
 def do_search(a: Namespace) -> int:
@@ -180,9 +198,11 @@ def do_train(a: Namespace) -> int:
         key, sign, text = pair.partition("=")
         require(bool(sign), "--set", pair, "must be KEY=VALUE")
         values[key] = value_of(text)
-    settings = own_settings(values, a.data)
+    settings, latest = own_settings(values, a.data), _store(a).folder / "latest"
+    if latest.parent.is_dir():  # before the training
+        writable_file(latest)
     status = _ensure(a, settings)
-    write_text(_store(a).folder / "latest", settings.run)  # for `_choose`
+    write_text(latest, settings.run)  # for `_choose`
     if status == "done":
         return 0
     print(f"prunestudy: run = {settings.run}: {status}; a smaller lr may help", file=sys.stderr)
@@ -192,7 +212,7 @@ def do_train(a: Namespace) -> int:
 def value_of(text: str) -> object:
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return text
 
 
@@ -237,6 +257,9 @@ def differences(store: Store, a: str, b: str) -> pd.DataFrame:
 
 def do_export(a: Namespace) -> None:
     store, name = _done(a, a.first)
+    status = store.require(name)["status"]
+    require(status == "done", "run", name, f"is {status}; only finished nets are exported")
+    writable_file(a.file, "file")
     net, shape = stored_net(store.require_weights(name))
     shrink.export(net, a.file, torch.rand(2, *shape))
     print(a.file)

@@ -10,6 +10,7 @@ import gc
 import hashlib
 import json
 import re
+import stat
 import zlib
 from functools import lru_cache
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from prunestudy.errors import InputError, written_whole
+from prunestudy.errors import InputError, require, written_whole
 
 Record = dict[str, Any]
 FORMAT = 2
@@ -54,7 +55,29 @@ def parse(line: str, path: Path, number: int = 1) -> Record:
     record = json.loads(line)
     if record.get("format") != FORMAT:
         raise refusal(start[1], f"is not of format {FORMAT}", path)
+    if not _is_whole(record):
+        raise refusal(start[1], "is of another version", path)
     return record
+
+
+def _is_whole(record: Record) -> bool:
+    """Whether `record` has all that its readers take for granted."""
+    match record:
+        case {
+            "status": str(),
+            "settings": {"dataset": str(), "evaluate": str()},
+            "data": {"fingerprint": str()},
+            "metrics": dict(),
+            "validation": dict(),
+            "history": dict(history),
+            "latency": None | {"ms": dict()},
+            "cost": dict(),
+            "environment": {"device": str(), "commit": str(), "torch": str()},
+            "files": {"arrays": dict(), "weights": str()},
+        }:
+            columns = history.values()
+            return all(isinstance(each, list) for each in columns) and len({*map(len, columns)}) < 2
+    return False
 
 
 def refusal(run: str, why: str, path: Path) -> InputError:
@@ -63,6 +86,16 @@ def refusal(run: str, why: str, path: Path) -> InputError:
     return InputError(
         f"record = {run}: {why} in {where}; delete that {what} to train the run again"
     )
+
+
+def text_of(path: Path) -> str | None:
+    """The text of the file at `path`; None if there is none, `InputError` for a pipe or folder."""
+    try:
+        right = stat.S_ISREG(path.stat().st_mode)
+    except FileNotFoundError:
+        return None
+    require(right, "file", str(path), "a regular file")
+    return path.read_bytes().decode("utf-8", errors="replace")
 
 
 def read_lines(path: Path) -> dict[str, Record]:
@@ -77,7 +110,7 @@ def read_lines(path: Path) -> dict[str, Record]:
 @lru_cache(maxsize=16)
 def _read_lines(path: Path, _state: tuple[int, ...]) -> dict[str, Record]:
     records: dict[str, Record] = {}
-    text = path.read_bytes().decode("utf-8", errors="replace")
+    text = text_of(path)
     collects = gc.isenabled()
     gc.disable()  # it would look at all that is read so far again and again, half of the time
     try:
@@ -121,7 +154,7 @@ def read_arrays(path: Path, begin: str = "") -> dict[str, np.ndarray]:
         with safe_open(path, framework="numpy") as file:
             names = [name for name in file.keys() if name.startswith(begin)]  # noqa: SIM118
             return {name.removeprefix(begin): file.get_tensor(name) for name in names}
-    except (OSError, SafetensorError):
+    except (OSError, SafetensorError, TypeError):  # numpy has no bfloat16
         return {}
 
 

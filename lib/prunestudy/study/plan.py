@@ -51,11 +51,11 @@ def plan(
     """Return the runs of `papers` (none named: all) in `profile`, parents before children.
 
     For a first look or a test: at most `seeds`, and exactly `epochs` for every training that has
-    any; 0 leaves what the card says. Raises `InputError` for unknown names and negative numbers.
+    any; 0 leaves what the card says. Raises `InputError` for unknown names and other numbers.
     """
     require_one_of("profile", profile, PROFILES)
     for name, value in {"seeds": seeds, "epochs": epochs}.items():
-        require(value >= 0, name, value, "0 (as the card says) or more")
+        require(0 <= value <= 100_000, name, value, "0 (as the card says) to 100000")
     chosen = [card(name) for name in dict.fromkeys(papers)] or list(cards())
     sizes = {paper.id: paper.profiles[profile] for paper in chosen if profile in paper.profiles}
     if not sizes:

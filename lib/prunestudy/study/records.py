@@ -22,7 +22,7 @@ from filelock import FileLock
 from safetensors.numpy import save
 
 from prunestudy import datasets
-from prunestudy.errors import InputError
+from prunestudy.errors import InputError, path_of
 from prunestudy.places import home as repository
 from prunestudy.study import lines
 from prunestudy.study.lines import CUDA, place, read_arrays, read_lines, refusal, write_text
@@ -33,7 +33,7 @@ class Store:
     """The records of one profile: of `device` ("cpu" or "cuda"), or "" for CPU records first."""
 
     def __init__(self, profile: str, root: Path | str | None = None, device: str = "") -> None:
-        self.folder = Path(root or repository() / "results") / profile
+        self.folder = path_of(root or repository() / "results", "results") / profile
         self.runs = self.folder / "runs"
         self.collected = self.folder / "records.jsonl"
         self.device = device
@@ -71,8 +71,11 @@ class Store:
 
     def places(self) -> list[str]:
         """What the finished runs are filed under: their names, with `-cuda` for those on CUDA."""
-        folders = {path.parent.name for path in self.runs.glob("*/record.json")}
-        return sorted({*read_lines(self.collected), *folders})
+        return sorted({*read_lines(self.collected), *self.here()})
+
+    def here(self) -> list[str]:
+        """What the runs are filed under that were trained here."""
+        return sorted(path.parent.name for path in self.runs.glob("[!.]*/record.json"))
 
     def names(self) -> list[str]:
         """Names of the finished runs."""
@@ -128,9 +131,7 @@ class Store:
     def trained(self, name: str) -> dict[str, Any] | None:
         """The record that training here left under `name`, or None."""
         path = self._own(name)
-        try:
-            text = path.read_bytes().decode("utf-8", errors="replace")
-        except FileNotFoundError:
+        if (text := lines.text_of(path)) is None:
             return None
         record = lines.parse(text.removesuffix("\n"), path)
         if place(record) != name:
@@ -146,9 +147,18 @@ class Store:
             why = "was made from other data"
         else:
             return
+        raise self._refusal(record, why)
+
+    def _refusal(self, record: dict[str, Any], why: str) -> InputError:
         stored = place(record) in read_lines(self.collected)
-        where = self.collected if stored else self._own(place(record))
-        raise refusal(record["run"], why, where)
+        return refusal(record["run"], why, self.collected if stored else self._own(place(record)))
+
+    def settings(self, run: str) -> RunSettings:
+        """The settings of the finished run named `run`; `InputError` if no such run is made now."""
+        record = self.require(run)
+        if name_of(record["settings"]) != run:
+            raise self._refusal(record, "is of another version")
+        return RunSettings.model_validate_json(json.dumps(record["settings"]))
 
     def history(self, run: str) -> list[dict[str, Any]]:
         """Rows of the run's history, one per epoch; NaN where a number is missing."""
@@ -199,7 +209,8 @@ class Store:
         `weights` is the file of the finished net, moved in. A run that was trained here before
         (its weights were lost) must have come out the same, or `InputError`.
         """
-        folder, temporary = self.path(record["run"]), self.work(record["run"]) / "finished"
+        folder = self.path(record["run"])
+        temporary = folder.with_name(f".{folder.name}")  # `runs` may be on another disk than `work`
         files = {"arrays": arrays, "weights": read_arrays(weights)}
         record["files"] = {kind: lines.noted(found, kind) for kind, found in files.items()}
         line, before = lines.line_of(record), self.trained(place(record))
@@ -209,14 +220,16 @@ class Store:
                 raise InputError(f"{why}; delete {folder} to accept the new one")
             line = lines.line_of(before)
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        data = save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
-        (temporary / "arrays.safetensors").write_bytes(data)
-        weights.replace(temporary / "weights.safetensors")
-        (temporary / "record.json").write_text(line + "\n", encoding="utf-8")
-        self.runs.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
+        try:
+            temporary.mkdir(parents=True)
+            data = save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
+            (temporary / "arrays.safetensors").write_bytes(data)
+            shutil.move(weights, temporary / "weights.safetensors")
+            (temporary / "record.json").write_text(line + "\n", encoding="utf-8")
+            shutil.rmtree(folder, ignore_errors=True)
+            temporary.rename(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
     def write_latency(self, run: str, latency: dict[str, Any]) -> None:
         """Add the latency measured of the net of `run`, which was trained here, to its record."""

@@ -6,6 +6,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,12 @@ class Runner:
                     torch.manual_seed(settings.seed)
                     model = models.build(settings.model, shape, num_classes, settings.pretrained)
             work.mkdir(parents=True, exist_ok=True)
-            made = yield from job.training(model, work / "checkpoint.pt", self.show)
+            try:
+                made = yield from job.training(model, work / "checkpoint.pt", self.show)
+            except InputError:
+                with suppress(OSError):  # it has a checkpoint
+                    work.rmdir()
+                raise
             metrics, arrays = job.metrics(made), made.probe.arrays()
             if made.status == "done" and settings.parent:
                 scale, sample = measure.kept_weights(made.model, model)

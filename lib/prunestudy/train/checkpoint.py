@@ -40,7 +40,7 @@ def read_checkpoint(
 
     def refuse_if(wrong: bool, why: str) -> None:
         if wrong:
-            raise InputError(f"checkpoint = {path.name!r} of {run}: {why}; {AGAIN}")
+            raise InputError(f"checkpoint = {str(path)!r} of {run}: {why}; {AGAIN}")
 
     def placed(storage: Any, where: str) -> Any:
         return storage if where == "cpu" else default_restore_location(storage, str(device))
