@@ -196,20 +196,11 @@ def outputs_of(text, run):
 
 
 @pytest.mark.filterwarnings("ignore")  # of the kernel's own
-def test_a_notebooks_kernel_is_as_new_as_one_of_its_own(monkeypatch, tmp_path):
+def test_a_notebooks_kernel_is_as_new_as_one_of_its_own(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     alone = outputs_of(STATE, lambda notebook: NotebookClient(notebook).execute())
     assert [output.output_type for output in alone] == ["stream", "display_data"]
     drawn = []
-    # the user's own startup files do not count, nor does a long path of the temporary folder
-    startup, far = tmp_path / "startup.py", tmp_path / ("x" * 90)
-    startup.write_text("histfile = 1")
-    far.mkdir()
-    (tmp_path / "profile_default/startup").mkdir(parents=True)
-    (tmp_path / "profile_default/startup/a.py").write_text("histfile = 2")
-    monkeypatch.setenv("PYTHONSTARTUP", str(startup))
-    monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
-    monkeypatch.setattr(tempfile, "tempdir", str(far))
     for seed in (1, 2):
         assert outputs_of(SPOILT, kernel.run_cells) == []
         with torch.random.fork_rng(), mpl.rc_context({"lines.linewidth": 5}):
@@ -220,3 +211,17 @@ def test_a_notebooks_kernel_is_as_new_as_one_of_its_own(monkeypatch, tmp_path):
     assert not hasattr(torch.Tensor, "mine")
     with pytest.raises(InputError, match="its kernel died"):
         outputs_of("import os; os._exit(1)", kernel.run_cells)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_kernel_has_nothing_of_the_users_and_takes_a_long_temporary_path(monkeypatch, tmp_path):
+    startup, far = tmp_path / "startup.py", tmp_path / ("x" * 90)
+    startup.write_text("histfile = 1")
+    far.mkdir()
+    (tmp_path / "profile_default/startup").mkdir(parents=True)
+    (tmp_path / "profile_default/startup/a.py").write_text("histfile = 2")
+    monkeypatch.setenv("PYTHONSTARTUP", str(startup))
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(far))
+    (said,) = outputs_of("print('histfile' in globals())", kernel.run_cells)
+    assert said.text == "False\n"

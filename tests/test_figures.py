@@ -239,6 +239,10 @@ def test_a_figure_is_saved_as_one_png(tmp_path):
         pictures.append(path.read_bytes())
     assert path.name == "overview_line.png"
     assert pictures[0] == pictures[1]
+    path.unlink()
+    path.symlink_to("elsewhere")
+    with pytest.raises(InputError, match="a regular file, or a name that is not in use"):
+        study.figure("line", figure)
 
 
 # --- in notebooks
