@@ -141,14 +141,15 @@ def checkout(tmp_path, library):
 def start(checkout, tmp_path):
     """Start `prunestudy WORD ...` of that checkout; whatever still runs afterwards is ended."""
     env = os.environ | {"PYTHONPATH": str(checkout / "lib")}
-    env |= {"XDG_CACHE_HOME": str(tmp_path / "my cache")}
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     streams |= {"start_new_session": True}
     begun = []
 
     def run(*words, **options):
-        options = {"env": env, "cwd": tmp_path} | streams | options
+        cache = "cache" if "--executor" in words else "my cache"  # clusters take no space
+        own = env | {"XDG_CACHE_HOME": str(tmp_path / cache)}
+        options = {"env": own, "cwd": tmp_path} | streams | options
         begun.append(subprocess.Popen(["prunestudy", *words], **options))
         return begun[-1]
 
