@@ -36,8 +36,8 @@ Ours ([O], ablated where the card says so):
   follows a running mean of its gradients; with `bound` above 0, no gate moves by more than that in
   one step.
 - `steer` "decided": g' is largest at g = 1/4, and below that no gate can hold itself. As soon as
-  the gates below 1/4 are enough for the target, they alone go on falling, by the threshold alone,
-  the smallest first and no more than needed; the others are free of it and rise.
+  the gates below 1/4 are enough for the target, they alone feel the threshold, the smallest first
+  and no more than needed, and lambda grows until they have closed; the others are free and rise.
 - Each gate's learning rate is divided by its share c of the dense net (`pace` "equal"), so that
   benefit per cost decides. With one rate for all ("by_share") the expensive channels are gone
   before a cheap one has moved.
@@ -64,6 +64,9 @@ from prunestudy.methods.steering import Steering
 from prunestudy.shrink import folded
 from prunestudy.shrink.fold import real_parameters
 from prunestudy.values import Positive, Share
+
+
+_GROWTH = 1.02  # of lambda, an update, for gates that are to close
 
 
 def gate(t: Tensor, eps: Tensor | float) -> Tensor:
@@ -144,8 +147,7 @@ class GDP(Channelled):
         """Give each gate its own learning rate; those frozen, closed or to be closed have none."""
         if (gradient := self.gates.t.grad) is not None:
             self.mean_gradient.lerp_(gradient, 1 - self.average)
-            settled = self.falling & ~self.falling.all()  # of these the threshold decides
-            still = self.frozen | self.reached | (self.gates.t == 0) | settled
+            still = self.frozen | self.reached | (self.gates.t == 0)
             gradient.copy_(self.mean_gradient).mul_(self.rate).masked_fill_(still, 0)
             self.before.copy_(self.gates.t)
 
@@ -183,6 +185,8 @@ class GDP(Channelled):
             if late or removed >= min(self.target, self.reach) - 1e-12:
                 self._freeze()
                 self.met_at.fill_(at.step / at.steps)
+            elif not self.falling.all():
+                self.steering.strength.mul_(_GROWTH)
             elif at.step <= self.ramp * at.steps:  # these answer at once
                 self.steering.update(lambda: self._soft_cost() / self.first_cost, at)
             else:  # in the end only closed ones count
