@@ -65,7 +65,6 @@ from prunestudy.shrink import folded
 from prunestudy.shrink.fold import real_parameters
 from prunestudy.values import Positive, Share
 
-
 _GROWTH = 1.02  # of lambda, an update, for gates that are to close
 
 
