@@ -239,9 +239,8 @@ def test_a_row_of_readme_says_on_how_many_nets(readme):
     assert readme.came_out(rows) == f"{said}controls."
     assert readme.nets(rows).startswith("3: LeNet-5 on MNIST, LeNet-5 on Fashion-MNIST, ResNet-20")
     one = rows[rows.model == "resnet20"]
-    assert (
-        readme.came_out(one) == "So far ahead on ResNet-20 on CIFAR-10, against group L2, one shot."
-    )
+    said_of_one = "So far ahead on ResNet-20 on CIFAR-10, against group L2, one shot."
+    assert readme.came_out(one) == said_of_one
     rows = rows.assign(chosen_by="claim")
     rows.loc[4, "verdict"] = "confirmed"
     assert (
