@@ -17,6 +17,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 from prunestudy import models, shrink
 from prunestudy.shrink import files
+from prunestudy.shrink.export import _is_close
 from prunestudy.shrink.layers import geometry_of
 
 
@@ -469,6 +470,31 @@ def test_subclasses_of_layers_and_names_with_colons_come_back(like, tmp_path):
         assert says in refusal(lambda: shrink.load(tmp_path / "net", fresh))
 
 
+class Held(nn.Module):
+    """Its first layer has a hook and an attribute, and is called by another name of it."""
+
+    def __init__(self):
+        super().__init__()
+        pair = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6))
+        self.pair, self.b, self.order = pair, nn.Conv2d(6, 4, 1), [("a", pair[0])]
+        pair[0].register_forward_hook(lambda layer, inputs, output: 3 * output)
+        pair[0].gain = 2.0
+
+    def forward(self, x):
+        ((_, first),) = self.order
+        return self.b(self.pair[1](first(x)) * first.gain)
+
+
+@pytest.mark.parametrize("like", [False, True])
+def test_what_a_net_hangs_on_a_layer_or_calls_it_by_stays_when_loaded(like, tmp_path):
+    x, fresh = torch.randn(2, 3, 5, 5), Held()
+    small = shrink.remove(randomised(Held()), {"pair.0": [0, 3, 4]}, x).eval()
+    shrink.save(small, tmp_path / "net", like=fresh if like else None)
+    loaded = shrink.load(tmp_path / "net", fresh)
+    assert loaded.order[0][1] is loaded.pair[0] is not fresh.pair[0]
+    assert torch.equal(loaded(x), small(x))
+
+
 class Versioned(nn.Linear):
     """As torchvision's MNASNet, it will not be filled from a state of an unknown version."""
 
@@ -662,6 +688,12 @@ def test_what_cannot_be_exported_is_refused(net, example, line, tmp_path):
     (tmp_path / "net.onnx").write_text("old")
     assert refusal(lambda: shrink.export(net, tmp_path / "net.onnx", example)).startswith(line)
     assert [p.read_text() for p in tmp_path.iterdir()] == ["old"]
+
+
+@pytest.mark.parametrize(("value", "close"), [(1.0, False), (5.0, True)])
+@pytest.mark.parametrize("odd", [torch.inf, torch.nan])
+def test_outputs_that_are_not_finite_do_not_hide_others(value, close, odd):
+    assert _is_close(torch.tensor([5.0, odd]), torch.tensor([value, odd])) is close
 
 
 def test_what_is_no_onnx_file_is_refused(tmp_path):

@@ -115,11 +115,15 @@ def require_factorisable(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def require_called(model: nn.Module, names: Iterable[str], example: tuple[Tensor, ...]) -> None:
-    """Raise `InputError` for a layer whose weight or sizes the forward pass of `model` reads."""
+    """Raise `InputError` for a layer whose weight or sizes the forward pass of `model` reads.
+
+    Also if the pass still calls the layer when factors have its place: the net has it elsewhere.
+    """
     trial = fold(model)
     for name in names:
         matrix = weight_matrix(layer := trial.get_submodule(name))
         replace(trial, name, _pair(layer, matrix[..., :1], matrix[:, :1]))
+        layer._parameters.clear()
         try:
             with torch.no_grad():
                 trial(*example)
@@ -129,8 +133,9 @@ def require_called(model: nn.Module, names: Iterable[str], example: tuple[Tensor
 
 
 def replace(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Put `new` in place of the module `name` of `model`, under every name that it has there."""
+    """Put `new` in place of the module `name` of `model`, under every name, with its hooks."""
     old = model.get_submodule(name)
+    vars(new).update({key: hooks for key, hooks in vars(old).items() if "ward_" in key})
     for each, module in list(model.named_modules(remove_duplicate=False)):
         if module is old:
             model.set_submodule(each, new)

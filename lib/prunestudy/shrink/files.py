@@ -189,7 +189,10 @@ def _made(path: str, kind: str, arguments: Any) -> nn.Module:
 
 
 def _replayed(net: nn.Module, log: list[Entry]) -> nn.Module:
-    """`net` with the layers of `log` in place of its own; `ValueError` for what is not there."""
+    """`net` with the layers of `log`; `ValueError` for what is not there.
+
+    A layer of the same class changes its size only: hooks, attributes and other holders stay.
+    """
     for path, kind, arguments in log:
         try:
             there = net.get_submodule(path)
@@ -197,23 +200,27 @@ def _replayed(net: nn.Module, log: list[Entry]) -> nn.Module:
             raise ValueError(f"{path!r} is a {kind} in the file, absent from this net") from None
         if type(there).__name__ != kind and (arguments is None or not path or "of" in arguments):
             raise ValueError(f"{path or 'the whole'!r} is a {kind}, here a {type(there).__name__}")
-        if arguments is not None and _entry(path, there) != [path, kind, arguments]:
-            own = "of" in arguments
-            new = _resized(there, **arguments) if own else _made(path, kind, arguments)
-            if not path:
-                return new
-            replace(net, path, new)
+        parts = [name for name, _ in there.named_children()]
+        if arguments is None or _entry(path, there) == [path, kind, arguments]:
+            continue
+        if "of" in arguments or type(there) is _KINDS.get(kind):
+            _resized(there, **{"of": kind, **arguments})
+        elif type(there).__name__ == kind and [name for name, *_ in arguments] == parts:
+            _replayed(there, arguments)
+        else:
+            replace(net, path, _made(path, kind, arguments))
     return net
 
 
 def _resized(layer: nn.Module, of: str, **arguments: Any) -> nn.Module:
-    """`layer`, of a subclass, made as large as one `of` the class below with `arguments`."""
+    """`layer` made as large as one `of` its class, or of the class below, with `arguments`."""
     made = _made("", of, arguments)
     if not isinstance(layer, type(made)):
         raise ValueError(f"a {type(layer).__name__} that is no {of}")
     layer._parameters.update(made._parameters)
     layer._buffers.update(made._buffers)
-    vars(layer).update({name: v for name, v in vars(made).items() if not name.startswith("_")})
+    inner = vars(nn.Module())
+    vars(layer).update({name: v for name, v in vars(made).items() if name not in inner})
     return layer
 
 

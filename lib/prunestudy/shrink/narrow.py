@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from prunestudy.shrink.factors import replace
 from prunestudy.shrink.fold import copied
 from prunestudy.shrink.groups import FOLLOWS, Group
 from prunestudy.shrink.layers import (
@@ -86,5 +87,4 @@ def _replace_emptied(small: nn.Module, name: str) -> None:
     new = Constant(channels, geometry_of(layer), bias is not None and channels > 0)
     if new.bias is not None:
         new.bias = bias
-    parent, _, child = name.rpartition(".")
-    setattr(small.get_submodule(parent), child, new.train(layer.training))
+    replace(small, name, new.train(layer.training))
