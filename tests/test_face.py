@@ -2,6 +2,7 @@
 
 import re
 import threading
+import warnings
 from pathlib import Path
 
 import pytest
@@ -246,6 +247,12 @@ def test_a_method_prunes_one_net():
         ps.prune(MyNet(), method, loader(), recipe)
 
 
+def scripted():
+    """A net with a part of another kind."""
+    with warnings.catch_warnings(action="ignore"):
+        return nn.Sequential(nn.Conv2d(1, 8, 3), torch.jit.script(nn.ReLU()))
+
+
 class Short:
     """Says that it has more batches than it gives."""
 
@@ -267,6 +274,39 @@ DETACHED = lambda output, y: output.detach().sum()  # noqa: E731
 PAIR = torch.zeros(2, 1, 8, 8), torch.zeros(2).long()
 
 
+class Hidden(MyNet):
+    """A net whose copies still call its own stem."""
+
+    def __init__(self):
+        super().__init__()
+        self.call = lambda x: F.relu(self.stem(x))
+
+    def forward(self, x):
+        return self.head(F.relu(self.body(self.call(x))).mean((2, 3)))
+
+
+class Teacher(nn.Conv2d):
+    """Every net has the same one."""
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+USED = "model = 'stem.weight': its copy still uses that of the original (a function made in"
+
+
+def test_nets_whose_copies_are_not_their_own_are_left_alone():
+    with pytest.raises(ps.InputError) as caught:
+        ps.shrink_to(Hidden(), 0.5, X, of="sparsity", by="magnitude")
+    assert str(caught.value).startswith(USED)
+    net = nn.Sequential(Teacher(1, 8, 3), nn.Conv2d(8, 4, 3))
+    before = net[0].weight.clone()
+    for call in (ps.groups, lambda net, x: ps.shrink_to(net, 0.5, x)):
+        with pytest.raises(ps.InputError, match=r"^model = 'Sequential': a copy of it has"):
+            call(net, X)
+    assert torch.equal(net[0].weight, before) and net[0].weight.requires_grad
+
+
 class Endless(IterableDataset):
     """A data set without a length."""
 
@@ -278,6 +318,8 @@ class Endless(IterableDataset):
     ("change", "line"),
     [
         ({"model": 3}, "model = 'int': a torch module, not a scripted one"),
+        ({"model": scripted()}, "module = '1': a torch module, not a scripted one"),
+        ({"model": Hidden()}, USED),
         ({"method": "gdp"}, "method = 'str': a method such as GDP(target=0.5)"),
         ({"recipe": {"epochs": 1}}, "recipe = 'dict': a Recipe"),
         ({"train": 3}, "train = 'int': batches (x, y) with a length, such as a DataLoader"),

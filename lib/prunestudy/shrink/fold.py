@@ -56,12 +56,22 @@ def copied(model: nn.Module, shared: Iterable[Tensor] = ()) -> nn.Module:
 
     Raises `InputError` for a net that cannot be copied.
     """
+    memo = {id(tensor): tensor for tensor in shared}
+    known = {name: id(t) for name, t in _tensors(model) if id(t) not in memo}
     try:
         with _Detached():
-            return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
+            made = copy.deepcopy(model, memo)
     except Exception as error:  # whatever a net may hold
         line = f"cannot be copied: {first_line(error)}"
         raise InputError(f"model = {type(model).__name__!r}: {line}") from error
+    same = next((name for name, t in _tensors(made) if known.get(name) == id(t)), None)
+    line = f"a copy of it has the same {same!r}, not a copy (`__deepcopy__`)"
+    require(same is None, "model", type(model).__name__, line)
+    return made
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    return chain(model.named_parameters(), model.named_buffers())
 
 
 class _Detached(TorchFunctionMode):
@@ -75,9 +85,12 @@ class _Detached(TorchFunctionMode):
 
 def require_net(model: object) -> None:
     """Raise `InputError` for what is no torch module, or has parameters without values."""
-    right = isinstance(model, nn.Module) and not isinstance(model, torch.jit.ScriptModule)
-    require(right, "model", type(model).__name__, "a torch module, not a scripted one")
-    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+    right, allowed = isinstance(model, nn.Module), "a torch module, not a scripted one"
+    require(right, "model", type(model).__name__, allowed)
+    for name, module in model.named_modules():
+        right = not isinstance(module, torch.jit.ScriptModule)
+        require(right, "module" if name else "model", name or type(model).__name__, allowed)
+    for name, tensor in _tensors(model):
         here = not (is_lazy(tensor) or tensor.is_meta)
         require(here, "model", type(model).__name__, f"{name!r} has no values yet")
 

@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 from tqdm.auto import tqdm
 
 from prunestudy import methods
 from prunestudy.errors import InputError, first_line, require, require_one_of, writable_file
 from prunestudy.measure import Metrics
-from prunestudy.measure.forward import device_of, evaluating
+from prunestudy.measure.forward import device_of, evaluating, inputs_for
 from prunestudy.measure.forward import run as run_on
 from prunestudy.methods.base import Batch, Context, Method, call
 from prunestudy.methods.probes import Probe
@@ -153,6 +154,7 @@ def shrink_to(
     context.generator = torch.Generator(context.device).manual_seed(_seed(seed))
     method.check(net)
     method.attach(net, context)
+    _run_alone(net, model, inputs_for(net, context.example))
     found = {"removed": 0.0, "target_met": 1} | method.report()
     most = f"at most {found['removed']:.4f} can go by this rule"
     require(found["target_met"], "target", target, most)
@@ -224,8 +226,7 @@ def _arguments(model: nn.Module, x: Any) -> Any:
 def _on_device(model: nn.Module, device: torch.device, example: tuple[Tensor, ...]) -> nn.Module:
     """A copy of `model` on `device`, in channels_last, which is faster, where it runs in it."""
     net = copied(model).to(device)
-    with evaluating(net), torch.no_grad():
-        run_on(net, example)
+    _run_alone(net, model, example)
     if any(p.dim() == 4 for p in net.parameters()):
         fast = copied(net).to(memory_format=torch.channels_last)
         try:
@@ -235,6 +236,26 @@ def _on_device(model: nn.Module, device: torch.device, example: tuple[Tensor, ..
             return net
         return fast
     return net
+
+
+def _run_alone(net: nn.Module, model: nn.Module, example: tuple[Tensor, ...]) -> None:
+    """Call `net`; `InputError` if it fails, or uses tensors of `model`, of which it is a copy."""
+    with evaluating(net), torch.no_grad(), _Without(model):
+        run_on(net, example)
+
+
+class _Without(TorchFunctionMode):
+    """Within, an operation on a parameter or buffer of `model` raises `InputError`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.names = {id(t): n for n, t in (*model.named_parameters(), *model.named_buffers())}
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None):
+        name = next((n for t in tree_leaves((args, kwargs)) if (n := self.names.get(id(t)))), None)
+        line = "its copy still uses that of the original (a function made in `__init__`?)"
+        require(name is None, "model", name, line)
+        return func(*args, **(kwargs or {}))
 
 
 def _batches(name: str, given: Any, seed: int, device: torch.device) -> Any:
