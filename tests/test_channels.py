@@ -272,6 +272,27 @@ def test_what_stays_whole_needs_no_proof():
 # --- rankings
 
 
+class Steps(nn.Module):
+    """A convolutional LSTM."""
+
+    def __init__(self):
+        super().__init__()
+        self.gates, self.out = nn.Conv2d(6, 16, 3, padding=1), nn.Linear(4, 3)
+
+    def forward(self, x):
+        h = c = x.new_zeros(len(x), 4, 8, 8)
+        for each in x.unbind(1):
+            i, f, o, g = self.gates(torch.cat([each, h], 1)).chunk(4, 1)
+            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+            h = o.sigmoid() * c.tanh()
+        return self.out(h.mean((2, 3)))
+
+
+def test_a_net_that_cannot_be_ranked_is_refused():
+    line = "model = 'Steps': its channels cannot be ranked; use the method random"
+    refused(lambda: ps.shrink_to(Steps(), 0.1, torch.randn(2, 3, 2, 8, 8)), line)
+
+
 def two_layers():
     net = nn.Sequential(nn.Flatten(), nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
     net[1].weight.data = torch.tensor([[1.0, -2.0], [0.5, 0.0], [3.0, 1.0]])

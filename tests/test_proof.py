@@ -115,6 +115,15 @@ def after_a(middle, channels=8, last=None, first=None):
     return net(lambda n, x: n.c(middle(n.a(x))), **layers)
 
 
+def zeroed(some):
+    def zero(x):
+        x = x.clone()
+        x[:, some] = 0
+        return x
+
+    return zero
+
+
 def tied():
     made = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 16), nn.Linear(16, 8))
     made[3].weight = made[0].weight
@@ -134,6 +143,26 @@ def joined(c, d, halves):
 HALF = {"c": conv(4, 3), "d": conv(4, 3), "a": conv(1, 8, 3)}
 # Nets that must come out exact: the net, its inputs, the groups that it has.
 EXACT = {
+    "in place, on views": (
+        net(
+            lambda n, x: n.d(n.b(n.c(x)[0].relu_()).relu_()),
+            c=nn.LSTM(8, 5),
+            b=nn.Linear(5, 4),
+            d=nn.Linear(4, 3),
+        ),
+        TOKENS,
+        "b",
+    ),
+    "a parameter of no numbers": (
+        net(
+            lambda n, x: n.c(n.a(x)),
+            a=nn.Linear(16, 6),
+            c=nn.Linear(6, 3),
+            none=nn.ParameterList([torch.zeros(0, 4)]),
+        ),
+        ROW,
+        "a",
+    ),
     "an MLP on 16 numbers": (
         lambda: nn.Sequential(nn.Linear(16, 9), nn.ReLU(), nn.Linear(9, 3)),
         ROW,
@@ -369,6 +398,8 @@ REFUSED = {
         IMAGE,
         "the net itself",
     ),
+    "the first two at zero": (after_a(zeroed(slice(2))), IMAGE, "c"),
+    "the last two at zero": (after_a(zeroed(slice(-2, None))), IMAGE, "c"),
     "flipped": (after_a(lambda x: x.flip(1)), IMAGE, "c"),
     "rolled": (after_a(lambda x: x.roll(1, 1)), IMAGE, "c"),
     "cumulated": (after_a(Only(lambda x: x.cumsum(1))), IMAGE, "m"),

@@ -244,21 +244,21 @@ def importance(channels: Channels, net: nn.Module, measure: Any) -> Tensor:
             net, example, forward_fn=outputs_of, verbose=False
         )
     roots, slices = [group.having(PRODUCES)[0] for group in channels.groups], []
-    for root in roots:
-        layer = net.get_submodule(root.layer)
-        cut = graph.get_pruner_of_module(layer).prune_out_channels
-        slices.append(graph.get_pruning_group(layer, cut, list(range(root.size))))
     try:
-        scores = [measure(each).cpu() for each in slices]
-    except IndexError:  # it takes some convolutions of several groups for dense ones
-        for module in net.modules():
-            if getattr(module, "groups", 1) > 1 and not is_depthwise(module):
-                _make_dense(module)
+        for root in roots:
+            layer = net.get_submodule(root.layer)
+            cut = graph.get_pruner_of_module(layer).prune_out_channels
+            slices.append(graph.get_pruning_group(layer, cut, list(range(root.size))))
         try:
             scores = [measure(each).cpu() for each in slices]
-        except IndexError as error:  # it is wrong about the net's channels
-            name, why = type(net).__name__, "its channels cannot be ranked; use the method random"
-            raise InputError(f"model = {name!r}: {why}") from error
+        except IndexError:  # it takes some convolutions of several groups for dense ones
+            for module in net.modules():
+                if getattr(module, "groups", 1) > 1 and not is_depthwise(module):
+                    _make_dense(module)
+            scores = [measure(each).cpu() for each in slices]
+    except (IndexError, ValueError) as error:  # it is wrong about the net's channels
+        name, why = type(net).__name__, "its channels cannot be ranked; use the method random"
+        raise InputError(f"model = {name!r}: {why}") from error
     found = zip(scores, roots, strict=True)
     return torch.cat([score[torch.tensor(root.indices)].mean(1) for score, root in found])
 

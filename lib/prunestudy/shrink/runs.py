@@ -171,7 +171,7 @@ def fresh(net: nn.Module, seed: int = 0) -> nn.Module:
         elif last == "running_var" or (own and tensor.dim() < 2):
             tensor.data.copy_(0.5 + values.abs())
         elif own:
-            tensor.data.copy_(values * math.sqrt(2 / max(tensor[0].numel(), 1)))
+            tensor.data.copy_(values * math.sqrt(2 / max(tensor.shape[1:].numel(), 1)))
     return net
 
 
@@ -224,7 +224,11 @@ def one_node_each(net: nn.Module, copies: Collection[nn.Module]) -> Iterator[set
             def call(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
                 given = iter(tensors)
                 inner, named = tree_map_only(Tensor, lambda _: next(given), (args, kwargs))
-                result.append(before(*inner, **named))
+                made = before(*inner, **named)
+                # A view could not be worked on in place behind the node.
+                result.append(
+                    tree_map_only(Tensor, lambda t: t.clone() if t._is_view() else t, made)
+                )
                 return tuple(tensors_of(result[0]))
 
             made = iter(_Node.apply(call, anchor, *tensors_of((args, kwargs))))
