@@ -231,6 +231,18 @@ def test_only_nets_are_folded():
         ps.fold(3)
 
 
+@pytest.mark.parametrize("kind", [torch.int32, torch.bool])
+def test_labels_are_whole_numbers_of_any_kind(kind):
+    x, y = torch.randn(4, 1, 8, 8), torch.tensor([0, 1, 1, 0])
+    recipe, found = ps.Recipe(epochs=1, lr=0.1), []
+    for labels in (y, y.to(kind)):
+        torch.manual_seed(0)
+        method, batches = ps.Magnitude(target=0.5), [(x, labels)]
+        result = ps.prune(MyNet(), method, batches, recipe, validation=batches)
+        found.append([result.history[-1][n] for n in ("train_loss", "validation_top1")])
+    assert found[0] == found[1]
+
+
 def test_a_target_out_of_reach_is_said_in_the_report():
     result = ps.prune(MyNet(), ps.GroupL2(target=0.999), loader(), ps.Recipe(epochs=0, lr=0.1))
     removed = 1 - measure.macs(result.model, X) / measure.macs(MyNet(), X)
@@ -338,6 +350,8 @@ class Endless(IterableDataset):
         ({"train": DataLoader(Endless(), 4)}, "train = 'DataLoader': batches (x, y) with a length"),
         ({"train": [({"y": torch.zeros(2, 1, 8, 8)}, 0)]}, "train = ['y']: not what forward takes"),
         ({"train": [(torch.zeros(2, 1, 8, 8), torch.zeros(2))]}, "y = (2,): the shape of the"),
+        ({"train": [(PAIR[0].byte(), PAIR[1])]}, "train = [(2, 1, 8, 8)]: MyNet does not take it"),
+        ({"train": [(PAIR[0], [0, 1])]}, "y = 'list': a tensor; of others, give the loss"),
         ({"example": torch.zeros(2, 3)}, "example = [(2, 3)]: MyNet does not take it"),
         (
             {"train": [(PAIR[0][:, :, :2], PAIR[1])], "example": torch.zeros(2, 1, 8, 8)},

@@ -696,6 +696,18 @@ def test_outputs_that_are_not_finite_do_not_hide_others(value, close, odd):
     assert _is_close(torch.tensor([5.0, odd]), torch.tensor([value, odd])) is close
 
 
+class Sum(nn.Module):
+    def forward(self, x, *more):
+        return x + sum(more)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_any_number_of_inputs_is_exported(count, tmp_path):
+    example = drawn(count, 2, 3).unbind()
+    shrink.export(Sum(), tmp_path / "net.onnx", example)
+    assert torch.allclose(shrink.OnnxNet(tmp_path / "net.onnx")(*example), sum(example))
+
+
 def test_what_is_no_onnx_file_is_refused(tmp_path):
     (tmp_path / "net.onnx").write_bytes(b"no net")
     for path in (tmp_path / "net.onnx", tmp_path / "none.onnx"):

@@ -42,6 +42,17 @@ class NoGrad(nn.Module):
             return self.conv(x)
 
 
+class Unread(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = conv(1, 8, 3), conv(8, 4)
+
+    def forward(self, x):
+        x = self.a(x)
+        self.b(x)
+        return x
+
+
 class Buffered(nn.Module):
     def __init__(self, channels):
         super().__init__()
@@ -400,6 +411,7 @@ REFUSED = {
     ),
     "the first two at zero": (after_a(zeroed(slice(2))), IMAGE, "c"),
     "the last two at zero": (after_a(zeroed(slice(-2, None))), IMAGE, "c"),
+    "an output that nothing reads": (after_a(Only(lambda x: x), first=Unread()), IMAGE, "a.b"),
     "flipped": (after_a(lambda x: x.flip(1)), IMAGE, "c"),
     "rolled": (after_a(lambda x: x.roll(1, 1)), IMAGE, "c"),
     "cumulated": (after_a(Only(lambda x: x.cumsum(1))), IMAGE, "m"),
@@ -535,6 +547,7 @@ def test_what_cannot_be_pruned_is_named(name):
     with pytest.raises(InputError) as caught:
         shrink.groups(model, example)
     assert re.match(f"module = '({module})': ", one_line(caught)), one_line(caught)
+    assert "nothing reads" not in name or "the output does not depend on it" in one_line(caught)
 
 
 @pytest.mark.parametrize(

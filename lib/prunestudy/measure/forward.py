@@ -35,8 +35,11 @@ def inputs_for(model: nn.Module, example: Example, first: bool = False) -> tuple
     return tuple(to(x, dtype=dtype if x.is_floating_point() else None) for x in given)
 
 
-def run(model: nn.Module, args: tuple[Tensor, ...]) -> None:
-    """Call `model`; raises `InputError`, with the reason, where it does not take such inputs."""
+def run(model: nn.Module, args: tuple[Tensor, ...], given: str = "example") -> None:
+    """Call `model`; raises `InputError`, with the reason, where it does not take such inputs.
+
+    It names the parameter `given`.
+    """
     try:
         model(*args)
     except InputError:
@@ -44,7 +47,7 @@ def run(model: nn.Module, args: tuple[Tensor, ...]) -> None:
     except Exception as error:  # a net may raise anything
         shown, line = [tuple(x.shape) for x in args], first_line(error)
         name = type(model).__name__
-        raise InputError(f"example = {shown}: {name} does not take it: {line}") from error
+        raise InputError(f"{given} = {shown}: {name} does not take it: {line}") from error
 
 
 def interleave(

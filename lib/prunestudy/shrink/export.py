@@ -1,5 +1,6 @@
 """Finished nets as ONNX files, and such files as nets again: what a deployment would run."""
 
+import inspect
 import io
 import warnings
 from contextlib import redirect_stderr, redirect_stdout
@@ -45,7 +46,11 @@ def export(net: nn.Module, path: str | Path, example: Tensor | tuple[Tensor, ...
 
 
 def _onnx(plain: nn.Module, given: tuple[Tensor, ...]) -> Any:
-    batch = torch.export.Dim("batch")
+    shapes = tuple({0: torch.export.Dim("batch")} for _ in given)
+    parameters = enumerate(inspect.signature(plain.forward).parameters.values())
+    first = next((i for i, p in parameters if p.kind is p.VAR_POSITIONAL), len(given))
+    if first < len(given):  # forward(x, *more): for torch these are one
+        shapes = (*shapes[:first], shapes[first:])
     said = io.StringIO()  # the exporter prints to both streams, and warns
     with warnings.catch_warnings(action="ignore"), redirect_stdout(said), redirect_stderr(said):
         program = torch.onnx.export(
@@ -54,7 +59,7 @@ def _onnx(plain: nn.Module, given: tuple[Tensor, ...]) -> Any:
             dynamo=True,
             verbose=False,
             input_names=_names("input", len(given)),
-            dynamic_shapes=tuple({0: batch} for _ in given),
+            dynamic_shapes=shapes,
         )
     graph = program.model.graph
     if any(isinstance(value.shape[0], int) for value in graph.inputs):

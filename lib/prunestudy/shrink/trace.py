@@ -154,9 +154,10 @@ def _require_all(net: nn.Module, graph: Any, watch: Watch, outputs: list[Tensor]
     for name, module in net.named_modules():
         lost = isinstance(module, (*LAYERS, *FOLLOWERS)) and module not in graph.module2node
         ran = name in watch.order
-        why = "no gradient passes through it" if ran else "the output does not depend on it"
-        culprit = called((watch.cut or name) if ran else name)
-        require(not lost or module in inner, "module", culprit, f"cannot be traced: {why}")
+        culprit, why = name, "the output does not depend on it" + ", or without a gradient" * ran
+        if ran and watch.cut is not None:
+            culprit, why = watch.cut, "no gradient passes through it"
+        require(not lost or module in inner, "module", called(culprit), f"cannot be traced: {why}")
 
 
 def _parameters_of(outputs: list[Tensor]) -> set[int]:

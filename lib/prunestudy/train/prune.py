@@ -69,8 +69,9 @@ def pruning(
     set_arithmetic(precision == "tf32")
     use_own_stream(device)
     x, y = _two(train)[1]
+    source = "train" if example is None else "example"
     example = moved(inputs(_arguments(model, x) if example is None else example), device)
-    net = _on_device(model, device, example)
+    net = _on_device(model, device, example, source)
     loss = checked_loss(loss, net, x, y)
     metric = metric or (metrics.values if metrics else default_metric(net, x, y))
     score = Score(loss, metric, validation)
@@ -154,7 +155,7 @@ def shrink_to(
     context.generator = torch.Generator(context.device).manual_seed(_seed(seed))
     method.check(net)
     method.attach(net, context)
-    _run_alone(net, model, inputs_for(net, context.example))
+    _run_alone(net, model, inputs_for(net, context.example), "example")
     found = {"removed": 0.0, "target_met": 1} | method.report()
     most = f"at most {found['removed']:.4f} can go by this rule"
     require(found["target_met"], "target", target, most)
@@ -223,10 +224,12 @@ def _arguments(model: nn.Module, x: Any) -> Any:
     return bound.args
 
 
-def _on_device(model: nn.Module, device: torch.device, example: tuple[Tensor, ...]) -> nn.Module:
+def _on_device(
+    model: nn.Module, device: torch.device, example: tuple[Tensor, ...], source: str
+) -> nn.Module:
     """A copy of `model` on `device`, in channels_last, which is faster, where it runs in it."""
     net = copied(model).to(device)
-    _run_alone(net, model, example)
+    _run_alone(net, model, example, source)
     if any(p.dim() == 4 for p in net.parameters()):
         fast = copied(net).to(memory_format=torch.channels_last)
         try:
@@ -238,10 +241,10 @@ def _on_device(model: nn.Module, device: torch.device, example: tuple[Tensor, ..
     return net
 
 
-def _run_alone(net: nn.Module, model: nn.Module, example: tuple[Tensor, ...]) -> None:
-    """Call `net`; `InputError` if it fails, or uses tensors of `model`, of which it is a copy."""
+def _run_alone(net: nn.Module, model: nn.Module, x: tuple[Tensor, ...], source: str) -> None:
+    """Call `net`, a copy of `model`; `InputError` if it fails or uses tensors of `model`."""
     with evaluating(net), torch.no_grad(), _Without(model):
-        run_on(net, example)
+        run_on(net, x, source)
 
 
 class _Without(TorchFunctionMode):

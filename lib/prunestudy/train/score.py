@@ -116,9 +116,14 @@ def _shapes(x: Any) -> Any:
 
 def _squared(output: Tensor, y: Any) -> Tensor:
     """Mean squared error, of equal shapes only: torch would repeat the smaller."""
+    require(isinstance(y, Tensor), "y", type(y).__name__, "a tensor; of others, give the loss")
     shapes = tuple(output.shape), tuple(y.shape)
     require(shapes[0] == shapes[1], "y", shapes[1], f"the shape of the output, {shapes[0]}")
     return F.mse_loss(output, y)
+
+
+def _cross_entropy(output: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(output, y.long())
 
 
 def _are_labels(y: Any) -> bool:
@@ -127,7 +132,7 @@ def _are_labels(y: Any) -> bool:
 
 def checked_loss(loss: Any, net: nn.Module, x: Any, y: Any) -> Callable[[Any, Any, Any], Tensor]:
     """The loss as a function of (output, x, y), tried on a few samples."""
-    loss = loss or (F.cross_entropy if _are_labels(y) else _squared)
+    loss = loss or (_cross_entropy if _are_labels(y) else _squared)
     name, allowed = _name(loss), "a function of (output, y) or (output, x, y)"
     require(callable(loss), "loss", name, allowed)
     try:
