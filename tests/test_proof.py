@@ -164,6 +164,38 @@ EXACT = {
         TOKENS,
         "b",
     ),
+    "flat, then joined": (
+        net(
+            lambda n, x: n.c(torch.cat([n.p(n.a(x)).flatten(1).relu(), n.b(x.flatten(1))], -1)),
+            a=conv(1, 4, 3),
+            b=nn.Linear(64, 5),
+            c=nn.Linear(21, 3),
+            p=nn.AdaptiveMaxPool2d(2),
+        ),
+        IMAGE,
+        "a b",
+    ),
+    "joined, then flat": (
+        net(
+            lambda n, x: n.c(torch.cat([n.a(x), n.b(x), n.a(x)], 1).flatten(1)),
+            a=conv(1, 4, 3),
+            b=conv(1, 5, 3),
+            c=nn.Linear(13 * 36, 3),
+        ),
+        IMAGE,
+        "a b",
+    ),
+    "pooled at two scales": (
+        net(
+            lambda n, x: n.c(torch.cat([p(n.a(x)).flatten(1) for p in (n.one, n.two)], 1)),
+            a=conv(1, 4, 3),
+            c=nn.Linear(20, 3),
+            one=nn.AdaptiveAvgPool2d(1),
+            two=nn.AdaptiveMaxPool2d(2),
+        ),
+        IMAGE,
+        "a",
+    ),
     "a parameter of no numbers": (
         net(
             lambda n, x: n.c(n.a(x)),

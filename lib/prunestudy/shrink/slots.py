@@ -13,7 +13,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import nn
 from torch_pruning import ops
 from torch_pruning._helpers import _HybridIndex
-from torch_pruning.dependency import index_mapping
+from torch_pruning.dependency import index_mapping, shape_infer
 
 from prunestudy.shrink.layers import channels_of, is_depthwise, is_follower
 
@@ -29,18 +29,43 @@ class Graph(torch_pruning.DependencyGraph):
         """Build it as torch-pruning does, but for reshapes."""
         super().build_dependency(*arguments, **options)
         self.done = True
-        for node in self.module2node.values():
-            if isinstance(node.module, ops._ReshapeOp):
-                _map_reshape(self, node)
+        for kind, say in ((ops._ConcatOp, _map_parts), (ops._ReshapeOp, _map_reshape)):
+            for node in self.module2node.values():
+                if isinstance(node.module, kind):
+                    say(self, node)
         return self
+
+
+def _map_parts(_: Any, node: Any) -> None:
+    """Say where the parts of a concatenation lie: autograd knows their sizes, also of flat ones."""
+    ends = [(f, i) for f, i in node.grad_fn.next_functions if f is not None]
+    shapes = [f._input_metadata[i].shape for f, i in ends]
+    along = node.grad_fn._saved_dim  # without a sign
+    if along in (1, 2**64 + 1 - len(shapes[0])) and len(shapes) == len(node.inputs):
+        place, said = 0, set()
+        for before, shape in zip(node.inputs, shapes, strict=True):
+            part, place = (place, place + int(shape[1])), place + int(shape[1])
+            for edges, end in ((node.dependencies, before), (before.dependencies, node)):
+                edge = next(e for e in edges if e.target is end and id(e) not in said)
+                edge.index_mapping[1] = index_mapping._ConcatIndexMapping(part, end is before)
+                said.add(id(edge))
 
 
 def _map_reshape(graph: Any, node: Any) -> None:
     """Say which channels a reshape makes of which, for inputs of any rank."""
-    with suppress(ArithmeticError):  # of sizes it does not understand; the proof will find out
-        index_mapping.update_reshape_index_mapping(graph, node)
-    size = tuple(getattr(node.grad_fn, "_saved_self_sym_sizes", ()))
+    width, channels = node.grad_fn._input_metadata[0].shape[1:], None
     back = [edge for before in node.inputs for edge in before.dependencies if edge.target is node]
+    to = [edge for edge in node.dependencies if edge.target in node.inputs]
+    if len(width) == 1 and node.inputs:
+        channels = shape_infer.infer_out_channels_recursively(graph, node.inputs[0], [0])
+    if channels and width[0] % channels == 0:
+        for edge in (*to, *back):
+            flat = index_mapping._FlattenIndexMapping(width[0] // channels, edge in to)
+            edge.index_mapping[0] = flat
+    else:
+        with suppress(ArithmeticError):  # of sizes it does not understand; the proof will find out
+            index_mapping.update_reshape_index_mapping(graph, node)
+    size = tuple(getattr(node.grad_fn, "_saved_self_sym_sizes", ()))
     for edge in (*node.dependencies, *back):
         flat = edge.index_mapping[0]
         if len(size) > 2 and isinstance(flat, index_mapping._FlattenIndexMapping):
