@@ -288,8 +288,8 @@ class Steps(nn.Module):
         return self.out(h.mean((2, 3)))
 
 
-def test_a_net_that_cannot_be_ranked_is_refused():
-    line = "model = 'Steps': its channels cannot be ranked; use the method random"
+def test_a_convolution_of_inputs_and_its_own_state_is_refused():
+    line = "module = 'gates': cannot be pruned: it does not work on fewer channels of 'gates'"
     refused(lambda: ps.shrink_to(Steps(), 0.1, torch.randn(2, 3, 2, 8, 8)), line)
 
 

@@ -46,7 +46,7 @@ methods/magnitude_attention.py test_magnitude_attention.py test_while_exploring
 methods/gdp.py test_gdp.py test_gate_and_its_slope_by_hand
     square = t.square() => square = t
 methods/gdp.py test_gdp.py test_soft_threshold_by_hand
-    t.abs() - self.steering => t.abs() + self.steering
+    t.abs() - threshold => t.abs() + threshold
 methods/gdp.py test_gdp.py test_paces
     falls = self.gate_lr * self.rate => falls = self.gate_lr
 methods/gdp.py test_gdp.py test_at_the_floor_of_eps_what_is_missing_is_closed

@@ -200,7 +200,7 @@ def test_every_claim_of_every_paper(store, three_cards):
     assert overview.claims(judged).verdict[0] == few
     assert overview.claims(judged).claim[0] == said
     (shown,) = study.verdicts().to_dict("records")
-    assert (shown["test"], shown["mean, over seeds"]) == ("description", "+0.2000")
+    assert (shown["test"], shown["mean, over seeds"]) == ("description", "+20.00 points")
 
 
 def test_what_each_class_pays(store, card_file, monkeypatch):
@@ -321,12 +321,11 @@ def test_the_picture_is_one_of_claims(three_cards):
     squares = [(c.get_offsets().tolist(), len(c.get_facecolors())) for c in axes.collections[:4]]
     assert squares == [([[0, 1], [1, 1]], 2), ([[0, 2]], 1), ([[0, 4]], 1), ([[0, 5]], 1)]
     texts = [(text.get_text(), *text.get_position()) for text in axes.texts]
-    assert texts[:3] == [("A toy", 0, 0), ("It is better.", 2, 1), ("It is same.", 1, 2)]
-    assert texts[3:] == [("Other", 0, 3), ("It is algebra.", 1, 4), ("It is few.", 1, 5)]
+    assert texts[:3] == [("A toy", 0, 0), ("It is better.", 2, 1), ("It is same.", 2, 2)]
+    assert texts[3:] == [("Other", 0, 3), ("It is algebra.", 2, 4), ("It is few.", 2, 5)]
     told = [text.get_text() for text in axes.figure.legends[0].get_texts()]
     words = ["confirmed", "undecided", "contradicted", "by construction", "not tested"]
-    kinds = ["net"] * 3 + ["claim"] * 2
-    assert told == [f"{word}: 1 {kind}" for word, kind in zip(words, kinds, strict=True)]
+    assert told == [f"{word}: 1" for word in words]
     dark = [to_hex(c.get_facecolors()[0]) for c in axes.collections[:4]]
     assert dark == ["#029e73", "#d55e00", "#7fb3d5", "#ececec"]
 

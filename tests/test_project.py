@@ -172,7 +172,8 @@ def test_what_a_user_sets_for_make_is_one_word(tmp_path):
     (tmp_path / "prunestudy").chmod(0o755)
     (tmp_path / ".venv").mkdir()
     env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "JOBS": "'; touch OWNED; '"}
-    words = ["make", "-f", ROOT / "Makefile", "-o", ".venv/ready", "study"]
+    env.pop("MAKEFLAGS", None)  # of `make test`
+    words = ["make", "--no-print-directory", "-f", ROOT / "Makefile", "-o", ".venv/ready", "study"]
     words += ["PROFILE=x'; touch OWNED; echo 'y", "PAPER=gdp *", 'RESULTS="; touch OWNED; "']
     options = {"capture_output": True, "text": True, "cwd": tmp_path, "env": env}
     said = subprocess.run(words, check=True, **options).stdout.splitlines()

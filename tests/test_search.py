@@ -286,7 +286,6 @@ def test_the_best_of_the_committed_searches_are_those_of_the_lines(found):
         assert (grid.best.mean, grid.best.settings.recipe.lr) == (pytest.approx(top), min(tops))
 
 
-@pytest.mark.xfail(strict=True, reason="the results are run anew with the settings of the search")
 def test_the_cards_have_the_best_settings(found):
     assert all(grid.complete for grid in found)
     assert [grid.label for grid in found if grid.differences] == []

@@ -44,7 +44,7 @@ def _planned(a: Namespace) -> list[Planned]:
 def _require_unused(a: Namespace, why: str, *names: str) -> None:
     for name in names:
         value = getattr(a, name)
-        require(value == ARGUMENTS[f"--{name}"]["default"], name, value, why)
+        require(value == ARGUMENTS[f"--{name}"].get("default", False), name, value, why)
 
 
 def _choose(begins: str, names: Iterable[str], store: Store) -> str:

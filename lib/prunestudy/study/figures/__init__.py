@@ -231,6 +231,9 @@ def variants(summary: pd.DataFrame, method: str) -> Figure:
     axes.axvline(0, color="black", ls="--", lw=1)
     if max(-low.min(), high.max()) > 1:
         axes.set_xscale("symlog", linthresh=1)
+        least, most = axes.get_xlim()
+        ticks = (sign * size for size in (0, 0.5, 1, 2, 5, 10, 20, 50) for sign in (-1, 1))
+        axes.set_xticks(sorted({tick for tick in ticks if least <= tick <= most}))
         axes.xaxis.set_major_formatter("{x:g}")
     words = "points" if unit == "%" else "dB"
     axes.set(xlabel=f"{_NAMES[unit]} minus dense, {words} (mean and 95% interval)")

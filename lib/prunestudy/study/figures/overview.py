@@ -145,6 +145,8 @@ def verdicts(rows: pd.DataFrame) -> Figure:
     rows_of = len(papers) + sum(1 + 0.6 * text.count("\n") for text in texts.values())
     figure, (axes,) = look.canvas(size=(8.6, 0.24 * rows_of + 1))
     counts, y = dict.fromkeys(_VERDICTS, 0), 0
+    tested = known[known.verdict.isin(OUTCOMES)].groupby(["paper", "claim"]).size()
+    most = max((*tested, 1))
     for (name, key), claim in claims:
         if name in papers:  # its first claim
             axes.text(0, y, card(name).short or card(name).title, weight="bold", va="center")
@@ -155,14 +157,13 @@ def verdicts(rows: pd.DataFrame) -> Figure:
         more = 0.6 * texts[name, key].count("\n")  # lines above the first
         y += more / 2
         axes.scatter(range(len(shown)), [y] * len(shown), s=90, c=colours, marker="s")
-        axes.text(len(shown), y, texts[name, key], va="center", fontsize=8)
+        axes.text(most, y, texts[name, key], va="center", fontsize=8)
         counts = counts | {each: counts[each] + shown.count(each) for each in shown}
         y += 1 + more / 2
     axes.set(xlim=(-0.5, 30), ylim=(y, -1))
     axes.axis("off")
     for name in filter(counts.get, counts):
-        kind = "net" if name in OUTCOMES else "claim"
-        label = f"{name}: {counts[name]} {kind}{'s' * (counts[name] > 1)}"
+        label = f"{name}: {counts[name]}"
         axes.scatter([], [], s=80, c=_VERDICTS[name], marker="s", label=label)
     figure.suptitle(
         f"{len(claims)} claims; a square per net with a verdict, one where there is none"
