@@ -140,12 +140,12 @@ def in_all(found: dict[str, pd.DataFrame]) -> str:
             where = ", ".join(net(*pair) for pair in zip(of.model, of.dataset, strict=True))
             worst[word].append(f"{name}, *{claim_id.replace('_', ' ')}*, on {where}{sizes(of)}")
     several = rows.groupby(["paper", "claim"]).ngroups
-    against = f" ({'; '.join(worst['contradicted'])})" if worst["contradicted"] else ""
+    which = f" ({'; '.join(worst['contradicted'])})" if worst["contradicted"] else ""
     return (
         f"Each row has the claim that its paper is best known for. Of the papers' {several} "
         f"claims, {sum(map(len, worst.values()))} have a verdict. Confirmed on every net that they "
         f"were tested on: {len(worst['confirmed'])}. Contradicted on at least one: "
-        f"{len(worst['contradicted'])}{against}. Undecided on at least one, contradicted on none: "
+        f"{len(worst['contradicted'])}{which}. Undecided on at least one, contradicted on none: "
         f"{len(worst['undecided'])}."
     )
 

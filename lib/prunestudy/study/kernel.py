@@ -70,9 +70,8 @@ def _serve(connection_file: str, parent: int) -> None:
 
 def run_cells(notebook: Any) -> None:
     """Execute `notebook` in place; `InputError` where a cell fails or the kernel dies."""
-    near = (
-        "/tmp" if len(os.fsencode(tempfile.gettempdir())) > 80 else None
-    )  # a socket's path is short
+    long = len(os.fsencode(tempfile.gettempdir())) > 80  # for the path of a socket
+    near = "/tmp" if long else None
     with tempfile.TemporaryDirectory(dir=near) as folder:
         client = NotebookClient(notebook, km=_Kernel(folder))
         try:

@@ -200,9 +200,8 @@ def metric_against_target(
         place = (number.model, number.dataset, number.target_kind, number.metric)
         if place == (model, dataset, kind, metric) and number.kept:
             name = number.method
-            name = (
-                title_of(name).removesuffix(" (ours)") if name in _LOOK else name.replace("_", " ")
-            )
+            name = title_of(name) if name in _LOOK else name.replace("_", " ")
+            name = name.removesuffix(" (ours)")
             star = {"ms": 14, "color": "black", "label": f"{name}, published [{number.mark}]"}
             axes.plot(100 * number.kept, factor * number.value, "*", zorder=5, **star)
     ticks = sorted({round(100 * (1 - target), 3) for target in rows.target})
