@@ -176,12 +176,14 @@ class Method(nn.Module):
     optimisers, `after_step`; every `context.period` steps and at the end of each phase `update`;
     and `finish` last. `after_backward` and `after_step` read no value on the host, so that a step
     can be captured as a CUDA graph. The state is the `state_dict`. `revision` counts changes of a
-    method's numbers. With `from_scratch` the run takes the shape of its parent only.
+    method's numbers, and `unnamed` has the settings that a run's name leaves out where these are
+    no longer the defaults. With `from_scratch` the run takes the shape of its parent only.
     """
 
     name: ClassVar[str] = "dense"
     title: ClassVar[str] = "dense"
     revision: ClassVar[int] = 1
+    unnamed: ClassVar[dict[str, Any]] = {}
     counts: ClassVar[tuple[str, ...]] = ()
     from_scratch: ClassVar[bool] = False
     part: ClassVar[str] = "train"  # the name of the phase, where there is only one

@@ -28,28 +28,30 @@ hold go to g = 1 while the others have fallen to exactly 0: the polarization ([D
 | FLOPs(g) | `Channels.cost` |
 
 Ours ([O], ablated where the card says so):
-- lambda is steered (dual ascent) so that cost(g) falls to the target over `ramp` of the steps. Once
-  the target is met, lambda is 0 and t is frozen: before a batch norm the sum of g dL/dg over a
-  layer is 0, no gate has a resting point, and all would fall ([D]). The step that meets the target
-  closes the smallest gates first, and no more than needed.
-- After the ramp the closed channels alone count for the steering. With `average` above 0, t
-  follows a running mean of its gradients; with `bound` above 0, no gate moves by more than that in
-  one step.
-- `steer` "decided": g' is largest at g = 1/4, and below that no gate can hold itself. As soon as
-  the gates below 1/4 are enough for the target, they alone feel the threshold, the smallest first
-  and no more than needed, and lambda grows until they have closed; the others are free and rise.
+- lambda is steered (dual ascent) so that cost(g) falls to the target over `ramp` of the steps,
+  after it the cost of the open channels. Once enough have closed, lambda is 0 and t is frozen:
+  before a batch norm the sum of g dL/dg over a layer is 0, no gate has a resting point, and all
+  would fall ([D]). The step that meets the target closes the smallest gates first, and no more than
+  needed.
+- g' is largest at g = 1/4, and below that no gate can hold itself. As soon as the gates below 1/4
+  are enough for the target, they alone feel the threshold, the smallest first and no more than
+  needed, and lambda grows until they have closed; the others are free and rise (`steer` "decided").
+- t follows a running mean of its gradients (`average`), and no gate moves by more than `bound` in
+  one step; 0 for neither.
 - Each gate's learning rate is divided by its share c of the dense net (`pace` "equal"), so that
   benefit per cost decides. With one rate for all ("by_share") the expensive channels are gone
   before a cheap one has moved.
 - If the target is not met when eps reaches its floor, the channels nearest to closing go as well
-  (`closed_late`). A frozen gate that would end below 1/2 is lifted (`lifted`).
+  (`closed_late`).
+- An earlier way is kept for comparison: `steer` "closed" leaves all gates under the threshold to
+  the end, and lifts those that would end below 1/2 (`lifted`).
 - One channel stays wherever no skip carries the signal, even if the target is then out of reach.
 
 A gate that reaches 0 between two updates keeps its value, without gradient, until the next.
 """
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -91,21 +93,22 @@ class GDP(Channelled):
 
     `gate_lr`: the learning rate of t; `eps_start`, `eps_end`: eps falls geometrically between them
     over `eps_share` of the steps; `average`: share of the running mean of the gradients that a step
-    keeps; `ramp`, `steer`, `pace`: see above; `groups`: names of the dependency groups to gate,
-    separated by spaces, all if empty; `bound`: the largest move of a gate in one step, 0 for any.
+    keeps; `bound`: the largest move of a gate in one step; `ramp`, `steer`, `pace`: see above;
+    `groups`: names of the dependency groups to gate, separated by spaces, all if empty.
     """
 
     name, title, part = "gdp", "GDP (ours)", "gates"
+    unnamed: ClassVar[dict[str, Any]] = {"average": 0.0, "bound": 0.0, "steer": "closed"}
     gate_lr: Positive = 0.05
     eps_start: Positive = 0.1
     eps_end: Positive = 1e-4
     eps_share: Share = 0.5
-    average: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    average: Annotated[float, Field(ge=0, lt=1)] = 0.9
     ramp: Share = 0.3
-    steer: Literal["closed", "decided"] = "closed"
+    steer: Literal["decided", "closed"] = "decided"
     pace: Literal["equal", "by_share"] = "equal"
     groups: str = ""
-    bound: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    bound: Annotated[float, Field(ge=0, lt=1)] = 0.09
 
     def __init__(self, target: float | None = None, of: str | None = None, **settings: Any) -> None:
         super().__init__(target, of, **settings)
@@ -254,10 +257,11 @@ class GDP(Channelled):
         return self.channels.removed(kept)
 
     def _freeze(self) -> None:
-        """End the thresholds and the gradient; survivors end above one half as eps falls."""
+        """End the thresholds and the gradient; as eps falls, the gates of the survivors rise."""
         t, least = self.gates.t, 3 * math.sqrt(self.eps_end)
-        low = (t != 0) & (t.square() <= self.eps_end)
-        t.copy_(torch.where(low, torch.copysign(torch.full_like(t, least), t), t))
-        self.lifted.fill_(int(low.sum()))
+        if self.steer == "closed":
+            low = (t != 0) & (t.square() <= self.eps_end)
+            t.copy_(torch.where(low, torch.copysign(torch.full_like(t, least), t), t))
+            self.lifted.fill_(int(low.sum()))
         self.frozen.fill_(True)
         t.requires_grad_(False)

@@ -52,13 +52,22 @@ class RunSettings(Values):
     def run(self) -> str:
         """Name of the run: method, model, data set and a hash of all that is not a default."""
         values = self.model_dump(mode="json", exclude_defaults=True, exclude={"parent", "params"})
-        params = methods.params_of(self.method, self.params)
-        values["params"] = params.model_dump(mode="json", exclude_defaults=True)
+        values["params"] = self._named()
         values["parent"] = self.parent.run if self.parent else None
         text = json.dumps(values, sort_keys=True, separators=(",", ":"))
         digest = hashlib.sha256(text.encode()).hexdigest()[:12]
         name = re.sub(r"[^A-Za-z0-9_.-]", "_", f"{self.method}-{self.model}-{self.dataset}")
         return f"{name[:200]}-{digest}"  # it is a folder, whose name may have 255 bytes
+
+    def _named(self) -> dict[str, Any]:
+        """The method's settings but for those that names leave out, which old records lack."""
+        left_out = methods.method_class(self.method).unnamed
+        params = methods.params_of(self.method, left_out | self.params)
+        every = params.model_dump(mode="json")
+        named = params.model_dump(mode="json", exclude_defaults=True) | {
+            n: every[n] for n in left_out
+        }
+        return {n: v for n, v in named.items() if n not in left_out or v != left_out[n]}
 
     def kept(self) -> dict[str, Any]:
         """What a record keeps: all settings, of the parents only those that are no defaults."""
@@ -175,4 +184,5 @@ def dense_macs(model: str, known: datasets.DatasetInfo) -> int:
 def method_of(settings: RunSettings) -> methods.Method:
     """The method of a run, as its settings say."""
     target = (settings.target.value, settings.target.kind) if settings.target else ()
-    return methods.build(settings.method, settings.params, *target)
+    params = methods.method_class(settings.method).unnamed | settings.params
+    return methods.build(settings.method, params, *target)
