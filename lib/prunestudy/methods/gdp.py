@@ -37,7 +37,7 @@ Ours ([O], ablated where the card says so):
   are enough for the target, they alone feel the threshold, the smallest first and no more than
   needed, and lambda grows until they have closed; the others are free and rise (`steer` "decided").
 - t follows a running mean of its gradients (`average`), and no gate moves by more than `bound` in
-  one step; 0 for neither.
+  one step, or 4 / (steps of the ramp) in a short training; 0 for neither.
 - Each gate's learning rate is divided by its share c of the dense net (`pace` "equal"), so that
   benefit per cost decides. With one rate for all ("by_share") the expensive channels are gone
   before a cheap one has moved.
@@ -165,7 +165,7 @@ class GDP(Channelled):
         threshold = torch.where(self.falling, self.steering.strength * falls, 0)
         after = torch.sign(t) * (t.abs() - threshold).clamp(min=0)
         if self.bound:
-            after = self._bounded(after)
+            after = self._bounded(after, max(self.bound, 4 / (self.ramp * at.steps)))
             t.copy_(self.before)
         self.steps_left.copy_(torch.where(self.reached, self.steps_left, t.abs() / falls))
         self.reached.logical_or_((t != 0) & (after == 0))
@@ -226,11 +226,11 @@ class GDP(Channelled):
     def _soft_cost(self) -> float:
         return float(self.channels.cost(self.gates().detach().cpu()))
 
-    def _bounded(self, after: Tensor) -> Tensor:
-        """t (N,) between `before` and `after`, where no gate has moved too far or passed zero."""
+    def _bounded(self, after: Tensor, bound: float) -> Tensor:
+        """t (N,) between `before` and `after`: no gate moves by more or passes zero."""
         eps, g = self.gates.eps, gate(self.before, self.gates.eps)
         wanted = torch.where(after * self.before > 0, gate(after, eps), 0)
-        most = torch.minimum(torch.maximum(wanted, g - self.bound), g + self.bound)
+        most = torch.minimum(torch.maximum(wanted, g - bound), g + bound)
         there = torch.sign(self.before) * (eps * most / (1 - most)).sqrt()
         return torch.where((most == wanted) & (wanted > 0), after, there)
 

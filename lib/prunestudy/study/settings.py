@@ -63,11 +63,9 @@ class RunSettings(Values):
         """The method's settings but for those that names leave out, which old records lack."""
         left_out = methods.method_class(self.method).unnamed
         params = methods.params_of(self.method, left_out | self.params)
-        every = params.model_dump(mode="json")
-        named = params.model_dump(mode="json", exclude_defaults=True) | {
-            n: every[n] for n in left_out
-        }
-        return {n: v for n, v in named.items() if n not in left_out or v != left_out[n]}
+        changed = params.model_dump(mode="json", exclude_defaults=True)
+        every = changed | params.model_dump(mode="json", include=set(left_out))
+        return {n: v for n, v in every.items() if n not in left_out or v != left_out[n]}
 
     def kept(self) -> dict[str, Any]:
         """What a record keeps: all settings, of the parents only those that are no defaults."""
