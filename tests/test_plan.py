@@ -13,7 +13,7 @@ from prunestudy.errors import InputError
 from prunestudy.papers import RunRecipe as Recipe
 from prunestudy.study import settings as settings_module
 from prunestudy.study.plan import plan
-from prunestudy.study.select import SECOND, SEEDS
+from prunestudy.study.select import LATER, SEEDS
 from prunestudy.study.settings import RunSettings, Target, own_settings, resolve
 
 PROFILES = [(c.id, p) for c in papers.cards() for p in c.profiles]
@@ -127,7 +127,7 @@ def test_a_seed_counts_with_all_targets_of_the_seeds_that_verdicts_are_made_on(c
     tenth = first.replace("seeds = 3", "seeds = 3\n    first_seed = 10")
     card_file(tenth + more.replace("first_seed = 10", "first_seed = 20"))
     (second,) = compared(papers.card("toy"), plan("quick"))
-    assert (second.targets, second.planned) == ((0.8, 0.9), SECOND)
+    assert (second.targets, second.planned) == ((0.8, 0.9), LATER[0])
     card_file(first + more.replace("seeds = 8", "seeds = 7"))
     (few,) = compared(papers.card("toy"), plan("quick"))
     assert not few.planned

@@ -13,9 +13,9 @@ from prunestudy.study.settings import Target
 # By label, net and data set, then by target, then by seed and total epochs, which pairs share.
 Index = dict[tuple[str, str, str], dict[Target | None, dict[tuple[int, int], Planned]]]
 Pair = tuple[Planned, ...]  # ours and theirs, or ours alone
-# No search and no run before the rules has used them: verdicts are made on these alone; on the
-# next eight where those before had been run before one of a net's rules, or by an earlier method.
-SEEDS = range(10, 18), range(20, 28), range(30, 38)
+# No search and no run before the rules has used them: verdicts are made on these alone; on later
+# ones where a rule or the method itself is younger than runs on the first.
+SEEDS, LATER = range(10, 18), (range(20, 28), range(30, 38))
 
 
 class Comparison(NamedTuple):
@@ -40,7 +40,7 @@ class Comparison(NamedTuple):
         """Seeds of the verdict, if one is planned: on all of eight, against a chosen opponent."""
         if not self.rule.primary or self.chosen_by == "all":
             return None
-        return next((each for each in SEEDS if set(each) <= self.seeds.keys()), None)
+        return next((each for each in (SEEDS, *LATER) if set(each) <= self.seeds.keys()), None)
 
 
 def index(planned: Iterable[Planned]) -> Index:
@@ -105,7 +105,7 @@ def _units(
                     found.setdefault(epochs, {}).setdefault(seed, {})[share] = pair
     for seeds in found.values():
         # The targets of the seeds that verdicts are made on, where these are planned.
-        judged = [[seed for seed in seeds if seed in block] for block in SEEDS]
+        judged = [[seed for seed in seeds if seed in block] for block in (SEEDS, *LATER)]
         first = max(judged, key=len) or list(seeds)
         targets = tuple(sorted({share for seed in first for share in seeds[seed]}))
         whole = {seed: seeds[seed] for seed in sorted(seeds) if seeds[seed].keys() >= {*targets}}
