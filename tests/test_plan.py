@@ -14,7 +14,7 @@ from prunestudy.papers import RunRecipe as Recipe
 from prunestudy.study import settings as settings_module
 from prunestudy.study.plan import plan
 from prunestudy.study.select import LATER, SEEDS
-from prunestudy.study.settings import RunSettings, Target, own_settings, resolve
+from prunestudy.study.settings import RunSettings, Target, method_of, own_settings, resolve
 
 PROFILES = [(c.id, p) for c in papers.cards() for p in c.profiles]
 
@@ -420,6 +420,25 @@ def test_names_outlive_a_new_setting_with_a_default(monkeypatch):
     assert after.run == before.run
     values["layout"] = "contiguous"
     assert MoreSettings.model_validate_json(json.dumps(values)).run != before.run
+
+
+def test_names_outlive_a_changed_default(monkeypatch):
+    before, method = example(), methods.method_class("gradual_magnitude")
+    first = before.params["ramp"]
+
+    class Changed(method.Settings):
+        ramp: float = first / 2
+
+    monkeypatch.setattr(method, "Settings", Changed)
+    monkeypatch.setattr(method, "unnamed", {"ramp": first})
+    old = before.model_dump(mode="json")
+    for params in (old["params"], {"period": 7}):  # a record may be older than the setting
+        record = RunSettings.model_validate_json(json.dumps(old | {"params": params}))
+        assert (record.run, method_of(record).ramp) == (before.run, first)
+    new = example()
+    assert (new.params["ramp"], new.run != before.run) == (first / 2, True)
+    assert example(params={"period": 7, "ramp": first}).run == before.run
+    assert example(params={"period": 7, "ramp": first / 2}).run == new.run
 
 
 CHANGES = {
