@@ -244,7 +244,7 @@ def test_layers_may_be_left_whole_where_they_cannot_be_pruned(name):
     if name == "network_slimming":
         net.last = nn.Sequential(nn.Conv2d(2, 5, 3), nn.BatchNorm2d(5))
     refused(fit, "cannot be pruned: ", "`leave` can exclude layers from pruning")
-    refused(lambda: fit(leave="u* nope"), "leave = 'nope': patterns of down, ", "up")
+    refused(lambda: fit(leave="u* nope"), "leave = 'nope': no such layer among down, ", "up")
     small = fit(leave="up").model
     assert (small.up.out_channels, small.up.in_channels) == (8, small.down.out_channels)
     assert small.down.out_channels + small.fc.in_features < 6 + 5

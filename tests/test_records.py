@@ -594,7 +594,7 @@ def test_numpy_cannot_read_bfloat16(tmp_path):
 
 def test_a_run_that_is_refused_late_leaves_no_folder(runner, store):
     settings = small_run("gdp", 0.5, p_leave="nope")
-    assert refused(runner.ensure, settings).startswith("leave = 'nope': patterns of ")
+    assert refused(runner.ensure, settings).startswith("leave = 'nope': no such layer among ")
     assert not store.work(settings.run).exists()
 
 

@@ -261,7 +261,7 @@ def _without(groups: list[shrink.Group], leave: Sequence[str]) -> list[shrink.Gr
     names = [{group.name, *(m.layer for m in group.having(PRODUCES))} for group in groups]
     for pattern in leave if groups else ():  # a net without any is refused as such
         known = any(fnmatchcase(name, pattern) for each in names for name in each)
-        allowed = f"patterns of {', '.join(sorted(set().union(*names)))}"
+        allowed = f"no such layer among {', '.join(sorted(set().union(*names)))}"
         require(known, "leave", pattern, allowed)
     named = [any(fnmatchcase(n, p) for n in each for p in leave) for each in names]
     return [group for group, stays in zip(groups, named, strict=True) if not stays]
