@@ -51,6 +51,8 @@ methods/gdp.py test_gdp.py test_paces
     falls = self.gate_lr * self.rate => falls = self.gate_lr
 methods/gdp.py test_gdp.py test_at_the_floor_of_eps_what_is_missing_is_closed
     if late: => if False:
+methods/gdp.py test_gdp.py test_once_gates_below_a_quarter
+    (g < 0.25) => (g < 0.5)
 methods/channels.py test_channels.py test_bilinear_cost_by_hand
     outside = t.factor * (t.fixed_out + t.outside @ g) => outside = t.factor
 methods/channels.py test_channels.py test_closing_stops_at_the_channel
