@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import wraps
 from inspect import get_annotations
-from itertools import chain, count, islice
+from itertools import accumulate, chain, count, islice
 from typing import Any, ClassVar, get_origin, get_type_hints
 
 import torch
@@ -176,8 +176,8 @@ class Method(nn.Module):
     optimisers, `after_step`; every `context.period` steps and at the end of each phase `update`;
     and `finish` last. `after_backward` and `after_step` read no value on the host, so that a step
     can be captured as a CUDA graph. The state is the `state_dict`. `revision` counts changes of a
-    method's numbers, and `unnamed` has the settings that a run's name leaves out where these are
-    no longer the defaults. With `from_scratch` the run takes the shape of its parent only.
+    method's numbers; names of runs leave out the settings `unnamed`, which were defaults once.
+    With `from_scratch` the run takes the shape of its parent only.
     """
 
     name: ClassVar[str] = "dense"
@@ -271,11 +271,8 @@ class Method(nn.Module):
 
 def boundaries(phases: tuple[Phase, ...], total: int) -> list[int]:
     """The last step of each phase, of `total` steps; the last is `total`, whatever the rounding."""
-    ends, share = [], 0.0
-    for phase in phases[:-1]:
-        share += phase.share
-        ends.append(round(total * share))
-    return [*ends, total]
+    shares = accumulate(phase.share for phase in phases[:-1])
+    return [*(round(total * share) for share in shares), total]
 
 
 def scalar(value: float, device: torch.device | str) -> Tensor:
