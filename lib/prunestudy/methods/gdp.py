@@ -258,8 +258,9 @@ class GDP(Channelled):
 
     def _freeze(self) -> None:
         """End the thresholds and the gradient; as eps falls, the gates of the survivors rise."""
-        t, least = self.gates.t, 3 * math.sqrt(self.eps_end)
+        t = self.gates.t
         if self.steer == "closed":
+            least = 3 * math.sqrt(self.eps_end)
             low = (t != 0) & (t.square() <= self.eps_end)
             t.copy_(torch.where(low, torch.copysign(torch.full_like(t, least), t), t))
             self.lifted.fill_(int(low.sum()))
