@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import one_line, small_run
-from IPython.core.pylabtools import retina_figure
+from IPython.core.pylabtools import print_figure
 from matplotlib import pyplot as plt
 from PIL import Image
 
@@ -266,11 +266,12 @@ def test_alternative_text_is_made_of_titles_axes_and_legends():
 def test_figures_in_notebooks_have_a_palette_and_show_the_same():
     figure, axes = plt.subplots()
     axes.imshow(np.linspace(0, 1, 400).reshape(20, 20))
-    plain, _ = retina_figure(figure)
+    plain = print_figure(figure, dpi=1.5 * figure.dpi)
     png, shown = figures.shown(figure)
     assert (shown["alt"], len(png) < 0.6 * len(plain)) == ("", True)
     small, large = (Image.open(io.BytesIO(data)) for data in (png, plain))
     assert (small.mode, small.size) == ("P", large.size)
+    assert small.size == pytest.approx((1.5 * shown["width"], 1.5 * shown["height"]), abs=1)
     pixels = [np.asarray(picture.convert("RGB"), int) for picture in (small, large)]
     assert np.abs(pixels[0] - pixels[1]).mean() < 0.5
     assert (pixels[0][0, 0] == 255).all()
