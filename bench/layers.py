@@ -28,6 +28,7 @@ SIZES = {
 }
 # LeNet's ranks with the L2 force in one trial of ours; AlexNet's were published.
 TRIED = {"LeNet": {"conv1": 6, "conv2": 17}}
+_RANK = {"LeNet": "our trial's", "AlexNet": "its published"}
 
 
 def closed_form(seconds: float) -> Ratio:
@@ -50,7 +51,8 @@ def factors(net: str, name: str, seconds: float) -> str:
     layer = nn.Conv2d(channels, filters, kernel, padding=padding, groups=groups)
     layer.to(memory_format=torch.channels_last)
     nets = {"whole": layer, "factors": shrink.factorise_layer(layer, rank)}
-    parts = [f"at rank {rank} of {filters}"]
+    lower = f" (published: {ranks[name]})" if rank < ranks[name] else ""
+    parts = [f"at rank {rank} of {filters}{lower}"]
     for batch in (1, 128):
         ratio = forward(nets, (batch, channels, side, side), "whole", "factors", seconds / 4)
         parts.append(f"batch {batch}: {ratio}")
@@ -148,7 +150,7 @@ def torch_masks(net: nn.Module) -> Callable[[], None]:
 ROWS: dict[str, Row] = {
     "L2 force of 512 filters: summed over pairs / in closed form": closed_form,
     **{
-        f"{net} {name} at its published rank: whole / two factors": partial(factors, net, name)
+        f"{net} {name} at {_RANK[net]} rank: whole / two factors": partial(factors, net, name)
         for net, layers in SIZES.items()
         for name in layers
     },

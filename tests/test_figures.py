@@ -40,6 +40,7 @@ class Runs:
 
 
 ROW = {"model": "autoencoder", "dataset": "digits", "device": "cpu", "n": 3, "variant": ""}
+FLOORS = {"digits": {"mean image": 12.0}}
 PSNR = ROW | {"target_kind": "parameters", "metric_sd": 0.1, "dense_metric": 20.0}
 
 
@@ -61,7 +62,7 @@ def test_psnr_against_removed_splits_by_fine_tuning():
         psnr("by component", 0.5, 11.0, "uniform"),
         psnr("penalty", 0.5, 1.0),
     ]
-    figure = papers.psnr_against_removed(pd.DataFrame(rows), "autoencoder", "digits")
+    figure = papers.psnr_against_removed(pd.DataFrame(rows), FLOORS, "autoencoder", "digits")
     titles = [axes.get_title().rpartition(", ")[2] for axes in figure.axes]
     assert titles == ["after pruning", "fine-tuned"]
     first, second = (
@@ -73,11 +74,15 @@ def test_psnr_against_removed_splits_by_fine_tuning():
         "uniform share, by component": [[50, 11]],
     }
     assert second == {"soft coefficients": [[70, 19]]}
+    floors = [
+        line for axes in figure.axes for line in axes.lines if line.get_label() == "mean image"
+    ]
+    assert [line.get_ydata() for line in floors] == [[12, 12]] * 2
 
 
 def test_runs_of_two_devices_are_not_drawn_as_one():
     rows = [psnr("", 0.5, 18.0), psnr("", 0.7, 16.0), psnr("", 0.5, 3.0) | {"device": "GPU"}]
-    figure = papers.psnr_against_removed(pd.DataFrame(rows), "autoencoder", "digits")
+    figure = papers.psnr_against_removed(pd.DataFrame(rows), FLOORS, "autoencoder", "digits")
     (line,) = figure.axes[0].containers
     assert line[0].get_xydata().tolist() == [[50, 18], [70, 16]]
 
@@ -85,7 +90,7 @@ def test_runs_of_two_devices_are_not_drawn_as_one():
 def test_a_figure_of_nothing_is_refused_in_one_line():
     rows = pd.DataFrame([psnr("", 0.5, 18.0)])
     for draw in (
-        lambda: papers.psnr_against_removed(rows, "autoencoder", "mnist"),
+        lambda: papers.psnr_against_removed(rows, FLOORS, "autoencoder", "mnist"),
         lambda: figures.metric_against_target(rows, card("gdp"), "mlp", "mnist"),
         lambda: figures.variants(rows, "component_aware"),
     ):

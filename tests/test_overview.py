@@ -368,7 +368,7 @@ def test_the_five_ways_are_drawn_at_the_share_that_each_leaves():
     again = drawings.five_ways({"dense": whole, "gdp": whole}, 1.0, figure)
     assert again is figure
     assert figure.axes[1].get_title() == "GDP: 100%"
-    assert "leaves 100% of the net" in figure.get_suptitle()
+    assert "keeps 100% of the net" in figure.get_suptitle()
 
 
 def test_methods_that_a_profile_has_at_a_target_are_found():

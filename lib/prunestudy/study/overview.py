@@ -62,6 +62,9 @@ def settings_table(runs: pd.DataFrame) -> pd.DataFrame:
     order = list(dict.fromkeys(["dense", *OURS, *rows["method"]]))
     shown = tables.readable(rows)
     gone = (", " + shown["removed"] + " removed").where(shown["removed"] != "", "")
+    lengths = rows.groupby(["dataset", "method"])["epochs"].transform("nunique")
+    long = ", " + rows["epochs"].astype(str) + " epochs"
+    gone = gone.where((rows["method"] != "dense") | (lengths == 1), long)
     rows = rows.assign(
         combined=rows["stage"] == "combined",
         order=rows["method"].map(order.index),

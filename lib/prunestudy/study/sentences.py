@@ -154,7 +154,7 @@ def says(
         place = f" {on} {place}" if place else ""
         if "kind" in where and "target" not in where:
             place += f" at targets on {TARGETS[where['kind']]}"
-        versus = "" if wanting.endswith("beside") else versus
+        versus = "" if wanting.endswith("beside") or isinstance(than, int | float) else versus
         text = f"{wanting} the {of.name if of else 'score'} of {called(method)}{versus}{place}."
     elif len(seen) == 1:
         alone = f" minus that of {other} is" if against else f"{versus} is"
@@ -233,6 +233,7 @@ def _range(seen: list[_Seen]) -> str:
     told = f"{', '.join(counts)}; " * any(ways)
     least, most = (end(seen, key=lambda each: each.mean) for end in (min, max))
     ends = f"from {least.told} ({least.where}), to {most.told} ({most.where})"
+    ends = f"{least.told} in each" if least is most else ends
     return f"in {len(seen)} settings: {told}{ends}"
 
 

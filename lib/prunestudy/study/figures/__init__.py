@@ -157,6 +157,8 @@ def histograms(
             panel.stairs(counts / counted[first][0].sum(), edges, **look)
         panel.set(title=title, xlabel=xlabel, **options)
     axes[0].set_ylabel(ylabel)
+    if axes[0].get_yscale() == "log":  # a range of its own makes equal bars look far apart
+        axes[0].set_ylim(bottom=min(1e-3, axes[0].get_ylim()[0]))
     if len(counted) > 1:
         legend(figure, "outside upper center", columns=len(counted))
     return figure

@@ -24,7 +24,7 @@ _CAPTIONS = {
     "force": "2017: two thin layers,\nfilters pulled together",
     "gdp": "2021: whole channels,\nby gates that polarise",
     "magnitude_attention": "2023: single weights,\nby size, while they train",
-    "component_aware": "2025: whole channels,\nso many of each part",
+    "component_aware": "2025: whole channels,\na share of each part",
 }
 _VERDICTS = {
     "confirmed": "#029e73",
@@ -37,7 +37,7 @@ _VERDICTS = {
 # What is drawn of the costs, and the controls beside the papers' methods: seven series in all.
 _AXES = ("time_b1", "bytes")
 _TICKS = (2, 3, 5, 7, 10, 15, 20, 30, 40, 50, 70, 100)
-_LOST = (-50, -20, -10, -5, -2, -1, -0.5, -0.2, 0, 0.2, 0.5, 1, 2, 5)
+_LOST = (-50, -20, -10, -5, -3, -2, -1, -0.5, -0.2, 0, 0.2, 0.5, 1, 2, 5)
 _CONTROLS = ("gradual_magnitude", "group_l2")
 _AROUND = ((1.8, 0.4), (-1.8, 0.4), (1.8, -0.4), (-1.8, -0.4), (0, 1), (0, -1))
 # Where a point's label may stand, from the nearest on, and the room that one takes; in points.
@@ -67,7 +67,9 @@ def five_ways(
         if matrix.shape != dense.shape:  # two factors
             middle = len(matrix) - len(dense) / 2
             panel.text(middle, middle, "their product", ha="center", va="center", fontsize=8)
-    figure.suptitle(f"One layer; each method leaves {left:.0%} of the net, and of this layer:")
+    figure.suptitle(
+        f"One layer. Each method keeps {left:.0%} of the net; above: what it keeps of this layer"
+    )
     return figure
 
 
@@ -166,7 +168,8 @@ def verdicts(rows: pd.DataFrame) -> Figure:
         label = f"{name}: {counts[name]}"
         axes.scatter([], [], s=80, c=_VERDICTS[name], marker="s", label=label)
     figure.suptitle(
-        f"{len(claims)} claims; a square per net with a verdict, one where there is none"
+        f"{len(claims)} claims, {sum(counts.values())} squares: "
+        "one for each net with a verdict, one where there is none"
     )
     look.legend(figure, "outside lower center", columns=3)
     return figure

@@ -132,9 +132,10 @@ def speed_up(runs: pd.DataFrame) -> Figure:
     figure, (axes,) = look.canvas(size=(7.5, 1.6 + 0.6 * len(means)))
     means.plot.barh(color=["0.25", "0.5", "0.75"], width=0.8, ax=axes, legend=False)
     for bars in axes.containers:
-        axes.bar_label(bars, fmt="{:.2f}x", fontsize=7, padding=2)
+        white = {"facecolor": "white", "edgecolor": "none", "pad": 0.4}
+        axes.bar_label(bars, fmt="{:.2f}x", fontsize=7, padding=3, bbox=white)
     axes.axvline(1, color="black", ls="--", lw=1)
-    axes.margins(x=0.12)
+    axes.margins(x=0.2)
     axes.invert_yaxis()
     axes.set(ylabel="", xlabel="speed-up over the dense net (1: as fast)")
     look.legend(figure)
@@ -243,8 +244,13 @@ def attention_histograms(store: Store, run: str) -> Figure:
     return look.histograms(panels, 4, across, "share of the weights", yscale="log")
 
 
-def psnr_against_removed(summary: pd.DataFrame, model: str, dataset: str) -> Figure:
-    """Mean PSNR and sd over seeds against the share removed; dashed: component by component."""
+def psnr_against_removed(
+    summary: pd.DataFrame, floors: Mapping[str, Mapping[str, float]], model: str, dataset: str
+) -> Figure:
+    """Mean PSNR and sd over seeds against the share removed; dashed: component by component.
+
+    `floors` has what constant images reach (`measure.constant_psnr`) by data set.
+    """
     where = {"model": model, "dataset": dataset, "target_kind": "parameters"}
     rows = look.select(summary, f"{model} on {dataset}", **where)
     parted = rows.reading.str.endswith("by component") & (rows.method == "uniform")
@@ -264,6 +270,7 @@ def psnr_against_removed(summary: pd.DataFrame, model: str, dataset: str) -> Fig
         look.points(panel, part, "removed", "metric", "sd")
         dense = part.dense_metric[part.n.idxmax()]
         panel.axhline(dense, color=look.COLOURS["dense"], ls=":", label="dense")
+        panel.axhline(floors[dataset]["mean image"], color="black", lw=1, label="mean image")
         panel.set(title=f"{look.place_of(rows)}, {stage or 'after pruning'}")
         panel.set(xlabel="parameters removed, %", xticks=100 * part.target.unique())
     axes[0].set_ylabel("test PSNR, dB (mean and sd)")
