@@ -134,6 +134,7 @@ def test_slurm_is_asked_for_where_it_is_not(refused, monkeypatch, plugin, messag
         (["lr=Infinity"], "lr = inf: input should be a finite number"),
         (["epochs="], "epochs = '': input should be a valid integer"),
         (["method=magnitude", "target=[0.5]"], "target = [0.5]: the share of weights"),
+        (["method=magnitude", "target=1e-20"], "target.value = 1e-20: a number from 1e-18"),
         (["method=l1", "target=0.5", "params.ramp=x"], "params.ramp = 'x': "),
     ],
 )
@@ -185,6 +186,14 @@ def test_a_place_for_the_last_runs_name_that_is_none(call, refused, results):
     (results / "custom/latest").unlink()
     (results / "custom/latest").symlink_to("nothing")
     assert "a regular file, or a name" in refused("train", "--set", "epochs=1", "--set", "seed=3")
+
+
+def test_runs_that_cannot_be_read_are_not_taken_for_none(refused, results):
+    (results / "custom").mkdir(parents=True)
+    (results / "custom/runs").write_text("mine")
+    for words in (["status"], ["show", "dense"], ["collect"]):
+        said = refused(*words, "--profile", "custom")
+        assert said == f"file = {results}/custom/runs: Not a directory"
 
 
 def test_a_disk_without_space(call, results, monkeypatch):

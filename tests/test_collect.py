@@ -233,6 +233,7 @@ def test_a_folder_without_records_and_an_unknown_profile_are_refused(stores, tmp
     (tmp_path / "empty").mkdir()
     line = refused("quick", [tmp_path / name], stores[0].folder.parent)
     assert line == f"folder = {str(tmp_path / name)!r}: has neither records.jsonl nor runs/"
+    assert refused("quick", [""]).startswith("folder = '': the path of a file")
     assert refused("quik", results=stores[0].folder.parent).startswith("profile = 'quik': allowed")
     assert not stores[0].folder.exists()
 

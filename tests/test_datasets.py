@@ -3,6 +3,7 @@
 import gzip
 import itertools
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -192,6 +193,9 @@ def test_what_is_damaged_or_missing_is_refused(tmp_path, tiny, damage):
     line = refused("mnist", tmp_path)
     assert line.startswith(f"data = {str(tmp_path)!r}: mnist cannot be read or downloaded (")
     assert damage or "Name or service not known" in line
+    shutil.rmtree(tmp_path / "MNIST")
+    refused("mnist", tmp_path)
+    assert [*tmp_path.iterdir()] == []
     nowhere = tmp_path / "absent"
     assert refused("mnist", nowhere) == f"data = {str(nowhere)!r}: mnist needs this folder"
     assert not nowhere.exists()

@@ -459,6 +459,24 @@ def test_lost_weights_are_trained_again_and_reproduce(runner, store, count, dama
     assert not store.work(parent.run).exists()
 
 
+def test_a_kill_while_a_run_is_put_back_keeps_its_record(runner, store, monkeypatch):
+    first = runner.ensure(small_run())
+    store.weights(small_run().run).unlink()
+
+    def killed(self, target, real=Path.replace):
+        if target.is_relative_to(store.runs):
+            raise KeyboardInterrupt
+        return real(self, target)
+
+    with monkeypatch.context() as patch:
+        for name in ("replace", "rename"):
+            patch.setattr(Path, name, killed)
+        with pytest.raises(KeyboardInterrupt):
+            runner.ensure(small_run(), weights=True)
+    assert store.require(small_run().run) == first
+    assert runner.ensure(small_run(), weights=True) == first
+
+
 def test_damaged_arrays_are_refused_and_come_back(runner, store):
     settings = small_run("magnitude_attention", 0.9)
     first = runner.ensure(settings)

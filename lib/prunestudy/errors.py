@@ -70,7 +70,7 @@ def require_one_of(parameter: str, value: Any, choices: Iterable[str]) -> None:
 
 def path_of(path: Any, parameter: str = "path") -> Path:
     """Return `path` as a `Path`; raise `InputError` for what cannot be the name of a file."""
-    named = isinstance(path, str | Path) and "\0" not in str(path)
+    named = isinstance(path, str | Path) and path != "" and "\0" not in str(path)
     try:
         os.fsencode(path if named else "")
     except UnicodeEncodeError:

@@ -1,5 +1,6 @@
 """Reading data sets, verified by their fingerprints where these are known."""
 
+import contextlib
 import gzip
 import hashlib
 import tempfile
@@ -165,15 +166,21 @@ def _read_files(name: str, root: Path) -> list[tuple[Tensor, Tensor]]:
     """Images and labels of both parts of a set that torchvision reads, and downloads if missing."""
     import torchvision.datasets
 
-    kind, raw = getattr(torchvision.datasets, _TORCHVISION[name]), "FashionMNIST/raw"
+    kind = getattr(torchvision.datasets, _TORCHVISION[name])
+    raw = Path(kind.__name__, "raw")
     with tempfile.TemporaryDirectory() as temporary:
-        if name == "fashion_mnist" and _DEBIAN.is_dir() and not (root / raw).is_dir():
+        if name == "fashion_mnist" and _DEBIAN.is_dir() and not any((root / raw).glob("*")):
             root = Path(temporary)
             (root / raw).mkdir(parents=True)
             for file in _DEBIAN.glob("*.gz"):
                 (root / raw / file.stem).write_bytes(gzip.decompress(file.read_bytes()))
         require(root.is_dir(), "data", str(root), f"{name} needs this folder")
-        parts = [kind(root, train=train, download=True) for train in (True, False)]
+        try:
+            parts = [kind(root, train=train, download=True) for train in (True, False)]
+        finally:
+            with contextlib.suppress(OSError):  # what a failed download leaves empty
+                (root / raw).rmdir()
+                (root / raw.parent).rmdir()
     images = [torch.as_tensor(part.data).contiguous() for part in parts]
     labels = [torch.as_tensor(part.targets) for part in parts]
     return [(x.view(*x.shape[:3], -1), y) for x, y in zip(images, labels, strict=True)]

@@ -7,7 +7,7 @@ from typing import Any
 
 from safetensors.numpy import save
 
-from prunestudy.errors import InputError, require_one_of, written_whole
+from prunestudy.errors import InputError, path_of, require_one_of, written_whole
 from prunestudy.papers import PROFILES
 from prunestudy.study.lines import changed, line_of, read_lines
 from prunestudy.study.plan import plan
@@ -31,7 +31,8 @@ def collect(
     """
     require_one_of("profile", profile, (*PROFILES, "custom"))
     store, drawn = Store(profile, results), drawn_arrays(profile)
-    sources = [_source(profile, Path(folder)) for folder in folders]
+    sources = [_source(profile, path_of(folder, "folder")) for folder in folders]
+    store.here()  # refused before anything is written, if it cannot be read
     with store.lock("collect"):
         news = [(store, name, store.trained(name)) for name in store.here()]
         news += [(source, name, source.at(name)) for source in sources for name in source.places()]

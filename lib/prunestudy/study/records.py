@@ -75,7 +75,11 @@ class Store:
 
     def here(self) -> list[str]:
         """What the runs are filed under that were trained here."""
-        return sorted(path.parent.name for path in self.runs.glob("[!.]*/record.json"))
+        try:
+            names = [path.name for path in self.runs.iterdir()]
+        except FileNotFoundError:
+            return []
+        return sorted(n for n in names if not n.startswith(".") and self._own(n).exists())
 
     def names(self) -> list[str]:
         """Names of the finished runs."""
@@ -226,8 +230,12 @@ class Store:
             (temporary / "arrays.safetensors").write_bytes(data)
             shutil.move(weights, temporary / "weights.safetensors")
             (temporary / "record.json").write_text(line + "\n", encoding="utf-8")
-            shutil.rmtree(folder, ignore_errors=True)
-            temporary.rename(folder)
+            if before:  # file by file: at no moment is there no record
+                for path in temporary.iterdir():
+                    path.replace(folder / path.name)
+            else:
+                shutil.rmtree(folder, ignore_errors=True)
+                temporary.rename(folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 

@@ -163,7 +163,8 @@ def target_of(method: str, value: Any, kind: str | None = None) -> Target | None
     allowed = f"{method} takes {' or '.join(counts) or 'no target'}"
     require(kind is None or kind in counts, "target_kind", kind, allowed)
     made = methods.build(method, {}, value, kind)
-    return None if made.target is None else Target(kind=made.of, value=made.target)
+    found = {"kind": made.of, "value": made.target}
+    return None if made.target is None else checked(Target, found, "target")
 
 
 @functools.lru_cache(maxsize=64)
