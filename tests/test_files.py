@@ -254,9 +254,10 @@ def test_numbers_of_every_type_come_back_as_they_were(dtype, tmp_path):
     net = randomised(Sound(), dtype)
     net.b.weight.data[1:] = 0
     net.a.weight.data[0, 0, 0] = float("nan")
-    net.register_buffer("counts", torch.arange(4, dtype=torch.int16))
     start = Sound()
-    start.register_buffer("counts", torch.zeros(4))
+    for each, make in ((net, torch.ones), (start, torch.zeros)):
+        each.register_buffer("counts", make(4, dtype=torch.int16))
+        each.phase = nn.Parameter(make(2, dtype=torch.complex64))
     loaded = shrink.load(saved(net, tmp_path / "net"), start)
     for name, tensor in net.state_dict().items():
         found = loaded.state_dict()[name]
@@ -430,9 +431,17 @@ def test_modules_of_unknown_classes_must_be_the_same(tmp_path):
 
 
 class Conv(nn.Conv2d):
-    """A convolution with a name, and a note, of its own."""
+    """A convolution with a name, a note, and two numbers per channel of its own."""
 
     note = "kept"
+
+    def __init__(self, *args, **settings):
+        super().__init__(*args, **settings)
+        self.gain = nn.Parameter(torch.rand(self.out_channels, 1, 1))
+        self.register_buffer("start", torch.rand(self.out_channels, 1, 1))
+
+    def forward(self, x):
+        return super().forward(x) * self.gain + self.start
 
 
 class Linear(nn.Linear):
@@ -537,9 +546,11 @@ def test_what_cannot_be_stored_is_refused_and_nothing_is_written(tmp_path):
     net[3].more = nn.Linear(1, 1)
     assert refusal(lambda: shrink.save(net, path)).startswith("module = '3': has the tensors")
     net = Mlp()
-    net.register_buffer("phase", torch.zeros(2, dtype=torch.complex64))
-    line = "phase = 'torch.complex64': only tensors of real numbers can be stored"
-    assert refusal(lambda: shrink.save(net, path)) == line
+    net.register_buffer("phase", torch.zeros(2, dtype=torch.complex128))
+    line = "only dense tensors of real numbers or complex64 are stored"
+    assert refusal(lambda: shrink.save(net, path)) == f"phase = 'torch.complex128': {line}"
+    net.phase = torch.eye(2).to_sparse()
+    assert refusal(lambda: shrink.save(net, path)) == f"phase = 'torch.float32': {line}"
     assert refusal(lambda: shrink.save(Mlp().to("meta"), path)).startswith(
         "0.weight = 'torch.float"
     )
@@ -694,6 +705,17 @@ def test_what_cannot_be_exported_is_refused(net, example, line, tmp_path):
 @pytest.mark.parametrize("odd", [torch.inf, torch.nan])
 def test_outputs_that_are_not_finite_do_not_hide_others(value, close, odd):
     assert _is_close(torch.tensor([5.0, odd]), torch.tensor([value, odd])) is close
+
+
+class Scores(Mlp):
+    def forward(self, x):
+        return super().forward(x).log_softmax(1, dtype=torch.float64)
+
+
+def test_outputs_may_be_of_a_finer_type_than_the_weights(tmp_path):
+    net, x = randomised(Scores()), drawn(4, 16)
+    shrink.export(net, tmp_path / "net.onnx", x)
+    assert torch.allclose(shrink.OnnxNet(tmp_path / "net.onnx")(x), net(x), rtol=1e-3)
 
 
 class Sum(nn.Module):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from prunestudy.errors import InputError, first_line, require, written_whole
-from prunestudy.shrink.fold import fold, require_net
+from prunestudy.shrink.fold import fold, real_parameters, require_net
 from prunestudy.shrink.runs import tensors_of
 from prunestudy.values import inputs
 
@@ -40,7 +40,9 @@ def export(net: nn.Module, path: str | Path, example: Tensor | tuple[Tensor, ...
         except Exception as error:  # of the net, the exporter or the runtime
             line = first_line(error.__cause__ or error)
             raise InputError(f"net = {type(net).__name__!r}: no ONNX of it: {line}") from None
-        equal = len(got) == len(expected) and all(map(_is_close, got, expected))
+        coarse = max((torch.finfo(p.dtype).eps for p in real_parameters(plain)), default=0.0)
+        near = (_is_close(*pair, coarse) for pair in zip(got, expected, strict=True))
+        equal = len(got) == len(expected) and all(near)
         allowed = "no ONNX of it: ONNX Runtime computes other outputs for the example"
         require(equal, "net", type(net).__name__, allowed)
 
@@ -109,10 +111,11 @@ def _names(first: str, count: int) -> list[str]:
     return [first, *(f"{first}_{number}" for number in range(1, count))]
 
 
-def _is_close(got: Tensor, expected: Tensor) -> bool:
+def _is_close(got: Tensor, expected: Tensor, coarse: float = 0.0) -> bool:
+    """Whether they are equal up to rounding in their type, or to `coarse`, the weights' epsilon."""
     if not expected.is_floating_point() or got.shape != expected.shape:
         return torch.equal(got, expected)
-    near = torch.finfo(expected.dtype).eps ** 0.5
+    near = max(torch.finfo(expected.dtype).eps, coarse) ** 0.5
     finite = expected[expected.isfinite()]
     largest = float(finite.abs().max()) if finite.numel() else 0.0
     return torch.allclose(got, expected, rtol=near, atol=near * largest, equal_nan=True)

@@ -2,11 +2,11 @@
 
 The log lists modules as [path, class, arguments]: the constructor's arguments for the layers of
 `_FIELDS`, the [name, class, arguments] of each part for a Sequential of these, and null for other
-modules, which a fresh net must have already. A subclass of a layer has "of", the layer's class,
-among the arguments, and the fresh net's own is made as large; [path, "=", first] is another name
-of a tensor. Only layers of `_FIELDS` are ever made, and nothing is unpickled. Their weights, as
-matrices (out, everything else), are stored as compressed sparse rows (CSR) where this takes fewer
-bytes: values, column indices (int16 if they fit, else int32) and row pointers (int32).
+modules, which a fresh net must have already. For a subclass of a layer, the arguments also have
+"of", the layer's class, and "own", the shapes to give the fresh net's; [path, "=", first] is
+another name of a tensor. Only layers of `_FIELDS` are ever made, and nothing is unpickled. Their
+weights, as matrices (out, everything else), are stored as compressed sparse rows (CSR) if these
+take fewer bytes: values, columns (int16 if they fit, else int32) and row pointers (int32).
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from torch.nn.parameter import is_lazy
 from prunestudy.errors import InputError, path_of, require, written_whole
 from prunestudy.shrink.csr import CsrLinear, csr_arrays
 from prunestudy.shrink.factors import replace
-from prunestudy.shrink.fold import fold
+from prunestudy.shrink.fold import fold, with_gradients
 from prunestudy.shrink.layers import CONVOLUTIONS, TRANSPOSED, Constant
 
 FORMAT = "prunestudy-sparse-1"
@@ -69,13 +69,12 @@ def save(
     require(right and not texts.keys() & set(_OURS), "about", about, allowed)
     csr = any(isinstance(module, CsrLinear) for module in plain.modules())
     require(not csr, "net", name, "save the net before to_csr")
-    log = _log(
-        plain, {} if like is None else dict(fold(like).named_modules(remove_duplicate=False))
-    )
+    others = {} if like is None else dict(fold(like).named_modules(remove_duplicate=False))
+    log = _log(plain, others)
     if like is not None:
         try:
             rebuilt = _replayed(fold(like), log)
-        except ValueError as error:
+        except (AttributeError, ValueError) as error:
             raise InputError(f"net = {name!r}: not as `like`, and not rebuilt: {error}") from None
         same = str(rebuilt) == str(plain) and _shapes(rebuilt) == _shapes(plain)
         require(same, "net", name, "not as `like` in modules or tensors that are not rebuilt")
@@ -105,9 +104,7 @@ def load(path: str | Path, net: nn.Module) -> nn.Module:
     except Exception as error:  # whatever a file may say that another version wrote, or a person
         why = " ".join(str(error).split())[:300]
         raise InputError(f"net = {type(net).__name__!r}: does not fit {path}: {why}") from None
-    for tensor in fresh.parameters():
-        tensor.requires_grad_(tensor.is_floating_point())
-    return fresh
+    return with_gradients(fresh)
 
 
 def about(path: str | Path) -> dict[str, str]:
@@ -123,7 +120,7 @@ def _module(net: Any) -> nn.Module:
 
 
 def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    return {name: tuple(getattr(t, "shape", ())) for name, t in module.state_dict().items()}
 
 
 def _log(plain: nn.Module, others: Mapping[str, nn.Module]) -> list[Entry]:
@@ -160,6 +157,7 @@ def _entry(path: str, module: nn.Module) -> Entry:
     values = {field: getattr(module, field) for field in _FIELDS[of].split()}
     if of is not kind:
         values["of"] = of.__name__
+        values["own"] = [[name, *n] for name, n in _shapes(module).items() if "." not in name]
     if "bias" in values:
         values["bias"] = module.bias is not None
     # As JSON gives it back.
@@ -204,7 +202,7 @@ def _replayed(net: nn.Module, log: list[Entry]) -> nn.Module:
         if arguments is None or _entry(path, there) == [path, kind, arguments]:
             continue
         if "of" in arguments or type(there) is _KINDS.get(kind):
-            _resized(there, **{"of": kind, **arguments})
+            _resize(there, **{"of": kind, **arguments})
         elif type(there).__name__ == kind and [name for name, *_ in arguments] == parts:
             _replayed(there, arguments)
         else:
@@ -212,16 +210,18 @@ def _replayed(net: nn.Module, log: list[Entry]) -> nn.Module:
     return net
 
 
-def _resized(layer: nn.Module, of: str, **arguments: Any) -> nn.Module:
-    """`layer` made as large as one `of` its class, or of the class below, with `arguments`."""
+def _resize(layer: nn.Module, of: str, own: Any = (), **arguments: Any) -> None:
+    """Make `layer` as large as one `of` its class, or of the class below, with `arguments`."""
     made = _made("", of, arguments)
     if not isinstance(layer, type(made)):
         raise ValueError(f"a {type(layer).__name__} that is no {of}")
     layer._parameters.update(made._parameters)
     layer._buffers.update(made._buffers)
+    for name, *shape in own:  # a subclass may have more of them
+        new = getattr(layer, name).detach().new_empty(shape)
+        setattr(layer, name, nn.Parameter(new, False) if name in layer._parameters else new)
     inner = vars(nn.Module())
     vars(layer).update({name: v for name, v in vars(made).items() if name not in inner})
-    return layer
 
 
 def _fill(net: nn.Module, tensors: dict[str, Tensor], ties: dict[str, str]) -> None:
@@ -245,9 +245,10 @@ def _packed(plain: nn.Module) -> tuple[dict[str, Tensor], list[Entry]]:
     layers = {n for n, m in plain.named_modules(remove_duplicate=False) if type(m) in _FIELDS}
     packed, ties, first = {}, [], {}
     for name, tensor in plain.state_dict(keep_vars=True).items():
-        real = isinstance(tensor, Tensor) and not tensor.is_complex() and not tensor.is_meta
         kind = str(getattr(tensor, "dtype", type(tensor).__name__))
-        require(real, name, kind, "only tensors of real numbers can be stored")
+        dense = getattr(tensor, "layout", None) == torch.strided and not tensor.is_meta
+        right = dense and (not tensor.is_complex() or tensor.dtype == torch.complex64)
+        require(right, name, kind, "only dense tensors of real numbers or complex64 are stored")
         if first.setdefault(id(tensor), name) != name:
             ties.append([name, "=", first[id(tensor)]])
             continue
