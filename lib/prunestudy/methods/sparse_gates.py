@@ -36,6 +36,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from prunestudy.errors import require
 from prunestudy.methods.base import At, Context, Phase, then_fine_tune
 from prunestudy.methods.masks import Mask, Masked, multiply
 from prunestudy.methods.steering import Steering
@@ -55,6 +56,11 @@ class _Gate(Mask):
         self.gate = nn.Parameter(torch.full_like(weight, initial))
         self.generator = generator
         self.hard = self.bernoulli = False
+        self.forget()
+
+    def forget(self) -> None:
+        """Let the last z go: no backward pass needs it any more."""
+        self.z, self.draws = None, 0
 
     def forward(self, weight: Tensor) -> Tensor:
         if self.hard:
@@ -64,10 +70,16 @@ class _Gate(Mask):
 
     def draw(self) -> Tensor:
         """Return z, zeros and ones in the shape of the weight."""
-        if self.training and self.bernoulli:
-            noise = torch.empty_like(self.gate).uniform_(generator=self.generator)
-            return torch.lt(noise, self.gate.detach(), out=noise)
-        return self.at_test()
+        if not (self.training and self.bernoulli):
+            return self.at_test()
+        if torch._C._current_graph_task_id() >= 0:  # a backward pass: a checkpoint computes again
+            line = "not with Bernoulli draws for a layer that is called twice"
+            require(self.draws < 2, "model", "activation checkpointing", line)
+            self.draws = 0
+            return self.z
+        noise = torch.empty_like(self.gate).uniform_(generator=self.generator)
+        self.z, self.draws = torch.lt(noise, self.gate.detach(), out=noise), self.draws + 1
+        return self.z
 
     def at_test(self) -> Tensor:
         """Return the z of eval mode."""
@@ -144,6 +156,8 @@ class SparseGates(Masked):
     @torch.no_grad()
     def after_step(self, at: At) -> None:  # noqa: ARG002
         """Clip gates to [0, 1]."""
+        for each in self.masks:
+            each.forget()
         if not self.hard:
             gates = [each.gate for each in self.masks]
             torch._foreach_clamp_min_(gates, 0.0)
