@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from conftest import one_line
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import prunestudy as ps
 from prunestudy.errors import InputError
@@ -159,6 +160,78 @@ def test_a_batch_of_one_under_batch_norm_is_refused_in_one_line():
         model = nn.Sequential(nn.Linear(6, 16), norm, nn.ReLU(), nn.Linear(16, 4))
         call = lambda m=model, k=method, e=epochs: train(m, k, e, one)  # noqa: E731
         says(call, "context.train = 'batch 0': cannot be used: Expected more than 1 value")
+
+
+class Mixed(nn.Module):
+    """A first layer in float64, the others in float32, and a complex parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.filter = nn.Parameter(torch.ones(4, dtype=torch.complex64))
+        self.a, self.norm = nn.Linear(6, 16, dtype=torch.float64), nn.LayerNorm(16)
+        self.b, self.c = nn.Linear(16, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = torch.fft.irfft(torch.fft.rfft(x) * self.filter, n=6)
+        x = F.relu(self.norm(self.a(x.to(self.a.weight)).to(self.norm.weight)))
+        return self.c(F.relu(self.b(x)))
+
+
+KINDS = [ps.SparseGates, ps.GDP, ps.HardConcrete, ps.ComponentAware, ps.MagnitudeAttention, ps.L1]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_parameters_of_several_types(kind, tmp_path):
+    settings = {"steps": 5, "recover": 1} if kind is ps.ComponentAware else {}
+    result = train(Mixed(), kind(0.3, **settings))
+    assert result.model.a.weight.dtype == torch.float64
+    result.save(tmp_path / "net")
+    assert torch.equal(ps.load(tmp_path / "net", Mixed())(X), result.model(X))
+    model = net()
+    model[2] = nn.Linear(32, 32, dtype=torch.complex64)
+    context = ps.Context((X,), cross_entropy)
+    says(lambda: kind(0.3).attach(model, context), "module = '2': its weight is torch.complex64")
+
+
+class Recomputed(nn.Module):
+    """Computes its first layers again in the backward pass, if asked to, and `b` twice."""
+
+    def __init__(self, again=None, times=1):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.c = nn.Linear(6, 16), nn.Linear(16, 16), nn.Linear(16, 4)
+        self.again, self.times = again, times
+
+    def forward(self, x):
+        for layer in (self.a, *[self.b] * self.times):
+            part = lambda x, layer=layer: F.relu(layer(x))  # noqa: E731
+            x = part(x) if self.again is None else checkpoint(part, x, use_reentrant=self.again)
+        return self.c(x)
+
+
+AGAIN = [(kind, False) for kind in (ps.SparseGates, ps.Snip, ps.ComponentAware, ps.GDP)]
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize(
+    ("kind", "again"), [*AGAIN, (ps.SparseGates, True), (ps.Snip, True)], ids=str
+)
+def test_activation_checkpoints_change_no_number(kind, again):
+    data = [(x.clone().requires_grad_(), y) for x, y in DATA]
+    nets = [train(Recomputed(each), kind(0.5), 3, data).model for each in (None, again)]
+    for a, b in zip(*(net.parameters() for net in nets), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_layer_called_twice_is_not_drawn_for_under_a_checkpoint():
+    assert train(Recomputed(times=2), ps.SparseGates(0.5)).status == "done"
+    line = "model = 'activation checkpointing': not with Bernoulli draws for a layer that is called"
+    says(lambda: train(Recomputed(False, 2), ps.SparseGates(0.5)), line)
+
+
+def test_soft_coefficients_of_a_net_in_a_wrapper():
+    result = train(nn.DataParallel(net()), ps.ComponentAware(0.3, steps=5))
+    assert ps.measure.parameters(result.model) <= 0.7 * ps.measure.parameters(net())
 
 
 # --- contexts

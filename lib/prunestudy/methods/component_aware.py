@@ -50,8 +50,7 @@ Unknown: all of this, the paper's nets and its numbers.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -59,7 +58,6 @@ import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from prunestudy.errors import require
 from prunestudy.methods.base import call, samples_in
@@ -151,7 +149,8 @@ class ComponentAware(Search):
             loss, removed = self.soft_loss(net, alpha[self.index], temperature)
             if weights:
                 weights.zero_grad()
-                loss.backward(retain_graph=True, inputs=real_parameters(net))
+                trained = [p for p in net.parameters() if p.requires_grad]
+                loss.backward(retain_graph=True, inputs=trained)
             self.step(alpha, optimizer, loss, removed - self.target)
             if weights:
                 weights.step()
@@ -226,39 +225,29 @@ def masked_output(net: nn.Module, groups: Sequence[Group], masks: Sequence[Tenso
     `masks` has one tensor (channels,) per group. At zeros and ones this is what the net without
     the zeros computes; differentiable in the masks.
     """
-    weights, norms = dict(net.named_parameters()), []
+    # A copy on the same parameters, which keeps its weights for a checkpoint to compute with again.
+    net = copied(net, (*net.parameters(), *net.buffers()))
     for group, mask in zip(groups, masks, strict=True):
         for member in group.members:
             layer = net.get_submodule(member.layer)
             if isinstance(layer, nn.LayerNorm):
-                norms.append((layer, member.spread(mask)))
+                layer.register_forward_hook(partial(_masked_norm, member.spread(mask)))
             if member.role == CONSUMES:
-                name, weight = f"{member.layer}.weight", weights[f"{member.layer}.weight"]
+                weight = layer.weight
                 along, shape = axis_of(layer, "in"), [1] * weight.dim()
                 shape[along] = -1
-                spread = member.spread(mask)[: weight.shape[along]]
-                weights[name] = weight * spread.view(shape)
-    with _masked_norms(norms):
-        # A module registered twice would not get its weight back with `tie_weights`.
-        once = partial(functional_call, net, weights, tie_weights=False)
-        return call(lambda *args, **named: once(args, named), x)
+                spread = member.spread(mask)[: weight.shape[along]].to(weight.dtype)
+                layer._parameters.pop("weight", None)
+                layer.weight = weight * spread.view(shape)
+    return call(net, x)
 
 
-@contextmanager
-def _masked_norms(norms: list[tuple[nn.LayerNorm, Tensor]]) -> Iterator[None]:
-    """Layer norms whose mean and variance weigh each feature by its mask."""
-
-    def masked(mask: Tensor, layer: nn.LayerNorm, given: tuple[Tensor], _: Tensor) -> Tensor:
-        x, total = given[0], mask.sum()
-        mean = (x * mask).sum(-1, keepdim=True) / total
-        variance = ((x - mean).square() * mask).sum(-1, keepdim=True) / total
-        y = (x - mean) * (variance + layer.eps).rsqrt()
-        y = y if layer.weight is None else y * layer.weight
-        return y if layer.bias is None else y + layer.bias
-
-    handles = [layer.register_forward_hook(partial(masked, mask)) for layer, mask in norms]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def _masked_norm(mask: Tensor, layer: nn.LayerNorm, given: tuple[Tensor], _: Tensor) -> Tensor:
+    """A layer norm whose mean and variance weigh each feature by its mask."""
+    x, mask = given[0], mask.to(given[0].dtype)
+    total = mask.sum()
+    mean = (x * mask).sum(-1, keepdim=True) / total
+    variance = ((x - mean).square() * mask).sum(-1, keepdim=True) / total
+    y = (x - mean) * (variance + layer.eps).rsqrt()
+    y = y if layer.weight is None else y * layer.weight
+    return y if layer.bias is None else y + layer.bias

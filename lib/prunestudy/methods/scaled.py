@@ -33,7 +33,7 @@ class _Scaled(nn.Module):
         self.form = [-1 if i == axis else 1 for i in range(layer.weight.dim())]
 
     def forward(self, weight: Tensor) -> Tensor:
-        g = self.once(self.gates)
+        g = self.once(self.gates).to(weight.dtype)
         if self.partly:
             g = torch.cat([g, g.new_ones(1)])
         return weight * g.index_select(0, self.numbers).view(self.form)

@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 from prunestudy.errors import InputError, first_line, require
+from prunestudy.shrink.layers import LAYERS
 
 
 def fold(model: nn.Module) -> nn.Module:
@@ -41,14 +42,15 @@ def fold(model: nn.Module) -> nn.Module:
 
 def with_gradients(net: nn.Module) -> nn.Module:
     """`net`, whose parameters all require gradients, but for those of whole numbers."""
-    for parameter in real_parameters(net):
-        parameter.requires_grad_(True)
+    for parameter in net.parameters():
+        if parameter.is_floating_point() or parameter.is_complex():
+            parameter.requires_grad_(True)
     return net
 
 
 def real_parameters(net: nn.Module) -> list[nn.Parameter]:
-    """The parameters of `net` that are no whole numbers."""
-    return [p for p in net.parameters() if p.is_floating_point() or p.is_complex()]
+    """The parameters of `net` that are real numbers, neither whole nor complex ones."""
+    return [p for p in net.parameters() if p.is_floating_point()]
 
 
 def copied(model: nn.Module, shared: Iterable[Tensor] = ()) -> nn.Module:
@@ -96,11 +98,14 @@ def require_net(model: object) -> None:
 
 
 def require_ordinary(model: nn.Module) -> None:
-    """Raise `InputError` for tied weights, and for a weight that is computed from others."""
+    """Raise `InputError` for tied and complex weights, and for one that is made of others."""
     require_untied(model)
     for name, module in model.named_modules():
         made = "its weight is computed from others: use fold(net).requires_grad_()"
         require(not is_rewritten(module), "module", name, made)
+        if isinstance(module, LAYERS):
+            allowed = f"its weight is {module.weight.dtype}, only real ones can be pruned"
+            require(not module.weight.is_complex(), "module", name, allowed)
 
 
 def require_untied(model: nn.Module) -> None:
