@@ -25,7 +25,11 @@ def layer(*rows):
 def attached(name, model, target=0.5, seed=0, batch_list=(), **params):
     """A method on `model`, which may look at the batches of `batch_list`."""
     method, generator = methods.build(name, params, target), torch.Generator().manual_seed(seed)
-    context = Context((torch.zeros(2, 1),), lambda out, x, y: F.cross_entropy(out, y))
+    first = next(m for m in model.modules() if hasattr(m, "weight"))
+    side = 16 if getattr(first, "kernel_size", 0) == (5, 5) else 8
+    width = getattr(first, "in_features", 64)
+    shape = (1, side, side) if width == 64 else (width,)
+    context = Context((torch.zeros(2, *shape),), lambda out, x, y: F.cross_entropy(out, y))
     context.train, context.generator = lambda epoch=0: iter(batch_list), generator
     method.attach(model, context)
     return method

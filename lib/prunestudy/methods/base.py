@@ -195,7 +195,8 @@ class Method(nn.Module):
         hints = get_type_hints(cls, include_extras=True)
         fields = [name for name in get_annotations(cls) if get_origin(hints[name]) is not ClassVar]
         own, base = {n: (hints[n], getattr(cls, n)) for n in fields}, cls.__bases__[0].Settings
-        cls.Settings = create_model(f"{cls.__name__}Settings", __base__=base, **own)
+        cls.Settings = made = create_model(f"{cls.__name__}Settings", __base__=base, **own)
+        made.__module__, made.__qualname__ = cls.__module__, f"{cls.__qualname__}.Settings"
         for hook in {"attach", "finish"} & vars(cls).keys():
             setattr(cls, hook, _noted(getattr(cls, hook)))
 
@@ -210,8 +211,7 @@ class Method(nn.Module):
         require(right, "target", target, allowed)
         self.target, self.of = target, of
         self.settings = checked(self.Settings, settings)
-        for name in self.Settings.model_fields:
-            setattr(self, name, getattr(self.settings, name))
+        vars(self).update(dict(self.settings))
 
     def phases(self) -> tuple[Phase, ...]:
         """Parts of the training in order; their shares sum to 1."""
@@ -222,7 +222,8 @@ class Method(nn.Module):
 
     @_noted
     def attach(self, model: nn.Module, context: Context) -> None:
-        """Put gates or masks on `model`, in place; it is on its device already."""
+        """Put gates or masks on `model`, in place, on its device; here, only try to fold it."""
+        folded(model, context.example)  # what `finish` would refuse after all the training
 
     def optimizer(self) -> torch.optim.Optimizer | None:
         """The optimiser of the method's own variables; asked for at the start of each phase."""

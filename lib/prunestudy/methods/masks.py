@@ -41,8 +41,9 @@ class Masked(Method):
         allowed = f"above {zeros:.4f}, the share of zeros at the start: nothing left to prune"
         require(zeros < self.target, "target", self.target, allowed)
 
-    def attach(self, model: nn.Module, context: Context) -> None:  # noqa: ARG002
+    def attach(self, model: nn.Module, context: Context) -> None:
         """Put a mask of ones on every weight in the scope."""
+        super().attach(model, context)
         layers = layers_in(model, self.scope)
         self.batch_norm = any(isinstance(module, _BatchNorm) for module in model.modules())
         self.names = [f"{name}.weight".lstrip(".") for name in layers]

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunestudy.errors import require, require_one_of
+from prunestudy.errors import refused, require, require_one_of
 from prunestudy.shrink.compare import apart
 from prunestudy.shrink.fold import fold
 from prunestudy.shrink.groups import PRODUCES, Group, Member, read_groups, signal_remains
 from prunestudy.shrink.narrow import narrow
 from prunestudy.shrink.proof import Proof, proven
-from prunestudy.shrink.runs import drawn, evaluating, outputs_of
+from prunestudy.shrink.runs import drawn, evaluating, given, outputs_of
 from prunestudy.shrink.trace import trace
 from prunestudy.values import inputs
 
@@ -76,11 +76,20 @@ def remove_groups(
 
 
 def folded(model: nn.Module, example: Inputs) -> nn.Module:
-    """Return `fold(model)`, compared with `model` in eval mode; `InputError` if they differ."""
-    plain = fold(model)
-    batch = drawn(inputs(example), plain)
-    with torch.no_grad(), evaluating(model):
-        gap = apart(outputs_of(model, batch), outputs_of(plain, batch))
+    """Return `fold(model)`, compared with `model` in eval mode; `InputError` if they differ.
+
+    On random inputs, or on `example` where the model fails on those.
+    """
+    plain, example = fold(model), inputs(example)
+    batch, shapes = drawn(example, plain), [tuple(x.shape) for x in example]
+    with torch.no_grad(), evaluating(model), refused("example", shapes, "the net fails on it"):
+        try:
+            right = outputs_of(model, batch)
+        except Exception:  # a user's net may raise anything, of a matrix without inverse too
+            right = outputs_of(model, batch := given(example, batch))
+        gap = apart(right, outputs_of(plain, batch))
+        if gap and apart(right, outputs_of(model, batch)):
+            gap = "its output differs from call to call"
     require(not gap, "model", type(model).__name__, f"cannot be folded: {gap}")
     return plain
 

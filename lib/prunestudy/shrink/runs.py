@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from prunestudy.errors import InputError, first_line
+from prunestudy.errors import InputError, first_line, require
 from prunestudy.shrink.layers import is_one_node
 
 _READS = set(
@@ -103,7 +103,7 @@ class _Plain(TorchFunctionMode):
         if name == "glu":
             return _written_out(*args, **(kwargs or {}))
         if self.strict and name in _READS:
-            read = [t for t in args if isinstance(t, Tensor)]
+            read = [t for t in args if isinstance(t, Tensor) and t.layout == torch.strided]
             if any(t.untyped_storage().data_ptr() not in self.known for t in read):
                 raise RuntimeError("what it does depends on the values of its input")
         return func(*args, **(kwargs or {}))
@@ -128,7 +128,7 @@ def outputs_of(
     hooks and no gradients: some torch modules then take their fast path.
     """
     own = tensors_of(net.state_dict()) if strict else []
-    known = {t.untyped_storage().data_ptr() for t in own}
+    known = {t.untyped_storage().data_ptr() for t in own if t.layout == torch.strided}
     usual = torch.get_default_dtype()
     torch.set_default_dtype(dtype_of(net) or usual)
     try:
@@ -139,8 +139,8 @@ def outputs_of(
             end = [torch.rand((), device=batch[0].device)] * last
     finally:
         torch.set_default_dtype(usual)
-    if not found:
-        raise InputError("output: has no tensor that can be compared")
+    allowed = "its output must be a tensor, or tensors in tuples, lists or dicts"
+    require(bool(found), "model", type(net).__name__, allowed)
     return found + end
 
 
