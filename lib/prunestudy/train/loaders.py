@@ -43,17 +43,21 @@ class Loader:
         for step in range(self.steps):
             # The permutation is drawn with the first batch, and augmentation with each.
             seed_default(mix(self._seed, first + step), self._device)
-            batch = next(batches, None)
-            if batch is None:
-                short = f"ends after {step} batches, its length is {self.steps}"
-                raise InputError(f"{self._parameter} = {type(self.given).__name__!r}: {short}")
+            batch = self._next(batches, step)
             if step >= start:
                 yield self._checked(batch)
 
     def ordered(self, size: int | None = None) -> Iterator[Batch]:  # noqa: ARG002
         """All batches once; their size is the loader's own."""
         seed_default(mix(self._seed, 0), self._device)
-        yield from map(self._checked, self.given)
+        batches = iter(self.given)
+        for step in range(self.steps):
+            yield self._checked(self._next(batches, step))
+
+    def _next(self, batches: Iterator[Any], step: int) -> Any:
+        batch, short = next(batches, None), f"ends after {step} batches, its length is {self.steps}"
+        require(batch is not None, self._parameter, type(self.given).__name__, short)
+        return batch
 
     def _checked(self, batch: Any) -> Batch:
         pair = isinstance(batch, list | tuple) and len(batch) == 2

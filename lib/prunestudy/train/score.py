@@ -46,8 +46,7 @@ class Score:
     def try_first(self, model: nn.Module) -> None:
         """Raise `InputError` for validation or a metric that cannot be used; it changes nothing."""
         with torch.random.fork_rng(devices=[]), evaluating(net := copied(model)):
-            batch = next(iter(self.batches.ordered(512)), None)
-            require(batch is not None, "validation", "no batch", "batches (x, y)")
+            batch = next(iter(self.batches.ordered(512)))
             try:
                 self(net, [batch])
             except InputError:  # the batch may be wrong; and a metric may need more than one
@@ -60,11 +59,14 @@ class Score:
 
 
 def top1(model: nn.Module, batches: Any) -> dict[str, float]:
-    """The share (0-1) of right labels: of outputs (n, classes, ...), the largest along classes."""
+    """The share (0-1) of right labels: of outputs (n, classes, ...), the largest along classes.
+
+    Labels of -100 do not count, as in torch's cross-entropy.
+    """
     right = count = 0
     for x, y in batches:
         right += int((call(model, x).argmax(1) == y).sum())
-        count += y.numel()
+        count += int((y.long() != -100).sum())
     return {"top1": right / count}
 
 
