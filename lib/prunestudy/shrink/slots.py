@@ -15,6 +15,7 @@ from torch_pruning import ops
 from torch_pruning._helpers import _HybridIndex
 from torch_pruning.dependency import index_mapping, shape_infer
 
+from prunestudy.errors import InputError
 from prunestudy.shrink.layers import channels_of, is_depthwise, is_follower
 
 Slot = tuple[str, str, int]  # layer, side ("in" or "out"), channel number there
@@ -27,7 +28,11 @@ class Graph(torch_pruning.DependencyGraph):
 
     def build_dependency(self, *arguments: Any, **options: Any) -> "Graph":
         """Build it as torch-pruning does, but for reshapes."""
-        super().build_dependency(*arguments, **options)
+        try:
+            super().build_dependency(*arguments, **options)
+        except TypeError as error:  # a sum of sizes, one of which it does not know
+            line = "joins parts of its input, whose channels cannot be counted"
+            raise InputError(f"module = 'the net itself': cannot be traced: {line}") from error
         self.done = True
         for kind, say in ((ops._ConcatOp, _map_parts), (ops._ReshapeOp, _map_reshape)):
             for node in self.module2node.values():

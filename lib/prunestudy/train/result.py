@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from prunestudy import measure, shrink
+from prunestudy.errors import InputError
 from prunestudy.measure.forward import device_of
 from prunestudy.methods.base import TARGETS, Method
 from prunestudy.methods.probes import Probe
@@ -53,7 +54,11 @@ class Result:
             ("nonzero parameters", measure.nonzeros),
             ("MACs", lambda net: measure.macs(net, moved(self.example, device_of(net)))),
         ):
-            was, now = count(dense), count(small)
+            try:
+                was, now = count(dense), count(small)
+            except InputError as error:  # of a product that has no formula
+                lines.append(f"{name}: not counted: {error}")
+                continue
             gone = 1 - now / was if was else 0.0
             lines.append(f"{name}: {was:,} -> {now:,} ({gone:.1%} removed)")
         before, now = self.score(dense.to(self.example[0].device)), self.score(small)
