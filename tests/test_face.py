@@ -344,7 +344,7 @@ class Endless(IterableDataset):
         ({"train": Short()}, "train = 'Short': ends after 6 batches, its length is 9"),
         ({"train": [*loader(), (torch.zeros(0, 1, 8, 8), 0)]}, "train = [(0, 1, 8, 8)]: x is a"),
         ({"train": [*loader(), (torch.zeros(2, 2, 8, 8), 0)]}, "train = 'batch 6': cannot be used"),
-        ({"train": Empty()}, "train = 'no batch': batches (x, y)"),
+        ({"train": Empty()}, "train = 'Empty': ends after 0 batches, its length is 9"),
         ({"train": DataLoader(loader().dataset, batch_size=None)}, "train = 'a y that is one numb"),
         ({"loss": DETACHED}, "loss = 'a number without gradient': must have a gr"),
         ({"train": DataLoader(Endless(), 4)}, "train = 'DataLoader': batches (x, y) with a length"),
@@ -364,7 +364,7 @@ class Endless(IterableDataset):
         ({"validation": [(*PAIR, 0)]}, "validation = 'a batch that is tuple': batches are pairs"),
         ({"validation": [(PAIR[0][:, :, :2], PAIR[1])]}, "validation = 'list': fails on a batch: "),
         ({"validation": [(PAIR[0], PAIR[1][:1])]}, "validation = 'list': fails on a batch: "),
-        ({"validation": Empty()}, "validation = 'no batch': batches (x, y)"),
+        ({"validation": Empty()}, "validation = 'Empty': ends after 0 batches"),
         ({"metrics": 3}, "metrics = 'int': a Metrics"),
         ({"probe": 5}, "probe = 'int': a Probe"),
         ({"checkpoint_seconds": "a"}, "checkpoint_seconds = 'str': a number"),
@@ -412,8 +412,8 @@ def test_a_metric_may_need_more_than_a_batch_and_the_trial_leaves_no_trace():
         torch.manual_seed(0)
         result = ps.prune(Counts(), ps.Method(), loader(), ps.Recipe(epochs=1, lr=0.1), **more)
         made.append(result)
-    # Seen by the copy that trains: the example, once in each layout, one loss, six steps.
-    assert made[1].history[0]["validation_metric"] == 9
+    # Seen by the copy that trains: the example, in each layout and to fold; one loss, six steps.
+    assert made[1].history[0]["validation_metric"] == 10
     for a, b in zip(*(result.model.parameters() for result in made), strict=True):
         assert torch.equal(a, b)
 

@@ -1,5 +1,11 @@
 """Losses, nets and contexts out of the ordinary: a right result, or one line that says why not."""
 
+import copy
+import pickle
+import random
+from itertools import cycle
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import prunestudy as ps
 from prunestudy.errors import InputError
 from prunestudy.shrink import require_ordinary
+from prunestudy.train.score import top1
 
 DATA = [(torch.randn(8, 6), torch.randint(0, 4, (8,))) for _ in range(3)]
 X = DATA[0][0]
@@ -232,6 +239,192 @@ def test_a_layer_called_twice_is_not_drawn_for_under_a_checkpoint():
 def test_soft_coefficients_of_a_net_in_a_wrapper():
     result = train(nn.DataParallel(net()), ps.ComponentAware(0.3, steps=5))
     assert ps.measure.parameters(result.model) <= 0.7 * ps.measure.parameters(net())
+
+
+class Placed(nn.Module):
+    """Adds a buffer of five dimensions to images."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.c, self.o = nn.Conv2d(1, 8, 3), nn.Conv2d(8, 6, 3), nn.Linear(6, 4)
+        self.register_buffer("place", torch.zeros(1, 2, 1, 8, 8))
+
+    def forward(self, x):
+        return self.o(F.relu(self.c(F.relu(self.a(x + self.place.mean(1))))).mean((2, 3)))
+
+
+IMAGES = [(torch.randn(8, 1, 8, 8), torch.arange(8) % 4)] * 2
+
+
+@pytest.mark.parametrize("method", [ps.GDP(0.3), ps.SparseGates(0.5)], ids=lambda m: m.name)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_tensors_of_five_dimensions_beside_kernels_of_four(method, layout):
+    model = Placed()
+    model.a.to(memory_format=layout)
+    assert train(model, copy.deepcopy(method), data=IMAGES).status == "done"
+
+
+@pytest.mark.parametrize("method", [ps.GDP(0.3), ps.SparseGates(0.5)], ids=lambda m: m.name)
+def test_frozen_parameters_stay_as_they_are_and_frozen(method):
+    model = Placed()
+    model.o.requires_grad_(False)
+    small = train(model, copy.deepcopy(method), data=IMAGES).model
+    frozen = {name for name, p in small.named_parameters() if not p.requires_grad}
+    assert frozen == {"o.weight", "o.bias"}
+    assert torch.equal(small.o.bias, model.o.bias)
+
+
+class Changed(nn.Module):
+    """Does something with its input, and with its output."""
+
+    def __init__(self, before, after=F.relu):
+        super().__init__()
+        self.before, self.after = before, after
+        self.net = net()
+
+    def forward(self, x):
+        return self.after(self.net(self.before(x)))
+
+
+MASKED = [ps.Method, ps.SparseGates, ps.MagnitudeAttention, ps.GradualMagnitude, ps.L1]
+
+
+def method_of(kind):
+    return kind(0.5) if kind.counts else kind()
+
+
+@pytest.mark.parametrize("kind", MASKED, ids=lambda kind: kind.name)
+def test_what_cannot_be_folded_is_refused_before_any_training(kind):
+    calls = []
+
+    def loss(output, y):
+        calls.append(output)
+        return getattr(output, "logits", output).sum()
+
+    for model, line in (
+        (Changed(F.relu, lambda y: SimpleNamespace(logits=y)), "its output must be a"),
+        (Changed(lambda x: x + random.random()), "cannot be folded: its output differs from call"),
+    ):
+        calls.clear()
+        says(lambda m=model: train(m, method_of(kind), loss=loss), f"model = 'Changed': {line}")
+        assert len(calls) == 1  # which finds out whether it is a loss
+
+
+@pytest.mark.parametrize("kind", MASKED, ids=lambda kind: kind.name)
+def test_a_net_that_takes_no_random_inputs_is_folded_on_the_example(kind):
+    def roots(x):
+        assert (x > 5).all()
+        return x - 5
+
+    high = [(x.abs() + 6, y) for x, y in DATA]
+    assert train(Changed(roots), method_of(kind), data=high).status == "done"
+    if kind.counts:
+        ps.shrink_to(Changed(roots), 0.5, high[0][0], of="sparsity", by="magnitude")
+
+
+class Late(nn.Module):
+    """Makes its second layer in the first forward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 8), None
+
+    def forward(self, x):
+        self.b = self.b or nn.Linear(8, 4)
+        return self.b(F.relu(self.a(x)))
+
+
+def test_layers_that_the_first_pass_makes_are_asked_for():
+    line = "module = 'b': is made in the first forward pass"
+    says(lambda: train(Late(), ps.SparseGates(0.5)), line)
+    says(lambda: ps.shrink_to(Late(), 0.5, X, of="sparsity", by="magnitude"), line)
+    model = Late()
+    model(X)
+    assert "b.weight" in train(model, ps.SparseGates(0.5)).report()
+
+
+class Mixes(nn.Module):
+    """Multiplies its input by a sparse buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = net()
+        self.register_buffer("mix", torch.eye(6).roll(1, 0).to_sparse())
+
+    def forward(self, x):
+        return self.net(torch.sparse.mm(self.mix, x.t()).t())
+
+
+def test_products_that_have_no_formula_leave_the_rest_of_the_report():
+    unknown = "model = 'Mixes': MACs of aten._sparse_addmm are unknown"
+    report = train(Mixes(), ps.SparseGates(0.5), validation=DATA).report()
+    assert f"MACs: not counted: {unknown}" in report
+    assert "nonzero parameters" in report
+    assert "validation loss" in report
+    says(lambda: train(Mixes(), ps.GDP(0.3)), unknown)
+
+
+class Couples(nn.Module):
+    """A step of a flow: half of the input changes by what a net says of the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(3, 10), nn.Tanh(), nn.Linear(10, 6))
+
+    def forward(self, x):
+        for _ in range(2):
+            a, b = x.chunk(2, 1)
+            scale, shift = self.net(a).chunk(2, 1)
+            x = torch.cat([b * scale.exp() + shift, a], 1)
+        return x
+
+
+def test_joined_parts_of_an_input_are_refused_in_plain_words():
+    begin = "module = 'the net itself': cannot be traced: joins parts of its input"
+    says(lambda: ps.groups(Couples(), X), begin)
+
+
+# --- labels and batches
+
+
+def test_labels_that_the_loss_ignores_are_not_scored():
+    y = torch.tensor([0, 1, -100, -100])
+    output = torch.eye(4)[[0, 2, 1, 1]]
+    assert top1(nn.Identity(), [(output, y)]) == {"top1": 0.5}
+    y = torch.tensor([0, 156, 1, 1], dtype=torch.uint8)
+    assert top1(nn.Identity(), [(output, y)]) == {"top1": 0.75}
+
+
+class Feed:
+    """Batches by `make`, called at each pass, with attributes of a user's own."""
+
+    epoch, ordered = 0, True
+
+    def __init__(self, make, length):
+        self.make, self.length = make, length
+
+    def __len__(self):
+        return self.length
+
+    def __iter__(self):
+        return iter(self.make())
+
+
+def test_as_many_batches_are_read_as_the_length_says():
+    endless, plain = Feed(lambda: cycle(DATA), 3), Feed(lambda: DATA, 3)
+    expected = train(net(), ps.Method(), 2, validation=DATA).history
+    for feed in (endless, plain):
+        assert train(net(), ps.Method(), 2, feed, validation=feed).history == expected
+    once = iter(DATA * 10)
+    line = "validation = 'Feed': ends after 29 batches, its length is 30"
+    says(lambda: train(net(), ps.Method(), validation=Feed(lambda: once, 30)), line)
+
+
+@pytest.mark.parametrize("kind", [ps.GDP, ps.Force, ps.SparseGates], ids=lambda kind: kind.name)
+def test_methods_can_be_pickled(kind):
+    again = pickle.loads(pickle.dumps(kind(0.5)))
+    assert type(again) is kind
+    assert again.settings == kind(0.5).settings
 
 
 # --- contexts

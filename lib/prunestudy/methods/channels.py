@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from prunestudy import measure, shrink
 from prunestudy.errors import InputError, require
 from prunestudy.methods.base import Method
+from prunestudy.shrink.fold import channels_last
 from prunestudy.shrink.groups import CONSUMES, PRODUCES, read_groups, signal_remains, silent_layers
 from prunestudy.shrink.layers import LAYERS, channels_of, is_follower
 from prunestudy.shrink.proof import proven
@@ -250,7 +251,7 @@ def become(model: nn.Module, small: nn.Module) -> None:
     """
     fixed = {name for name, p in model.named_parameters() if not p.requires_grad}
     if any(p.dim() == 4 and not p.is_contiguous() for p in model.parameters()):
-        small = small.to(memory_format=torch.channels_last)
+        channels_last(small)
     for name, p in small.named_parameters():
         p.requires_grad_(name not in fixed)
     model.__dict__ = small.train(model.training).__dict__

@@ -53,6 +53,12 @@ def real_parameters(net: nn.Module) -> list[nn.Parameter]:
     return [p for p in net.parameters() if p.is_floating_point()]
 
 
+def channels_last(net: nn.Module) -> nn.Module:
+    """`net`, with its tensors of four dimensions in channels_last; torch refuses those of five."""
+    layout = torch.channels_last
+    return net._apply(lambda t: t.to(memory_format=layout) if t.dim() == 4 else t)
+
+
 def copied(model: nn.Module, shared: Iterable[Tensor] = ()) -> nn.Module:
     """A deep copy without autograd history, but for tensors that are `shared`.
 

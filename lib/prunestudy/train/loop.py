@@ -21,7 +21,6 @@ from prunestudy.datasets.batches import mix
 from prunestudy.errors import refused, require
 from prunestudy.methods.base import At, Context, Method, Phase, boundaries, call, scalar
 from prunestudy.methods.probes import Probe
-from prunestudy.shrink.fold import with_gradients
 from prunestudy.train.capture import Captured, graphs_on
 from prunestudy.train.checkpoint import write_checkpoint
 from prunestudy.train.process import seed_default
@@ -126,14 +125,14 @@ class Loop:
             yield row
 
     def finish(self) -> nn.Module:
-        """The finished plain net; after the last step."""
+        """The finished plain net, frozen; after the last step."""
         # The loss of the last step says nothing of the weights that it left.
         last = self.state.history[-1] if self.state.history else {}
         self.diverged |= not math.isfinite(last.get("validation_loss", 0.0))
         self._captured.forget()
         net = self.method.finish(self.model, self.context)
         self.probe.finished(net)
-        return with_gradients(net)
+        return net
 
     def _step(self, batch: Any) -> None:
         state, step = self.state, self.state.step

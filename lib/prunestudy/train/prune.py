@@ -20,7 +20,7 @@ from prunestudy.measure.forward import device_of, evaluating, inputs_for
 from prunestudy.measure.forward import run as run_on
 from prunestudy.methods.base import Batch, Context, Method, call
 from prunestudy.methods.probes import Probe
-from prunestudy.shrink.fold import copied, require_net
+from prunestudy.shrink.fold import channels_last, copied, require_net
 from prunestudy.shrink.remove import trainable_as
 from prunestudy.train.checkpoint import AGAIN, digest_of, read_checkpoint
 from prunestudy.train.loaders import Loader, moved
@@ -96,7 +96,7 @@ def pruning(
                 seen = next((n for n in row if n.startswith("validation_")), "kept")
                 bar.set_postfix({n: f"{row[n]:.4f}" for n in ("train_loss", seen, "kept")})
             yield row
-    small = loop.finish()
+    small = trainable_as(model, loop.finish())
     if all(p.is_contiguous() for p in model.parameters() if p.dim() == 4):
         small = small.to(memory_format=torch.contiguous_format)
     status = "diverged" if loop.diverged else "came_apart" if method.grew() >= _APART else "done"
@@ -153,9 +153,9 @@ def shrink_to(
     net = copied(model)
     context = Context(moved(inputs(example, valued=True), device_of(model)))
     context.generator = torch.Generator(context.device).manual_seed(_seed(seed))
+    _run_alone(net, model, inputs_for(net, context.example), "example")
     method.check(net)
     method.attach(net, context)
-    _run_alone(net, model, inputs_for(net, context.example), "example")
     found = {"removed": 0.0, "target_met": 1} | method.report()
     most = f"at most {found['removed']:.4f} can go by this rule"
     require(found["target_met"], "target", target, most)
@@ -190,8 +190,7 @@ def _known(model: nn.Module, net: nn.Module, loss: Callable, train: Any) -> dict
 
 def _two(train: Any) -> tuple[Batch, Batch]:
     """The first batch, and its first two samples."""
-    first = next(iter(train.ordered(2)), None)
-    require(first is not None, "train", "no batch", "batches (x, y)")
+    first = next(iter(train.ordered(2)))
     return first, tree_map_only(Tensor, lambda t: t[:2], first)
 
 
@@ -231,7 +230,7 @@ def _on_device(
     net = copied(model).to(device)
     _run_alone(net, model, example, source)
     if any(p.dim() == 4 for p in net.parameters()):
-        fast = copied(net).to(memory_format=torch.channels_last)
+        fast = channels_last(copied(net))
         try:
             with evaluating(fast), torch.no_grad():
                 fast(*example)
@@ -242,9 +241,17 @@ def _on_device(
 
 
 def _run_alone(net: nn.Module, model: nn.Module, x: tuple[Tensor, ...], source: str) -> None:
-    """Call `net`, a copy of `model`; `InputError` if it fails or uses tensors of `model`."""
+    """Call `net`, a copy of `model`; `InputError` if it fails, grows or uses tensors of `model`."""
+    there = _names(net)
     with evaluating(net), torch.no_grad(), _Without(model):
         run_on(net, x, source)
+    line = "is made in the first forward pass: call the model once on a batch beforehand"
+    made = min(_names(net) - there, default=None)
+    require(made is None, "module", made, line)
+
+
+def _names(net: nn.Module) -> set[str]:
+    return {name for name, _ in (*net.named_modules(), *net.named_parameters())}
 
 
 class _Without(TorchFunctionMode):
@@ -263,7 +270,7 @@ class _Without(TorchFunctionMode):
 
 def _batches(name: str, given: Any, seed: int, device: torch.device) -> Any:
     """Batches as the loop reads them: those of this library, or any by a `Loader`."""
-    ours = hasattr(given, "epoch") and hasattr(given, "ordered")
+    ours = all(callable(getattr(given, name, None)) for name in ("epoch", "ordered"))
     found = given if ours else Loader(given, seed, device, name)
     there = torch.device(getattr(found, "device", device)).type
     require(there == device.type, name, f"batches on {there}", f"on {device.type}, as the net")
