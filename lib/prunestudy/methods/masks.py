@@ -43,8 +43,8 @@ class Masked(Method):
 
     def attach(self, model: nn.Module, context: Context) -> None:
         """Put a mask of ones on every weight in the scope."""
-        super().attach(model, context)
         layers = layers_in(model, self.scope)
+        super().attach(model, context)
         self.batch_norm = any(isinstance(module, _BatchNorm) for module in model.modules())
         self.names = [f"{name}.weight".lstrip(".") for name in layers]
         self.weights = [layer.weight for layer in layers.values()]
