@@ -373,7 +373,9 @@ def test_pairs_count_where_ours_removed_as_much(judge, store, ours, n):
     for item in plan("quick"):
         if item.settings.method == "magnitude":
             put_record(store, item.settings, 0.9, sparsity=ours)
-    assert verdicts.verdicts_table(store, plan("quick"), papers.card("toy")).n.tolist() == [n]
+    (row,) = verdicts.verdicts_table(store, plan("quick"), papers.card("toy")).to_dict("records")
+    assert row["n"] == n
+    assert n or row["verdict"] == "not tested: ours is larger on some seeds"
 
 
 @pytest.mark.parametrize(("at_least", "verdict"), [(0.8, "confirmed"), (0.9, "contradicted")])

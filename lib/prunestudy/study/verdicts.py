@@ -128,7 +128,7 @@ def row_of(store: Store, comparison: Comparison, images: bool = False) -> dict[s
     if rule.kind == "non_inferiority":
         names = {record["metrics"].get("metric_name") for record in records}
         margin = row["margin"] = PSNR_MARGIN if "psnr" in names else MARGINS.get(dataset)
-    if why := _why_not(comparison, margin, n, len(ours), len(theirs)):
+    if why := _why_not(comparison, margin, n, len(found), len(ours), len(theirs)):
         return row | {"kind": "description", "verdict": f"not tested: {why}"}
     if sd < _EQUAL and not ours:
         return row | {"kind": "by_construction", "verdict": BY_CONSTRUCTION}
@@ -141,8 +141,10 @@ def row_of(store: Store, comparison: Comparison, images: bool = False) -> dict[s
     }
 
 
-def _why_not(comparison: Comparison, margin: float | None, n: int, ours: int, theirs: int) -> str:
-    """Why there is no test, with `n` seeds that count and others on which a side fails."""
+def _why_not(
+    comparison: Comparison, margin: float | None, n: int, found: int, ours: int, theirs: int
+) -> str:
+    """Why there is no test, with `n` of `found` seeds that count, and some on which a side fails."""
     if comparison.chosen_by == "all":
         return "the card names no strongest control yet"
     if comparison.planned and ours >= MANY:
@@ -150,7 +152,8 @@ def _why_not(comparison: Comparison, margin: float | None, n: int, ours: int, th
     if comparison.planned and theirs:
         return "the control fails"
     if not comparison.planned or n + ours < len(SEEDS):
-        return "fewer than eight seeds"
+        larger = bool(comparison.planned) and found == len(SEEDS)
+        return "ours is larger on some seeds" if larger else "fewer than eight seeds"
     return "no margin for this data set" if margin is None else ""
 
 
