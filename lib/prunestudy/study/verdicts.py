@@ -144,7 +144,7 @@ def row_of(store: Store, comparison: Comparison, images: bool = False) -> dict[s
 def _why_not(
     comparison: Comparison, margin: float | None, n: int, found: int, ours: int, theirs: int
 ) -> str:
-    """Why there is no test, with `n` of `found` seeds that count, and some on which a side fails."""
+    """Why there is no test: `n` of `found` seeds count, and a side fails on some."""
     if comparison.chosen_by == "all":
         return "the card names no strongest control yet"
     if comparison.planned and ours >= MANY:
