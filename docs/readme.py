@@ -60,6 +60,7 @@ def came_out(rows: pd.DataFrame) -> str:
     names = [method_class(name.partition(",")[0]).title for name in seen.control.unique() if name]
     other = names[0].replace("dense", "the dense net") if names else "the limit"
     other = f"the strongest of {len(names)} controls" if len(names) > 1 else other
+    other = "the strongest control" if (seen.chosen_by == "search").all() else other
     hardest = seen.sort_values("mean").drop_duplicates(["model", "dataset"])
     ways = ["ahead"] * int((hardest.low > 0).sum()) + ["behind"] * int((hardest.high < 0).sum())
     ways += ["not told apart"] * (len(hardest) - len(ways))
