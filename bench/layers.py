@@ -127,7 +127,8 @@ def _half() -> tuple[dict[str, nn.Module], float]:
 def our_masks(net: nn.Module) -> Callable[[], None]:
     """MAP's update; in turns it keeps a little more and less, so that weights leave and return."""
     method = methods.build("magnitude_attention", {}, 0.9)
-    method.attach(net, methods.Context((torch.randn(1, 3, 32, 32),)))
+    channels = next(p.shape[1] for p in net.parameters() if p.dim() == 4)
+    method.attach(net, methods.Context((torch.randn(1, channels, 32, 32),)))
     method.cut(0.9)
     count = iter(range(10**9))
     return lambda: method.cut(0.9 - 0.002 * (next(count) % 2))

@@ -55,9 +55,9 @@ def test_runs_alone_with_tiny_settings(paper, tmp_path):
     for output in drawn:
         about = output.metadata["image/png"]
         assert about["alt"], output
-        # Twice the pixels of the size on the page: the width is in bytes 16 to 19 of a PNG.
+        # One and a half times the size on the page: the width is in bytes 16 to 19 of a PNG.
         pixels = int.from_bytes(base64.b64decode(output.data["image/png"])[16:20])
-        assert about["width"] == pixels // 2
+        assert about["width"] == round(pixels / 1.5)
     pages = [output.get("data", {}).get("text/html", "") for output in outputs]
     assert not [page for page in pages if "…" in page or re.search(r"<t[dh][^>]*>\.\.\.<", page)]
 

@@ -233,7 +233,7 @@ def test_a_row_of_readme_says_on_how_many_nets(readme):
             (*base, "resnet8", "cifar10", "group_l2", 5, 0.2, 0.1, 0.3, ""),
         ],
         columns=names,
-    ).assign(failures="")
+    ).assign(failures="", chosen_by="all")
     said = (
         "So far ahead on 1, behind on 1, not told apart on 1 of 3 nets, against the strongest of 2 "
     )
@@ -242,6 +242,8 @@ def test_a_row_of_readme_says_on_how_many_nets(readme):
     one = rows[rows.model == "resnet20"]
     said_of_one = "So far ahead on ResNet-20 on CIFAR-10, against group L2, one shot."
     assert readme.came_out(one) == said_of_one
+    chosen = one.assign(chosen_by="search")
+    assert readme.came_out(chosen).endswith("on CIFAR-10, against the strongest control.")
     rows = rows.assign(chosen_by="claim")
     rows.loc[4, "verdict"] = "confirmed"
     assert (

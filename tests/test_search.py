@@ -239,7 +239,8 @@ def test_every_method_and_control_of_the_cards_has_the_same_chance(found):
         r = settings.recipe
         common.setdefault(settings.model, set()).add((r.weight_decay, r.schedule, r.one_schedule))
     one = {(5e-4, "cosine", True)}
-    assert common == {"lenet5": one, "lenet300": one, "autoencoder": {(0.0, "cosine", False)}}
+    coders = {name: {(0.0, "cosine", False)} for name in ("autoencoder", "conv_autoencoder")}
+    assert common == {"lenet5": one, "lenet300": one} | coders
     for paper, kinds in {
         "gdp": "dense gdp group_l2 l1_filter taylor_channels random hard_concrete scratch",
         "sparse_gates": "dense sparse_gates gradual_magnitude magnitude l1 random",
