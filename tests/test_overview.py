@@ -95,6 +95,14 @@ def row_of(rows, method, combined=False):
 # --- settings
 
 
+def test_dense_nets_of_several_lengths_are_told_apart(runs):
+    longer = [run("dense", seed, 0.9, epochs=20) for seed in (0, 1)]
+    rows = overview.settings_table(pd.concat([runs, table(*longer)]))
+    labels = [label for label in rows.label if label.startswith("dense")]
+    assert labels == ["dense, 10 epochs", "dense, 20 epochs"]
+    assert row_of(rows, "gdp").label == "GDP (ours), 70% of MACs removed"
+
+
 def test_one_row_per_setting_in_shares_of_dense(rows):
     order = ["dense", "sparse_gates", "gdp", "group_l2", "scratch", "sparse_gates"]
     assert rows.method.tolist() == order

@@ -116,6 +116,8 @@ def test_other_quantities_are_said_in_the_same_way():
     less = share.minus(sentences.metric("metric", "accuracy", "%", 100), "difference")
     assert "is -62.00 points [" in _says(store, "magnitude", of=less, **at)
     assert sentences.metric("ratio", "ratio")({"metrics": {}}) is None
+    one = _says(store, "magnitude", of=sentences.speed_up(1))
+    assert one.endswith("one-shot magnitude, in 2 settings: 1.50x, one seed in each.")
 
 
 @pytest.mark.parametrize(
@@ -148,6 +150,11 @@ def test_other_quantities_are_said_in_the_same_way():
             {"of": sentences.metric("bytes", "bytes"), "target": 0.9},
             "The records of this profile do not hold the bytes of one-shot magnitude at 90% of "
             "weights removed.",
+        ),
+        (
+            ("magnitude",),
+            {"of": sentences.metric("bytes", "bytes"), "than": 2},
+            "The records of this profile do not hold the bytes of one-shot magnitude.",
         ),
         (
             ("magnitude",),
